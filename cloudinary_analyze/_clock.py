@@ -1,0 +1,71 @@
+"""The one door to time: every sleep and deadline of ours goes through a `Clock`.
+
+Socket timeouts of one attempt are not ours but aiohttp's, and are real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+
+class TimerHandle(Protocol):
+    """A callback that waits for its time."""
+
+    def cancel(self) -> None:
+        """Forget the callback; harmless when it has run."""
+
+
+class Clock(Protocol):
+    """Time as the session sees it. `SYSTEM_CLOCK` is real; tests inject one they move."""
+
+    def monotonic(self) -> float:
+        """Return seconds that never jump; for waits and deadlines."""
+
+    def wall(self) -> float:
+        """Return Unix seconds; for timestamps of others."""
+
+    def call_at(self, when: float, callback: Callable[[], None], /) -> TimerHandle:
+        """Run a callback on the running loop at a monotonic instant."""
+
+    async def sleep(self, seconds: float) -> None:
+        """Sleep; cancelling is safe."""
+
+    def timeout_at(self, deadline: float, /) -> AbstractAsyncContextManager[asyncio.Timeout]:
+        """Raise `TimeoutError` in the block's task at a monotonic instant."""
+
+
+class SystemClock:
+    """Real time, on the running event loop."""
+
+    def monotonic(self) -> float:
+        """Return `time.monotonic`."""
+        return time.monotonic()
+
+    def wall(self) -> float:
+        """Return `time.time`."""
+        return time.time()
+
+    def call_at(self, when: float, callback: Callable[[], None], /) -> TimerHandle:
+        """Schedule on the running loop, whose own clock may have another origin."""
+        return asyncio.get_running_loop().call_later(max(0.0, when - time.monotonic()), callback)
+
+    async def sleep(self, seconds: float) -> None:
+        """Sleep on the running loop."""
+        await asyncio.sleep(seconds)
+
+    def timeout_at(self, deadline: float, /) -> AbstractAsyncContextManager[asyncio.Timeout]:
+        """Return `asyncio.timeout`, in terms of the monotonic clock."""
+        return asyncio.timeout(max(0.0, deadline - time.monotonic()))
+
+
+def wake(sleeper: asyncio.Future[None]) -> None:
+    """Wake whoever awaits a future, unless it is over already."""
+    if not sleeper.done():
+        sleeper.set_result(None)
+
+
+SYSTEM_CLOCK = SystemClock()

@@ -1,0 +1,266 @@
+"""Brings tasks from their submission to their answer: wires table, poller and listener."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from functools import partial
+from typing import Any
+
+import attrs
+
+from cloudinary_analyze._clock import Clock
+from cloudinary_analyze._http.call import Caller
+from cloudinary_analyze._http.meter import Meter
+from cloudinary_analyze._resolve.listener import Listener
+from cloudinary_analyze._resolve.poller import Poller
+from cloudinary_analyze._resolve.table import Answer, Entry, Table, Wait
+from cloudinary_analyze._resolve.timers import Timers
+from cloudinary_analyze._wire.protocol import Accepted
+from cloudinary_analyze.config import Credentials, Settings
+from cloudinary_analyze.errors import (
+    CallTimeoutError,
+    NotificationSourceError,
+    ResultNotDeliveredError,
+    SessionClosedError,
+    TaskTimeoutError,
+)
+from cloudinary_analyze.events import TaskAccepted
+from cloudinary_analyze.protocols import NotificationSource
+from cloudinary_analyze.requests import AnalyzeRequest
+from cloudinary_analyze.responses import TaskStatus
+
+
+@attrs.define(eq=False)
+class Resolver:
+    """The tasks of one session. Made on its event loop.
+
+    Attributes:
+        table: Every task that is pending or was answered lately.
+    """
+
+    caller: Caller
+    settings: Settings
+    clock: Clock
+    meter: Meter
+    notification_url: str | None
+    table: Table
+    timers: Timers
+    poller: Poller
+    listener: Listener | None = None
+    _background: set[asyncio.Task[None]] = attrs.field(factory=set)
+    _source_error: NotificationSourceError | None = None
+
+    @classmethod
+    def start(
+        cls,
+        caller: Caller,
+        credentials: Credentials,
+        settings: Settings,
+        *,
+        clock: Clock,
+        meter: Meter,
+        source: NotificationSource | None,
+        notification_url: str | None,
+    ) -> Resolver:
+        """Wire the parts together and begin to listen."""
+        timers = Timers(clock)
+        table = Table(settings, clock, meter, timers)
+        resolver: Resolver
+        poller = Poller(
+            table,
+            caller,
+            settings,
+            clock,
+            source is not None,
+            lambda entry: resolver.take_missing(entry),  # noqa: PLW0108 -- made below
+        )
+        resolver = cls(caller, settings, clock, meter, notification_url, table, timers, poller)
+        if source is not None:
+            resolver.listener = Listener(source, credentials, table, clock, resolver._end_source)
+            resolver.listener.start()
+        return resolver
+
+    def submit(
+        self, request: AnalyzeRequest[Any], *, as_task: bool, deadline: float | None
+    ) -> Wait:
+        """Send a request in the background and return the wait for it at once."""
+        entry = Entry(request)
+        wait = self.table.watch(entry, deadline)
+        self._spawn(self._submit(entry, request, as_task=as_task, deadline=deadline))
+        return wait
+
+    async def _submit(
+        self,
+        entry: Entry,
+        request: AnalyzeRequest[Any],
+        *,
+        as_task: bool,
+        deadline: float | None,
+    ) -> None:
+        try:
+            answer = await self.caller.analyze(
+                request,
+                deadline=deadline,
+                as_task=as_task,
+                notification_url=self.notification_url,
+            )
+        except CallTimeoutError as error:
+            timeout = TaskTimeoutError(
+                f"The service did not accept the task in time: {error.message}",
+                ambiguous=error.ambiguous,
+            )
+            timeout.__cause__ = error
+            self.table.answer(entry, Answer("session", error=timeout))
+        except Exception as error:
+            self.table.answer(entry, Answer("session", error=error), state="failed")
+        except asyncio.CancelledError:
+            closed = SessionClosedError(
+                "The session was closed before the service accepted the task.", ambiguous=True
+            )
+            self.table.answer(entry, Answer("session", error=closed))
+            raise
+        else:
+            if isinstance(answer, Accepted):
+                self._accept(entry, answer.task_id)
+            else:
+                self.table.answer(entry, Answer("call", response=answer), state="completed")
+
+    def _accept(self, entry: Entry, task_id: str) -> None:
+        if self.meter.hook is not None:
+            self.meter.tell(TaskAccepted(task_id=task_id, model=entry.model))
+        if self.table.register(entry, task_id):
+            self._pursue(entry, task_id)
+
+    def _pursue(self, entry: Entry, task_id: str, *, at_once: bool = False) -> None:
+        if self._source_error is not None:
+            self._fail_for_source(entry, self._source_error)
+            return
+        self.poller.schedule(entry, at_once=at_once)
+        if self.listener is not None:
+            self.listener.ask_for([task_id])
+
+    def attach(
+        self,
+        task_id: str,
+        *,
+        request: AnalyzeRequest[Any] | None = None,
+        deadline: float | None = None,
+    ) -> Wait:
+        """Return a wait for an accepted task, whether it is known here or not.
+
+        Args:
+            task_id: The task.
+            request: What was asked, if it was accepted just now.
+            deadline: Monotonic instant when the wait ends.
+        """
+        entry = self.table.find(task_id)
+        if entry is not None:
+            resumed = entry.answer is None and not entry.waits
+            wait = self.table.watch(entry, deadline)
+            if resumed:
+                self._pursue(entry, task_id, at_once=True)
+            return wait
+        entry = Entry(request, state="pending")
+        wait = self.table.watch(entry, deadline)
+        if self.table.register(entry, task_id):
+            # without a request it was accepted some time ago, and may well be finished
+            self._pursue(entry, task_id, at_once=request is None)
+        return wait
+
+    def take_missing(self, entry: Entry) -> None:
+        """Act on a completed task whose result did not arrive."""
+        assert entry.task_id is not None
+        if self.settings.on_missing_result == "analyze" and entry.request is not None:
+            self._spawn(self._analyze_again(entry, entry.request))
+            return
+        how = (
+            "Attach a notification source (AnalyzeSession(notifications=…, notification_url=…)), "
+            "or submit with mode='call', or set Settings.on_missing_result='analyze'."
+        )
+        if self.listener is not None:
+            how = (
+                f"No notification came within {self.settings.result_grace:.0f} s. Check that the "
+                "service reaches the notification URL, and that its signature is accepted "
+                "(session.stats.notifications)."
+            )
+        error = ResultNotDeliveredError(
+            f"The task {entry.task_id} ({entry.model}) is completed, but its result never arrived "
+            f"here: a status poll brings no result, a notification does. {how} "
+            "The quota was charged.",
+            task_id=entry.task_id,
+            last_status=TaskStatus(entry.task_id, entry.state),
+        )
+        self.table.answer(entry, Answer("poll", error=error), state="completed")
+
+    async def _analyze_again(self, entry: Entry, request: AnalyzeRequest[Any]) -> None:
+        """Repeat a task as a call, which the user asked for and which is charged again."""
+        try:
+            answer = await self.caller.analyze(request)
+        except Exception as error:
+            self.table.answer(entry, Answer("analyze", error=error))
+            return
+        if isinstance(answer, Accepted):
+            again = ResultNotDeliveredError(
+                f"The result of the task {entry.task_id} never arrived; repeated as a call, the "
+                f"service answered with another task, {answer.task_id}.",
+                task_id=entry.task_id or "",
+            )
+            self.table.answer(entry, Answer("analyze", error=again))
+        else:
+            self.table.answer(entry, Answer("analyze", response=answer))
+
+    def _end_source(self, error: NotificationSourceError) -> None:
+        self._source_error = error
+        for entry in list(self.table.pending.values()):
+            self._fail_for_source(entry, error)
+
+    def _fail_for_source(self, entry: Entry, error: NotificationSourceError) -> None:
+        failure = NotificationSourceError.for_task(entry.task_id, error.message)
+        failure.__cause__ = error
+        self.table.answer(entry, Answer("session", error=failure))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(partial(_retrieve, self._background))
+
+    async def drain(self, seconds: float) -> None:
+        """Wait until nothing is pending any more, but not for longer than asked."""
+        deadline = self.clock.monotonic() + seconds
+        while self.table.pending and (left := deadline - self.clock.monotonic()) > 0:
+            entry = next(iter(self.table.pending.values()))
+            if entry.answer is None:
+                change = asyncio.ensure_future(entry.change())
+                sleep = asyncio.ensure_future(self.clock.sleep(left))
+                try:
+                    await asyncio.wait({change, sleep}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    change.cancel()
+                    sleep.cancel()
+                    await asyncio.wait({change, sleep})
+
+    async def stop(self) -> None:
+        """Stop listening and polling, and fail what is pending."""
+        tasks = list(self._background)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        if self.listener is not None:
+            await self.listener.stop()
+        await self.poller.stop()
+        self.timers.close()
+        for entry in list(self.table.pending.values()):
+            error = SessionClosedError(
+                f"The session was closed while the task {entry.task_id} was pending. The remote "
+                "work goes on; session.task(task_id, …) takes it up again.",
+                task_id=entry.task_id,
+            )
+            self.table.answer(entry, Answer("session", error=error))
+
+
+def _retrieve(background: set[asyncio.Task[None]], task: asyncio.Task[None]) -> None:
+    background.discard(task)
+    if not task.cancelled():
+        task.exception()

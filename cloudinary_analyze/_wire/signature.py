@@ -1,0 +1,34 @@
+"""The arithmetic of Cloudinary's webhook signature.
+
+``hex(H(raw body ‖ timestamp ‖ secret))`` with SHA-1 or SHA-256: a plain digest, not an HMAC.
+The client verifies with it and the emulator signs with it; it is the one rule they share, and
+it is pinned to vectors that the vendor's own SDK made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+SIGNATURE_HEADER: Final = "X-Cld-Signature"
+SIGNATURE_V2_HEADER: Final = "X-Cld-Signature_v2"
+TIMESTAMP_HEADER: Final = "X-Cld-Timestamp"
+
+DIGESTS: Final[Mapping[str, Callable[[bytes], Any]]] = {
+    "sha1": lambda data: hashlib.sha1(data, usedforsecurity=False),
+    "sha256": hashlib.sha256,
+}
+
+
+def compute_signature(body: bytes, timestamp: str, secret: str, *, digest: str = "sha1") -> str:
+    """Return the lower-case hex signature of a webhook.
+
+    Args:
+        body: The raw bytes of the body.
+        timestamp: Unix seconds in decimal, as sent in ``X-Cld-Timestamp``.
+        secret: The secret that signs the account's notifications.
+        digest: ``"sha1"`` (the service's default) or ``"sha256"``.
+    """
+    signed: str = DIGESTS[digest](body + timestamp.encode() + secret.encode()).hexdigest()
+    return signed

@@ -1,0 +1,68 @@
+"""What the server saw: plain counters that tests and reports read."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import attrs
+
+
+@attrs.define(eq=False)
+class Counts:
+    """Counters of one emulator since its start.
+
+    Attributes:
+        per_source: Whether :attr:`received`, :attr:`done` and :attr:`polls` are kept.
+        received: Well-formed analyze calls by (model, source), those that met a fault included.
+        done: Analyses done, and charged, by (model, source).
+        polls: Status requests by task id, for tasks that exist.
+        total_received: The sum of :attr:`received`; kept always.
+        total_done: The sum of :attr:`done`; kept always.
+        total_polls: The sum of :attr:`polls`; kept always.
+        http_faults: Faults of calls that were acted out, by name.
+        webhooks: Notifications sent, by kind (``genuine``, ``duplicate``, ``redelivery``,
+            ``forged``, …); every attempt counts.
+        webhooks_refused: Attempts that were not answered 200.
+        in_flight: Analyze calls being handled now.
+        max_in_flight: The most that were handled at the same time.
+    """
+
+    per_source: bool = True
+    received: Counter[tuple[str, str]] = attrs.field(factory=Counter, init=False)
+    done: Counter[tuple[str, str]] = attrs.field(factory=Counter, init=False)
+    polls: Counter[str] = attrs.field(factory=Counter, init=False)
+    total_received: int = attrs.field(default=0, init=False)
+    total_done: int = attrs.field(default=0, init=False)
+    total_polls: int = attrs.field(default=0, init=False)
+    http_faults: Counter[str] = attrs.field(factory=Counter, init=False)
+    webhooks: Counter[str] = attrs.field(factory=Counter, init=False)
+    webhooks_refused: int = attrs.field(default=0, init=False)
+    in_flight: int = attrs.field(default=0, init=False)
+    max_in_flight: int = attrs.field(default=0, init=False)
+
+    def count_received(self, model: str, source: str) -> None:
+        """Count a call that was read."""
+        self.total_received += 1
+        if self.per_source:
+            self.received[model, source] += 1
+
+    def count_done(self, model: str, source: str) -> None:
+        """Count an analysis that was done and charged."""
+        self.total_done += 1
+        if self.per_source:
+            self.done[model, source] += 1
+
+    def count_poll(self, task_id: str) -> None:
+        """Count a status request."""
+        self.total_polls += 1
+        if self.per_source:
+            self.polls[task_id] += 1
+
+    def enter(self) -> None:
+        """Count a call in."""
+        self.in_flight += 1
+        self.max_in_flight = max(self.max_in_flight, self.in_flight)
+
+    def leave(self) -> None:
+        """Count a call out."""
+        self.in_flight -= 1

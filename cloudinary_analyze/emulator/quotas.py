@@ -1,0 +1,85 @@
+"""Quotas of add-on features, and what ``limits`` says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import attrs
+
+from cloudinary_analyze.emulator.models import FREE_PLAN
+from cloudinary_analyze.emulator.validation import QUOTA_EXCEEDED, Refusal
+
+
+@attrs.frozen
+class Charge:
+    """What one call used of a feature's quota, and what was left then."""
+
+    feature: str
+    used: int
+    remaining: int
+    limit: int
+
+
+class QuotaExhausted(Refusal):
+    """The 429 of a feature whose quota is used up; it carries the limits."""
+
+    def __init__(self, charge: Charge) -> None:
+        super().__init__(
+            429,
+            "quota exceeded",
+            category="rate_limit_error",
+            code=QUOTA_EXCEEDED,
+            details={"feature_name": charge.feature},
+        )
+        self.charge = charge
+
+
+@attrs.define(eq=False)
+class QuotaBook:
+    """Charges calls to quotas.
+
+    Without quotas nothing runs down: every answer shows the free plan with only itself charged.
+
+    Attributes:
+        quotas: Units per feature; features left out have no quota. ``None``: no quotas at all.
+        reset_time: What ``limits`` names as the end of the period; ``None``: nothing, as live.
+    """
+
+    quotas: Mapping[str, int] | None
+    reset_time: datetime | None
+    _remaining: dict[str, int] = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._remaining = dict(self.quotas or {})
+
+    def charge(self, feature: str, cost: int) -> Charge:
+        """Charge a call.
+
+        The cost of a call is known only afterwards, so the last one may cost more than is left.
+
+        Raises:
+            QuotaExhausted: Nothing is left; nothing was charged.
+        """
+        if feature not in self._remaining or self.quotas is None:
+            limit = FREE_PLAN[feature]
+            return Charge(feature, cost, limit - cost, limit)
+        left, limit = self._remaining[feature], self.quotas[feature]
+        if left <= 0:
+            raise QuotaExhausted(Charge(feature, 0, 0, limit))
+        self._remaining[feature] = left = max(0, left - cost)
+        return Charge(feature, cost, left, limit)
+
+    def build_limits(self, charge: Charge) -> dict[str, Any]:
+        """Return ``limits`` in the shape that the live service sends."""
+        entry: dict[str, Any] = {
+            "type": charge.feature,
+            "used_by_request": charge.used,
+            "remaining": charge.remaining,
+            "limit": charge.limit,
+        }
+        if self.reset_time is not None:
+            moment = self.reset_time.astimezone(UTC)
+            entry["reset_time"] = moment.isoformat(timespec="seconds").replace("+00:00", "Z")
+        return {"addons_quota": [entry]}

@@ -1,0 +1,113 @@
+"""The desk of asynchronous tasks: accepts them, finishes them in time, has them notified."""
+
+from __future__ import annotations
+
+import asyncio
+from secrets import token_hex
+from typing import Final
+
+import attrs
+
+from cloudinary_analyze.emulator.notices import EmulatedTask
+from cloudinary_analyze.emulator.quotas import Charge
+from cloudinary_analyze.emulator.scheduler import Scheduler
+from cloudinary_analyze.emulator.validation import AnalyzeRequest
+from cloudinary_analyze.emulator.webhooks import Envelope, WebhookSender
+
+_EXTRAS: Final = ("forged", "stale", "malformed", "foreign", "unrelated")
+
+
+@attrs.define(eq=False)
+class TaskDesk:
+    """Accepts tasks, finishes them in time, and has their notifications sent.
+
+    Attributes:
+        scheduler: Finishes tasks when they are due.
+        sender: Delivers their notifications.
+        delay_seconds: By how much a delayed notification is late.
+        tasks: All tasks by id, kept until the emulator is gone.
+    """
+
+    scheduler: Scheduler
+    sender: WebhookSender
+    delay_seconds: float
+    tasks: dict[str, EmulatedTask]
+
+    def accept(
+        self,
+        request: AnalyzeRequest,
+        charge: Charge | None,
+        *,
+        seconds: float,
+        faults: tuple[str, ...],
+    ) -> EmulatedTask:
+        """Take a request on; unless its notification comes early, it is finished when due."""
+        task = EmulatedTask(
+            token_hex(80),
+            request,
+            token_hex(16),
+            charge,
+            self.scheduler.loop.time(),
+            seconds,
+            faults,
+        )
+        self.tasks[task.task_id] = task
+        if "early" not in faults:
+            self.scheduler.push(seconds, self._finish, task)
+        return task
+
+    async def finish_early(self, task: EmulatedTask) -> None:
+        """Finish a task and return when its notifications were delivered."""
+        self._settle(task)
+        kinds = self._list_extras(task) + self._list_genuine(task)
+        await asyncio.gather(
+            *(
+                self.sender.deliver(Envelope(task, place, kinds))
+                for place in self._list_places(task)
+            )
+        )
+
+    def _finish(self, task: EmulatedTask) -> None:
+        self._settle(task)
+        extras, genuine = self._list_extras(task), self._list_genuine(task)
+        for place in self._list_places(task):
+            if "delayed" not in task.faults:
+                self._send(task, place, extras + genuine)
+                continue
+            self._send(task, place, extras)
+            self.scheduler.push(self.delay_seconds, self._send, task, place, genuine)
+
+    def _send(self, task: EmulatedTask, place: str | None, kinds: tuple[str, ...]) -> None:
+        if kinds:
+            self.sender.send(Envelope(task, place, kinds))
+
+    @staticmethod
+    def _settle(task: EmulatedTask) -> None:
+        failed = task.charge is None or "failed" in task.faults
+        task.outcome = "failed" if failed else "completed"
+
+    @staticmethod
+    def _list_extras(task: EmulatedTask) -> tuple[str, ...]:
+        # Forged and garbled ones come first: a client that takes them shows it.
+        return tuple(kind for kind in _EXTRAS if kind in task.faults)
+
+    @staticmethod
+    def _list_genuine(task: EmulatedTask) -> tuple[str, ...]:
+        if "lost" in task.faults:
+            return ()
+        return ("genuine", "duplicate") if "duplicated" in task.faults else ("genuine",)
+
+    def _list_places(self, task: EmulatedTask) -> list[str | None]:
+        """Return where notifications go: URLs, poll URLs, and ``None`` for the hook."""
+        url = task.request.notification_url or self.sender.policy.default_notification_url
+        places: list[str | None] = []
+        if url is not None and url.startswith("poll://"):
+            places.append(url)
+        elif self.sender.on_delivery is not None:
+            places.append(None)
+        elif url is not None:
+            places.append(url)
+        channel = self.sender.policy.pull_channel
+        if channel is not None and f"poll://{channel}" not in places:
+            places.append(f"poll://{channel}")
+        return places

@@ -1,0 +1,500 @@
+"""One typed request per model: what to analyse, and how.
+
+Frozen, hashable and picklable. A request is checked when it is made, so that what cannot succeed
+costs nothing. Hints are resolved at run time: nothing is imported for type checking only.
+
+Source: the bodies of ``POST /analyze/{model}`` of the Analyze API.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Final, Generic, TypeVar, cast
+
+import attrs
+
+from cloudinary_analyze.analyses import (
+    AIVisionGeneralAnalysis,
+    AIVisionModerationAnalysis,
+    AIVisionTaggingAnalysis,
+    CaptioningAnalysis,
+    CldFashionAnalysis,
+    CldTextAnalysis,
+    CocoAnalysis,
+    GoogleLogoDetectionAnalysis,
+    GoogleTaggingAnalysis,
+    HumanAnatomyAnalysis,
+    ImageQualityAnalysis,
+    LvisAnalysis,
+    OtherAnalysis,
+    ShopClassifierAnalysis,
+    UnidetAnalysis,
+    WatermarkDetectionAnalysis,
+)
+from cloudinary_analyze.errors import InvalidRequestError
+
+A = TypeVar("A")
+
+KEY_VERSION: Final = "1"
+MOST_PARAMETERS: Final = 10
+_URL = re.compile(
+    r"https?://[^\s/?#\x00-\x1f\x7f\ud800-\udfff][^\s\x00-\x1f\x7f\ud800-\udfff]*", re.IGNORECASE
+)
+_ASSET_ID = re.compile(r"[0-9A-Za-z_-]+")
+_MODEL_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]*")
+_TAG_NAME = re.compile(r"[a-z0-9-]+")
+
+
+@attrs.frozen
+class Uri:
+    """A publicly reachable http(s) URL of an image, on Cloudinary or anywhere else.
+
+    Attributes:
+        uri: The URL.
+
+    Raises:
+        InvalidRequestError: It is no http(s) URL.
+    """
+
+    uri: str
+
+    def __attrs_post_init__(self) -> None:
+        if not isinstance(self.uri, str) or not _URL.fullmatch(self.uri):
+            raise InvalidRequestError(
+                f"{_quote(self.uri)} is no http(s) URL. Pass the full URL of the image "
+                "(https://res.cloudinary.com/<cloud>/image/upload/<public_id> for one on "
+                "Cloudinary; a public ID alone is not accepted), or Asset(asset_id). "
+                "White space in a URL must be percent-encoded."
+            )
+
+    def __str__(self) -> str:
+        return self.uri
+
+
+@attrs.frozen
+class Asset:
+    """An asset of the same product environment, by its immutable asset id.
+
+    Attributes:
+        asset_id: The asset id (not the public ID), usually 32 hexadecimal digits.
+
+    Raises:
+        InvalidRequestError: It cannot be an asset id.
+    """
+
+    asset_id: str
+
+    def __attrs_post_init__(self) -> None:
+        if not isinstance(self.asset_id, str) or not _ASSET_ID.fullmatch(self.asset_id):
+            raise InvalidRequestError(
+                f"{_quote(self.asset_id)} is no asset id. It is the immutable `asset_id` of the "
+                "upload response; for a public ID pass the image's delivery URL instead."
+            )
+
+    def __str__(self) -> str:
+        return f"asset:{self.asset_id}"
+
+
+def _quote(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:120]}…"
+
+
+def _read_source(source: str | Uri | Asset) -> Uri | Asset:
+    return source if isinstance(source, Uri | Asset) else Uri(source)
+
+
+def _read_strings(values: Iterable[str], noun: str) -> tuple[str, ...]:
+    strings = (values,) if isinstance(values, str) else tuple(values)
+    for value in strings:
+        if not isinstance(value, str) or not value.strip():
+            raise InvalidRequestError(f"Each of the {noun} must be a non-empty string.")
+        _check_text(value, noun)
+    _check_count(strings, noun)
+    return strings
+
+
+def _read_prompts(values: Iterable[str]) -> tuple[str, ...]:
+    return _read_strings(values, "prompts")
+
+
+def _read_questions(values: Iterable[str]) -> tuple[str, ...]:
+    return _read_strings(values, "rejection questions")
+
+
+def _check_text(value: str, noun: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequestError(
+            f"The {noun} hold half a surrogate pair, which UTF-8 cannot."
+        ) from None
+
+
+def _check_count(values: tuple[Any, ...], noun: str) -> None:
+    if not 1 <= len(values) <= MOST_PARAMETERS:
+        raise InvalidRequestError(
+            f"There must be 1 to {MOST_PARAMETERS} {noun}, not {len(values)}."
+        )
+
+
+@attrs.frozen
+class AnalyzeRequest(Generic[A]):
+    """What every request has. Not made itself: use the class of a model.
+
+    Attributes:
+        source: What to analyse: an http(s) URL as a string, `Uri` or `Asset`.
+
+    Raises:
+        InvalidRequestError: The source or a parameter cannot be right.
+    """
+
+    source: Uri | Asset = attrs.field(converter=_read_source)
+
+    model_name: ClassVar[str] = ""
+    feature: ClassVar[str | None] = None
+    analysis_type: ClassVar[type[Any]] = OtherAnalysis
+
+    @property
+    def model(self) -> str:
+        """The model's name on the wire, such as ``google_logo_detection``."""
+        return self.model_name
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """What the body holds beside the source, in the wire's names."""
+        return _NO_PARAMETERS
+
+    @property
+    def key(self) -> str:
+        """What the request is known by in a ledger: equal for requests that ask the same.
+
+        64 hexadecimal digits: SHA-256 of a version, the wire model, the source, the parameters.
+        """
+        source = self.source
+        canonical = json.dumps(
+            [
+                KEY_VERSION,
+                self.model,
+                ["uri", source.uri] if isinstance(source, Uri) else ["asset_id", source.asset_id],
+                self.parameters,
+            ],
+            ensure_ascii=True,
+            sort_keys=True,
+            separators=(",", ":"),
+        )
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+_NO_PARAMETERS: Final[Mapping[str, Any]] = {}
+
+
+@attrs.frozen
+class AIVisionGeneral(AnalyzeRequest[AIVisionGeneralAnalysis]):
+    """Ask free questions about an image (``ai_vision_general``). Costs AI Vision tokens.
+
+    Attributes:
+        prompts: 1 to 10 prompts.
+    """
+
+    prompts: tuple[str, ...] = attrs.field(kw_only=True, converter=_read_prompts)
+
+    model_name = "ai_vision_general"
+    feature = "ai_vision"
+    analysis_type = AIVisionGeneralAnalysis
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """See `AnalyzeRequest.parameters`."""
+        return {"prompts": list(self.prompts)}
+
+
+@attrs.frozen
+class AIVisionModeration(AnalyzeRequest[AIVisionModerationAnalysis]):
+    """Ask yes/no questions about an image (``ai_vision_moderation``). Costs AI Vision tokens.
+
+    Attributes:
+        rejection_questions: 1 to 10 questions; a *yes* speaks against the image.
+    """
+
+    rejection_questions: tuple[str, ...] = attrs.field(kw_only=True, converter=_read_questions)
+
+    model_name = "ai_vision_moderation"
+    feature = "ai_vision"
+    analysis_type = AIVisionModerationAnalysis
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """See `AnalyzeRequest.parameters`."""
+        return {"rejection_questions": list(self.rejection_questions)}
+
+
+@attrs.frozen
+class TagDefinition:
+    """A tag and when it fits.
+
+    Attributes:
+        name: The tag: lower-case letters, digits and hyphens only. The service refuses the rest.
+        description: When it fits, as a sentence or a question.
+    """
+
+    name: str
+    description: str
+
+    def __attrs_post_init__(self) -> None:
+        if not isinstance(self.name, str) or not _TAG_NAME.fullmatch(self.name):
+            raise InvalidRequestError(
+                f"{_quote(self.name)} is no tag name: only lower-case letters, digits and "
+                "hyphens are accepted."
+            )
+        if not isinstance(self.description, str) or not self.description.strip():
+            raise InvalidRequestError(f"The tag {self.name!r} has no description.")
+        _check_text(self.description, "tag descriptions")
+
+
+def _read_definitions(
+    values: Iterable[TagDefinition] | Mapping[str, str],
+) -> tuple[TagDefinition, ...]:
+    if isinstance(values, Mapping):
+        values = [TagDefinition(name, description) for name, description in values.items()]
+    definitions = tuple(values)
+    if not all(isinstance(definition, TagDefinition) for definition in definitions):
+        raise InvalidRequestError("tag_definitions must be TagDefinition(name, description)s.")
+    _check_count(definitions, "tag definitions")
+    return definitions
+
+
+@attrs.frozen
+class AIVisionTagging(AnalyzeRequest[AIVisionTaggingAnalysis]):
+    """Find which of your own tags fit an image (``ai_vision_tagging``). Costs AI Vision tokens.
+
+    Attributes:
+        tag_definitions: 1 to 10 definitions, or a mapping of name to description.
+    """
+
+    tag_definitions: tuple[TagDefinition, ...] = attrs.field(
+        kw_only=True, converter=_read_definitions
+    )
+
+    model_name = "ai_vision_tagging"
+    feature = "ai_vision"
+    analysis_type = AIVisionTaggingAnalysis
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """See `AnalyzeRequest.parameters`."""
+        return {"tag_definitions": [attrs.asdict(tag) for tag in self.tag_definitions]}
+
+
+@attrs.frozen
+class Captioning(AnalyzeRequest[CaptioningAnalysis]):
+    """Describe an image in a sentence (``captioning``)."""
+
+    model_name = "captioning"
+    feature = "object_detection"
+    analysis_type = CaptioningAnalysis
+
+
+@attrs.frozen
+class CldFashion(AnalyzeRequest[CldFashionAnalysis]):
+    """Find garments and their attributes (``cld_fashion``)."""
+
+    model_name = "cld_fashion"
+    feature = "object_detection"
+    analysis_type = CldFashionAnalysis
+
+
+@attrs.frozen
+class CldText(AnalyzeRequest[CldTextAnalysis]):
+    """Find blocks of text (``cld_text``)."""
+
+    model_name = "cld_text"
+    feature = "object_detection"
+    analysis_type = CldTextAnalysis
+
+
+@attrs.frozen
+class Coco(AnalyzeRequest[CocoAnalysis]):
+    """Find 80 common objects (``coco``)."""
+
+    model_name = "coco"
+    feature = "object_detection"
+    analysis_type = CocoAnalysis
+
+
+@attrs.frozen
+class GoogleLogoDetection(AnalyzeRequest[GoogleLogoDetectionAnalysis]):
+    """Find logos of known products (``google_logo_detection``, singular on the wire)."""
+
+    model_name = "google_logo_detection"
+    feature = "google_tagging"
+    analysis_type = GoogleLogoDetectionAnalysis
+
+
+@attrs.frozen
+class GoogleTagging(AnalyzeRequest[GoogleTaggingAnalysis]):
+    """Label an image by Google's tagging service (``google_tagging``)."""
+
+    model_name = "google_tagging"
+    feature = "google_tagging"
+    analysis_type = GoogleTaggingAnalysis
+
+
+@attrs.frozen
+class HumanAnatomy(AnalyzeRequest[HumanAnatomyAnalysis]):
+    """Find parts of the human body (``human_anatomy``)."""
+
+    model_name = "human_anatomy"
+    feature = "object_detection"
+    analysis_type = HumanAnatomyAnalysis
+
+
+@attrs.frozen
+class ImageQuality(AnalyzeRequest[ImageQualityAnalysis]):
+    """Judge the technical quality of an image (``image_quality``)."""
+
+    model_name = "image_quality"
+    feature = "object_detection"
+    analysis_type = ImageQualityAnalysis
+
+
+@attrs.frozen
+class Lvis(AnalyzeRequest[LvisAnalysis]):
+    """Find everyday objects of more than a thousand kinds (``lvis``)."""
+
+    model_name = "lvis"
+    feature = "object_detection"
+    analysis_type = LvisAnalysis
+
+
+@attrs.frozen
+class ShopClassifier(AnalyzeRequest[ShopClassifierAnalysis]):
+    """Tell a product picture from the studio from a natural one (``shop_classifier``)."""
+
+    model_name = "shop_classifier"
+    feature = "object_detection"
+    analysis_type = ShopClassifierAnalysis
+
+
+@attrs.frozen
+class Unidet(AnalyzeRequest[UnidetAnalysis]):
+    """Find objects by a detector united from several datasets (``unidet``)."""
+
+    model_name = "unidet"
+    feature = "object_detection"
+    analysis_type = UnidetAnalysis
+
+
+@attrs.frozen
+class WatermarkDetection(AnalyzeRequest[WatermarkDetectionAnalysis]):
+    """Find watermarks and banners (``watermark_detection``)."""
+
+    model_name = "watermark_detection"
+    feature = "object_detection"
+    analysis_type = WatermarkDetectionAnalysis
+
+
+MODELS: Final[Mapping[str, type[AnalyzeRequest[Any]]]] = {
+    request_type.model_name: request_type
+    for request_type in cast(
+        "list[type[AnalyzeRequest[Any]]]",
+        [
+            AIVisionGeneral,
+            AIVisionModeration,
+            AIVisionTagging,
+            Captioning,
+            CldFashion,
+            CldText,
+            Coco,
+            GoogleLogoDetection,
+            GoogleTagging,
+            HumanAnatomy,
+            ImageQuality,
+            Lvis,
+            ShopClassifier,
+            Unidet,
+            WatermarkDetection,
+        ],
+    )
+}
+"""The request classes by their names on the wire."""
+
+_ALIASES: Final = {"google_logo_detections": "google_logo_detection"}
+
+
+def read_model_name(name: str) -> str:
+    """Return the wire's name of a model, from any spelling that the documents use.
+
+    ``google_logo_detections`` (the guide's plural), hyphens and capitals are understood.
+    """
+    folded = name.strip().lower().replace("-", "_")
+    folded = _ALIASES.get(folded, folded)
+    return folded if folded in MODELS else name.strip()
+
+
+def find_request_type(name: str) -> type[AnalyzeRequest[Any]]:
+    """Return the request class of a model.
+
+    Raises:
+        InvalidRequestError: No model of this name is known; the sentence lists those that are.
+    """
+    request_type = MODELS.get(read_model_name(name))
+    if request_type is None:
+        raise InvalidRequestError(
+            f"{_quote(name)} is no model that this package knows: {', '.join(sorted(MODELS))}. "
+            "For a newer one use OtherModel(name, source, parameters)."
+        )
+    return request_type
+
+
+def _freeze_parameters(parameters: Mapping[str, Any]) -> str:
+    if isinstance(parameters, str):  # unpickled or evolved
+        parameters = json.loads(parameters)
+    if not isinstance(parameters, Mapping):
+        raise InvalidRequestError("The parameters of OtherModel must be a mapping.")
+    if taken := sorted({"source", "async", "notification_url"} & parameters.keys()):
+        raise InvalidRequestError(f"The parameters of OtherModel must not name {taken}.")
+    try:
+        return json.dumps(dict(parameters), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError(f"The parameters of OtherModel are no JSON: {error}.") from None
+
+
+def _check_model_name(name: str) -> str:
+    if not isinstance(name, str) or not _MODEL_NAME.fullmatch(name.strip()):
+        raise InvalidRequestError(f"{_quote(name)} cannot be the name of a model.")
+    return read_model_name(name)
+
+
+@attrs.frozen(init=False)
+class OtherModel(AnalyzeRequest[OtherAnalysis]):
+    """A model that this package does not know; its analysis stays as received.
+
+    Attributes:
+        name: The model's name on the wire.
+        canonical_parameters: The parameters, as canonical JSON.
+    """
+
+    name: str
+    canonical_parameters: str
+
+    def __init__(
+        self, name: str, source: str | Uri | Asset, parameters: Mapping[str, Any] | None = None
+    ) -> None:
+        self.__attrs_init__(source, _check_model_name(name), _freeze_parameters(parameters or {}))
+
+    analysis_type = OtherAnalysis
+
+    @property
+    def model(self) -> str:
+        """The model's name on the wire."""
+        return self.name
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """See `AnalyzeRequest.parameters`."""
+        parameters: dict[str, Any] = json.loads(self.canonical_parameters)
+        return parameters

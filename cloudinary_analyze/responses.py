@@ -1,0 +1,128 @@
+"""Plain values that came from the service: responses, limits, statuses, deliveries.
+
+Only values enter here: no I/O, no decoding, nothing that knows a model. Hints are resolved
+at run time by the codec, so nothing is imported for type checking only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, Generic, TypeVar
+
+import attrs
+
+A_co = TypeVar("A_co", covariant=True)
+
+JSONObject = Mapping[str, Any]
+
+
+@attrs.frozen
+class Limit:
+    """One entry of an answer's ``limits``: how much of an add-on's quota is left.
+
+    The service has sent three shapes of ``limits`` over time; all three are read into this one.
+
+    Attributes:
+        type: The add-on feature that is counted (``ai_vision``, ``object_detection``, …).
+        used_by_request: Units that this request cost (AI Vision: tokens), if told.
+        remaining: Units left in the period, if told.
+        limit: Units in the period, if told.
+        reset_time: When the period ends (aware, UTC), if told. The live service does not tell.
+    """
+
+    type: str
+    used_by_request: int | None = attrs.field(default=None, kw_only=True)
+    remaining: int | None = attrs.field(default=None, kw_only=True)
+    limit: int | None = attrs.field(default=None, kw_only=True)
+    reset_time: datetime | None = attrs.field(default=None, kw_only=True)
+
+
+@attrs.frozen
+class Response(Generic[A_co]):
+    """The answer to one analysis: the typed analysis and the envelope it came in.
+
+    Attributes:
+        analysis: The typed ``data.analysis`` of the request's model.
+        model: The model's name on the wire.
+        entity: What the service says it analysed (the input URL), if told.
+        request_id: The service's id of the request, for support, if told.
+        limits: What the answer says about quotas; empty if it says nothing.
+        raw: The JSON object as received. Nothing that the server sent is missing here.
+    """
+
+    analysis: A_co
+    model: str = attrs.field(kw_only=True)
+    entity: str | None = attrs.field(default=None, kw_only=True)
+    request_id: str | None = attrs.field(default=None, kw_only=True)
+    limits: tuple[Limit, ...] = attrs.field(default=(), kw_only=True)
+    raw: JSONObject = attrs.field(factory=dict, kw_only=True, repr=False, hash=False)
+
+
+@attrs.frozen
+class TaskStatus:
+    """What ``GET /tasks/{id}`` says of a task. It never carries the result.
+
+    Attributes:
+        task_id: The task's id.
+        state: ``"pending"``, ``"processing"``, ``"completed"``, ``"failed"``, or whatever else
+            the service says: unknown states are kept as received and count as still running.
+        request_id: The service's id of the status request, if told.
+        raw: The JSON object as received.
+    """
+
+    task_id: str
+    state: str
+    request_id: str | None = attrs.field(default=None, kw_only=True)
+    raw: JSONObject = attrs.field(factory=dict, kw_only=True, repr=False, hash=False)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the remote work is over, for better or worse."""
+        return self.state in {"completed", "failed"}
+
+
+@attrs.frozen
+class Delivery:
+    """The raw bytes and headers of a webhook, with the instant it was first received.
+
+    A delivery is not trusted: it becomes a :class:`Notification` when its signature was verified.
+
+    Attributes:
+        body: The body, byte for byte as received. Re-serialised JSON never verifies.
+        headers: The HTTP headers; names are compared without regard to case.
+        received_at: Unix seconds (wall clock) of the first receipt. The age of the signature is
+            judged against this instant, so a delivery may be stored for hours before it is read.
+            ``None``: the age is unknown (pulled from a queue) and is not judged.
+    """
+
+    body: bytes = attrs.field(repr=lambda body: f"<{len(body)} bytes>")
+    headers: Mapping[str, str] = attrs.field(repr=False, hash=False)
+    received_at: float | None = attrs.field(factory=time.time, kw_only=True)
+
+
+@attrs.frozen
+class Notification:
+    """A delivery whose signature was verified and whose body was read.
+
+    Attributes:
+        task_id: The task that it answers; ``None`` if it is no answer to an analysis task.
+        request_id: The service's id of the original request, if told.
+        http_status: The status that the synchronous call would have had, if told.
+        data: ``{"entity": …, "analysis": {…}}`` on success.
+        error: The error object on failure.
+        raw: The JSON object as received.
+    """
+
+    task_id: str | None
+    request_id: str | None = attrs.field(default=None, kw_only=True)
+    http_status: int | None = attrs.field(default=None, kw_only=True)
+    data: JSONObject | None = attrs.field(default=None, kw_only=True, hash=False)
+    error: JSONObject | None = attrs.field(default=None, kw_only=True, hash=False)
+    raw: JSONObject = attrs.field(factory=dict, kw_only=True, repr=False, hash=False)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the task failed, by its error object or by its status."""
+        return self.error is not None or (self.http_status is not None and self.http_status >= 400)

@@ -1,0 +1,483 @@
+"""`AnalyzeSession`: wires the rooms below together, and holds no logic of theirs."""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+import weakref
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping
+from types import MappingProxyType, TracebackType
+from typing import Any, Final, Literal, Self, TypeVar, overload
+
+import aiohttp
+
+from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
+from cloudinary_analyze._http.call import Caller
+from cloudinary_analyze._http.gate import Gate
+from cloudinary_analyze._http.meter import Meter
+from cloudinary_analyze._http.quota import Quota
+from cloudinary_analyze._http.transport import Transport
+from cloudinary_analyze._map import OutcomeStream
+from cloudinary_analyze._resolve.resolver import Resolver
+from cloudinary_analyze._version import __version__
+from cloudinary_analyze._wire.protocol import Accepted
+from cloudinary_analyze.config import DEFAULT_HOST, Credentials, Settings, read_base_url
+from cloudinary_analyze.errors import (
+    BulkStoppedError,
+    ConfigurationError,
+    InvalidRequestError,
+    SessionClosedError,
+    SessionNotOpenError,
+)
+from cloudinary_analyze.events import EventHook, SessionStats
+from cloudinary_analyze.notifications import QueueSource
+from cloudinary_analyze.outcomes import Outcome
+from cloudinary_analyze.protocols import NotificationSource
+from cloudinary_analyze.requests import AnalyzeRequest
+from cloudinary_analyze.responses import Delivery, Limit, Response, TaskStatus
+from cloudinary_analyze.task import AnalysisTask
+
+Item = TypeVar("Item")
+A = TypeVar("A")
+
+CLOSE_PATIENCE: Final = 5.0
+CALL_WINDOW: Final = 2  # times the permits: one half on the wire, one half retrying or waiting
+TASK_WINDOW: Final = 10_000
+
+_NOTIFICATION_SCHEMES: Final = ("https://", "http://", "poll://")
+
+Mode = Literal["auto", "task", "call"]
+
+
+class AnalyzeSession:
+    """An open line to the Analyze API: one pool, one set of permits, one event loop.
+
+    Make one for the life of the application and share it between tasks::
+
+        async with AnalyzeSession() as session:
+            response = await session.analyze(Captioning("https://…/a.jpg"))
+
+    Args:
+        credentials: Who calls. Default: the environment's, see `Credentials.from_environment`.
+        settings: How to call; default: `Settings()`.
+        notifications: Where the results of tasks arrive: an ``asyncio.Queue[Delivery]`` that a
+            receiver in this process fills, or a `NotificationSource`.
+        notification_url: Where the service is to send them; ``None``: to the URL configured for
+            the account.
+        http: A ready aiohttp session to send through, which stays yours to close.
+        on_event: Is told what happens inside, see `cloudinary_analyze.events`.
+        clock: For tests: see `cloudinary_analyze.testing.ManualClock`.
+
+    Raises:
+        ConfigurationError: Credentials or settings cannot work.
+
+    Warns:
+        ResourceWarning: It was dropped without being closed.
+    """
+
+    def __init__(
+        self,
+        credentials: Credentials | None = None,
+        *,
+        settings: Settings | None = None,
+        notifications: asyncio.Queue[Delivery] | NotificationSource | None = None,
+        notification_url: str | None = None,
+        http: aiohttp.ClientSession | None = None,
+        on_event: EventHook | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        credentials = Credentials.from_environment() if credentials is None else credentials
+        settings = Settings() if settings is None else settings
+        host = settings.host or credentials.host or DEFAULT_HOST
+        self._base_url = read_base_url(host, credentials.cloud_name)
+        if isinstance(notifications, asyncio.Queue):
+            notifications = QueueSource(notifications)
+        if notifications is not None and not credentials.signing_secrets:
+            raise ConfigurationError(
+                "Notifications cannot be verified without a secret. Pass "
+                "Credentials(…, notification_secrets=…) beside the OAuth token."
+            )
+        if notification_url is not None and not notification_url.startswith(_NOTIFICATION_SCHEMES):
+            raise ConfigurationError(
+                f"The notification URL {notification_url!r} must begin with https:// (or http://)."
+            )
+        self._source = notifications
+        self._notification_url = notification_url
+        self._credentials = credentials
+        self._settings = settings
+        self._http = http
+        self._clock = clock
+        self._meter = Meter(on_event)
+        self._quota = Quota(clock)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._caller: Caller | None = None
+        self._resolver: Resolver | None = None
+        self._warned_of_tasks = False
+        self._closed = False
+        self._streams: weakref.WeakSet[OutcomeStream[Any, Any]] = weakref.WeakSet()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open" if self._caller else "not open"
+        return f"<AnalyzeSession of {self._credentials.cloud_name!r} at {self._base_url}, {state}>"
+
+    async def __aenter__(self) -> Self:
+        """Bind the running event loop and open the pool.
+
+        Raises:
+            SessionClosedError: A session opens once.
+        """
+        if self._closed:
+            raise SessionClosedError("A closed session does not open again; make a new one.")
+        if self._caller is not None:
+            raise SessionNotOpenError("The session is open already.")
+        self._loop = asyncio.get_running_loop()
+        self._caller = Caller(
+            self._base_url,
+            self._credentials.cloud_name,
+            self._settings,
+            self._clock,
+            Transport.open(self._credentials, self._settings, version=__version__, http=self._http),
+            self._meter,
+            self._quota,
+            Gate(self._settings.permits, self._clock),
+            Gate(self._settings.poll_permits, self._clock),
+        )
+        self._resolver = Resolver.start(
+            self._caller,
+            self._credentials,
+            self._settings,
+            clock=self._clock,
+            meter=self._meter,
+            source=self._source,
+            notification_url=self._notification_url,
+        )
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def __enter__(self) -> Self:
+        raise SessionNotOpenError("The session is asynchronous: write `async with`, not `with`.")
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
+        if getattr(self, "_caller", None) is not None and not self._closed:
+            _warn(
+                f"{self!r} was dropped without being closed. Use `async with` or `aclose()`.",
+                ResourceWarning,
+                source=self,
+            )
+
+    def _use(self) -> Caller:
+        """Return the caller, if this is the time and the loop to use it."""
+        caller = self._caller
+        if caller is None:
+            raise SessionNotOpenError(
+                "The session is not open: use it inside of `async with AnalyzeSession(…)`."
+            )
+        if self._closed:
+            raise SessionClosedError("The session is closed; make a new one.")
+        if asyncio.get_running_loop() is not self._loop:
+            raise SessionNotOpenError(
+                "The session was opened on another event loop. Open one session per loop, inside "
+                "of the coroutine that asyncio.run() runs."
+            )
+        return caller
+
+    async def analyze(
+        self, request: AnalyzeRequest[A], *, timeout: float | None = None
+    ) -> Response[A]:
+        """Analyse an image and return the typed response.
+
+        Implements ``POST /analyze/{model}``. Cancelling is safe; whether the service got a
+        request that was on the wire is then unknown.
+
+        Args:
+            request: What to analyse.
+            timeout: Seconds for the whole call, queueing and retries included. Default:
+                `Settings.call_timeout`.
+
+        Raises:
+            ApiError: The service said no; see its subclasses.
+            TransportError: No answer came, after all attempts.
+            CallTimeoutError: The time ran out.
+            ResponseDecodeError: The answer cannot be read.
+        """
+        caller = self._use()
+        if timeout is None:
+            timeout = self._settings.call_timeout
+        deadline = None if timeout is None else self._clock.monotonic() + timeout
+        answer = await caller.analyze(request, deadline=deadline)
+        if type(answer) is Accepted:
+            return await self._follow(answer.task_id, request, deadline)
+        return answer  # type: ignore[return-value]  # a union that isinstance would narrow, slowly
+
+    async def _follow(
+        self, task_id: str, request: AnalyzeRequest[A], deadline: float | None
+    ) -> Response[A]:
+        """Await the task that the service made of a call."""
+        assert self._resolver is not None
+        if deadline is None:
+            deadline = self._task_deadline(None)
+        wait = self._resolver.attach(task_id, request=request, deadline=deadline)
+        return await AnalysisTask(request.model, request.analysis_type, self._resolver.table, wait)
+
+    def submit(
+        self, request: AnalyzeRequest[A], *, mode: Mode = "auto", timeout: float | None = None
+    ) -> AnalysisTask[A]:
+        """Send a request in the background and return an awaitable handle on it, at once.
+
+        Not a coroutine; the POST waits for a permit by itself. What goes wrong is raised by the
+        handle.
+
+        Args:
+            request: What to analyse.
+            mode: ``"task"``: ask for a task, whose result arrives as a notification and which
+                polls watch. ``"call"``: make the synchronous call in the background. ``"auto"``:
+                a task if the session has a notification source, else a call, because without a
+                source nothing brings a task's result.
+            timeout: Seconds for the whole wait: permit, retries, polls, delivery. Default:
+                `Settings.task_timeout`.
+
+        Warns:
+            UserWarning: Once, on ``mode="task"`` without a notification source.
+        """
+        self._use()
+        assert self._resolver is not None
+        if mode not in {"auto", "task", "call"}:
+            raise ConfigurationError(f"The mode is 'auto', 'task' or 'call', not {mode!r}.")
+        if mode == "task" and self._source is None and not self._warned_of_tasks:
+            self._warned_of_tasks = True
+            warnings.warn(
+                "A task was submitted on a session without a notification source, so its result "
+                "cannot arrive: polls bring its status only. Pass notifications=…, or use "
+                "mode='call', or set Settings.on_missing_result='analyze' (which pays twice).",
+                stacklevel=2,
+            )
+        as_task = mode == "task" or (mode == "auto" and self._source is not None)
+        wait = self._resolver.submit(
+            request, as_task=as_task, deadline=self._task_deadline(timeout)
+        )
+        return AnalysisTask(request.model, request.analysis_type, self._resolver.table, wait)
+
+    @overload
+    def task(
+        self,
+        task_id: str,
+        request_type: type[AnalyzeRequest[A]],
+        *,
+        timeout: float | None = None,
+    ) -> AnalysisTask[A]: ...
+
+    @overload
+    def task(
+        self, task_id: str, request_type: AnalyzeRequest[A], *, timeout: float | None = None
+    ) -> AnalysisTask[A]: ...
+
+    def task(
+        self,
+        task_id: str,
+        request_type: type[AnalyzeRequest[Any]] | AnalyzeRequest[Any],
+        *,
+        timeout: float | None = None,
+    ) -> AnalysisTask[Any]:
+        """Return another handle on an accepted task: after a restart, in another request handler.
+
+        A task answered lately is answered at once. Sends nothing but status polls.
+
+        Args:
+            task_id: From `AnalysisTask.accepted`.
+            request_type: The request class (``Coco``) or the request, which tells how to read the
+                result.
+            timeout: Seconds for the wait. Default: `Settings.task_timeout`.
+        """
+        self._use()
+        if not isinstance(task_id, str) or not task_id:
+            raise InvalidRequestError(f"A task id is a string from the service, not {task_id!r}.")
+        model = request_type.model_name if isinstance(request_type, type) else request_type.model
+        if not model:
+            raise InvalidRequestError(
+                "Pass the class of a model (Coco), or for other models the request itself: "
+                "session.task(task_id, OtherModel(name, source))."
+            )
+        assert self._resolver is not None
+        wait = self._resolver.attach(task_id, deadline=self._task_deadline(timeout))
+        return AnalysisTask(model, request_type.analysis_type, self._resolver.table, wait)
+
+    def _task_deadline(self, timeout: float | None) -> float | None:
+        timeout = self._settings.task_timeout if timeout is None else timeout
+        return None if timeout is None else self._clock.monotonic() + timeout
+
+    async def task_status(self, task_id: str) -> TaskStatus:
+        """Ask for a task's status once, retries aside. It never carries the result.
+
+        Implements ``GET /tasks/{task_id}``. Cancelling is safe.
+
+        Raises:
+            NotFoundError: The service does not know the task.
+            AnalyzeError: No status could be had.
+        """
+        return await self._use().get_task_status(task_id)
+
+    @overload
+    def map(
+        self,
+        items: Iterable[AnalyzeRequest[A]] | AsyncIterable[AnalyzeRequest[A]],
+        *,
+        mode: Mode = "call",
+        window: int | None = None,
+        ordered: bool = False,
+    ) -> OutcomeStream[AnalyzeRequest[A], A]: ...
+
+    @overload
+    def map(
+        self,
+        items: Iterable[Item] | AsyncIterable[Item],
+        to_request: Callable[[Item], AnalyzeRequest[A]],
+        *,
+        mode: Mode = "call",
+        window: int | None = None,
+        ordered: bool = False,
+    ) -> OutcomeStream[Item, A]: ...
+
+    def map(
+        self,
+        items: Iterable[Any] | AsyncIterable[Any],
+        to_request: Callable[[Any], AnalyzeRequest[Any]] | None = None,
+        *,
+        mode: Mode = "call",
+        window: int | None = None,
+        ordered: bool = False,
+    ) -> OutcomeStream[Any, Any]:
+        """Analyse any number of items, lazily, and yield an outcome for each.
+
+        An item's failure is its outcome's ``error``, never an exception out of the loop. An error
+        that would fail every further item alike (401, 403, an exhausted quota, a server that
+        asks for too long a wait) stops the stream: what is in flight is yielded, then
+        `BulkStoppedError` is raised. What the input raises is raised once what is in flight was
+        yielded.
+
+        Args:
+            items: Requests, or anything that ``to_request`` makes requests of. An iterable or
+                async iterable, infinite ones included.
+            to_request: Makes a request of an item: ``Captioning``, or any function. What it
+                raises is that item's error.
+            mode: As for `submit`; the default makes calls.
+            window: Items in memory at most, from their pull to the hand-over of their outcome.
+                Default: twice the permits for calls, 10,000 for tasks.
+            ordered: Whether outcomes come in the order of the items, instead of as completed.
+        """
+        self._use()
+        as_tasks = mode == "task" or (mode == "auto" and self._source is not None)
+        if window is None:
+            window = TASK_WINDOW if as_tasks else CALL_WINDOW * self._settings.permits
+        stream = OutcomeStream(
+            items,
+            to_request,
+            self._perform_task if as_tasks else self.analyze,
+            settings=self._settings,
+            clock=self._clock,
+            window=window,
+            ordered=ordered,
+        )
+        self._streams.add(stream)
+        return stream
+
+    async def _perform_task(self, request: AnalyzeRequest[A]) -> Response[A]:
+        task = self.submit(request, mode="task")
+        try:
+            return await task
+        except asyncio.CancelledError:
+            task.abandon()
+            raise
+
+    async def analyze_all(
+        self, requests: Iterable[AnalyzeRequest[A]]
+    ) -> list[Outcome[AnalyzeRequest[A], A]]:
+        """Analyse some requests and return an outcome for each, in their order.
+
+        For lists that fit into memory; `map` is for the others. Nothing is raised for a failed
+        item; requests left unsent when the stream stopped have the `BulkStoppedError` as theirs.
+        """
+        requests = list(requests)
+        outcomes: list[Outcome[AnalyzeRequest[A], A]] = []
+        try:
+            async with self.map(requests, ordered=True) as stream:
+                async for outcome in stream:
+                    outcomes.append(outcome)  # noqa: PERF401 -- kept when the stream stops
+        except BulkStoppedError as error:
+            for index in range(len(outcomes), len(requests)):
+                request = requests[index]
+                outcomes.append(Outcome(item=request, index=index, request=request, error=error))
+        return outcomes
+
+    @property
+    def quota(self) -> Mapping[str, Limit]:
+        """Add-on feature to its limit, with the lowest remainder seen in the present period."""
+        return self._quota.limits
+
+    @property
+    def stats(self) -> SessionStats:
+        """A snapshot of the counts since the session was opened."""
+        meter = self._meter
+        gate = self._caller.gate if self._caller is not None else None
+        return SessionStats(
+            calls=meter.calls,
+            attempts=meter.attempts,
+            retries=meter.retries,
+            ambiguous_retries=meter.ambiguous_retries,
+            pauses=meter.pauses,
+            in_flight=meter.in_flight,
+            permits_in_use=gate.in_use if gate else 0,
+            permits_allowed=gate.allowed if gate else self._settings.permits,
+            waiting=gate.waiting if gate else 0,
+            polls=meter.polls,
+            pending=len(self._resolver.table.pending) if self._resolver else 0,
+            parked=self._resolver.table.parked if self._resolver else 0,
+            notifications=MappingProxyType(dict(meter.notifications)),
+        )
+
+    async def aclose(self, drain: float = 0.0) -> None:
+        """Close the session. Idempotent.
+
+        Takes nothing new, lets attempts on the wire answer for up to 5 s (so that their task ids
+        are known), fails what still queues or sleeps, waits for the answers of accepted tasks if
+        asked to, then fails what is pending with `SessionClosedError`, and closes the pool if it
+        is ours. When cancelled it still closes everything, without waiting.
+
+        Args:
+            drain: Seconds to wait for the answers of accepted tasks.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        caller, resolver = self._caller, self._resolver
+        if caller is None or resolver is None:
+            return
+        if asyncio.get_running_loop() is not self._loop:
+            raise SessionNotOpenError("A session must be closed on the event loop that opened it.")
+        caller.close(SessionClosedError("The session was closed while this call was waiting."))
+        try:
+            for stream in list(self._streams):
+                await stream.aclose()
+            await self._settle(caller)
+            if drain > 0:
+                await resolver.drain(drain)
+        finally:
+            caller.close_polls()
+            try:
+                await resolver.stop()
+            finally:
+                await caller.transport.close()
+
+    async def _settle(self, caller: Caller) -> None:
+        """Wait until nothing is on the wire any more, but not for long."""
+        deadline = self._clock.monotonic() + CLOSE_PATIENCE
+        while caller.gate.in_use and self._clock.monotonic() < deadline:
+            await self._clock.sleep(0.01)

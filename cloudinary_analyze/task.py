@@ -1,0 +1,192 @@
+"""`AnalysisTask`: a handle on an analysis that is under way, an awaitable future."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Generator
+from typing import Any, Generic, TypeVar
+
+from cloudinary_analyze._resolve.table import SUBMITTING, Answer, Table, Wait
+from cloudinary_analyze._wire.protocol import read_analysis_data
+from cloudinary_analyze.responses import Response, TaskStatus
+
+A = TypeVar("A")
+
+
+class AnalysisTask(Generic[A]):
+    """A handle on one analysis, from `AnalyzeSession.submit` or `AnalyzeSession.task`.
+
+    ``await task`` gives the response or raises; any number of waiters may do so, at any time,
+    and cancelling one disturbs no other and nothing remote. It works as it is in
+    ``asyncio.gather``, ``as_completed``, ``wait_for`` and under ``asyncio.timeout``; pass
+    `as_future` to ``asyncio.wait``, and a coroutine that awaits it to a ``TaskGroup``.
+
+    Not made directly. Belongs to its session's event loop.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_analysis_type",
+        "_future",
+        "_model",
+        "_response",
+        "_retrieved",
+        "_table",
+        "_wait",
+    )
+
+    def __init__(self, model: str, analysis_type: type[A], table: Table, wait: Wait) -> None:
+        self._model = model
+        self._analysis_type = analysis_type
+        self._table = table
+        self._wait = wait
+        self._response: Response[A] | None = None
+        self._future: asyncio.Task[Response[A]] | None = None
+        self._retrieved = False
+
+    def __repr__(self) -> str:
+        return f"<AnalysisTask {self._model} {self.task_id or 'not accepted'}, {self.status}>"
+
+    @property
+    def task_id(self) -> str | None:
+        """The service's id; ``None`` until it accepted the task, or if it answered directly."""
+        return self._wait.entry.task_id
+
+    @property
+    def status(self) -> str:
+        """The remote state as last heard; ``"submitting"`` until the service accepted the task."""
+        return self._wait.entry.state
+
+    def done(self) -> bool:
+        """Whether `result` would return or raise the outcome."""
+        return self._wait.entry.answer is not None or self._wait.ended is not None
+
+    def __await__(self) -> Generator[Any, None, Response[A]]:
+        return self._join().__await__()
+
+    async def _join(self) -> Response[A]:
+        while not self.done():
+            await self._wait.entry.change()
+        return self.result()
+
+    def result(self) -> Response[A]:
+        """Return the response, or raise what ``await`` would raise.
+
+        Raises:
+            TaskFailedError: The remote work failed.
+            TaskTimeoutError: This handle's wait ended; the remote work goes on.
+            ResultNotDeliveredError: The task is completed, but its result did not arrive.
+            SessionClosedError: The session was closed meanwhile.
+            AnalyzeError: The request was refused, or did not get through.
+            asyncio.InvalidStateError: There is no outcome yet.
+        """
+        answer = self._wait.entry.answer
+        if answer is None:
+            if self._wait.ended is None:
+                raise asyncio.InvalidStateError("The task has no outcome yet.")
+            self._retrieved = True
+            raise self._wait.ended.with_traceback(None)
+        self._retrieved = True
+        if answer.error is not None:
+            raise answer.error.with_traceback(None)  # raised once per waiter
+        if self._response is None:
+            self._response = self._read(answer)
+        return self._response
+
+    def _read(self, answer: Answer) -> Response[A]:
+        if answer.response is not None and answer.response.model == self._model:
+            response: Response[A] = answer.response
+            return response
+        raw = answer.raw if answer.response is None else answer.response.raw
+        assert raw is not None
+        return read_analysis_data(self._model, self._analysis_type, answer.data or raw["data"], raw)
+
+    def exception(self) -> Exception | None:
+        """Return what `result` would raise, or ``None``.
+
+        Raises:
+            asyncio.InvalidStateError: There is no outcome yet.
+        """
+        try:
+            self.result()
+        except asyncio.InvalidStateError:
+            raise
+        except Exception as error:
+            return error
+        return None
+
+    async def accepted(self) -> str | None:
+        """Wait until the service has the request, and return the task id.
+
+        Returns:
+            The id to take the task up by later; ``None`` if the service answered directly.
+
+        Raises:
+            AnalyzeError: The service did not accept it; as ``await`` raises.
+        """
+        entry = self._wait.entry
+        while entry.task_id is None and not self.done():
+            await entry.change()
+        if entry.task_id is None:
+            self.result()
+        return entry.task_id
+
+    async def wait(self) -> TaskStatus:
+        """Wait until the remote work is over, as far as polls tell, and return its status.
+
+        Does not wait for the result, and does not raise for a failed task.
+
+        Raises:
+            AnalyzeError: There is no task to ask for, or this handle's wait ended.
+        """
+        entry = self._wait.entry
+        while entry.state not in {"completed", "failed"} and not self.done():
+            await entry.change()
+        if entry.state not in {"completed", "failed"} or entry.task_id is None:
+            self.result()
+        return TaskStatus(entry.task_id or "", entry.state)
+
+    def abandon(self) -> None:
+        """Stop waiting: every waiter on this handle gets a `TaskTimeoutError`.
+
+        The remote work goes on and is charged; the API cannot cancel it. Other handles on the
+        same task are not disturbed.
+        """
+        self._retrieved = True
+        self._table.abandon(self._wait)
+
+    def as_future(self) -> asyncio.Future[Response[A]]:
+        """Return a real `asyncio.Future`, for ``asyncio.wait``.
+
+        The same one each time. Cancelling it disturbs no other waiter and nothing remote.
+        """
+        if self._future is None or self._future.cancelled():
+            self._future = asyncio.ensure_future(self._join())
+        return self._future
+
+    def add_done_callback(self, callback: Callable[[AnalysisTask[A]], object]) -> None:
+        """Call a function with this handle, soon after it is done."""
+
+        def call(future: asyncio.Future[Response[A]]) -> None:
+            if not future.cancelled():
+                future.exception()  # the callback is told by the handle
+                callback(self)
+
+        self.as_future().add_done_callback(call)
+
+    def __del__(self) -> None:
+        answer = self._wait.entry.answer
+        if self._retrieved or answer is None or answer.error is None:
+            return
+        if self._wait.entry.state == SUBMITTING and answer.by == "session":
+            return  # closed before it was sent: nothing is lost
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        loop.call_exception_handler(
+            {
+                "message": f"The error of {self!r} was never retrieved",
+                "exception": answer.error,
+            }
+        )

@@ -1,0 +1,151 @@
+"""The public face of webhook verification: two pure functions.
+
+``verify_signature`` says whether a body came from the service, ``parse_notification`` what it
+says. Keep the raw bytes: JSON that was parsed and serialised again never verifies.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+import time
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from cloudinary_analyze._wire.protocol import read_notification
+from cloudinary_analyze._wire.signature import (
+    DIGESTS,
+    SIGNATURE_HEADER,
+    SIGNATURE_V2_HEADER,
+    TIMESTAMP_HEADER,
+    compute_signature,
+)
+from cloudinary_analyze.errors import (
+    ConfigurationError,
+    InvalidSignatureError,
+    StaleNotificationError,
+)
+from cloudinary_analyze.responses import Delivery, Notification
+
+OLDEST: Final = 7200.0
+NEWEST: Final = 300.0
+_TIMESTAMP = re.compile(r"[0-9]{1,15}")
+_HEX_LENGTHS: Final = {40: "sha1", 64: "sha256"}
+
+
+def verify_signature(
+    body: bytes,
+    timestamp: str | None,
+    signature: str | None,
+    secrets: Iterable[str],
+    *,
+    digests: Iterable[str] = ("sha1", "sha256"),
+    now: float | None = None,
+    oldest: float | None = OLDEST,
+    newest: float | None = NEWEST,
+) -> None:
+    """Return if a notification was signed with one of the secrets, and lately; else raise.
+
+    Args:
+        body: The raw body, byte for byte as received.
+        timestamp: The value of ``X-Cld-Timestamp``: Unix seconds in decimal.
+        signature: The value of ``X-Cld-Signature``: lower-case hex.
+        secrets: The secrets that may have signed it; several while one is rotated.
+        digests: The digests that may have been used.
+        now: Unix seconds of the receipt; default: the wall clock's.
+        oldest: How many seconds the timestamp may lie in the past; ``None``: any.
+        newest: How many seconds it may lie in the future; ``None``: any.
+
+    Raises:
+        InvalidSignatureError: It was not signed with any of them.
+        StaleNotificationError: It was, but too long ago, or in the future.
+        ConfigurationError: There is no secret, or a digest is unknown.
+    """
+    if isinstance(body, str):
+        raise TypeError("The body must be the raw bytes as received, not a string.")
+    secrets = (secrets,) if isinstance(secrets, str) else tuple(secrets)
+    digests = (digests,) if isinstance(digests, str) else tuple(digests)
+    if not secrets or not all(secrets):
+        raise ConfigurationError("There is no secret to verify notifications with.")
+    if unknown := set(digests) - DIGESTS.keys():
+        raise ConfigurationError(f"Digests are 'sha1' and 'sha256', not {sorted(unknown)}.")
+    if not signature:
+        raise InvalidSignatureError("The notification has no signature.")
+    if timestamp is None or not _TIMESTAMP.fullmatch(timestamp):
+        raise InvalidSignatureError("The notification has no readable timestamp.")
+    digest = _HEX_LENGTHS.get(len(signature))
+    received = signature.encode("utf-8", "replace")
+    matched = False
+    if digest in digests:
+        for secret in secrets:  # all of them, so that the time taken tells nothing
+            expected = compute_signature(body, timestamp, secret, digest=digest)
+            matched |= hmac.compare_digest(expected.encode(), received)
+    if not matched:
+        raise InvalidSignatureError(
+            "The notification's signature is of none of the known secrets. Either it is forged, "
+            "or its body was changed on the way, or the account signs with another key or digest "
+            "(see Credentials.notification_secrets and .digests)."
+        )
+    age = (time.time() if now is None else now) - int(timestamp)
+    if oldest is not None and age > oldest:
+        raise StaleNotificationError(
+            f"The notification was signed {age:.0f} s before it arrived; over {oldest:.0f} s "
+            "it may be a replay. If many are refused, check this machine's clock."
+        )
+    if newest is not None and -age > newest:
+        raise StaleNotificationError(
+            f"The notification was signed {-age:.0f} s in the future; over {newest:.0f} s "
+            "it may be forged. If many are refused, check this machine's clock."
+        )
+
+
+def parse_notification(body: bytes) -> Notification:
+    """Return what a notification says. Verify its signature first.
+
+    Foreign notifications (uploads, say) are read too; their ``task_id`` is ``None``.
+
+    Raises:
+        MalformedNotificationError: The body is no JSON object.
+    """
+    return read_notification(body)
+
+
+def find_header(headers: Mapping[str, str], name: str) -> str | None:
+    """Return a header's value; names are compared without regard to case."""
+    value = headers.get(name)
+    if value is None:
+        folded = name.lower()
+        value = headers.get(folded)
+        if value is None:
+            value = next((v for k, v in headers.items() if k.lower() == folded), None)
+    return value
+
+
+def verify_delivery(
+    delivery: Delivery, secrets: Iterable[str], *, digests: Iterable[str] = ("sha1", "sha256")
+) -> None:
+    """Return if a delivery was signed with one of the secrets shortly before its first receipt.
+
+    A delivery without ``received_at`` was pulled from a store; its age is not judged.
+
+    Raises:
+        InvalidSignatureError: See `verify_signature`.
+        StaleNotificationError: See `verify_signature`.
+    """
+    received_at = delivery.received_at
+    signature = find_header(delivery.headers, SIGNATURE_HEADER)
+    if signature is None and find_header(delivery.headers, SIGNATURE_V2_HEADER) is not None:
+        raise InvalidSignatureError(
+            "The notification has a v2 signature only, which nobody but the vendor can verify. "
+            "Set the trigger's auth_scheme to 'default' or 'legacy_hmac'."
+        )
+    verify_signature(
+        delivery.body,
+        find_header(delivery.headers, TIMESTAMP_HEADER),
+        signature,
+        secrets,
+        digests=digests,
+        now=received_at,
+        oldest=None if received_at is None else OLDEST,
+        newest=None if received_at is None else NEWEST,
+    )

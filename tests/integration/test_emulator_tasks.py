@@ -1,0 +1,400 @@
+"""Tasks of the emulator: their life, their notifications, and everything that goes wrong there."""
+
+import asyncio
+import base64
+import contextlib
+import gc
+import json
+import time
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from cloudinary_analyze._wire.signature import compute_signature
+from cloudinary_analyze.emulator import Emulator, FaultPlan, WebhookPolicy
+
+URI = "https://x.test/a.jpg"
+
+
+def open_client(emulator):
+    basic = aiohttp.encode_basic_auth(emulator.api_key, emulator.api_secret)
+    return aiohttp.ClientSession(headers={"Authorization": basic})
+
+
+async def submit(client, emulator, *, uri=URI, model="captioning", notification_url=None):
+    body = {"source": {"uri": uri}, "async": True}
+    if notification_url is not None:
+        body["notification_url"] = notification_url
+    url = f"{emulator.url}/v2/analysis/{emulator.cloud_name}/analyze/{model}"
+    async with client.post(url, json=body) as response:
+        assert response.status == 202
+        return await response.json()
+
+
+async def read_status(client, emulator, task_id):
+    url = f"{emulator.url}/v2/analysis/{emulator.cloud_name}/tasks/{task_id}"
+    async with client.get(url) as response:
+        assert response.status == 200
+        return (await response.json())["data"]
+
+
+async def until(condition, seconds=5.0):
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def verifies(emulator, delivery, digest="sha1"):
+    timestamp = delivery.headers["X-Cld-Timestamp"]
+    expected = compute_signature(delivery.body, timestamp, emulator.api_secret, digest=digest)
+    return delivery.headers["X-Cld-Signature"] == expected
+
+
+class Receiver:
+    """A webhook endpoint that answers with the given statuses, then with 200."""
+
+    def __init__(self, statuses=()):
+        self.statuses = list(statuses)
+        self.got = []
+        self.connections = set()
+
+    async def handle(self, request):
+        self.connections.add(request.transport.get_extra_info("peername"))
+        self.got.append((await request.read(), dict(request.headers)))
+        status = self.statuses.pop(0) if self.statuses else 200
+        headers = {"Location": "/elsewhere"} if status == 307 else {}
+        return web.Response(status=status, headers=headers)
+
+
+@contextlib.asynccontextmanager
+async def receive(statuses=()):
+    receiver = Receiver(statuses)
+    app = web.Application()
+    app.router.add_post("/{tail:.*}", receiver.handle)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    receiver.url = f"http://127.0.0.1:{runner.addresses[0][1]}/hook"
+    try:
+        yield receiver
+    finally:
+        await runner.cleanup()
+
+
+async def test_a_task_goes_from_pending_to_completed_and_its_status_has_no_result():
+    async with Emulator(task_seconds=0.3) as emulator, open_client(emulator) as client:
+        accepted = await submit(client, emulator)
+        task_id = accepted["data"]["task_id"]
+        assert len(task_id) == 160
+        assert accepted["data"]["status"] == "pending"
+        assert set(accepted) == {"data", "request_id"}
+        seen = []
+        while not seen or seen[-1] != "completed":
+            data = await read_status(client, emulator, task_id)
+            assert set(data) == {"task_id", "status"}
+            if data["status"] not in seen:
+                seen.append(data["status"])
+        assert seen == ["pending", "processing", "completed"]
+        assert emulator.counts.polls[task_id] > 3
+        assert emulator.tasks[task_id].source == URI
+
+
+async def test_the_status_carries_the_result_only_if_asked():
+    async with (
+        Emulator(task_seconds=0, results_in_status=True) as emulator,
+        open_client(emulator) as client,
+    ):
+        task_id = (await submit(client, emulator))["data"]["task_id"]
+        await until(lambda: emulator.tasks[task_id].outcome)
+        data = await read_status(client, emulator, task_id)
+    assert data["analysis"]["data"]["caption"]
+    assert data["entity"] == URI
+
+
+@pytest.mark.parametrize("digest", ["sha1", "sha256"])
+async def test_a_signed_notification_has_the_result_of_the_call(digest):
+    async with (
+        receive() as receiver,
+        Emulator(task_seconds=0, webhooks=WebhookPolicy(digest=digest)) as emulator,
+        open_client(emulator) as client,
+    ):
+        accepted = await submit(client, emulator, notification_url=receiver.url)
+        await until(lambda: emulator.tasks[accepted["data"]["task_id"]].notified)
+        url = f"{emulator.url}/v2/analysis/{emulator.cloud_name}/analyze/captioning"
+        async with client.post(url, json={"source": {"uri": URI}}) as response:
+            direct = await response.json()
+        ((body, headers),) = receiver.got
+        expected = compute_signature(
+            body, headers["X-Cld-Timestamp"], emulator.api_secret, digest=digest
+        )
+    assert headers["X-Cld-Signature"] == expected
+    assert headers["Content-Type"] == "application/json"
+    content = json.loads(body)
+    assert content["data"] == direct["data"]
+    assert content["limits"] == direct["limits"]
+    assert content["task_id"] == accepted["data"]["task_id"]
+    assert content["request_id"] == accepted["request_id"]
+    assert (content["http_status"], content["notification_type"]) == (200, "analyze")
+
+
+async def test_the_accounts_url_is_used_when_the_request_names_none():
+    async with receive() as account, receive() as own:
+        policy = WebhookPolicy(default_notification_url=account.url)
+        async with (
+            Emulator(task_seconds=0, webhooks=policy) as emulator,
+            open_client(emulator) as client,
+        ):
+            await submit(client, emulator)
+            await submit(client, emulator, notification_url=own.url)
+            await until(lambda: account.got and own.got)
+    assert (len(account.got), len(own.got)) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "sent", "notified"),
+    [([500, 307, 201], 4, True), ([500] * 9, 4, False)],
+)
+async def test_what_is_not_answered_200_comes_again_three_times_at_most(statuses, sent, notified):
+    policy = WebhookPolicy(retry_scale=0.0001)
+    async with (
+        receive(statuses) as receiver,
+        Emulator(task_seconds=0, webhooks=policy) as emulator,
+        open_client(emulator) as client,
+    ):
+        answer = await submit(client, emulator, notification_url=receiver.url)
+        task = emulator.tasks[answer["data"]["task_id"]]
+        await until(lambda: emulator.counts.webhooks_refused + task.notified == sent)
+        assert emulator.counts.webhooks == {"genuine": 1, "redelivery": 3}
+    assert task.notified is notified
+    assert len(receiver.got) == sent
+    assert len({body for body, _ in receiver.got}) == 1
+
+
+async def test_deliveries_share_a_bounded_number_of_connections():
+    policy = WebhookPolicy(concurrency=3)
+    async with (
+        receive() as receiver,
+        Emulator(task_seconds=0.05, webhooks=policy) as emulator,
+        open_client(emulator) as client,
+    ):
+        for index in range(60):
+            uri = f"{URI}?{index}"
+            await submit(client, emulator, uri=uri, notification_url=receiver.url)
+        await until(lambda: len(receiver.got) == 60)
+    assert len(receiver.connections) <= 3
+
+
+async def test_the_hook_gets_deliveries_in_process_and_its_errors_count_as_refusals(caplog):
+    got = []
+
+    def hook(delivery):
+        got.append(delivery)
+        if len(got) == 1:
+            raise LookupError("not now")
+
+    policy = WebhookPolicy(retry_scale=0.0001)
+    async with (
+        Emulator(task_seconds=0, on_delivery=hook, webhooks=policy) as emulator,
+        open_client(emulator) as client,
+    ):
+        task_id = (await submit(client, emulator))["data"]["task_id"]
+        await until(lambda: emulator.tasks[task_id].notified)
+        assert [verifies(emulator, delivery) for delivery in got] == [True, True]
+    assert abs(got[0].received_at - time.time()) < 60
+    assert "not now" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fault", "kinds"),
+    [
+        ("duplicated", ["genuine", "duplicate"]),
+        ("forged", ["forged", "genuine"]),
+        ("stale", ["stale", "genuine"]),
+        ("malformed", ["malformed", "genuine"]),
+        ("foreign", ["foreign", "genuine"]),
+        ("unrelated", ["unrelated", "genuine"]),
+        ("delayed", ["genuine"]),
+        ("early", ["genuine"]),
+        ("failed", ["genuine"]),
+        ("lost", []),
+    ],
+)
+async def test_faults_of_notifications_are_acted_out_and_recorded(fault, kinds):
+    got = []
+    plan = FaultPlan(**{fault: 1.0}, delay_seconds=0.2)
+    async with (
+        Emulator(task_seconds=0, on_delivery=got.append, faults=plan) as emulator,
+        open_client(emulator) as client,
+    ):
+        started = time.monotonic()
+        task_id = (await submit(client, emulator))["data"]["task_id"]
+        if fault == "early":
+            assert len(got) == 1
+        task = emulator.tasks[task_id]
+        assert task.faults == (fault,)
+        await until(lambda: task.outcome and len(got) >= len(kinds))
+        assert emulator.counts.webhooks == dict.fromkeys(kinds, 1)
+        status = (await read_status(client, emulator, task_id))["status"]
+        assert status == ("failed" if fault == "failed" else "completed")
+    assert (time.monotonic() - started >= 0.2) == (fault == "delayed")
+    for kind, delivery in zip(kinds, got, strict=True):
+        assert verifies(emulator, delivery) == (kind != "forged")
+        old = time.time() - int(delivery.headers["X-Cld-Timestamp"]) > 7200
+        assert old == (kind == "stale")
+        if kind == "malformed":
+            with pytest.raises(ValueError, match="Expecting"):
+                json.loads(delivery.body)
+            continue
+        content = json.loads(delivery.body)
+        if kind in {"genuine", "duplicate", "forged", "stale"}:
+            assert content["task_id"] == task_id
+        elif kind == "foreign":
+            assert content["task_id"] not in emulator.tasks
+        else:
+            assert content["notification_type"] == "upload"
+        if kind in {"forged", "stale"}:
+            assert content["data"]["entity"] != URI
+        elif fault == "failed":
+            assert (content["http_status"], "data" in content) == (500, False)
+            assert content["error"]["category"] == "server_error"
+
+
+async def test_an_unknown_status_is_shown_while_the_task_runs():
+    plan = FaultPlan(unknown_status=1.0)
+    async with Emulator(task_seconds=60, faults=plan) as emulator, open_client(emulator) as client:
+        task_id = (await submit(client, emulator))["data"]["task_id"]
+        assert (await read_status(client, emulator, task_id))["status"] == "queued_for_gpu"
+
+
+async def test_a_source_that_cannot_be_fetched_fails_the_task_and_is_not_charged():
+    got = []
+    async with (
+        Emulator(task_seconds=0, on_delivery=got.append) as emulator,
+        open_client(emulator) as client,
+    ):
+        await submit(client, emulator, uri=f"{emulator.url}/samples/none.png")
+        await until(lambda: got)
+    content = json.loads(got[0].body)
+    assert (content["http_status"], content["error"]["message"]) == (404, "not found")
+    assert emulator.counts.total_done == 0
+
+
+async def pull(client, emulator, **query):
+    url = f"{emulator.url}/v2/notifications/{emulator.cloud_name}/messages"
+    async with client.get(url, params=query) as response:
+        return response.status, await response.json()
+
+
+async def acknowledge(client, emulator, handles):
+    url = f"{emulator.url}/v2/notifications/{emulator.cloud_name}/messages/ack"
+    async with client.post(url, json={"receipt_handles": handles}) as response:
+        return response.status, await response.json()
+
+
+async def test_a_pulled_message_comes_again_unless_it_is_acknowledged():
+    policy = WebhookPolicy(pull_channel="results")
+    async with (
+        Emulator(task_seconds=0, webhooks=policy) as emulator,
+        open_client(emulator) as client,
+    ):
+        task_id = (await submit(client, emulator))["data"]["task_id"]
+        _, first = await pull(client, emulator, channel="results", visibility_timeout=1)
+        (message,) = first["messages"]
+        body = base64.urlsafe_b64decode(message["signed_payload"])
+        expected = compute_signature(body, message["timestamp"], emulator.api_secret)
+        assert message["signature"] == expected
+        assert message["payload"] == json.loads(body)
+        assert message["payload"]["task_id"] == task_id
+
+        _, empty = await pull(client, emulator, channel="results", wait_seconds=0)
+        assert empty == {}
+        started = time.monotonic()
+        _, again = await pull(client, emulator, channel="results", wait_seconds=5)
+        assert 0.5 < time.monotonic() - started < 3
+        assert again["messages"][0]["signed_payload"] == message["signed_payload"]
+
+        gone = message["receipt_handle"]
+        assert await acknowledge(client, emulator, [gone]) == (200, {"acknowledged": 0})
+        handle = again["messages"][0]["receipt_handle"]
+        assert await acknowledge(client, emulator, [handle]) == (200, {"acknowledged": 1})
+        _, nothing = await pull(client, emulator, channel="results", wait_seconds=0)
+        assert nothing == {}
+
+
+async def test_a_long_poll_ends_as_soon_as_a_message_arrives():
+    async with Emulator(task_seconds=0.1) as emulator, open_client(emulator) as client:
+        waiting = asyncio.create_task(pull(client, emulator, channel="mine", wait_seconds=60))
+        other = asyncio.create_task(pull(client, emulator, channel="other", wait_seconds=1))
+        await submit(client, emulator, notification_url="poll://mine")
+        started = time.monotonic()
+        _, body = await waiting
+        assert time.monotonic() - started < 1
+        assert len(body["messages"]) == 1
+        assert await other == (200, {})
+
+
+async def test_bad_requests_to_the_pull_queue_are_refused():
+    async with Emulator() as emulator, open_client(emulator) as client:
+        for query in [
+            {},
+            {"channel": "a", "batch_id": "b"},
+            {"channel": "a", "max_messages": "0"},
+            {"channel": "a", "wait_seconds": "61"},
+            {"channel": "a", "visibility_timeout": "x"},
+        ]:
+            assert (await pull(client, emulator, **query))[0] == 400
+        for handles in [[], ["a"] * 101, [1], "a"]:
+            assert (await acknowledge(client, emulator, handles))[0] == 400
+        async with aiohttp.ClientSession() as stranger:
+            assert (await pull(stranger, emulator, channel="a"))[0] == 401
+
+
+async def test_many_sleeping_tasks_cost_little_and_no_asyncio_task():
+    async with Emulator(task_seconds=3600) as emulator, open_client(emulator) as client:
+        before = len(asyncio.all_tasks())
+        await asyncio.gather(*(submit(client, emulator, uri=f"{URI}?{i}") for i in range(500)))
+        await until(lambda: len(asyncio.all_tasks()) <= before + 200)
+        assert len(emulator.tasks) == 500
+
+
+async def test_stopping_leaves_nothing_behind_with_notifications_outstanding():
+    before = asyncio.all_tasks()
+    release = asyncio.Event()
+
+    async def stall(request):
+        await release.wait()
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_post("/", stall)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}/"
+        async with Emulator(task_seconds=0) as emulator, open_client(emulator) as client:
+            for _ in range(40):
+                await submit(client, emulator, notification_url=url)
+            poll = asyncio.create_task(pull(client, emulator, channel="c", wait_seconds=60))
+            await until(lambda: emulator.counts.webhooks["genuine"] == 16)
+            await until(lambda: emulator._pull_queue._channels)
+            started = time.monotonic()
+            await emulator.stop()
+            assert time.monotonic() - started < 2
+            with contextlib.suppress(aiohttp.ClientError):
+                assert await poll == (200, {})
+    finally:
+        release.set()
+        await runner.cleanup()
+    assert asyncio.all_tasks() == before
+    gc.collect()
+
+
+async def test_a_stopped_emulator_starts_again_and_still_knows_its_tasks():
+    emulator = Emulator(task_seconds=0)
+    async with emulator, open_client(emulator) as client:
+        task_id = (await submit(client, emulator))["data"]["task_id"]
+        await until(lambda: emulator.tasks[task_id].outcome)
+    async with emulator, open_client(emulator) as client:
+        assert (await read_status(client, emulator, task_id))["status"] == "completed"

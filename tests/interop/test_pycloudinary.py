@@ -1,0 +1,78 @@
+"""pycloudinary, the vendor's general client, takes the emulator's notifications for genuine."""
+
+import asyncio
+
+import aiohttp
+import pytest
+
+from cloudinary_analyze.emulator import Emulator, WebhookPolicy
+
+cloudinary = pytest.importorskip("cloudinary")
+api = pytest.importorskip("cloudinary.api")
+utils = pytest.importorskip("cloudinary.utils")
+exceptions = pytest.importorskip("cloudinary.exceptions")
+
+URI = "https://x.test/a.jpg"
+
+
+@pytest.fixture
+def configure():
+    """Point pycloudinary, which has one global configuration, at an emulator."""
+
+    def apply(emulator, digest="sha1"):
+        cloudinary.reset_config()
+        cloudinary.config(
+            cloud_name=emulator.cloud_name,
+            api_key=emulator.api_key,
+            api_secret=emulator.api_secret,
+            upload_prefix=emulator.url,
+            signature_algorithm=digest,
+        )
+
+    yield apply
+    cloudinary.reset_config()
+
+
+async def submit(emulator, **options):
+    basic = aiohttp.encode_basic_auth(emulator.api_key, emulator.api_secret)
+    url = f"{emulator.url}/v2/analysis/{emulator.cloud_name}/analyze/captioning"
+    body = {"source": {"uri": URI}, "async": True, **options}
+    async with aiohttp.ClientSession(headers={"Authorization": basic}) as client:
+        async with client.post(url, json=body) as response:
+            return (await response.json())["data"]["task_id"]
+
+
+@pytest.mark.parametrize("digest", ["sha1", "sha256"])
+async def test_notifications_verify(configure, digest):
+    got = asyncio.Queue()
+    policy = WebhookPolicy(digest=digest)
+    async with Emulator(task_seconds=0, on_delivery=got.put_nowait, webhooks=policy) as emulator:
+        configure(emulator, digest)
+        await submit(emulator)
+        delivery = await asyncio.wait_for(got.get(), 5)
+    body = delivery.body.decode()
+    stamp, signature = (delivery.headers[f"X-Cld-{part}"] for part in ("Timestamp", "Signature"))
+    assert utils.verify_notification_signature(body, stamp, signature)
+    assert not utils.verify_notification_signature(body + " ", stamp, signature)
+
+
+async def test_messages_are_pulled_verified_and_acknowledged(configure):
+    async with Emulator(task_seconds=0.1) as emulator:
+        configure(emulator)
+        task_id = await submit(emulator, notification_url="poll://results")
+        answer = await asyncio.to_thread(
+            api.notifications, channel="results", max_messages=5, wait_seconds=5
+        )
+        (message,) = answer["messages"]
+        assert message["payload"]["task_id"] == task_id
+        assert utils.verify_notification(message)
+        await asyncio.to_thread(api.ack_notifications, message["receipt_handle"])
+        empty = await asyncio.to_thread(api.notifications, channel="results", wait_seconds=0)
+        assert "messages" not in empty
+
+
+async def test_the_path_of_the_first_schema_is_not_served(configure):
+    async with Emulator() as emulator:
+        configure(emulator)
+        with pytest.raises(exceptions.NotFound, match="not found"):
+            await asyncio.to_thread(api.analyze, URI, "captioning")
