@@ -1,11 +1,14 @@
-"""What others may implement: where deliveries come from and where they go to."""
+"""What others may implement: sources and sinks of deliveries, and the ledger of bulk work."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-from cloudinary_analyze.responses import Delivery
+import attrs
+
+from cloudinary_analyze.errors import AnalyzeError
+from cloudinary_analyze.responses import Delivery, JSONObject, Response
 
 
 class NotificationSource(Protocol):
@@ -45,4 +48,53 @@ class NotificationSink(Protocol):
 
     async def put(self, delivery: Delivery, /) -> None:
         """Return once the delivery is stored; the sender is told 200 only then."""
+        ...
+
+
+@attrs.frozen(kw_only=True)
+class LedgerRecord:
+    """What a ledger knows of one request key.
+
+    Attributes:
+        key: See `AnalyzeRequest.key`.
+        task_id: The task that was submitted for it, if one was.
+        response: The final response's JSON as received, if there is one.
+        error: The final error, if there is one.
+    """
+
+    key: str
+    task_id: str | None = None
+    response: JSONObject | None = None
+    error: AnalyzeError | None = None
+
+
+class Ledger(Protocol):
+    """What remembers, per request key, the submitted task id and the final response or error.
+
+    So that bulk work can be killed at any moment and knowingly pays twice for nothing. A ledger
+    belongs to one host and cloud name. What a ``record_`` method returned for is durable.
+    """
+
+    async def open(self, *, base_url: str, cloud_name: str) -> None:
+        """Open it for a session; idempotent.
+
+        Raises:
+            LedgerError: It is damaged, foreign, or of another host or cloud; it is left untouched.
+        """
+        ...
+
+    async def find(self, key: str) -> LedgerRecord | None:
+        """Return what is known of a key."""
+        ...
+
+    async def record_submitted(self, key: str, task_id: str) -> None:
+        """Remember the task that was submitted for a key."""
+        ...
+
+    async def record_response(self, key: str, response: Response[Any]) -> None:
+        """Remember a final response."""
+        ...
+
+    async def record_error(self, key: str, error: AnalyzeError) -> None:
+        """Remember a final error."""
         ...
