@@ -10,7 +10,7 @@ import asyncio
 import base64
 import socket
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from html import escape
 from http import HTTPStatus
@@ -50,6 +50,7 @@ from cloudinary_analyze.emulator.validation import (
 from cloudinary_analyze.emulator.webhooks import WebhookPolicy, WebhookSender
 from cloudinary_analyze.responses import Delivery
 
+CLOUD_NAME_PREFIX: Final = "emulator-"
 SERVER_NAME: Final = "CloudinaryAnalyzeEmulator (synthetic analyses)"
 _MAX_BODY: Final = 1 << 20
 _LISTED_PICTURES: Final = 24
@@ -58,12 +59,20 @@ _HTML_502: Final = b"<html><head><title>502 Bad Gateway</title></head><body>502<
 _LINGER_ZERO: Final = struct.pack("ii", 1, 0)
 
 
-def _check_quotas(_emulator: Any, _attribute: Any, quotas: Mapping[str, int] | None) -> None:
-    unknown = set(quotas or ()) - set(FREE_PLAN)
+def _check_features(_emulator: Any, _attribute: Any, features: Iterable[str] | None) -> None:
+    unknown = set(features or ()) - set(FREE_PLAN)
     if unknown:
         raise ValueError(
             f"No feature is called {', '.join(sorted(unknown))}: "
-            f"quotas are counted for {', '.join(FREE_PLAN)}."
+            f"the features are {', '.join(FREE_PLAN)}."
+        )
+
+
+def _check_cloud_name(_emulator: Any, _attribute: Any, name: str) -> None:
+    if not name.startswith(CLOUD_NAME_PREFIX):
+        raise ValueError(
+            f"The cloud name of an emulator begins with {CLOUD_NAME_PREFIX!r}, so that synthetic "
+            f"results are never taken for real ones; got {name!r}."
         )
 
 
@@ -92,7 +101,7 @@ class Emulator:
     Attributes:
         host: The address to listen on.
         port: The port to listen on; 0 takes a free one.
-        cloud_name: The one cloud name that exists.
+        cloud_name: The one cloud name that exists; it begins with ``emulator-``.
         api_key: The key of Basic authentication.
         api_secret: The secret of Basic authentication; it signs notifications too.
         oauth_token: The token of Bearer authentication.
@@ -115,12 +124,14 @@ class Emulator:
 
     host: str = "127.0.0.1"
     port: int = 0
-    cloud_name: str = "emulator-demo"
+    cloud_name: str = attrs.field(default="emulator-demo", validator=_check_cloud_name)
     api_key: str = "123456789012345"
     api_secret: str = attrs.field(default="emulator-secret", repr=False)
     oauth_token: str = attrs.field(default="emulator-oauth-token", repr=False)
-    unsubscribed: frozenset[str] = attrs.field(default=frozenset(), converter=frozenset)
-    quotas: Mapping[str, int] | None = attrs.field(default=None, validator=_check_quotas)
+    unsubscribed: frozenset[str] = attrs.field(
+        default=frozenset(), converter=frozenset, validator=_check_features
+    )
+    quotas: Mapping[str, int] | None = attrs.field(default=None, validator=_check_features)
     reset_time: datetime | None = None
     latency: Seconds | None = attrs.field(
         default=None, validator=attrs.validators.optional(_check_seconds)

@@ -295,10 +295,10 @@ async def test_a_fault_hits_as_often_as_planned_and_then_the_source_recovers(fau
 
 
 async def test_latency_overlaps_and_the_most_calls_in_flight_are_counted():
-    async with Emulator(latency=0.1) as emulator, open_client(emulator) as client:
+    async with Emulator(latency=0.2) as emulator, open_client(emulator) as client:
         started = asyncio.get_running_loop().time()
         await asyncio.gather(*(call(client, emulator) for _ in range(20)))
-        assert 0.1 <= asyncio.get_running_loop().time() - started < 1
+        assert 0.2 <= asyncio.get_running_loop().time() - started < 3
     assert emulator.counts.max_in_flight == 20
     assert emulator.counts.in_flight == 0
 

@@ -83,21 +83,26 @@ async def receive(statuses=()):
 
 
 async def test_a_task_goes_from_pending_to_completed_and_its_status_has_no_result():
-    async with Emulator(task_seconds=0.3) as emulator, open_client(emulator) as client:
+    async with Emulator(task_seconds=60) as emulator, open_client(emulator) as client:
         accepted = await submit(client, emulator)
         task_id = accepted["data"]["task_id"]
         assert len(task_id) == 160
         assert accepted["data"]["status"] == "pending"
         assert set(accepted) == {"data", "request_id"}
-        seen = []
-        while not seen or seen[-1] != "completed":
-            data = await read_status(client, emulator, task_id)
-            assert set(data) == {"task_id", "status"}
-            if data["status"] not in seen:
-                seen.append(data["status"])
-        assert seen == ["pending", "processing", "completed"]
-        assert emulator.counts.polls[task_id] > 3
-        assert emulator.tasks[task_id].source == URI
+        task = emulator.tasks[task_id]
+        assert await read_status(client, emulator, task_id) == {
+            "task_id": task_id,
+            "status": "pending",
+        }
+        assert task.read_status(task.accepted_at + 59) == "processing"
+        assert emulator.counts.polls == {task_id: 1}
+    async with Emulator(task_seconds=0) as emulator, open_client(emulator) as client:
+        task_id = (await submit(client, emulator))["data"]["task_id"]
+        await until(lambda: emulator.tasks[task_id].outcome)
+        assert await read_status(client, emulator, task_id) == {
+            "task_id": task_id,
+            "status": "completed",
+        }
 
 
 async def test_the_status_carries_the_result_only_if_asked():
@@ -171,6 +176,18 @@ async def test_what_is_not_answered_200_comes_again_three_times_at_most(statuses
     assert len({body for body, _ in receiver.got}) == 1
 
 
+async def test_a_receiver_that_is_down_is_tried_again():
+    async with receive() as receiver:
+        url = receiver.url
+    policy = WebhookPolicy(retry_scale=0.0001)
+    async with (
+        Emulator(task_seconds=0, webhooks=policy) as emulator,
+        open_client(emulator) as client,
+    ):
+        await submit(client, emulator, notification_url=url)
+        await until(lambda: emulator.counts.webhooks_refused == 4)
+
+
 async def test_deliveries_share_a_bounded_number_of_connections():
     policy = WebhookPolicy(concurrency=3)
     async with (
@@ -237,7 +254,7 @@ async def test_faults_of_notifications_are_acted_out_and_recorded(fault, kinds):
         assert emulator.counts.webhooks == dict.fromkeys(kinds, 1)
         status = (await read_status(client, emulator, task_id))["status"]
         assert status == ("failed" if fault == "failed" else "completed")
-    assert (time.monotonic() - started >= 0.2) == (fault == "delayed")
+    assert fault != "delayed" or time.monotonic() - started >= 0.2
     for kind, delivery in zip(kinds, got, strict=True):
         assert verifies(emulator, delivery) == (kind != "forged")
         old = time.time() - int(delivery.headers["X-Cld-Timestamp"]) > 7200
@@ -310,8 +327,8 @@ async def test_a_pulled_message_comes_again_unless_it_is_acknowledged():
         _, empty = await pull(client, emulator, channel="results", wait_seconds=0)
         assert empty == {}
         started = time.monotonic()
-        _, again = await pull(client, emulator, channel="results", wait_seconds=5)
-        assert 0.5 < time.monotonic() - started < 3
+        _, again = await pull(client, emulator, channel="results", wait_seconds=30)
+        assert 0.5 < time.monotonic() - started < 20
         assert again["messages"][0]["signed_payload"] == message["signed_payload"]
 
         gone = message["receipt_handle"]
@@ -329,7 +346,7 @@ async def test_a_long_poll_ends_as_soon_as_a_message_arrives():
         await submit(client, emulator, notification_url="poll://mine")
         started = time.monotonic()
         _, body = await waiting
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 20
         assert len(body["messages"]) == 1
         assert await other == (200, {})
 
@@ -381,7 +398,7 @@ async def test_stopping_leaves_nothing_behind_with_notifications_outstanding():
             await until(lambda: emulator._pull_queue._channels)
             started = time.monotonic()
             await emulator.stop()
-            assert time.monotonic() - started < 2
+            assert time.monotonic() - started < 8
             with contextlib.suppress(aiohttp.ClientError):
                 assert await poll == (200, {})
     finally:

@@ -16,20 +16,18 @@ URI = "https://x.test/a.jpg"
 
 
 @pytest.fixture
-def configure():
+def configure(monkeypatch):
     """Point pycloudinary, which has one global configuration, at an emulator."""
+    for name in ("CLOUD_NAME", "API_KEY", "API_SECRET"):
+        monkeypatch.delenv(f"CLOUDINARY_{name}", raising=False)
 
     def apply(emulator, digest="sha1"):
+        monkeypatch.setenv("CLOUDINARY_URL", emulator.cloudinary_url)
         cloudinary.reset_config()
-        cloudinary.config(
-            cloud_name=emulator.cloud_name,
-            api_key=emulator.api_key,
-            api_secret=emulator.api_secret,
-            upload_prefix=emulator.url,
-            signature_algorithm=digest,
-        )
+        cloudinary.config(signature_algorithm=digest)
 
     yield apply
+    monkeypatch.undo()
     cloudinary.reset_config()
 
 

@@ -6,7 +6,7 @@ import zlib
 import pytest
 
 from cloudinary_analyze.emulator import Emulator, FaultPlan
-from cloudinary_analyze.emulator.analyses import build_analysis
+from cloudinary_analyze.emulator.analyses import build_analysis, compute_latency
 from cloudinary_analyze.emulator.faults import HTTP_FAULTS, TASK_FAULTS
 from cloudinary_analyze.emulator.gallery import (
     BACKGROUNDS,
@@ -123,6 +123,19 @@ def test_moderation_is_mostly_no_with_some_yes_and_unknown():
     assert values.count("no") > 0.7 * len(values)
 
 
+@pytest.mark.parametrize(
+    ("model", "count", "low", "high"),
+    [("ai_vision_general", 1, 1.9, 3.9), ("ai_vision_general", 4, 5.5, 8.5), ("coco", 0, 0.5, 1)],
+)
+def test_realistic_latency_is_what_was_measured_live(model, count, low, high):
+    seconds = [
+        compute_latency(AnalyzeRequest(MODELS[model], f"https://x.test/{index}", ("a",) * count))
+        for index in range(50)
+    ]
+    assert all(low <= second <= high for second in seconds)
+    assert len(set(seconds)) > 40
+
+
 def test_a_plan_hits_about_as_many_sources_as_it_says_and_always_the_same():
     plan = FaultPlan(error_500=0.2, slow=0.1, forged=0.5)
     sources = [f"https://x.test/{index}" for index in range(2000)]
@@ -144,6 +157,10 @@ def test_impossible_options_are_refused_with_a_sentence():
         FaultPlan(lost=1.5)
     with pytest.raises(ValueError, match="No feature is called tokens"):
         Emulator(quotas={"tokens": 1})
+    with pytest.raises(ValueError, match="No feature is called vision"):
+        Emulator(unsubscribed={"vision"})
+    with pytest.raises(ValueError, match="begins with 'emulator-'"):
+        Emulator(cloud_name="demo")
     with pytest.raises(ValueError, match="latency is 'realistic' or a number"):
         Emulator(latency="slow")
     with pytest.raises(RuntimeError, match="not running"):
