@@ -1,0 +1,98 @@
+"""The README tells the truth: its code runs, and its tables are those of the code."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+import pytest
+
+import cloudinary_analyze.config
+from cloudinary_analyze import MODELS, AnalyzeError, Settings, errors
+from cloudinary_analyze.emulator import Emulator
+
+README = Path(__file__).parents[2] / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def emulator_url() -> Iterator[str]:
+    """An emulator on a loop and thread of its own, since the README's code brings its own loop."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    emulator = Emulator()
+    try:
+        asyncio.run_coroutine_threadsafe(emulator.__aenter__(), loop).result(10)
+        yield emulator.cloudinary_url
+        asyncio.run_coroutine_threadsafe(emulator.__aexit__(None, None, None), loop).result(10)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()
+
+
+def describe(block: str) -> str:
+    imported = re.search(r"import (AnalyzeSession, )?(\w+)", block.replace("import asyncio", ""))
+    return f"{TEXT[: TEXT.index(block)].count(chr(10)) + 1}-{imported[2] if imported else ''}"
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=describe)
+def test_every_python_block_runs(
+    block: str, emulator_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CLOUDINARY_URL", emulator_url)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, str(README), "exec"), {"__name__": "readme"})
+
+
+def build_settings_table() -> str:
+    tree = ast.parse(inspect.getsource(cloudinary_analyze.config))
+    (cls,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Settings"]
+    docs = {
+        field.target.id: " ".join(doc.value.value.split())
+        for field, doc in zip(cls.body, cls.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(doc, ast.Expr)
+        and isinstance(doc.value, ast.Constant)
+    }
+    rows = ["| field | default | meaning |", "|---|---|---|"]
+    for field in attrs.fields(Settings):
+        default = field.default
+        shown = f"{default:,}" if type(default) is int and default >= 10_000 else f"{default}"
+        rows.append(f"| `{field.name}` | {shown} | {docs[field.name].replace('``', '`')} |")
+    return "\n".join(rows)
+
+
+def test_the_settings_table_is_that_of_the_code() -> None:
+    """Every field of Settings is documented, with its true default."""
+    assert build_settings_table() in TEXT
+
+
+def test_the_models_table_names_every_model_with_its_feature() -> None:
+    for name, request_type in MODELS.items():
+        start = f"| `{request_type.__name__}(source"
+        row = next(line for line in TEXT.splitlines() if line.startswith(start))
+
+        assert f"| `{name}` |" in row
+        assert row.endswith(f"| `{request_type.feature}` |")
+
+
+def test_the_errors_table_names_every_error() -> None:
+    table = TEXT[TEXT.index("## Errors") : TEXT.index("## Settings")]
+    roots = {AnalyzeError, errors.ApiError, errors.NotificationError}
+    for name, value in vars(errors).items():
+        if isinstance(value, type) and issubclass(value, AnalyzeError) and value not in roots:
+            assert f"`{name}`" in table
+
+
+if __name__ == "__main__":
+    print(build_settings_table())
