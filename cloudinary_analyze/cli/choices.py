@@ -1,0 +1,119 @@
+"""Which models a run asks, and with which parameters. Pure; decided before anything is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Final
+
+import attrs
+
+from cloudinary_analyze.cli.console import CommandError
+from cloudinary_analyze.errors import InvalidRequestError
+from cloudinary_analyze.requests import (
+    MODELS,
+    AIVisionGeneral,
+    AIVisionModeration,
+    AIVisionTagging,
+    AnalyzeRequest,
+    Asset,
+    TagDefinition,
+    Uri,
+    read_model_name,
+)
+
+BuildRequest = Callable[[Uri | Asset], AnalyzeRequest[Any]]
+
+OPTIONS: Final[Mapping[str, str]] = {
+    AIVisionGeneral.model_name: "--prompt",
+    AIVisionModeration.model_name: "--question",
+    AIVisionTagging.model_name: "--tag",
+}
+"""The option that a model cannot do without."""
+
+_ANY_SOURCE: Final = Uri("https://example.com/")
+
+
+@attrs.frozen(kw_only=True)
+class Parameters:
+    """The parameters of the AI Vision models, as given on the command line.
+
+    Attributes:
+        prompts: For `AIVisionGeneral`.
+        questions: For `AIVisionModeration`.
+        tags: ``name=description``, for `AIVisionTagging`.
+    """
+
+    prompts: tuple[str, ...] = ()
+    questions: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+
+
+def choose_models(names: Sequence[str], parameters: Parameters) -> dict[str, BuildRequest]:
+    """Return what builds a request, for each model by its wire name, in the order given.
+
+    Raises:
+        CommandError: A model is unknown, lacks its parameters, or a parameter has no model.
+    """
+    if not names:
+        raise CommandError(f"Name at least one model: {_list_models()}.")
+    models = dict.fromkeys(map(_read_model, names))
+    given = {"--prompt": parameters.prompts, "--question": parameters.questions}
+    given["--tag"] = parameters.tags
+    for model, option in OPTIONS.items():
+        if model in models and not given[option]:
+            raise CommandError(
+                f"The model {model} needs {option}, 1 to 10 times; nothing was sent. "
+                f"For example: {option} {_EXAMPLES[option]}"
+            )
+        if model not in models and given[option]:
+            raise CommandError(f"{option} is for the model {model} alone, which was not named.")
+    builders = {model: _choose_builder(model, parameters) for model in models}
+    for model, build in builders.items():
+        try:
+            build(_ANY_SOURCE)
+        except InvalidRequestError as error:
+            raise CommandError(f"{OPTIONS.get(model, model)}: {error.message}") from None
+    return builders
+
+
+_EXAMPLES: Final = {
+    "--prompt": "'What is in the foreground?'",
+    "--question": "'Is a weapon visible?'",
+    "--tag": "'outdoors=Was it taken under the open sky?'",
+}
+
+
+def _read_model(name: str) -> str:
+    model = read_model_name(name)
+    if model not in MODELS:
+        raise CommandError(f"{name!r} is no model. The models are: {_list_models()}.")
+    return model
+
+
+def _list_models() -> str:
+    return ", ".join(MODELS)
+
+
+def _choose_builder(model: str, parameters: Parameters) -> BuildRequest:
+    if model == AIVisionGeneral.model_name:
+        return partial(AIVisionGeneral, prompts=parameters.prompts)
+    if model == AIVisionModeration.model_name:
+        return partial(AIVisionModeration, rejection_questions=parameters.questions)
+    if model == AIVisionTagging.model_name:
+        definitions = tuple(map(_read_tag, parameters.tags))
+        return partial(AIVisionTagging, tag_definitions=definitions)
+    return MODELS[model]
+
+
+def _read_tag(text: str) -> TagDefinition:
+    name, equals, description = text.partition("=")
+    if not equals:
+        raise CommandError(
+            f"--tag takes name=description, and {text!r} has no '='. "
+            f"For example: --tag {_EXAMPLES['--tag']}"
+        )
+    try:
+        return TagDefinition(name.strip(), description.strip())
+    except InvalidRequestError as error:
+        raise CommandError(f"--tag: {error.message}") from None

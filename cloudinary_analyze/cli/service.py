@@ -1,0 +1,59 @@
+"""Whom the commands call: the account of the environment, or an emulator in this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+import attrs
+from rich.console import Console
+
+from cloudinary_analyze.cli.console import CommandError, say
+from cloudinary_analyze.config import URL_FORM, URL_VARIABLE, Credentials
+from cloudinary_analyze.emulator import Emulator
+from cloudinary_analyze.errors import ConfigurationError
+
+CLOUD_VARIABLE: Final = "CLOUDINARY_CLOUD_NAME"
+
+
+@attrs.frozen
+class Service:
+    """Whom to call.
+
+    Attributes:
+        credentials: As whom.
+        emulator: The emulator that was started for it, if it is one.
+    """
+
+    credentials: Credentials
+    emulator: Emulator | None = None
+
+
+@asynccontextmanager
+async def open_service(*, emulated: bool, console: Console) -> AsyncIterator[Service]:
+    """Find the credentials, or start an emulator for as long as the block lasts.
+
+    Raises:
+        CommandError: There are no credentials, or they cannot be right.
+    """
+    if not emulated:
+        yield Service(_read_credentials())
+        return
+    async with Emulator(count_sources=False) as emulator:
+        say(console, emulator.banner(), style="dim")
+        yield Service(Credentials.from_url(emulator.cloudinary_url), emulator)
+
+
+def _read_credentials() -> Credentials:
+    way_out = "add --emulator to try it on this machine, without an account"
+    if not any(os.environ.get(name, "").strip() for name in (URL_VARIABLE, CLOUD_VARIABLE)):
+        raise CommandError(
+            f"There are no credentials. Set {URL_VARIABLE}={URL_FORM} "
+            f"(the Console's dashboard shows it), or {way_out}."
+        )
+    try:
+        return Credentials.from_environment()
+    except ConfigurationError as error:
+        raise CommandError(f"{error.message} Or {way_out}.") from None

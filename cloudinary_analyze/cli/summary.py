@@ -1,0 +1,180 @@
+"""What a run came to: counts while it lasts, and the table at its end.
+
+Memory stays flat: times are kept in a histogram, causes up to a number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Final
+
+import attrs
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cloudinary_analyze.bulk.input import InputItem
+from cloudinary_analyze.cli.console import say
+from cloudinary_analyze.errors import AnalyzeError, ApiError
+from cloudinary_analyze.events import SessionStats
+from cloudinary_analyze.outcomes import AnyOutcome
+from cloudinary_analyze.responses import Limit
+
+BAD_LINES: Final = "(bad input lines)"
+MOST_CAUSES: Final = 50
+_STEPS: Final = 100  # of the histogram to a factor of e, so that a time is right to 1 %
+
+
+@attrs.define(eq=False)
+class Durations:
+    """Times of calls, of which quantiles are wanted: a histogram with a logarithmic scale."""
+
+    _counts: Counter[int] = attrs.field(factory=Counter, init=False)
+
+    def add(self, seconds: float) -> None:
+        """Count a time."""
+        self._counts[round(_STEPS * math.log(max(seconds, 1e-6)))] += 1
+
+    def compute_quantile(self, quantile: float) -> float | None:
+        """Return the time that this share of the calls did not exceed; ``None`` without calls."""
+        rank = math.ceil(quantile * self._counts.total())
+        for step, count in sorted(self._counts.items()):
+            rank -= count
+            if rank <= 0:
+                return math.exp(step / _STEPS)
+        return None
+
+
+@attrs.define(eq=False)
+class ModelTally:
+    """What became of one model's items."""
+
+    ok: int = 0
+    failed: int = 0
+    durations: Durations = attrs.field(factory=Durations)
+
+
+@attrs.define(eq=False)
+class Cause:
+    """Why items failed: how many, and the first of them for an example."""
+
+    example: str
+    count: int = 0
+
+
+@attrs.define(eq=False)
+class Tally:
+    """The counts of a run.
+
+    Attributes:
+        models: By wire name, and `BAD_LINES`.
+        causes: By what the failures have in common.
+        used: Units used up by add-on feature.
+    """
+
+    models: dict[str, ModelTally] = attrs.field(factory=dict)
+    causes: dict[str, Cause] = attrs.field(factory=dict)
+    used: Counter[str] = attrs.field(factory=Counter)
+    done: int = 0
+    failed: int = 0
+
+    def add(self, outcome: AnyOutcome) -> None:
+        """Count an outcome of an `InputItem`."""
+        item: InputItem = outcome.item
+        tally = self.models.setdefault(item.model or BAD_LINES, ModelTally())
+        self.done += 1
+        if outcome.response is not None:
+            tally.ok += 1
+            tally.durations.add(outcome.seconds)
+            for limit in outcome.response.limits:
+                self.used[limit.type] += limit.used_by_request or 0
+        elif outcome.error is not None:
+            tally.failed += 1
+            self.failed += 1
+            self._add_cause(item, outcome.error)
+
+    def _add_cause(self, item: InputItem, error: Exception) -> None:
+        name = name_cause(item, error)
+        cause = self.causes.get(name)
+        if cause is None:
+            if len(self.causes) >= MOST_CAUSES:
+                name = "other causes"
+            message = error.message if isinstance(error, AnalyzeError) else repr(error)
+            example = Cause(f"line {item.line.number}: {message}")
+            cause = self.causes.setdefault(name, example)
+        cause.count += 1
+
+
+def name_cause(item: InputItem, error: Exception) -> str:
+    """Return what failures of the same cause have in common; never the source itself."""
+    if item.line.error is not None:
+        return "bad input line"
+    name = type(error).__name__
+    if isinstance(error, ApiError):
+        return " ".join(map(str, filter(None, (name, error.status, error.code))))
+    return name
+
+
+def print_summary(
+    console: Console, tally: Tally, *, quota: Mapping[str, Limit], stats: SessionStats, place: str
+) -> None:
+    """Print the closing tables."""
+    console.print(_build_model_table(tally))
+    if tally.causes:
+        console.print(_build_cause_table(tally))
+    if quota:
+        console.print(_build_quota_table(tally, quota))
+    if stats.retries:
+        sentence = f"{stats.retries:,} attempts were repeated"
+        if stats.ambiguous_retries:
+            sentence += f"; {stats.ambiguous_retries:,} of them may have been charged before"
+        say(console, f"{sentence}.")
+    say(console, f"Results: {place}")
+
+
+def _build_model_table(tally: Tally) -> Table:
+    table = Table("model")
+    for heading in ("ok", "failed", "median s", "p95 s"):
+        table.add_column(heading, justify="right")
+    for name, model in tally.models.items():
+        table.add_row(
+            Text(name),
+            f"{model.ok:,}",
+            Text(f"{model.failed:,}", style="red" if model.failed else ""),
+            _show_seconds(model.durations.compute_quantile(0.5)),
+            _show_seconds(model.durations.compute_quantile(0.95)),
+        )
+    return table
+
+
+def _build_cause_table(tally: Tally) -> Table:
+    table = Table("cause of failure")
+    table.add_column("items", justify="right")
+    table.add_column("the first of them", overflow="fold")
+    for name, cause in sorted(tally.causes.items(), key=lambda entry: -entry[1].count):
+        table.add_row(Text(name), f"{cause.count:,}", Text(cause.example))
+    return table
+
+
+def _build_quota_table(tally: Tally, quota: Mapping[str, Limit]) -> Table:
+    table = Table("quota")
+    for heading in ("used here", "left", "of"):
+        table.add_column(heading, justify="right")
+    for name, limit in quota.items():
+        table.add_row(
+            Text(name),
+            f"{tally.used[name]:,}",
+            _show_count(limit.remaining),
+            _show_count(limit.limit),
+        )
+    return table
+
+
+def _show_seconds(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{seconds:.3g}"
+
+
+def _show_count(count: int | None) -> str:
+    return "–" if count is None else f"{count:,}"

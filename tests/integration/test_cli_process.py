@@ -1,0 +1,245 @@
+"""The command line as a process: signals, pipes and terminals, against a real emulator."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pty
+import re
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from cloudinary_analyze import AnalyzeSession, Captioning, Credentials
+from cloudinary_analyze.emulator import Emulator
+
+COMMAND = (sys.executable, "-m", "cloudinary_analyze")
+
+
+@asynccontextmanager
+async def start(
+    *arguments: str, folder: Path, emulator: Emulator | None = None, **options: Any
+) -> AsyncIterator[Process]:
+    """Start the command line; it is killed if the block leaves it running."""
+    environment = {name: value for name, value in os.environ.items() if "CLOUDINARY" not in name}
+    environment |= {"COLUMNS": "160", "TERM": "xterm"}
+    if emulator is not None:
+        environment["CLOUDINARY_URL"] = emulator.cloudinary_url
+    streams = {"stdin": PIPE, "stdout": PIPE, "stderr": PIPE} | options
+    process = await asyncio.create_subprocess_exec(
+        *COMMAND, *arguments, cwd=folder, env=environment, **streams
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+def write_urls(folder: Path, count: int) -> None:
+    urls = (f"https://example.com/{number}.jpg\n" for number in range(1, count + 1))
+    (folder / "urls.txt").write_text("".join(urls), encoding="utf-8")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+async def see(process: Process, sentence: str) -> str:
+    """Return what is said on stderr up to and with the line that has a sentence."""
+    assert process.stderr is not None
+    told = ""
+    async with asyncio.timeout(20):
+        while sentence not in told:
+            line = await process.stderr.readline()
+            assert line, f"never said {sentence!r}, but: {told}"
+            told += line.decode()
+    return told
+
+
+async def end(process: Process) -> tuple[int, str, str]:
+    """Return exit code, stdout and stderr of a process that ends by itself."""
+    async with asyncio.timeout(20):
+        out, err = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, (out or b"").decode(), (err or b"").decode()
+
+
+async def test_interrupt_finishes_and_writes_what_is_in_flight(tmp_path: Path):
+    write_urls(tmp_path, 200)
+    arguments = ("run", "coco", "lvis", "--input", "urls.txt", "--permits", "8")
+    async with (
+        Emulator(latency=0.2) as emulator,
+        start(*arguments, folder=tmp_path, emulator=emulator) as process,
+    ):
+        part = tmp_path / "results.jsonl.part"
+        async with asyncio.timeout(20):
+            while not (part.exists() and part.stat().st_size):
+                await asyncio.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        code, _, err = await end(process)
+        done = emulator.counts.total_done
+    assert code == 130, err
+    records = read_records(tmp_path / "results.jsonl")
+    assert not part.exists()
+    assert {record["status"] for record in records} == {"ok"}
+    assert len(records) == done  # all that was charged was written
+    last = max(record["line"] for record in records)
+    assert last < 200
+    assert len(records) == 2 * last  # whole lines
+    assert f"Every input line up to {last} has its results; {200 - last} lines were not sent" in err
+    assert f"from line {last + 1} on" in err
+
+
+async def test_a_second_interrupt_aborts_at_once(tmp_path: Path):
+    write_urls(tmp_path, 50)
+    async with (
+        Emulator(latency=300) as emulator,
+        start("run", "coco", "--input", "urls.txt", folder=tmp_path, emulator=emulator) as process,
+    ):
+        async with asyncio.timeout(20):
+            while not emulator.counts.total_received:
+                await asyncio.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        await see(process, "A second interrupt aborts")
+        process.send_signal(signal.SIGINT)
+        code, _, err = await end(process)
+    assert code == 130
+    assert "may have been charged" in err
+    assert "Traceback" not in err
+    assert (tmp_path / "results.jsonl").read_bytes() == b""
+
+
+async def test_a_silent_pipe_neither_blocks_the_calls_nor_the_interrupt(tmp_path: Path):
+    arguments = ("run", "coco", "--input", "-", "--output", "-")
+    async with (
+        Emulator() as emulator,
+        start(*arguments, folder=tmp_path, emulator=emulator) as process,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"https://example.com/1.jpg\n")
+        await process.stdin.drain()
+        async with asyncio.timeout(20):
+            record = json.loads(await process.stdout.readline())
+        assert (record["line"], record["status"]) == (1, "ok")
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        told = await see(process, "To go on")
+        async with asyncio.timeout(10):
+            assert await process.wait() == 130
+        told += (await process.stderr.read()).decode()
+    assert "Fatal" not in told
+    assert "Traceback" not in told
+
+
+async def test_piped_results_are_json_alone_and_progress_is_not_drawn(tmp_path: Path):
+    urls = "".join(f"https://example.com/{number}.jpg\n" for number in range(30)).encode()
+    arguments = ("run", "captioning", "--input", "-", "--output", "-")
+    async with (
+        Emulator() as emulator,
+        start(*arguments, folder=tmp_path, emulator=emulator) as process,
+    ):
+        async with asyncio.timeout(20):
+            out, err = await process.communicate(urls)
+    assert process.returncode == 0
+    assert sorted(json.loads(line)["line"] for line in out.splitlines()) == list(range(1, 31))
+    assert b"\x1b" not in err
+    assert b"standard output" in err
+
+
+async def test_a_reader_that_goes_away_stops_the_run(tmp_path: Path):
+    write_urls(tmp_path, 2000)
+    arguments = ("run", "coco", "--input", "urls.txt", "--output", "-")
+    async with (
+        Emulator(latency=0.02) as emulator,
+        start(*arguments, folder=tmp_path, emulator=emulator, stdout=PIPE) as process,
+    ):
+        assert process.stdout is not None
+        await process.stdout.readline()
+        process._transport.get_pipe_transport(1).close()  # type: ignore[attr-defined]
+        told = await see(process, "To go on")
+        async with asyncio.timeout(10):
+            assert await process.wait() == 3
+        assert emulator.counts.total_received < 2000
+    assert "reads no more" in told
+    assert "Traceback" not in told
+
+
+def read_terminal(descriptor: int) -> str:
+    """Return all that was written to a terminal until its last writer went away."""
+    shown = b""
+    while True:
+        try:
+            chunk = os.read(descriptor, 65536)
+        except OSError:  # Linux says EIO at the end
+            chunk = b""
+        if not chunk:
+            return shown.decode()
+        shown += chunk
+
+
+async def run_on_terminal(
+    arguments: Sequence[str], folder: Path, emulator: Emulator, *streams: str
+) -> tuple[int | None, str]:
+    ours, theirs = pty.openpty()
+    try:
+        options = dict.fromkeys(streams, theirs)
+        async with start(*arguments, folder=folder, emulator=emulator, **options) as process:
+            os.close(theirs)
+            async with asyncio.timeout(30):
+                shown = await asyncio.to_thread(read_terminal, ours)
+                await process.wait()
+    finally:
+        os.close(ours)
+    return process.returncode, shown
+
+
+async def test_a_terminal_shows_progress_with_failures_rate_and_quota(tmp_path: Path):
+    write_urls(tmp_path, 60)
+    async with Emulator(latency=0.2, quotas={"object_detection": 1000}) as emulator:
+        arguments = ("run", "coco", "--input", "urls.txt", "--permits", "10")
+        code, shown = await run_on_terminal(arguments, tmp_path, emulator, "stderr")
+    assert code == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    assert "60/60" in text
+    assert re.search(r"\b(10|20|30|40|50)/60 0 failed", text)  # it moved
+    assert re.search(r"\d/s", text)
+    assert "quota left: object_detection 940" in text
+    assert len(read_records(tmp_path / "results.jsonl")) == 60
+
+
+async def test_analyze_is_for_reading_on_a_terminal(tmp_path: Path):
+    async with Emulator() as emulator:
+        arguments = ("analyze", "captioning", emulator.sample_url(1))
+        code, shown = await run_on_terminal(arguments, tmp_path, emulator, "stdout", "stderr")
+        url = emulator.sample_url(1)
+    assert code == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    assert text.startswith(f"captioning  {url}")
+    assert '"caption": "' in text
+    assert "request id: " in text
+
+
+async def test_the_emulator_command_serves_until_it_is_interrupted(tmp_path: Path):
+    arguments = ("emulator", "--quota", "object_detection=1")
+    async with start(*arguments, folder=tmp_path) as process:
+        assert process.stdout is not None
+        async with asyncio.timeout(20):
+            line = (await process.stdout.readline()).decode()
+        told = re.fullmatch(r"export CLOUDINARY_URL='(cloudinary://\S+)'\n", line)
+        assert told
+        async with AnalyzeSession(Credentials.from_url(told[1])) as session:
+            response = await session.analyze(Captioning("https://example.com/a.jpg"))
+            assert response.limits[0].remaining == 0
+        process.send_signal(signal.SIGINT)
+        code, _, err = await end(process)
+    assert code == 0
+    assert "synthetic" in err
+    assert "Traceback" not in err
