@@ -1,0 +1,183 @@
+"""Results as tables: JSON Lines, CSV or Parquet, one row per result, written record by record."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from io import TextIOWrapper
+from typing import Any, BinaryIO, Final, Literal
+
+from cloudinary_analyze.bulk.records import dump_record
+from cloudinary_analyze.bulk.report.findings import NOTHING, read_findings, read_number
+from cloudinary_analyze.bulk.report.results import open_replacement, read_records
+from cloudinary_analyze.errors import ConfigurationError
+
+__all__ = ["COLUMNS", "ExportFormat", "build_row", "export_results", "read_records"]
+
+ExportFormat = Literal["jsonl", "csv", "parquet"]
+
+COLUMNS: Final[Mapping[str, type[Any]]] = {
+    "index": int,
+    "line": int,
+    "source": str,
+    "model": str,
+    "status": str,
+    "caption": str,
+    "labels": str,
+    "top_score": float,
+    "answers": str,
+    "rejected": bool,
+    "quality": str,
+    "quality_score": float,
+    "seconds": float,
+    "error_type": str,
+    "error_status": int,
+    "error_code": str,
+    "error_message": str,
+    "may_be_charged": bool,
+    "request_id": str,
+    "key": str,
+    "analysis": str,
+}
+SEPARATOR: Final = "; "  # between the labels of one cell
+
+# What a spreadsheet takes for the start of a formula. Tab and carriage return are skipped by some.
+_FORMULA_STARTS: Final = tuple("=+-@\t\r\n＝＋－＠")
+_GROUP_ROWS: Final = 10_000
+_GROUP_CHARACTERS: Final = 16 * 2**20  # of analyses; whichever comes first ends a Parquet row group
+_LARGEST_INTEGER: Final = 2**63 - 1
+
+
+def export_results(
+    records: Iterable[Mapping[str, Any]],
+    path: str | os.PathLike[str],
+    format: ExportFormat,  # noqa: A002
+) -> int:
+    """Write records as a table.
+
+    JSON Lines keeps every field. CSV and Parquet have the columns of `COLUMNS`; ``labels`` are
+    the different ones, surest first; ``answers`` are lines of ``question: answer``;
+    ``analysis`` is the whole analysis as JSON. In CSV, a text that a spreadsheet would take for a
+    formula is preceded by an apostrophe.
+
+    Args:
+        records: As `read_records` gives them; read lazily, so that memory stays flat.
+        path: The file; it is replaced only once the new one is complete.
+        format: The format.
+
+    Returns:
+        How many rows were written.
+
+    Raises:
+        ConfigurationError: The format is not known, or the [parquet] extra is missing.
+        OSError: The file cannot be written.
+    """
+    write = {"jsonl": _write_jsonl, "csv": _write_csv, "parquet": _write_parquet}.get(format)
+    if write is None:
+        raise ConfigurationError(f"There is no format {format!r}; take jsonl, csv or parquet.")
+    with open_replacement(path) as stream:
+        return write(records, stream)
+
+
+def build_row(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row of a record: the columns of `COLUMNS`, each of its type or ``None``."""
+    analysis, error = record.get("analysis"), record.get("error")
+    findings = NOTHING if analysis is None else read_findings(analysis)
+    error = error if isinstance(error, Mapping) else {}
+    scores = [mark.score for mark in findings.marks if mark.score is not None]
+    quality = findings.quality
+    row: dict[str, Any] = {
+        **{name: record.get(name) for name in COLUMNS},
+        "caption": findings.caption,
+        "labels": SEPARATOR.join(findings.labels) if findings.marks else None,
+        "top_score": max(scores, default=None),
+        "answers": "\n".join(
+            answer.value if answer.question is None else f"{answer.question}: {answer.value}"
+            for answer in findings.answers
+        )
+        or None,
+        "rejected": findings.rejected,
+        "quality": None if quality is None else quality.level,
+        "quality_score": None if quality is None else quality.score,
+        "error_type": error.get("type"),
+        "error_status": error.get("status"),
+        "error_code": error.get("code"),
+        "error_message": error.get("message"),
+        "may_be_charged": error.get("ambiguous"),
+        "analysis": None if analysis is None else dump_record(analysis).decode().rstrip("\n"),
+    }
+    return {name: _read_cell(row[name], kind) for name, kind in COLUMNS.items()}
+
+
+def _read_cell(value: Any, kind: type[Any]) -> Any:
+    """Return a value of the column's type; ``None`` for what cannot stand there."""
+    if kind is float:
+        return read_number(value)
+    if kind is str:
+        # half a surrogate pair, which JSON can hold, has no UTF-8
+        return None if value is None else str(value).encode(errors="replace").decode()
+    if kind is int and (isinstance(value, bool) or not _fits(value)):
+        return None
+    return value if isinstance(value, kind) else None
+
+
+def _fits(value: Any) -> bool:
+    return isinstance(value, int) and -_LARGEST_INTEGER <= value <= _LARGEST_INTEGER
+
+
+def _write_jsonl(records: Iterable[Mapping[str, Any]], stream: BinaryIO) -> int:
+    count = 0
+    for record in records:
+        stream.write(dump_record(record))
+        count += 1
+    return count
+
+
+def _write_csv(records: Iterable[Mapping[str, Any]], stream: BinaryIO) -> int:
+    text = TextIOWrapper(stream, encoding="utf-8", newline="")
+    # texts are quoted all: a spreadsheet that splits at semicolons must not find a cell in one
+    writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    count = 0
+    for record in records:
+        writer.writerow([_guard(value) for value in build_row(record).values()])
+        count += 1
+    text.detach()
+    return count
+
+
+def _guard(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str) and value.startswith(_FORMULA_STARTS):
+        return f"'{value}"
+    return "" if value is None else value
+
+
+def _write_parquet(records: Iterable[Mapping[str, Any]], stream: BinaryIO) -> int:
+    try:
+        # by name: the library has no types
+        arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"Parquet needs the package {error.name}, which is not installed: "
+            "pip install 'cloudinary-analyze[parquet]'"
+        ) from None
+    types = {int: arrow.int64(), float: arrow.float64(), bool: arrow.bool_(), str: arrow.string()}
+    schema = arrow.schema([(name, types[kind]) for name, kind in COLUMNS.items()])
+    count = characters = 0
+    rows: list[dict[str, Any]] = []
+    with parquet.ParquetWriter(stream, schema, compression="zstd") as writer:
+        for record in records:
+            row = build_row(record)
+            rows.append(row)
+            count += 1
+            characters += len(row["analysis"] or "")
+            if len(rows) >= _GROUP_ROWS or characters >= _GROUP_CHARACTERS:
+                writer.write_table(arrow.Table.from_pylist(rows, schema))
+                rows, characters = [], 0
+        if rows:
+            writer.write_table(arrow.Table.from_pylist(rows, schema))
+    return count

@@ -1,0 +1,131 @@
+"""The HTML report of a run: one file with the pictures, what was found on them, and the numbers.
+
+The page holds its data, style and script; nothing but the pictures is fetched, and its content
+security policy forbids everything else. Needs the [report] extra.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Iterable
+from importlib import resources
+from io import TextIOWrapper
+from typing import Any, Final
+
+import attrs
+
+from cloudinary_analyze.bulk.report.findings import NOTHING, read_findings
+from cloudinary_analyze.bulk.report.gallery import MOST_PICTURES, Gallery
+from cloudinary_analyze.bulk.report.results import open_replacement, read_records
+from cloudinary_analyze.bulk.report.statistics import Statistics, build_axis, format_seconds
+from cloudinary_analyze.errors import ConfigurationError
+
+__all__ = ["MOST_PICTURES", "WrittenReport", "write_report"]
+
+_SHOWN_LABELS: Final = 20
+_OFFERED_LABELS: Final = 500
+_TONES: Final = {"low": "bad", "medium": "soft", "high": "good"}
+
+
+@attrs.frozen
+class WrittenReport:
+    """What a report came to.
+
+    Attributes:
+        results: How many results its numbers cover.
+        pictures: How many pictures it shows.
+        bad_lines: How many lines were no record and were passed over; the page says so too.
+    """
+
+    results: int
+    pictures: int
+    bad_lines: int
+
+
+def write_report(lines: Iterable[bytes | str], output: str | os.PathLike[str]) -> WrittenReport:
+    """Write the HTML report of a run.
+
+    The numbers cover all lines; the gallery shows the first `MOST_PICTURES` pictures, fewer if
+    there is very much to say of them, and the page says what it leaves out. Memory stays flat
+    over any number of lines. Source URLs stand in the page in full, query strings included.
+
+    Args:
+        lines: The lines of ``results.jsonl``, such as a file opened in binary mode.
+        output: The HTML file; it is replaced only once the new one is complete.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ConfigurationError: The [report] extra is missing.
+        OSError: The file cannot be written.
+    """
+    template = _load_template()
+    statistics, gallery = Statistics(), Gallery()
+    bad_lines: list[int] = []
+    for record in read_records(lines, on_bad_line=bad_lines.append):
+        answered = record["status"] == "ok"
+        findings = read_findings(record.get("analysis")) if answered else NOTHING
+        statistics.add(record, findings)
+        gallery.add(record, findings)
+    with open_replacement(output) as stream:
+        # half a surrogate pair, which JSON can hold, has no UTF-8
+        text = TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="\n")
+        for part in template.generate(_build_context(statistics, gallery, len(bad_lines))):
+            text.write(part)
+        text.detach()
+    return WrittenReport(statistics.total, len(gallery), len(bad_lines))
+
+
+def _load_template() -> Any:
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"The report needs the package {error.name}, which is not installed: "
+            "pip install 'cloudinary-analyze[report]'"
+        ) from None
+    environment = Environment(
+        loader=PackageLoader("cloudinary_analyze.bulk.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["seconds"] = format_seconds
+    return environment.get_template("report.html")
+
+
+def _build_context(statistics: Statistics, gallery: Gallery, bad_lines: int) -> dict[str, Any]:
+    style, script = _read_asset("report.css"), _read_asset("report.js")
+    labels = statistics.labels.most_common(_OFFERED_LABELS)
+    order = [*_TONES, *statistics.qualities]
+    qualities = sorted(statistics.qualities.items(), key=lambda entry: order.index(entry[0]))
+    return {
+        "statistics": statistics,
+        "axis": build_axis([model.durations for model in statistics.models.values()]),
+        "labels": labels[:_SHOWN_LABELS],
+        "offered": [label for label, _ in labels],
+        "qualities": [(level, count, _TONES.get(level, "soft")) for level, count in qualities],
+        "causes": sorted(statistics.causes.items(), key=lambda entry: -entry[1].count),
+        "pictures": len(gallery),
+        "left_out": gallery.left_out,
+        "bad_lines": bad_lines,
+        # marked safe in the template: our own files, and JSON that was escaped for its place
+        "style": style,
+        "script": script,
+        "style_hash": _hash(style),
+        "script_hash": _hash(script),
+        "data": gallery.dump(),
+    }
+
+
+def _read_asset(name: str) -> str:
+    return resources.files(__name__).joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    """Return what a content security policy calls an inline element by."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,146 @@
+"""The pictures that the page shows, each with all that was found on it, ready to be embedded.
+
+Pure. Bounded: pictures are taken in the order of their first result until the gallery is full.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import attrs
+
+from cloudinary_analyze.bulk.report.findings import Findings, Mark, read_number
+from cloudinary_analyze.bulk.report.statistics import get_error, name_cause, name_model
+
+MOST_PICTURES: Final = 10_000
+MOST_BYTES: Final = 32 * 2**20  # of embedded data; a browser reads them in well under a second
+_MOST_RESULTS: Final = 32  # of one picture
+_MOST_MARKS: Final = 200  # of one result
+_MOST_ANSWERS: Final = 20
+_LONGEST_TEXT: Final = 2_000  # characters
+_LONGEST_URL: Final = 8_000
+
+
+@attrs.define(eq=False)
+class Picture:
+    """A source, and its results by request key: their places in the run, and their JSON."""
+
+    head: str
+    results: dict[str, tuple[int, str]] = attrs.field(factory=dict)
+
+
+@attrs.define(eq=False)
+class Gallery:
+    """The pictures, in the order of the input.
+
+    Attributes:
+        most_pictures: No more than these are taken.
+        left_out: How many results are not shown.
+    """
+
+    most_pictures: int = MOST_PICTURES
+    left_out: int = attrs.field(default=0, init=False)
+    _pictures: dict[str, Picture] = attrs.field(factory=dict, init=False)
+    _size: int = attrs.field(default=0, init=False)
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def add(self, record: Mapping[str, Any], findings: Findings) -> None:
+        """Take a result, if there is room. A request's later answer replaces its failure."""
+        source = str(record.get("source") or "")
+        picture = self._pictures.get(source)
+        if self._size >= MOST_BYTES or (
+            len(self._pictures) >= self.most_pictures
+            if picture is None
+            else len(picture.results) >= _MOST_RESULTS
+        ):
+            self.left_out += 1
+            return
+        if picture is None:
+            picture = self._pictures[source] = Picture(_build_head(source, record.get("line")))
+            self._size += len(picture.head)
+        key = str(record.get("key") or f"#{record.get('index')}")
+        if key in picture.results and record["status"] != "ok":
+            return
+        index, result = record.get("index"), embed_json(_build_result(record, findings))
+        picture.results[key] = (index if isinstance(index, int) else 0, result)
+        self._size += len(result)
+
+    def dump(self) -> Iterator[str]:
+        """Yield the JSON of each picture, safe inside a ``<script>`` element."""
+        for picture in sorted(self._pictures.values(), key=lambda each: min(each.results.values())):
+            results = ",".join(result for _, result in sorted(picture.results.values()))
+            yield f'{picture.head[:-1]},"results":[{results}]}}'
+
+
+def find_address(source: str) -> str | None:
+    """Return the address of a picture that a browser may open; ``None`` for all but http(s)."""
+    scheme, separator, rest = source.partition("://")
+    if separator and rest and scheme.lower() in {"http", "https"} and len(source) <= _LONGEST_URL:
+        return source
+    return None
+
+
+def embed_json(value: Any) -> str:
+    """Return JSON that stays data inside a ``<script>``: ASCII without ``<``, ``>`` and ``&``."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _build_head(source: str, line: Any) -> str:
+    return embed_json(
+        {
+            "source": source[:_LONGEST_URL],
+            "url": find_address(source),
+            "line": line if isinstance(line, int) else None,
+        }
+    )
+
+
+def _build_result(record: Mapping[str, Any], findings: Findings) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "model": name_model(record),
+        "ok": record["status"] == "ok",
+        "seconds": read_number(record.get("seconds")),
+        "request": _cut(record.get("request_id")),
+        "caption": _cut(findings.caption),
+        "marks": [_build_mark(mark) for mark in findings.marks[:_MOST_MARKS]] or None,
+        "more": max(0, len(findings.marks) - _MOST_MARKS) or None,
+        "answers": [
+            [_cut(answer.value), _cut(answer.question), answer.verdict]
+            for answer in findings.answers[:_MOST_ANSWERS]
+        ]
+        or None,
+        "rejected": findings.rejected,
+        "rest": _cut(findings.rest),
+    }
+    if findings.quality is not None:
+        result["quality"] = [_cut(findings.quality.level), findings.quality.score]
+    if not result["ok"]:
+        error = get_error(record)
+        result["error"] = {
+            "cause": name_cause(record),
+            "message": _cut(error.get("message")),
+            "charged": error.get("ambiguous") is True,
+        }
+    return {name: value for name, value in result.items() if value is not None}
+
+
+def _build_mark(mark: Mark) -> list[Any]:
+    """Return label, score, box and note, without what is missing at the end."""
+    score = None if mark.score is None else round(mark.score, 4)
+    box = None if mark.box is None else [round(number, 2) for number in mark.box]
+    entry = [_cut(mark.label), score, box, _cut(mark.note) or None]
+    while len(entry) > 1 and entry[-1] is None:
+        entry.pop()
+    return entry
+
+
+def _cut(value: Any) -> str | None:
+    if value is None:
+        return None
+    text = str(value)
+    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}…"

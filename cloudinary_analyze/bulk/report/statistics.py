@@ -1,0 +1,301 @@
+"""Distributions over all results of a run, of any number of lines, in bounded memory.
+
+Pure. Counts by name stop taking new names at a number and then count the rest as one; durations
+are kept in a logarithmic histogram, so that their quantiles are right to about 3 %.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import attrs
+
+from cloudinary_analyze.bulk.report.findings import Findings, read_number
+
+SCORE_COLUMNS: Final = 20
+BAD_LINES: Final = "bad input lines"
+_OTHERS: Final = "(others)"
+_MOST_MODELS: Final = 100
+_MOST_QUESTIONS: Final = 50
+_MOST_CAUSES: Final = 50
+_MOST_LABELS: Final = 20_000
+_EXAMPLES: Final = 3
+_LONGEST_NAME: Final = 200  # characters
+_STEPS: Final = 20  # of the durations' histogram to a factor of e
+_SHORTEST, _LONGEST = 1e-3, 1e5  # seconds; beyond them the histogram tells nothing apart
+
+
+def choose_name(name: str, taken: Mapping[str, Any], most: int) -> str:
+    """Return the name to count under: itself, shortened, or the one for all that came late."""
+    name = name[:_LONGEST_NAME]
+    return name if name in taken or len(taken) < most else _OTHERS
+
+
+@attrs.define(eq=False)
+class Scores:
+    """Scores from 0 to 1 in columns of equal width."""
+
+    columns: list[int] = attrs.field(factory=lambda: [0] * SCORE_COLUMNS)
+
+    def add(self, score: float) -> None:
+        """Count a score."""
+        column = int(min(max(score, 0.0), 1.0) * SCORE_COLUMNS)
+        self.columns[min(column, SCORE_COLUMNS - 1)] += 1
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return sum(self.columns)
+
+
+@attrs.define(eq=False)
+class Durations:
+    """Seconds, from a millisecond to a day, on a logarithmic scale."""
+
+    _steps: Counter[int] = attrs.field(factory=Counter, init=False)
+
+    def add(self, seconds: float) -> None:
+        """Count a duration."""
+        self._steps[_find_step(seconds)] += 1
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return self._steps.total()
+
+    def compute_quantile(self, quantile: float) -> float | None:
+        """Return the seconds that this share did not exceed; ``None`` without any."""
+        rank = max(1, math.ceil(quantile * self.count))
+        for step, count in sorted(self._steps.items()):
+            rank -= count
+            if rank <= 0:
+                return math.exp((step + 0.5) / _STEPS)
+        return None
+
+    def span(self) -> tuple[int, int]:
+        """Return the first and the last step that there is. There must be one."""
+        return min(self._steps), max(self._steps)
+
+    def spread(self, axis: Axis) -> list[int]:
+        """Return the counts in the columns of an axis."""
+        columns = [0] * axis.columns
+        for step, count in self._steps.items():
+            columns[int((step - axis.first) / (axis.last + 1 - axis.first) * axis.columns)] += count
+        return columns
+
+
+def _find_step(seconds: float) -> int:
+    return math.floor(_STEPS * math.log(min(max(seconds, _SHORTEST), _LONGEST)))
+
+
+@attrs.frozen
+class Axis:
+    """A logarithmic axis of seconds that several histograms share.
+
+    Attributes:
+        first: Its first step.
+        last: Its last step.
+        columns: How many columns are drawn over it.
+    """
+
+    first: int
+    last: int
+    columns: int = 40
+
+    def place(self, seconds: float) -> float:
+        """Return where a duration lies on it, 0 to 1."""
+        where = (_STEPS * math.log(seconds) - self.first) / (self.last + 1 - self.first)
+        return min(max(where, 0.0), 1.0)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Return places and texts for round durations."""
+        low, high = math.exp(self.first / _STEPS), math.exp((self.last + 1) / _STEPS)
+        for bases in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8)):
+            rounds = [base * 10.0**power for power in range(-3, 6) for base in bases]
+            inside = [seconds for seconds in rounds if low <= seconds <= high]
+            if len(inside) >= 3:
+                break
+        else:
+            inside = [low, high]
+        inside = inside[:: -(-len(inside) // 5)]
+        return [(self.place(seconds), format_seconds(seconds)) for seconds in inside]
+
+
+def build_axis(durations: Iterable[Durations]) -> Axis | None:
+    """Return the axis that holds all durations; ``None`` without any."""
+    spans = [each.span() for each in durations if each.count]
+    if not spans:
+        return None
+    first, last = min(span[0] for span in spans), max(span[1] for span in spans)
+    margin = max(0, _STEPS - (last - first)) // 2  # at least a factor of e is shown
+    return Axis(first - margin, last + margin)
+
+
+def format_seconds(seconds: float | None) -> str:
+    """Return a duration for people, with two or three digits that count."""
+    if seconds is None:
+        return "–"
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f} ms" if seconds >= 0.01 else f"{seconds * 1000:.2g} ms"
+    return f"{seconds:.3g} s" if seconds < 120 else f"{seconds / 60:,.0f} min"
+
+
+@attrs.define(eq=False)
+class ModelStatistics:
+    """What became of one model's items, and how its scores and durations lie."""
+
+    ok: int = 0
+    failed: int = 0
+    scores: Scores = attrs.field(factory=Scores)
+    durations: Durations = attrs.field(factory=Durations)
+
+
+@attrs.define(eq=False)
+class Cause:
+    """What failures have in common.
+
+    Attributes:
+        message: The first one's.
+        count: How many failed.
+        ambiguous: How many of them may have been charged.
+        models: How many of which model.
+        lines: The first input lines that failed.
+    """
+
+    message: str
+    count: int = 0
+    ambiguous: int = 0
+    models: Counter[str] = attrs.field(factory=Counter)
+    lines: list[int] = attrs.field(factory=list)
+
+
+@attrs.define(eq=False)
+class QuotaUse:
+    """What the answers say of one add-on's quota.
+
+    Attributes:
+        used: Units, added up over the answers.
+        remaining: The least that was left.
+        limit: Of how many.
+        reset_time: When it begins anew, as recorded.
+    """
+
+    used: int = 0
+    remaining: int | None = None
+    limit: int | None = None
+    reset_time: str | None = None
+
+
+@attrs.define(eq=False)
+class Statistics:
+    """Everything that is counted.
+
+    Attributes:
+        models: By wire name; `BAD_LINES` for input that no model saw.
+        labels: In how many results each label is.
+        label_total: In how many results any label is, counted per label.
+        questions: Verdicts by rejection question.
+        qualities: How many pictures of each quality.
+        causes: Failures by what they have in common.
+        quotas: By add-on.
+    """
+
+    models: dict[str, ModelStatistics] = attrs.field(factory=dict)
+    labels: Counter[str] = attrs.field(factory=Counter)
+    questions: dict[str, Counter[str]] = attrs.field(factory=dict)
+    qualities: Counter[str] = attrs.field(factory=Counter)
+    causes: dict[str, Cause] = attrs.field(factory=dict)
+    quotas: dict[str, QuotaUse] = attrs.field(factory=dict)
+    durations: Durations = attrs.field(factory=Durations)
+    ok: int = 0
+    failed: int = 0
+
+    @property
+    def total(self) -> int:
+        """All results."""
+        return self.ok + self.failed
+
+    def add(self, record: Mapping[str, Any], findings: Findings) -> None:
+        """Count a result."""
+        name = choose_name(name_model(record), self.models, _MOST_MODELS)
+        model = self.models.setdefault(name, ModelStatistics())
+        if record["status"] == "ok":
+            self.ok += 1
+            model.ok += 1
+            seconds = read_number(record.get("seconds"))
+            if seconds is not None:
+                self.durations.add(seconds)
+                model.durations.add(seconds)
+            self._add_findings(model, findings)
+        else:
+            self.failed += 1
+            model.failed += 1
+            self._add_failure(record, name)
+        limits = record.get("limits")
+        for limit in limits if isinstance(limits, list) else ():
+            self._add_limit(limit)
+
+    def _add_findings(self, model: ModelStatistics, findings: Findings) -> None:
+        for label in findings.labels:
+            self.labels[choose_name(label, self.labels, _MOST_LABELS)] += 1
+        for mark in findings.marks:
+            if mark.score is not None:
+                model.scores.add(mark.score)
+        for answer in findings.answers:
+            if answer.question is not None and answer.verdict is not None:
+                question = choose_name(answer.question, self.questions, _MOST_QUESTIONS)
+                self.questions.setdefault(question, Counter())[answer.verdict] += 1
+        if findings.quality is not None:
+            level = choose_name(findings.quality.level, self.qualities, 20)
+            self.qualities[level] += 1
+            if findings.quality.score is not None:
+                model.scores.add(findings.quality.score)
+
+    def _add_failure(self, record: Mapping[str, Any], model: str) -> None:
+        error = get_error(record)
+        message = str(error.get("message") or "No reason was recorded.")
+        name = choose_name(name_cause(record), self.causes, _MOST_CAUSES)
+        cause = self.causes.setdefault(name, Cause(message[:1000]))
+        cause.count += 1
+        cause.ambiguous += error.get("ambiguous") is True
+        cause.models[model] += 1
+        line = record.get("line")
+        if isinstance(line, int) and len(cause.lines) < _EXAMPLES and line not in cause.lines:
+            cause.lines.append(line)
+
+    def _add_limit(self, limit: Any) -> None:
+        if not isinstance(limit, dict):
+            return
+        name = choose_name(str(limit.get("type")), self.quotas, _MOST_MODELS)
+        quota = self.quotas.setdefault(name, QuotaUse())
+        used, remaining = limit.get("used_by_request"), limit.get("remaining")
+        if isinstance(used, int):
+            quota.used += used
+        if isinstance(remaining, int) and (quota.remaining is None or remaining < quota.remaining):
+            quota.remaining = remaining
+            total, reset = limit.get("limit"), limit.get("reset_time")
+            quota.limit = total if isinstance(total, int) else None
+            quota.reset_time = reset if isinstance(reset, str) else None
+
+
+def name_model(record: Mapping[str, Any]) -> str:
+    """Return the model of a record, or what stands for it if no model saw the line."""
+    return str(record.get("model") or BAD_LINES)
+
+
+def name_cause(record: Mapping[str, Any]) -> str:
+    """Return what failures of the same cause have in common; never the source itself."""
+    if record.get("model") is None:
+        return "bad input line"
+    error = get_error(record)
+    parts = (error.get("type") or "unknown error", error.get("status"), error.get("code"))
+    return " ".join(str(part) for part in parts if part)
+
+
+def get_error(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the error of a record; empty if there is none."""
+    error = record.get("error")
+    return error if isinstance(error, dict) else {}

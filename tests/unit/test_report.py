@@ -1,0 +1,290 @@
+"""The report: numbers over every line, a bounded gallery, and a page that nothing gets out of."""
+
+import base64
+import hashlib
+import json
+import math
+import re
+import sys
+import tracemalloc
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cloudinary_analyze import ConfigurationError
+from cloudinary_analyze.bulk.report.findings import NOTHING, Findings, Mark, read_findings
+from cloudinary_analyze.bulk.report.gallery import Gallery, embed_json, find_address
+from cloudinary_analyze.bulk.report.statistics import Durations, Statistics, build_axis
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=8,
+)
+
+
+def build(analysis=None, **fields):
+    return {
+        "index": 0, "line": 1, "source": "https://x.test/a.jpg", "model": "coco", "key": None,
+        "status": "error" if analysis is None else "ok", "analysis": analysis, "entity": None,
+        "request_id": "r", "limits": [], "seconds": 0.25, "error": None, **fields,
+    }  # fmt: skip
+
+
+def count(*records):
+    statistics = Statistics()
+    for record in records:
+        statistics.add(record, read_findings(record["analysis"]))
+    return statistics
+
+
+def test_boxes_and_notes_are_read_from_every_form_they_come_in(sample):
+    def read(model):
+        return read_findings(sample(model)["data"]["analysis"]).marks
+
+    assert read("coco")[0] == Mark("person", 0.9912, (302.5, 58.25, 161.75, 389.5))
+    assert [mark.score for mark in read("coco")] == [0.9912, 0.9477, 0.8734]
+    assert read("google_logo_detection") == (Mark("google", 0.980325, (12, 42, 427, 243)),)
+    assert read("cld_fashion")[0].note == "sleeve length: long (wrist), closure type: zip-up"
+    assert read("shop_classifier")[0].box is None
+
+
+keys = st.sampled_from(
+    ["tags", "data", "caption", "responses", "value", "prompt", "detections", "name", "labels",
+     "label_annotations", "label", "score", "logo_annotations", "description", "bounding_poly",
+     "vertices", "x", "y", "quality", "bounding-box", "confidence", "attributes"]
+)  # fmt: skip
+
+
+@given(st.recursive(JSON, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(keys, inner)))
+def test_no_analysis_breaks_the_report(analysis):
+    """Whatever was recorded is counted and embedded, and stays readable."""
+    record = build(analysis, limits=analysis, error=analysis, seconds=analysis, source=analysis)
+    for status in ("ok", "error"):
+        record["status"] = status
+        findings = read_findings(analysis)
+        gallery = Gallery()
+        gallery.add(record, findings)
+        count(record)
+        (picture,) = map(json.loads, gallery.dump())
+        assert len(picture["results"]) == 1
+
+
+def test_an_analysis_of_unknown_form_is_shown_as_it_is():
+    findings = read_findings({"depth": [1, 2], "model_version": 1})
+    assert findings.rest == '{"depth": [1, 2], "model_version": 1}'
+    assert read_findings({"tags": [], "model_version": 1}) == NOTHING
+
+
+@given(st.lists(st.floats(0.001, 1000), min_size=1, max_size=60), st.floats(0, 1))
+def test_quantiles_are_right_to_three_percent(values, quantile):
+    durations = Durations()
+    for value in values:
+        durations.add(value)
+    exact = sorted(values)[max(1, math.ceil(quantile * len(values))) - 1]
+    assert durations.compute_quantile(quantile) == pytest.approx(exact, rel=0.03)
+    axis = build_axis([durations])
+    assert sum(durations.spread(axis)) == len(values)
+    assert all(0 <= place <= 1 for place, _ in axis.ticks())
+
+
+def test_numbers_cover_models_labels_verdicts_causes_and_quotas():
+    quota = {"type": "object_detection", "used_by_request": 1, "limit": 500, "reset_time": None}
+    refusal = {"type": "RateLimitedError", "status": 429, "code": "MA_1", "message": "Slow."}
+    answers = [{"prompt": "Bad?", "value": "Yes"}, {"prompt": "Worse?", "value": "maybe"}]
+    statistics = count(
+        build({"tags": {"dog": [{"confidence": 0.97}, {"confidence": 1}]}}, limits=[{**quota, "remaining": 7}]),
+        build({"tags": {"dog": [{"confidence": 0.02}]}}, limits=[{**quota, "remaining": 9}]),
+        build({"responses": answers}, model="ai_vision_moderation"),
+        build({"quality": "low", "score": 0.1}, model="image_quality"),
+        build(error={**refusal, "ambiguous": True}, line=4),
+        build(error={**refusal, "message": "Slower."}, line=5),
+        build(model=None, error={"type": "InvalidRequestError", "message": "No URL."}, line=6),
+    )  # fmt: skip
+    assert (statistics.total, statistics.ok, statistics.failed) == (7, 4, 3)
+    assert (statistics.models["coco"].ok, statistics.models["coco"].failed) == (2, 2)
+    assert statistics.labels == {"dog": 2}  # results, not instances
+    assert statistics.models["coco"].scores.columns == [1] + [0] * 18 + [2]
+    assert statistics.questions == {"Bad?": {"yes": 1}, "Worse?": {"unknown": 1}}
+    assert statistics.qualities == {"low": 1}
+    cause = statistics.causes["RateLimitedError 429 MA_1"]
+    assert (cause.count, cause.ambiguous, cause.lines, cause.message) == (2, 1, [4, 5], "Slow.")
+    assert statistics.causes["bad input line"].lines == [6]
+    used = statistics.quotas["object_detection"]
+    assert (used.used, used.remaining, used.limit) == (2, 7, 500)
+
+
+def test_pictures_are_grouped_in_the_order_of_the_input_and_capped():
+    gallery = Gallery(most_pictures=2)
+    for index, (source, model) in enumerate(
+        [("b", "coco"), ("c", "coco"), ("d", "x"), ("b", "lvis")]
+    ):
+        record = build({"tags": {}}, source=source, model=model, index=9 - index)
+        gallery.add(record, NOTHING)
+    pictures = [json.loads(picture) for picture in gallery.dump()]
+    shown = [(each["source"], [result["model"] for result in each["results"]]) for each in pictures]
+    assert shown == [("b", ["lvis", "coco"]), ("c", ["coco"])]
+    assert (len(gallery), gallery.left_out) == (2, 1)
+
+
+def test_an_answer_replaces_the_failure_of_the_same_request_and_never_the_reverse():
+    gallery = Gallery()
+    for record in (build(key="k"), build({"tags": {}}, key="k"), build(key="k")):
+        gallery.add(record, NOTHING)
+    (picture,) = map(json.loads, gallery.dump())
+    assert [result["ok"] for result in picture["results"]] == [True]
+
+
+def test_memory_is_bounded_whatever_the_lines_hold():
+    """Many names, long texts, one picture a thousand times: none of it grows without end."""
+
+    def run(rounds):
+        statistics, gallery = Statistics(), Gallery(most_pictures=50)
+        for number in range(rounds):
+            text = f"{number} " * 400
+            findings = Findings(caption=text, marks=(Mark(text),) * 500)
+            record = build({}, source=f"https://x.test/{number % 100}", model=text, key=text)
+            statistics.add(record, findings)
+            gallery.add(record, findings)
+            statistics.add({**record, "status": "error", "error": {"type": text}}, NOTHING)
+        return statistics, gallery
+
+    tracemalloc.start()
+    try:
+        kept = run(2_000)
+        before = tracemalloc.get_traced_memory()[0]
+        del kept
+        kept = run(4_000)
+        after = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert kept[0].total == 8_000
+    # labels are let grow to 20,000 names, each of 200 characters at most
+    assert after - before < 2_000 * 1_000
+
+
+@given(st.text() | st.sampled_from(["</script>", "<!--", "]]>", "\u2028", "&lt;", "\ud800"]))
+def test_embedded_json_cannot_end_its_script_and_comes_back_whole(text):
+    embedded = embed_json({text: [text]})
+    assert embedded.isascii()
+    assert not set("<>&") & set(embedded)
+    assert json.loads(embedded) == {text: [text]}
+
+
+@pytest.mark.parametrize("source", ["https://x.test/a.jpg?b=1", "HTTP://x.test/", "http://[::1]/a"])
+def test_http_addresses_may_be_opened(source):
+    assert find_address(source) == source
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["javascript:alert(1)", "JavaScript://x%0aalert(1)", "data:text/html,x", "file:///etc/passwd",
+     "asset:0123", "//x.test/a", " https://x.test", "java\nscript://x", "https:alert(1)", "https://", ""],
+)  # fmt: skip
+def test_no_other_address_may_be_opened(source):
+    assert find_address(source) is None
+
+
+class Elements(HTMLParser):
+    """The elements of a page and the texts in them."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found = []
+        self.open = False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append([tag, dict(attributes), ""])
+        self.open = True
+
+    def handle_endtag(self, tag):
+        self.open = False
+
+    def handle_data(self, data):
+        if self.open:
+            self.found[-1][2] += data
+
+    def all(self, tag):
+        return [(attributes, text) for name, attributes, text in self.found if name == tag]
+
+
+def write(path, *records):
+    pytest.importorskip("jinja2")
+    from cloudinary_analyze.bulk.report import write_report
+
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    return write_report(lines, path), path.read_text("utf-8")
+
+
+def test_the_page_is_one_file_whose_policy_knows_its_own_script_and_style_alone(tmp_path):
+    _, page = write(tmp_path / "r.html", build({"tags": {"dog": [{"confidence": 0.5}]}}))
+    elements = Elements(page)
+    policy = next(
+        attributes["content"]
+        for attributes, _ in elements.all("meta")
+        if attributes.get("http-equiv") == "Content-Security-Policy"
+    )
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'"
+    assert rules["img-src"] == "http: https: data:"
+    (style,) = elements.all("style")
+    data, script = elements.all("script")
+    assert data[0] == {"type": "application/json", "id": "data"}
+    for name, (_, text) in (("style-src", style), ("script-src", script)):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert rules[name] == f"'sha256-{digest}'"
+    assert not elements.all("link")
+    assert not [attributes for _, attributes, _ in elements.found if "style" in attributes]
+    assert not re.search(r"@import|url\(", style[1])
+    for _, attributes, _ in elements.found:
+        assert not {"src", "href"} & set(attributes)
+        assert not [name for name in attributes if name.startswith("on")]
+
+
+def test_what_was_recorded_is_text_in_the_page_never_markup(tmp_path):
+    attack = "'\"></svg></script><script>alert(1)</script><img src=x onerror=alert(1)>"
+    limits = [
+        {"type": attack, "used_by_request": 1, "remaining": 1, "limit": 2, "reset_time": attack}
+    ]
+    _, page = write(
+        tmp_path / "r.html",
+        build({"tags": {attack: [{"confidence": 0.5}]}}, model=attack, source=attack, limits=limits),
+        build({"responses": [{"prompt": attack, "value": attack}]}),
+        build({"quality": attack}),
+        build(error={"type": attack, "message": attack, "code": attack}),
+    )  # fmt: skip
+    assert "<script>alert" not in page
+    assert "<img" not in page.partition('id="data"')[0]
+    assert len(Elements(page).all("script")) == 2
+
+
+def test_the_page_says_what_it_leaves_out(tmp_path):
+    records = [build({"tags": {}}, source=f"https://x.test/{n}", key=str(n)) for n in range(10_002)]
+    written, page = write(tmp_path / "r.html", *records, '{"index": 4, "sta')
+    assert (written.results, written.pictures, written.bad_lines) == (10_002, 10_000, 1)
+    assert "10,002 answers" in page
+    assert "shows the first 10,000 pictures; 2 further results are in the numbers only" in page
+    assert "1 line of the file was no result and is left out" in page
+    assert len(json.loads(Elements(page).all("script")[0][1])) == 10_000
+
+
+def test_a_report_without_results_is_a_page_too(tmp_path):
+    written, page = write(tmp_path / "r.html")
+    assert written.results == 0
+    assert "0 answers" in page
+
+
+def test_half_a_surrogate_pair_does_not_stop_the_page(tmp_path):
+    _, page = write(tmp_path / "r.html", build({"tags": {"a\ud800": [{}]}}, model="m\udfff"))
+    assert json.loads(Elements(page).all("script")[0][1])[0]["results"][0]["marks"] == [["a\ud800"]]
+
+
+def test_without_the_extra_a_sentence_says_what_to_install(monkeypatch, tmp_path):
+    from cloudinary_analyze.bulk.report import write_report
+
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ConfigurationError, match=r"pip install 'cloudinary-analyze\[report\]'"):
+        write_report([], tmp_path / "r.html")
