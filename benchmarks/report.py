@@ -1,0 +1,120 @@
+"""Tells results: the table, the JSON, and which targets were missed."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final
+
+import attrs
+
+from benchmarks.model import Target
+from benchmarks.runner import Effort, Result
+
+PACKAGES: Final = (
+    "cloudinary-analyze",
+    "aiohttp",
+    "attrs",
+    "cattrs",
+    "cloudinary-analysis",
+    "httpx",
+    "orjson",
+    "sniffio",
+    "uvloop",
+)
+BUSY: Final = "server busy %"
+
+
+def format_result(result: Result) -> str:
+    """Return the lines of a cell: a line per contender, a line per target."""
+    cell = result.cell
+    lines = [f"{cell.name}  ({cell.unit}; ratios to {cell.baseline})"]
+    for contender in result.samples:
+        low, high = result.find_range(contender)
+        line = (
+            f"  {contender:<18}{result.medians[contender]:9.2f}  [{low:.2f} to {high:.2f}]".ljust(
+                52
+            )
+        )
+        if contender != cell.baseline:
+            least, most = result.find_ratio_range(contender)
+            line += f"{result.compute_ratio(contender):6.2f}x [{least:.2f} to {most:.2f}]"
+        if (busy := result.find_note(contender, BUSY)) is not None:
+            line = f"{line:<78}server {busy:.0f} % busy"
+        lines.append(line.rstrip())
+    lines += [f"  {describe_target(result, target)}" for target in cell.targets]
+    return "\n".join(lines)
+
+
+def is_kept(result: Result, target: Target) -> bool:
+    """Whether a target was kept."""
+    return result.compute_figure(target) <= target.most
+
+
+def describe_target(result: Result, target: Target) -> str:
+    """Say in a line whether a target was kept."""
+    figure = result.compute_figure(target)
+    unit = {"ratio": "x", "excess": f" {result.cell.unit}", "note": ""}[target.figure]
+    name = {"ratio": "ratio", "excess": "of its own", "note": target.note}[target.figure]
+    verdict = "kept" if is_kept(result, target) else "MISSED"
+    return f"target {verdict}: {name} {figure:.2f}{unit}, at most {target.most:g}{unit}"
+
+
+def find_caveats(results: list[Result]) -> list[str]:
+    """Return what a reader of these results has to know of this environment."""
+    on_httpx = {"httpx + orjson", "vendor's SDK"}
+    if _find_version("sniffio") is None and any(
+        result.cell.server and on_httpx & set(result.samples) for result in results
+    ):
+        caveat = (
+            "sniffio is not installed. httpx then tries to import it again and again, which makes "
+            "httpx and the vendor's SDK look worse than they are; install it and repeat."
+        )
+        return [caveat]
+    return []
+
+
+def build_document(results: list[Result], effort: Effort) -> dict[str, Any]:
+    """Return everything that was measured, fit for JSON."""
+    return {
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": f"{sys.platform} {platform.machine()}",
+        "packages": {name: _find_version(name) for name in PACKAGES},
+        "effort": attrs.asdict(effort),
+        "caveats": find_caveats(results),
+        "cells": {result.cell.name: _build_cell_document(result) for result in results},
+    }
+
+
+def _build_cell_document(result: Result) -> dict[str, Any]:
+    cell = result.cell
+    return {
+        "unit": cell.unit,
+        "baseline": cell.baseline,
+        "contenders": {
+            contender: {
+                "median": result.medians[contender],
+                "ratio": result.compute_ratio(contender),
+                "samples": [attrs.asdict(sample) for sample in samples],
+            }
+            for contender, samples in result.samples.items()
+        },
+        "targets": [
+            {
+                **attrs.asdict(target),
+                "reached": result.compute_figure(target),
+                "kept": is_kept(result, target),
+            }
+            for target in cell.targets
+        ],
+    }
+
+
+def _find_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

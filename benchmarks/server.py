@@ -1,0 +1,130 @@
+"""The benchmark server: canned answers over a bare protocol, in a process of its own.
+
+It reads nothing of a request but the model in its path and its Content-Length, so that the
+clients are what is measured. ``GET /usage`` tells the CPU seconds it has used; from these comes
+the busy share that is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, cast
+
+from benchmarks.payloads import ANSWERS
+
+ROOT: Final = Path(__file__).parent.parent
+_HEAD: Final = (
+    "HTTP/1.1 200 OK\r\n"
+    "Content-Type: application/json; charset=utf-8\r\n"
+    "Date: Mon, 01 Jan 2024 00:00:00 GMT\r\n"
+    "Server: Cloudinary\r\n"
+    "Vary: Accept-Encoding\r\n"
+    "X-Request-Id: 17c3b70c5096df0e77e838323abb7029\r\n"
+    "Connection: keep-alive\r\n"
+    "Content-Length: {length}\r\n\r\n"
+)
+
+
+def build_answer(body: bytes) -> bytes:
+    """Return the bytes of a 200."""
+    return _HEAD.format(length=len(body)).encode() + body
+
+
+class _Answerer(asyncio.Protocol):
+    """Answers one connection's requests, one after the other."""
+
+    def __init__(self, delay: float, answers: dict[bytes, bytes]) -> None:
+        self.delay = delay
+        self.answers = answers
+        self.pending = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is of no such class
+
+    def data_received(self, data: bytes) -> None:
+        data = self.pending + data if self.pending else data
+        while (end := data.find(b"\r\n\r\n")) >= 0:
+            end += 4
+            head = data[:end].lower()
+            at = head.find(b"content-length:")
+            if at >= 0:
+                end += int(head[at + 15 : head.index(b"\r", at)])
+            if len(data) < end:
+                break
+            self.answer(head)
+            data = data[end:]
+        self.pending = data
+
+    def answer(self, head: bytes) -> None:
+        path = head.split(b" ", 2)[1]
+        if path == b"/usage":
+            self.transport.write(build_answer(str(time.process_time()).encode()))
+            return
+        answer = self.answers[path.rpartition(b"/")[2]]
+        if self.delay:
+            asyncio.get_running_loop().call_later(self.delay, self.transport.write, answer)
+        else:
+            self.transport.write(answer)
+
+
+async def _serve(delay: float) -> None:
+    loop = asyncio.get_running_loop()
+    answers = {model.encode(): build_answer(body) for model, body in ANSWERS.items()}
+    server = await loop.create_server(
+        lambda: _Answerer(delay, answers), "127.0.0.1", 0, backlog=1024
+    )
+    print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
+    over = asyncio.Event()
+    loop.add_reader(sys.stdin.fileno(), over.set)  # stdin ends when the parent does
+    await over.wait()
+
+
+@contextlib.contextmanager
+def run_server(*, delay: float) -> Iterator[str]:
+    """Run a server in a process of its own, and give its origin."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.server", "--delay", str(delay)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.stdin.close()
+            process.wait(10)
+
+
+def read_usage(url: str) -> float:
+    """Return the CPU seconds that the server at `url` has used."""
+    with urllib.request.urlopen(f"{url}/usage", timeout=10) as answer:
+        return float(answer.read())
+
+
+def main() -> None:
+    """Serve until stdin ends."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--delay", type=float, default=0.0)
+    delay = parser.parse_args().delay
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(_serve(delay))
+    else:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(delay))
+
+
+if __name__ == "__main__":
+    main()
