@@ -1,0 +1,198 @@
+"""What both receivers decide: which webhook is taken, and what its sender is told.
+
+The decisions are pure. The one thing that is awaited here is the sink.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+import attrs
+
+from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
+from cloudinary_analyze._wire.signature import (
+    SIGNATURE_HEADER,
+    SIGNATURE_V2_HEADER,
+    TIMESTAMP_HEADER,
+)
+from cloudinary_analyze.config import Credentials
+from cloudinary_analyze.errors import (
+    ConfigurationError,
+    MalformedNotificationError,
+    NotificationError,
+)
+from cloudinary_analyze.protocols import NotificationSink
+from cloudinary_analyze.responses import Delivery, Notification
+from cloudinary_analyze.webhooks import parse_notification, verify_delivery
+
+logger = logging.getLogger("cloudinary_analyze")
+
+MAX_BODY: Final = 2**20  # bytes
+BODY_SECONDS: Final = 10.0
+SINK_SECONDS: Final = 5.0
+
+_KEPT: Final = {
+    name.lower(): name for name in (SIGNATURE_HEADER, SIGNATURE_V2_HEADER, TIMESTAMP_HEADER)
+}
+_TIMESTAMP: Final = re.compile(r"[0-9]{1,15}")
+_SIGNATURE: Final = re.compile(r"[0-9A-Fa-f]{40}|[0-9A-Fa-f]{64}")
+
+
+@attrs.frozen
+class Reply:
+    """What the sender is told.
+
+    Attributes:
+        status: HTTP status; anything but 200 makes the service try again.
+        text: A sentence for whoever looks into it.
+    """
+
+    status: int
+    text: str
+
+
+class RefusedError(Exception):
+    """A webhook that is not taken, with the reply that says why."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.reply = Reply(status, text)
+
+
+TOO_LONG: Final = Reply(413, f"A notification has {MAX_BODY} bytes at most.")
+TOO_SLOW: Final = Reply(408, f"The body did not arrive within {BODY_SECONDS:.0f} s.")
+CUT_SHORT: Final = Reply(400, "The body did not arrive whole.")
+WRONG_METHOD: Final = Reply(405, "Notifications are sent with POST.")
+STORED: Final = Reply(200, "Stored.")
+DROPPED: Final = Reply(200, "Not an answer to an analysis; dropped.")
+UNREADABLE: Final = Reply(400, "The body is signed, but no JSON object.")
+NOT_STORED: Final = Reply(503, "The notification could not be stored now; send it again.")
+
+
+def read_headers(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return the signature's headers, before the body is read. Others are nobody's business.
+
+    Raises:
+        RefusedError: There is no signature that could be verified, or the body is too long.
+    """
+    headers: dict[str, str] = {}
+    for name, value in pairs:
+        folded = name.lower()
+        if folded == "content-length" and (not value.isdecimal() or int(value) > MAX_BODY):
+            raise RefusedError(TOO_LONG.status, TOO_LONG.text)
+        if folded in _KEPT:
+            if _KEPT[folded] in headers:
+                raise RefusedError(400, f"There is more than one {_KEPT[folded]} header.")
+            headers[_KEPT[folded]] = value
+    _check_headers(headers)
+    return headers
+
+
+def _check_headers(headers: Mapping[str, str]) -> None:
+    signature = headers.get(SIGNATURE_HEADER)
+    if signature is None and SIGNATURE_V2_HEADER in headers:
+        logger.warning(
+            "A notification was refused: it has a v2 signature only, which nobody but the vendor "
+            "can verify. Set the trigger's auth_scheme to 'default' or 'legacy_hmac'."
+        )
+        raise RefusedError(401, "A v2 signature alone cannot be verified here; see auth_scheme.")
+    if signature is None:
+        raise RefusedError(401, f"There is no {SIGNATURE_HEADER} header.")
+    if not _SIGNATURE.fullmatch(signature):
+        raise RefusedError(400, f"The {SIGNATURE_HEADER} header is no SHA-1 or SHA-256 in hex.")
+    if not _TIMESTAMP.fullmatch(headers.get(TIMESTAMP_HEADER, "")):
+        raise RefusedError(400, f"The {TIMESTAMP_HEADER} header has no Unix seconds.")
+
+
+def read_answer(delivery: Delivery, credentials: Credentials) -> Notification | None:
+    """Verify a delivery and return what it says of an analysis task, or ``None`` if nothing.
+
+    Raises:
+        NotificationError: It is forged, stale or malformed.
+    """
+    verify_delivery(delivery, credentials.signing_secrets, digests=credentials.digests)
+    notification = parse_notification(delivery.body)
+    if answers_task(notification):
+        return notification
+    if notification.task_id is not None:
+        logger.warning(
+            "A notification of the task %s has neither a result nor an error, and is not kept. "
+            "Does the trigger's payload template leave them out?",
+            notification.task_id,
+        )
+    return None
+
+
+def answers_task(notification: Notification) -> bool:
+    """Whether a notification ends an analysis task, with its result or with its error."""
+    if notification.task_id is None:
+        return False
+    holds_analysis = notification.data is not None and isinstance(
+        notification.data.get("analysis"), dict
+    )
+    return notification.failed or holds_analysis
+
+
+def check_secrets(credentials: Credentials) -> None:
+    """Refuse credentials that notifications cannot be verified with.
+
+    Raises:
+        ConfigurationError: They hold no secret.
+    """
+    if not credentials.signing_secrets:
+        raise ConfigurationError(
+            "Notifications cannot be verified without a secret. Pass "
+            "Credentials(…, notification_secrets=…) beside the OAuth token."
+        )
+
+
+@attrs.define(eq=False)
+class Intake:
+    """Takes in webhooks whose body was read, whatever the web framework.
+
+    Attributes:
+        sink: Where verified deliveries go.
+        credentials: Whose notifications are taken.
+        clock: Stamps deliveries, and bounds the waits.
+    """
+
+    sink: NotificationSink
+    credentials: Credentials
+    clock: Clock = attrs.field(default=SYSTEM_CLOCK, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        check_secrets(self.credentials)
+
+    async def take(self, body: bytes, headers: Mapping[str, str]) -> Reply:
+        """Verify and store one webhook; return what its sender is told.
+
+        Cancelling is safe: the delivery is stored or not, and its sender tries again.
+        """
+        delivery = Delivery(body, headers, received_at=self.clock.wall())
+        try:
+            answer = read_answer(delivery, self.credentials)
+        except MalformedNotificationError as error:
+            logger.info("A notification was refused: %s", error)
+            return UNREADABLE
+        except NotificationError as error:
+            logger.info("A notification was refused: %s", error)
+            return Reply(401, str(error))
+        if answer is None:
+            return DROPPED
+        try:
+            async with self.clock.timeout_at(self.clock.monotonic() + SINK_SECONDS):
+                await self.sink.put(delivery)
+        except Exception as error:
+            # the sender tries again only if it is told that this went wrong
+            logger.warning(
+                "The notification of the task %s could not be stored (%s: %s); its sender is "
+                "told 503 and tries again.",
+                answer.task_id,
+                type(error).__name__,
+                error,
+            )
+            return NOT_STORED
+        return STORED

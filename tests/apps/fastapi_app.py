@@ -1,0 +1,70 @@
+"""Captions behind FastAPI, in any number of processes: ``uvicorn fastapi_app:app --workers 2``."""
+
+import asyncio
+import os
+from contextlib import asynccontextmanager
+from typing import Annotated
+
+from fastapi import Depends, FastAPI, HTTPException, Request
+from starlette.routing import Route
+
+from cloudinary_analyze import AnalysisTask, AnalyzeSession, Captioning, Credentials
+from cloudinary_analyze.notifications.asgi import WebhookReceiver
+from cloudinary_analyze.notifications.redis import RedisNotifications
+
+HOOK = "/hooks/cloudinary"
+PATIENCE = 20.0  # seconds; then the client asks again by the task id
+
+credentials = Credentials.from_environment()
+notifications = RedisNotifications(os.environ["REDIS_URL"])
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI):
+    url = os.environ["PUBLIC_URL"] + HOOK
+    async with (
+        notifications,
+        AnalyzeSession(credentials, notifications=notifications, notification_url=url) as session,
+    ):
+        app.state.session = session
+        yield
+
+
+def get_session(request: Request) -> AnalyzeSession:
+    return request.app.state.session
+
+
+Session = Annotated[AnalyzeSession, Depends(get_session)]
+receiver = WebhookReceiver(notifications, credentials)
+app = FastAPI(lifespan=lifespan, routes=[Route(HOOK, endpoint=receiver)])
+
+
+@app.get("/captions")
+async def caption(uri: str, request: Request, session: Session):
+    return await answer(request, session.submit(Captioning(uri)))
+
+
+@app.get("/captions/{task_id}")
+async def caption_of_task(task_id: str, request: Request, session: Session):
+    return await answer(request, session.task(task_id, Captioning))
+
+
+async def answer(request: Request, task: AnalysisTask):
+    """Wait for the result, for as long as the patience lasts and the client stays."""
+    result = task.as_future()
+    gone = asyncio.create_task(wait_until_gone(request))
+    try:
+        await asyncio.wait({result, gone}, timeout=PATIENCE, return_when="FIRST_COMPLETED")
+        if result.done():
+            response = result.result()
+            return {"caption": response.analysis.caption, "uri": response.entity}
+        raise HTTPException(504, {"task_id": task.task_id})
+    finally:
+        gone.cancel()
+        result.cancel()
+        task.abandon()
+
+
+async def wait_until_gone(request: Request):
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

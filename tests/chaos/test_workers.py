@@ -1,0 +1,124 @@
+"""The printed FastAPI program with two workers and a Redis that is killed under it: none is lost."""
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import aiohttp
+import pytest
+from notification_support import find_free_port, start_redis
+
+from cloudinary_analyze.emulator import Emulator, FaultPlan, WebhookPolicy
+
+pytestmark = pytest.mark.slow
+
+APPS = Path(__file__).parent.parent / "apps"
+REQUESTS = 1000
+PATIENCE = 120.0
+
+
+@pytest.fixture
+def redis(tmp_path):
+    server = start_redis(tmp_path)
+    yield server
+    server.kill()
+
+
+@contextlib.asynccontextmanager
+async def run_workers(emulator, redis):
+    """Run the program with two workers, as its documentation says; yield its origin."""
+    port = find_free_port()
+    origin = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "uvicorn", "--app-dir", str(APPS), "fastapi_app:app"]
+    command += ["--workers", "2", "--port", str(port), "--log-level", "warning"]
+    environment = {
+        **os.environ,
+        "CLOUDINARY_URL": emulator.cloudinary_url,
+        "REDIS_URL": redis.url,
+        "PUBLIC_URL": origin,
+    }
+    process = subprocess.Popen(command, env=environment)
+    try:
+        async with asyncio.timeout(30), aiohttp.ClientSession() as client:
+            while True:
+                try:
+                    async with client.get(f"{origin}/openapi.json") as response:
+                        assert response.status == 200
+                        break
+                except aiohttp.ClientConnectorError:
+                    assert process.poll() is None
+                    await asyncio.sleep(0.05)
+        yield origin
+    finally:
+        process.terminate()
+        await asyncio.to_thread(process.wait, 20)
+
+
+def open_emulator():
+    """Send 10 % of the webhooks before the 202, 5 % twice, and soon again what was not stored."""
+    return Emulator(
+        task_seconds=0.1,
+        faults=FaultPlan(early=0.1, duplicated=0.05),
+        webhooks=WebhookPolicy(retry_scale=0.01),
+    )
+
+
+async def ask(client, origin, uri, statuses):
+    """Ask for a caption as a client does that was told to come again by the task id."""
+    url, query = f"{origin}/captions", {"uri": uri}
+    while True:
+        async with client.get(url, params=query) as response:
+            statuses[response.status] += 1
+            content = await response.json()
+        if response.status != 504:
+            return content
+        url, query = f"{origin}/captions/{content['detail']['task_id']}", {}
+
+
+def open_client():
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=PATIENCE)
+    )
+
+
+def check_faults(emulator):
+    """The plan was acted out, and nothing was asked of the service twice."""
+    faults = Counter(fault for task in emulator.tasks.values() for fault in task.faults)
+    assert faults["early"] > 0.07 * REQUESTS
+    assert faults["duplicated"] > 0.03 * REQUESTS
+    assert emulator.counts.webhooks["duplicate"] == faults["duplicated"]
+    assert len(emulator.tasks) == emulator.counts.total_done == REQUESTS
+
+
+async def test_a_thousand_handlers_in_two_workers_each_get_their_own_result(redis):
+    async with open_emulator() as emulator, run_workers(emulator, redis) as origin:
+        uris, statuses = emulator.sample_urls(REQUESTS), Counter()
+        async with open_client() as client, asyncio.timeout(PATIENCE):
+            answers = await asyncio.gather(*(ask(client, origin, uri, statuses) for uri in uris))
+        assert [answer["uri"] for answer in answers] == uris
+        assert statuses == {200: REQUESTS}
+        check_faults(emulator)
+
+
+async def test_no_result_is_lost_while_redis_is_killed_and_comes_back(redis):
+    async with open_emulator() as emulator, run_workers(emulator, redis) as origin:
+        uris, statuses = emulator.sample_urls(REQUESTS), Counter()
+        async with open_client() as client, asyncio.timeout(PATIENCE):
+            asking = [asyncio.create_task(ask(client, origin, uri, statuses)) for uri in uris]
+            for answered in (REQUESTS // 10, REQUESTS // 3):
+                while statuses[200] < answered:
+                    await asyncio.sleep(0.005)
+                await asyncio.to_thread(redis.kill)
+                refused = emulator.counts.webhooks_refused
+                while emulator.counts.webhooks_refused < refused + 5:
+                    await asyncio.sleep(0.005)
+                await asyncio.to_thread(redis.start)
+            answers = await asyncio.gather(*asking)
+        assert [answer["uri"] for answer in answers] == uris
+        assert set(statuses) <= {200, 504}
+        assert emulator.counts.webhooks["redelivery"] >= 10
+        check_faults(emulator)

@@ -1,0 +1,108 @@
+"""The FastAPI application that the documentation prints, in one process and in two."""
+
+import asyncio
+import contextlib
+import importlib.util
+import time
+from pathlib import Path
+
+import aiohttp
+import pytest
+from notification_support import (
+    build_answer,
+    find_free_port,
+    serve_asgi,
+    sign,
+    start_redis,
+    until,
+)
+
+from cloudinary_analyze.emulator import Emulator
+
+PROGRAM = Path(__file__).parent.parent / "apps" / "fastapi_app.py"
+
+
+@pytest.fixture(scope="module")
+def redis(tmp_path_factory):
+    server = start_redis(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def open_worker(redis, monkeypatch):
+    """Run the printed program as one more worker; yields its module and its origin."""
+
+    @contextlib.asynccontextmanager
+    async def open_worker(emulator):
+        port = find_free_port()
+        monkeypatch.setenv("CLOUDINARY_URL", emulator.cloudinary_url)
+        monkeypatch.setenv("REDIS_URL", redis.url)
+        monkeypatch.setenv("PUBLIC_URL", f"http://127.0.0.1:{port}")
+        spec = importlib.util.spec_from_file_location("fastapi_app", PROGRAM)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        async with serve_asgi(module.app, port=port) as origin:
+            yield module, origin
+
+    return open_worker
+
+
+async def get(client, url, **query):
+    async with client.get(url, params=query) as response:
+        return response.status, await response.json()
+
+
+async def deliver(client, origin, task_id, caption):
+    body = build_answer(task_id, caption)
+    headers = sign(body, at=time.time())
+    async with client.post(f"{origin}/hooks/cloudinary", data=body, headers=headers) as response:
+        assert response.status == 200
+
+
+async def test_a_handler_awaits_its_own_result(open_worker):
+    async with (
+        Emulator(task_seconds=0.02) as emulator,
+        open_worker(emulator) as (_, origin),
+        aiohttp.ClientSession() as client,
+    ):
+        uris = emulator.sample_urls(20)
+        answers = await asyncio.gather(*(get(client, f"{origin}/captions", uri=u) for u in uris))
+        assert [status for status, _ in answers] == [200] * 20
+        assert [content["uri"] for _, content in answers] == uris
+
+
+async def test_a_504_carries_the_task_id_and_any_worker_re_attaches_by_it(open_worker):
+    async with (
+        Emulator(task_seconds=3600) as emulator,
+        open_worker(emulator) as (module, origin),
+        open_worker(emulator) as (_, other),
+        aiohttp.ClientSession() as client,
+    ):
+        module.PATIENCE = 0.3
+        status, content = await get(client, f"{origin}/captions", uri="https://x.test/a.jpg")
+        task_id = content["detail"]["task_id"]
+        assert (status, task_id in emulator.tasks) == (504, True)
+        assert (await get(client, f"{origin}/captions/{task_id}"))[0] == 504
+        await deliver(client, other, task_id, "Late")
+        for worker in (origin, other):
+            status, content = await get(client, f"{worker}/captions/{task_id}")
+            assert (status, content["caption"]) == (200, "Late")
+
+
+async def test_a_client_that_goes_away_is_noticed_and_nobody_waits_any_more(open_worker, caplog):
+    async with (
+        Emulator(task_seconds=3600) as emulator,
+        open_worker(emulator) as (module, origin),
+        aiohttp.ClientSession() as client,
+    ):
+        asking = asyncio.create_task(get(client, f"{origin}/captions", uri="https://x.test/a.jpg"))
+        table = module.app.state.session._resolver.table
+        await until(lambda: table.pending)
+        (entry,) = table.pending.values()
+        assert entry.waits
+        asking.cancel()
+        await until(lambda: not entry.waits)
+        status, _ = await get(client, f"{origin}/openapi.json")
+        assert status == 200
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]

@@ -1,0 +1,204 @@
+"""What a receiver takes, what it refuses, and what it tells the sender."""
+
+import asyncio
+import json
+
+import pytest
+from notification_support import CREDENTIALS, SECRET, build_answer, sign
+
+from cloudinary_analyze import ConfigurationError, Credentials
+from cloudinary_analyze.notifications.asgi import WebhookReceiver
+from cloudinary_analyze.notifications.receiver import (
+    MAX_BODY,
+    Intake,
+    RefusedError,
+    read_headers,
+)
+
+SHA1 = "a" * 40
+TIMESTAMP = ("X-Cld-Timestamp", "1790000000")
+GOOD = [TIMESTAMP, ("X-Cld-Signature", SHA1)]
+
+
+@pytest.fixture
+def queue():
+    return asyncio.Queue()
+
+
+@pytest.fixture
+def intake(queue, clock):
+    return Intake(queue, CREDENTIALS, clock=clock)
+
+
+def test_only_the_signatures_headers_are_kept_whatever_their_case():
+    pairs = [("x-cld-TIMESTAMP", "1790000000"), ("x-cld-signature", SHA1), ("Cookie", "secret")]
+    assert read_headers(pairs) == dict(GOOD)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "status"),
+    [
+        ([], 401),
+        ([TIMESTAMP], 401),
+        ([TIMESTAMP, ("X-Cld-Signature_v2", "xyz")], 401),
+        ([("X-Cld-Signature", SHA1)], 400),
+        ([("X-Cld-Timestamp", "1.5"), ("X-Cld-Signature", SHA1)], 400),
+        ([("X-Cld-Timestamp", "-1"), ("X-Cld-Signature", SHA1)], 400),
+        ([("X-Cld-Timestamp", "1" * 16), ("X-Cld-Signature", SHA1)], 400),
+        ([("X-Cld-Timestamp", chr(0x661)), ("X-Cld-Signature", SHA1)], 400),
+        ([TIMESTAMP, ("X-Cld-Signature", "zz")], 400),
+        ([TIMESTAMP, ("X-Cld-Signature", chr(0xFF) * 40)], 400),
+        ([TIMESTAMP, ("X-Cld-Signature", "")], 400),
+        ([*GOOD, ("x-cld-signature", SHA1)], 400),
+        ([*GOOD, ("Content-Length", str(MAX_BODY + 1))], 413),
+    ],
+)
+def test_headers_that_cannot_be_right_are_refused_before_the_body_is_read(pairs, status):
+    with pytest.raises(RefusedError) as caught:
+        read_headers(pairs)
+    assert caught.value.reply.status == status
+
+
+def test_a_v2_signature_alone_is_logged_with_the_name_of_the_setting(caplog):
+    with pytest.raises(RefusedError):
+        read_headers([TIMESTAMP, ("X-Cld-Signature_v2", "xyz")])
+    assert "auth_scheme" in caplog.text
+
+
+@pytest.mark.parametrize("digest", ["sha1", "sha256"])
+async def test_a_signed_answer_is_stored_with_the_instant_of_its_receipt(
+    intake, queue, clock, digest
+):
+    body = build_answer("t1")
+    headers = sign(body, at=clock.wall() - 60, digest=digest)
+    assert (await intake.take(body, headers)).status == 200
+    delivery = queue.get_nowait()
+    assert (delivery.body, delivery.received_at) == (body, clock.wall())
+    assert delivery.headers == headers
+
+
+async def test_a_failure_is_stored_too(intake, queue, clock):
+    body = json.dumps({"task_id": "t1", "http_status": 404, "error": {"message": "gone"}}).encode()
+    assert (await intake.take(body, sign(body, at=clock.wall()))).status == 200
+    assert queue.get_nowait().body == body
+
+
+@pytest.mark.parametrize(
+    ("age", "secret", "status"),
+    [(0, "another", 401), (7300, SECRET, 401), (-400, SECRET, 401), (7100, SECRET, 200)],
+)
+async def test_what_is_forged_or_stale_is_answered_401_and_not_stored(
+    queue, clock, age, secret, status
+):
+    body = build_answer("t1")
+    headers = sign(body, at=clock.wall() - age, secret=secret)
+    reply = await Intake(queue, CREDENTIALS, clock=clock).take(body, headers)
+    assert (reply.status, queue.qsize()) == (status, int(status == 200))
+
+
+@pytest.mark.parametrize("body", [b'{"task_id": ', b"[1]", bytes([0xFF, 0xFE])])
+async def test_a_signed_body_that_cannot_be_read_is_answered_400(intake, queue, clock, body):
+    assert (await intake.take(body, sign(body, at=clock.wall()))).status == 400
+    assert queue.empty()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"notification_type": "upload", "public_id": "a"},
+        {"notification_type": "upload", "task_id": "t1", "data": {"analysis": {}}},
+        {"task_id": "t1"},
+        {"task_id": "t1", "http_status": 200, "data": {"analysis": None}},
+        {"task_id": "", "data": {"analysis": {}}},
+    ],
+)
+async def test_what_is_no_answer_is_taken_and_dropped_so_that_it_fills_no_mailbox(
+    intake, queue, clock, content
+):
+    body = json.dumps(content).encode()
+    assert (await intake.take(body, sign(body, at=clock.wall()))).status == 200
+    assert queue.empty()
+
+
+async def test_an_answer_without_result_and_error_is_logged_since_a_template_may_be_why(
+    intake, clock, caplog
+):
+    body = build_answer("t1", data=None)
+    await intake.take(body, sign(body, at=clock.wall()))
+    assert "payload template" in caplog.text
+
+
+async def test_a_sink_that_fails_makes_the_sender_try_again(clock, caplog):
+    class Broken:
+        async def put(self, delivery, /):
+            raise ConnectionError("the broker is away")
+
+    body = build_answer("t1")
+    reply = await Intake(Broken(), CREDENTIALS, clock=clock).take(body, sign(body, at=clock.wall()))
+    assert reply.status == 503
+    assert "the broker is away" in caplog.text
+    assert SECRET not in caplog.text
+
+
+async def test_a_sink_has_five_seconds(clock):
+    full = asyncio.Queue(maxsize=1)
+    full.put_nowait(None)
+    body = build_answer("t1")
+    taking = asyncio.create_task(
+        Intake(full, CREDENTIALS, clock=clock).take(body, sign(body, at=clock.wall()))
+    )
+    await clock.advance(4.9)
+    assert not taking.done()
+    await clock.advance(0.2)
+    assert (await asyncio.wait_for(taking, 2)).status == 503
+    assert full.qsize() == 1
+
+
+def test_credentials_without_a_secret_are_refused_at_construction(queue):
+    with pytest.raises(ConfigurationError, match="notification_secrets"):
+        WebhookReceiver(queue, Credentials("demo", oauth_token="token"))
+
+
+async def test_a_lifespan_and_a_websocket_are_answered(queue):
+    """As the whole application, without a framework, the receiver starts, stops and refuses."""
+    receiver = WebhookReceiver(queue, CREDENTIALS)
+
+    async def run(scope, *messages):
+        incoming, sent = list(messages), []
+
+        async def receive():
+            return {"type": incoming.pop(0)}
+
+        async def send(message):
+            sent.append(message["type"])
+
+        await receiver({"type": scope}, receive, send)
+        return sent
+
+    assert await run("lifespan", "lifespan.startup", "lifespan.shutdown") == [
+        "lifespan.startup.complete",
+        "lifespan.shutdown.complete",
+    ]
+    assert await run("websocket", "websocket.connect") == ["websocket.close"]
+
+
+async def test_a_sender_that_is_gone_when_it_is_answered_is_no_error(queue, clock):
+    body = build_answer("t1")
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "http_version": "2",
+        "headers": [
+            (name.lower().encode(), value.encode())
+            for name, value in sign(body, at=clock.wall()).items()
+        ],
+    }
+
+    async def receive():
+        return {"type": "http.request", "body": body}
+
+    async def send(message):
+        raise OSError("gone")
+
+    await WebhookReceiver(queue, CREDENTIALS, clock=clock)(scope, receive, send)
+    assert queue.get_nowait().body == body
