@@ -55,15 +55,19 @@ class Detection:
         label: What it is.
         confidence: 0 to 1; ``None`` if not sent.
         bounding_box: Where it is; ``None`` if not sent (classifiers send none).
-        categories: Wider groups of the label; often empty.
         raw: The JSON as received.
     """
 
     label: str
     confidence: float | None
     bounding_box: BoundingBox | None
-    categories: tuple[str, ...]
     raw: Any = attrs.field(repr=False, hash=False)
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Wider groups of the label; often empty."""
+        raw = self.raw.get("categories") if isinstance(self.raw, dict) else None
+        return tuple(map(str, raw)) if isinstance(raw, list) else ()
 
     @property
     def attributes(self) -> Mapping[str, tuple[AttributeValue, ...]]:
@@ -90,18 +94,24 @@ def _is_number(value: Any) -> bool:
 
 def read_detection(label: str, raw: Any) -> Detection:
     """Read one instance; what is missing or of another shape is ``None`` or empty."""
-    if not isinstance(raw, dict):
-        return Detection(label, None, None, (), raw)
+    if type(raw) is not dict:
+        return Detection(label, None, None, raw)
     confidence = raw.get("confidence")
-    if type(confidence) is not float and not _is_number(confidence):
+    if type(confidence) is not float and type(confidence) is not int:
         confidence = None
     box = None
     corners = raw.get("bounding-box")
-    if type(corners) is list and len(corners) == 4 and all(map(_is_number, corners)):
-        box = BoundingBox(*corners)
-    categories = raw.get("categories")
-    names = tuple(map(str, categories)) if type(categories) is list else ()
-    return Detection(label, confidence, box, names, raw)
+    if type(corners) is list and len(corners) == 4:
+        x, y, width, height = corners
+        # spelled out, because every detection of every picture comes through here
+        if (
+            (type(x) is float or type(x) is int)
+            and (type(y) is float or type(y) is int)
+            and (type(width) is float or type(width) is int)
+            and (type(height) is float or type(height) is int)
+        ):
+            box = BoundingBox(x, y, width, height)
+    return Detection(label, confidence, box, raw)
 
 
 class DetectedTags(Mapping[str, tuple[Detection, ...]]):

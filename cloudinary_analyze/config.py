@@ -22,6 +22,8 @@ URL_VARIABLE: Final = "CLOUDINARY_URL"
 URL_FORM: Final = "cloudinary://<api_key>:<api_secret>@<cloud_name>"
 _CLOUD_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
 _LOCATION = re.compile(r"[^@/?#]*(?:/[^@?#]*)?(?:\?.*)?", re.DOTALL)
+_QUOTES: Final = ("'", '"')
+_QUOTED = re.compile(r"(['\"])(.*)\1", re.DOTALL)
 _UNPRINTABLE = re.compile(r"[\x00-\x20\x7f]")
 _HOST = re.compile(r"[A-Za-z0-9.-]+(?::\d{1,5})?|\[[0-9A-Fa-f:.]+\](?::\d{1,5})?")
 
@@ -32,7 +34,11 @@ def _clean(value: str | None, name: str) -> str | None:
         return None
     if not isinstance(value, str):
         raise ConfigurationError(f"{name} must be a string, not {type(value).__name__}.")
-    value = value.strip().strip("'\"").strip()
+    value = value.strip()
+    if quoted := _QUOTED.fullmatch(value):
+        value = quoted[2]
+    elif value[:1] in _QUOTES or value[-1:] in _QUOTES:
+        raise ConfigurationError(f"{name} has a quotation mark at one end only.")
     if not value:
         return None
     if value.startswith("<") and value.endswith(">"):
@@ -82,7 +88,11 @@ def read_base_url(host: str, cloud_name: str) -> str:
             f"The host {host!r} is neither a host name nor an origin. "
             f"Pass {DEFAULT_HOST!r}, 'api-eu.cloudinary.com' or 'https://host:port'."
         )
-    name = urlsplit(f"//{rest}").hostname or ""
+    try:
+        parts = urlsplit(f"//{rest}")
+        name, _ = parts.hostname or "", parts.port
+    except ValueError as error:
+        raise ConfigurationError(f"The host {host!r} cannot be right: {error}.") from None
     if scheme == "http" and not cloud_name.startswith("emulator-") and not _is_loopback(name):
         raise ConfigurationError(
             f"The host {host!r} is plain http: the credentials could be read on the way. Use https."
@@ -169,8 +179,8 @@ class Credentials:
                     f"There is no {missing} for the cloud {self.cloud_name!r}. "
                     "Pass api_key and api_secret, or an oauth_token."
                 )
-            if re.search("[:<>]", self.api_key):
-                raise ConfigurationError("The API key contains ':', '<' or '>', which no key does.")
+            if re.search("[:<>/?#@&=]", self.api_key):
+                raise ConfigurationError("The API key has characters that no API key has.")
         if self.host is not None:
             read_base_url(self.host, self.cloud_name)
 
@@ -236,8 +246,14 @@ class Credentials:
         cloud_name, _, query = location.partition("?")
         cloud_name = cloud_name.partition("/")[0]
         options: dict[str, str] = {}
-        for name, value in parse_qsl(query):
-            options.setdefault(name, value)
+        try:
+            for name, value in parse_qsl(query, errors="strict"):
+                options.setdefault(name, value)
+            key, secret, cloud_name = _decode(key), _decode(secret), _decode(cloud_name)
+        except UnicodeDecodeError:
+            raise ConfigurationError(
+                "The Cloudinary URL has a percent-encoding that is no UTF-8. Write '%' as %25."
+            ) from None
         if not colon and "oauth_token" not in options:
             raise ConfigurationError(
                 f"The Cloudinary URL has no ':' between API key and secret; its form is {URL_FORM}."
@@ -245,15 +261,20 @@ class Credentials:
         try:
             algorithm = options.get("signature_algorithm", "").lower()
             return cls(
-                unquote(cloud_name),
-                unquote(key),
-                unquote(secret),
+                cloud_name,
+                key,
+                secret,
                 oauth_token=options.get("oauth_token"),
                 digests=(algorithm,) if algorithm else ("sha1", "sha256"),
                 host=options.get("upload_prefix"),
             )
         except ConfigurationError as error:
             raise ConfigurationError(f"The Cloudinary URL cannot be right: {error}") from None
+
+
+def _decode(part: str) -> str:
+    """Decode a part of a URL, and quote it, so that nothing at its ends is taken for pasting."""
+    return f'"{unquote(part, errors="strict")}"'
 
 
 def _split_userinfo(rest: str) -> tuple[str, str]:
@@ -306,6 +327,13 @@ def _not_negative(instance: Any, attribute: Any, value: Any) -> None:
         )
 
 
+def _truth(instance: Any, attribute: Any, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigurationError(
+            f"{type(instance).__name__}.{attribute.name} must be True or False, not {value!r}."
+        )
+
+
 _maybe_positive: Any = attrs.validators.optional(_positive)
 
 
@@ -327,7 +355,7 @@ class Settings:
     """For one attempt: until the connection stands (real time)."""
 
     read_timeout: float = attrs.field(default=120, validator=_positive)
-    """For one attempt: the longest silence while its answer is awaited (real time)."""
+    """For one attempt: until its whole answer is read, from when its permit is held (real time)."""
 
     call_timeout: float | None = attrs.field(default=None, validator=_maybe_positive)
     """For a whole `analyze`, queueing and retries included, where the call names no ``timeout``.
@@ -342,7 +370,7 @@ class Settings:
     max_server_wait: float = attrs.field(default=120, validator=_positive)
     """The longest wait that the server may ask for; when it asks for more, the call raises."""
 
-    retry_ambiguous: bool = True
+    retry_ambiguous: bool = attrs.field(default=True, validator=_truth)
     """Whether attempts that may have been charged (sent and unanswered; 500, 502, 504) are
     repeated. ``False``: such a call raises at once and says so."""
 

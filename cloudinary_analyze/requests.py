@@ -104,7 +104,7 @@ def _quote(value: object) -> str:
 
 
 def _read_source(source: str | Uri | Asset) -> Uri | Asset:
-    return source if isinstance(source, Uri | Asset) else Uri(source)
+    return source if isinstance(source, (Uri, Asset)) else Uri(source)
 
 
 def _read_strings(values: Iterable[str], noun: str) -> tuple[str, ...]:
@@ -259,7 +259,8 @@ def _read_definitions(
     values: Iterable[TagDefinition] | Mapping[str, str],
 ) -> tuple[TagDefinition, ...]:
     if isinstance(values, Mapping):
-        values = [TagDefinition(name, description) for name, description in values.items()]
+        named: Mapping[Any, Any] = values
+        values = [TagDefinition(name, description) for name, description in named.items()]
     definitions = tuple(values)
     if not all(isinstance(definition, TagDefinition) for definition in definitions):
         raise InvalidRequestError("tag_definitions must be TagDefinition(name, description)s.")
@@ -458,9 +459,11 @@ def _freeze_parameters(parameters: Mapping[str, Any]) -> str:
     if taken := sorted({"source", "async", "notification_url"} & parameters.keys()):
         raise InvalidRequestError(f"The parameters of OtherModel must not name {taken}.")
     try:
-        return json.dumps(dict(parameters), sort_keys=True, separators=(",", ":"), allow_nan=False)
-    except (TypeError, ValueError) as error:
+        text = json.dumps(dict(parameters), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        json.dumps(parameters, ensure_ascii=False).encode()  # half a surrogate pair fails here
+    except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequestError(f"The parameters of OtherModel are no JSON: {error}.") from None
+    return text
 
 
 def _check_model_name(name: str) -> str:
@@ -484,7 +487,8 @@ class OtherModel(AnalyzeRequest[OtherAnalysis]):
     def __init__(
         self, name: str, source: str | Uri | Asset, parameters: Mapping[str, Any] | None = None
     ) -> None:
-        self.__attrs_init__(source, _check_model_name(name), _freeze_parameters(parameters or {}))
+        build = self.__attrs_init__  # pyright: ignore[reportAttributeAccessIssue]
+        build(source, _check_model_name(name), _freeze_parameters(parameters or {}))
 
     analysis_type = OtherAnalysis
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterator
+from copy import copy
 from functools import partial
 from typing import TypeVar
 
@@ -35,6 +36,7 @@ from cloudinary_analyze.errors import (
     AnalyzeError,
     ApiError,
     CallTimeoutError,
+    InvalidRequestError,
     QuotaExceededError,
     ResponseDecodeError,
     TransportError,
@@ -156,12 +158,15 @@ class Caller:
         feature = request.feature or model
         url = self._urls.get(model)
         if url is None:
+            if not model:
+                raise InvalidRequestError("AnalyzeRequest itself names no model; use a subclass.")
             url = URL(build_analyze_url(self.base_url, self.cloud_name, model), encoded=True)
             self._urls[model] = url
         waits: Iterator[float] | None = None
+        probing = False
         while True:
-            if quota.breakers:
-                quota.check(feature)
+            if quota.breakers and not probing:
+                probing = quota.check(feature)
             if pacer is not None:
                 await pacer.acquire()
             if gate.idle:
@@ -186,12 +191,12 @@ class Caller:
                     response = read_response(request, answer[2])
                     if response.limits:
                         quota.learn(response.limits)
-                    if quota.breakers:
+                    if probing:
                         quota.reset(feature)
                     return response
                 if answer[0] == 202:
                     gate.succeed()
-                    if quota.breakers:
+                    if probing:
                         quota.reset(feature)
                     return read_accepted(answer[2], model=model)
                 error = self._read_error(answer, model=model, feature=request.feature)
@@ -267,7 +272,9 @@ class Caller:
     ) -> float | None:
         """Decide on a failed attempt; pause everybody where the service asked for it."""
         if self._closed is not None:
-            raise self._closed from error
+            closed = copy(self._closed)
+            closed.ambiguous = error.ambiguous
+            raise closed from error
         if isinstance(error, ApiError | TransportError):
             error.attempts = attempt
         wait = decide_wait(error, attempt, self.settings, own_wait=own_wait, chance=random.random())
@@ -300,7 +307,7 @@ class Caller:
     async def _sleep(self, seconds: float) -> None:
         """Sleep on the session's clock; closing the session ends it with its error."""
         if self._closed is not None:
-            raise self._closed
+            raise copy(self._closed)
         woken = asyncio.get_running_loop().create_future()
         timer = self.clock.call_at(self.clock.monotonic() + seconds, partial(wake, woken))
         self._sleepers.add(woken)
@@ -316,7 +323,7 @@ class Caller:
         self.gate.close(error)
         for woken in self._sleepers:
             if not woken.done():
-                woken.set_exception(error)
+                woken.set_exception(copy(error))
 
     def close_polls(self) -> None:
         """Fail the status polls that queue, and all that come later."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from copy import copy
 
 import attrs
 
@@ -62,7 +63,7 @@ class Gate:
     async def acquire(self) -> None:
         """Wait for a permit and take it. Cancelling leaves the queue as it was."""
         if self._closed is not None:
-            raise self._closed
+            raise copy(self._closed)
         if self.idle:
             self.in_use += 1
             return
@@ -131,7 +132,7 @@ class Gate:
         while self._waiters:
             granted, _ = self._waiters.popitem(last=False)
             if not granted.done():
-                granted.set_exception(error)
+                granted.set_exception(copy(error))  # one each: they gather tracebacks
 
     def _resume(self) -> None:
         self.resume_at = self._timer = None

@@ -52,22 +52,23 @@ class Quota:
             ):
                 self._limits[limit.type] = limit
 
-    def check(self, feature: str) -> None:
-        """Return if a call may be sent.
+    def check(self, feature: str) -> bool:
+        """Return if a call may be sent, and whether it is the probe of a used up feature.
 
         Raises:
             QuotaExceededError: The feature's quota is known to be used up; nothing was sent.
         """
         breaker = self.breakers.get(feature)
         if breaker is None:
-            return
+            return False
         now = self.clock.monotonic()
         if now < breaker.probe_at:
             raise build_unsent_error(breaker.error, seconds=breaker.probe_at - now)
         if breaker.error.reset_time is not None:
             del self.breakers[feature]
-        else:
-            breaker.probe_at = now + PROBE_INTERVAL  # this call is the probe
+            return False
+        breaker.probe_at = now + PROBE_INTERVAL
+        return True
 
     def trip(self, feature: str, error: QuotaExceededError) -> None:
         """Take note that a feature's quota is used up."""
@@ -77,7 +78,7 @@ class Quota:
         self.breakers[feature] = _Breaker(error, self.clock.monotonic() + wait)
 
     def reset(self, feature: str) -> None:
-        """Take note that a call succeeded."""
+        """Take note that a probe succeeded. What was sent before the trip tells nothing."""
         self.breakers.pop(feature, None)
 
 

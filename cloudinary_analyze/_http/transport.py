@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import platform
 import ssl
-from typing import Final
+from collections.abc import Coroutine
+from typing import Any, Final
 
 import aiohttp
 import attrs
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
+from cloudinary_analyze._http.watchdog import Watchdog
 from cloudinary_analyze.config import Credentials, Settings
 from cloudinary_analyze.errors import (
     AttemptTimeoutError,
     ConfigurationError,
     ResponseDecodeError,
     TransportError,
+    shorten,
 )
 
 Answer = tuple[int, CIMultiDictProxy[str], bytes]
@@ -37,6 +41,7 @@ class Transport:
     _http: aiohttp.ClientSession
     _headers: CIMultiDict[str] | None = attrs.field(repr=False)
     _timeout: aiohttp.ClientTimeout
+    _watchdog: Watchdog
 
     @classmethod
     def open(
@@ -53,12 +58,11 @@ class Transport:
             ConfigurationError: The given session would get in the way.
         """
         headers = build_headers(credentials, version=version)
-        timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=settings.connect_timeout, sock_read=settings.read_timeout
-        )
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout)
+        watchdog = Watchdog(settings.read_timeout, asyncio.get_running_loop())
         if http is not None:
             check_client_session(http, settings)
-            return cls(settings, False, http, headers, timeout)
+            return cls(settings, False, http, headers, timeout, watchdog)
         # our own gates bound what is in flight, so the pool need not
         connector = aiohttp.TCPConnector(limit=0)
         own = aiohttp.ClientSession(
@@ -67,14 +71,15 @@ class Transport:
             timeout=timeout,
             cookie_jar=aiohttp.DummyCookieJar(),
         )
-        return cls(settings, True, own, None, timeout)
+        return cls(settings, True, own, None, timeout, watchdog)
 
     async def close(self) -> None:
         """Close the pool if it is ours."""
+        self._watchdog.close()
         if self.owned:
             await self._http.close()
 
-    async def post(self, url: URL, body: bytes) -> Answer:
+    def post(self, url: URL, body: bytes) -> Coroutine[Any, Any, Answer]:
         """POST JSON and return (status, headers, body). Redirects are not followed.
 
         Cancelling closes the connection; whether the service got the request is then unknown.
@@ -83,13 +88,15 @@ class Transport:
             TransportError: No answer; `ambiguous` says whether the request had been sent.
             ResponseDecodeError: The body is longer than the settings allow.
         """
-        return await self._send("POST", url, body)
+        return self._send("POST", url, body)
 
-    async def get(self, url: URL) -> Answer:
+    def get(self, url: URL) -> Coroutine[Any, Any, Answer]:
         """GET and return (status, headers, body); otherwise as `post`."""
-        return await self._send("GET", url, None)
+        return self._send("GET", url, None)
 
     async def _send(self, method: str, url: URL, body: bytes | None) -> Answer:
+        watch = self._watchdog.begin()
+        cause: Exception | None = None
         try:
             response = await self._http.request(
                 method,
@@ -103,16 +110,23 @@ class Transport:
             try:
                 content = response.content
                 payload = await content.readany()
-                while not content.at_eof():
-                    payload += await content.readany()
-                    if len(payload) > self.settings.max_response_bytes:
-                        break
+                if not content.at_eof():
+                    payload = await self._read_rest(content, payload)
             except BaseException:
                 response.close()
                 raise
+        except asyncio.CancelledError:
+            if not watch.expired or watch.task.uncancel() > watch.cancelling:
+                raise
+            failure: TransportError = AttemptTimeoutError(
+                f"No whole answer came within {self.settings.read_timeout} s "
+                "(Settings.read_timeout).",
+                ambiguous=True,
+            )
         except (aiohttp.ClientError, OSError) as error:
             failure = build_transport_error(error, self.settings)
-            cause = error
+            if not isinstance(error, aiohttp.ClientResponseError):
+                cause = error  # that one's repr holds the request's headers, credentials and all
         else:
             if len(payload) <= self.settings.max_response_bytes:
                 return response.status, response.headers, payload
@@ -124,9 +138,18 @@ class Transport:
                 status=response.status,
                 raw_body=payload[:4096],
             )
-        if isinstance(cause, aiohttp.ClientResponseError):
-            raise failure  # its repr holds the request's headers, credentials and all
+        finally:
+            self._watchdog.end(watch)
         raise failure from cause
+
+    async def _read_rest(self, content: aiohttp.StreamReader, first: bytes) -> bytes:
+        """Read a body of several chunks, but not much more of it than is allowed."""
+        chunks = [first]
+        length = len(first)
+        while not content.at_eof() and length <= self.settings.max_response_bytes:
+            chunks.append(await content.readany())
+            length += len(chunks[-1])
+        return b"".join(chunks)
 
 
 _UNSENT: Final = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
@@ -149,16 +172,12 @@ def build_transport_error(
         )
     if isinstance(error, _UNSENT):
         return TransportError(f"No connection could be made, so nothing was sent: {error}.")
-    if isinstance(error, TimeoutError):
-        return AttemptTimeoutError(
-            f"No answer came within {settings.read_timeout} s (Settings.read_timeout).",
-            ambiguous=True,
-        )
     if isinstance(error, aiohttp.ClientResponseError):
         return TransportError(
-            f"The answer is no valid HTTP: {error.message or error.status}.", ambiguous=True
+            f"The answer is no valid HTTP: {shorten(str(error.message or error.status).encode())}.",
+            ambiguous=True,
         )
-    reason = str(error) or type(error).__name__
+    reason = shorten(str(error).encode()) or type(error).__name__
     return TransportError(
         f"The connection broke before the whole answer was there: {reason}.", ambiguous=True
     )

@@ -49,7 +49,8 @@ def dumps(value: Any) -> bytes:
             return orjson.dumps(value)
         except TypeError:  # an integer over 64 bits, which JSON allows
             pass
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace")  # half a surrogate pair may have come from the service
 
 
 class CodecError(ValueError):
@@ -142,8 +143,10 @@ def _build_tuple(converter: cattrs.Converter, hint: Any) -> Callable[[Any, Any],
     return read_tuple_detailed if converter.detailed_validation else read_tuple
 
 
-def _build_object(converter: cattrs.Converter, kind: type[Any]) -> Callable[[Any, Any], Any]:
-    read = make_dict_structure_fn(kind, converter)
+def _build_object(
+    converter: cattrs.Converter, kind: type[Any], **overrides: Any
+) -> Callable[[Any, Any], Any]:
+    read = make_dict_structure_fn(kind, converter, **overrides)
     if not converter.detailed_validation:
         return read
 
@@ -208,16 +211,16 @@ def _build_converter(*, detailed: bool) -> cattrs.Converter:
     converter.register_structure_hook_func(lambda hint: hint == ModelVersion, _read_scalar)
     converter.register_structure_hook(
         Logo,
-        make_dict_structure_fn(
-            Logo,
+        _build_object(
             converter,
+            Logo,
             vertices=override(rename="bounding_poly", struct_hook=_read_logo_box),
         ),
     )
     converter.register_structure_hook(
         GoogleLogoDetectionAnalysis,
-        make_dict_structure_fn(
-            GoogleLogoDetectionAnalysis, converter, logos=override(rename="logo_annotations")
+        _build_object(
+            converter, GoogleLogoDetectionAnalysis, logos=override(rename="logo_annotations")
         ),
     )
     converter.register_structure_hook(

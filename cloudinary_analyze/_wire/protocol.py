@@ -35,7 +35,7 @@ from cloudinary_analyze.responses import Limit, Notification, Response, TaskStat
 A = TypeVar("A")
 
 QUOTA_CODE: Final = "MA_00008"
-PASSING_STATUSES: Final = frozenset({408, 423, 425})  # the fault is of the moment
+PASSING_STATUSES: Final = frozenset({408, 423})  # the fault is of the moment
 AMBIGUOUS_STATUSES: Final = frozenset({500, 502, 504})
 
 
@@ -263,9 +263,9 @@ def _read_limit(entry: Mapping[str, Any]) -> Limit:
 def _read_time(value: Any) -> datetime | None:
     try:
         time = datetime.fromisoformat(value)
-    except (TypeError, ValueError):
+        return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
+    except (TypeError, ValueError, OverflowError):
         return None
-    return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
 
 
 def _integer_or_none(value: Any) -> int | None:
@@ -294,11 +294,11 @@ def read_retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
     if value is None:
         return None
     try:
-        seconds = float(value)
+        seconds = float(value.replace("_", "?"))  # Python's digit separator is not HTTP's
     except ValueError:
         try:
             instant = parsedate_to_datetime(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return None
         if instant.tzinfo is None:
             instant = instant.replace(tzinfo=UTC)
@@ -433,7 +433,7 @@ def _quote_error(fields: Mapping[str, Any], body: bytes) -> str:
     if fields["code"]:
         said.append(fields["code"])
     if fields["api_message"]:
-        said.append(shorten(fields["api_message"].encode()))
+        said.append(shorten(fields["api_message"].encode("utf-8", "replace")))
     elif body:
         said.append(repr(shorten(body)))
     if fields["details"]:
@@ -460,7 +460,7 @@ def read_notification(body: bytes) -> Notification:
         )
     task_id = raw.get("task_id")
     kind = raw.get("notification_type")
-    is_answer = isinstance(task_id, str) and task_id and kind in {None, "analyze"}
+    is_answer = isinstance(task_id, str) and task_id and kind in (None, "analyze")
     status = raw.get("http_status")
     data = raw.get("data")
     failure = raw.get("error")

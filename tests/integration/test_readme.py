@@ -49,8 +49,15 @@ def test_every_python_block_runs(
     block: str, emulator_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CLOUDINARY_URL", emulator_url)
+    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1")  # made, and not connected to
+    monkeypatch.setenv("PUBLIC_URL", "https://app.example")
     monkeypatch.chdir(tmp_path)
     exec(compile(block, str(README), "exec"), {"__name__": "readme"})
+
+
+def test_the_fastapi_application_is_the_one_that_is_tested() -> None:
+    """What the README prints is run with uvicorn elsewhere, letter by letter."""
+    assert (README.parent / "tests/apps/fastapi_app.py").read_text(encoding="utf-8") in BLOCKS
 
 
 def build_settings_table() -> str:

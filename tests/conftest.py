@@ -1,0 +1,54 @@
+"""What all tests share: no credentials from outside, and a deterministic hypothesis."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+
+from cloudinary_analyze.testing import ManualClock
+
+TESTS = Path(__file__).parent
+
+hypothesis.settings.register_profile(
+    "suite", deadline=None, derandomize=True, database=None, max_examples=150
+)
+hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def _no_outside_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the developer's own account out of the tests."""
+    import os
+
+    for name in list(os.environ):
+        if name.startswith("CLOUDINARY_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    """Return a clock that stands still until it is moved."""
+    return ManualClock()
+
+
+@pytest.fixture(scope="session")
+def sample() -> Callable[[str], dict[str, Any]]:
+    """Return a reader of the contract's payloads; each call gives a fresh object."""
+
+    def read(name: str) -> dict[str, Any]:
+        value: dict[str, Any] = json.loads((TESTS / "samples" / f"{name}.json").read_bytes())
+        return value
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def vectors() -> dict[str, Any]:
+    """Return the signature vectors."""
+    value: dict[str, Any] = json.loads((TESTS / "vectors.json").read_bytes())
+    return value

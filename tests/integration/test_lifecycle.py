@@ -1,0 +1,382 @@
+"""Open once, use on one loop, close for good: anything else is one clear error."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import warnings
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from scripted import (
+    CAPTION,
+    KEY,
+    SECRET,
+    URL,
+    ScriptedServer,
+    answer,
+    busy,
+    requests_of,
+    until,
+)
+
+import cloudinary_analyze
+from cloudinary_analyze import (
+    AnalyzeSession,
+    BulkStoppedError,
+    Captioning,
+    ConfigurationError,
+    Credentials,
+    SessionClosedError,
+    SessionNotOpenError,
+    Settings,
+)
+
+DEMO = Credentials("demo", KEY, SECRET)
+
+
+class Held:
+    """Answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.open = asyncio.Event()
+
+    async def __call__(self, request: web.Request) -> web.StreamResponse:
+        await self.open.wait()
+        return await CAPTION(request)
+
+
+async def test_a_session_that_is_not_open_says_how_to_open_it() -> None:
+    session = AnalyzeSession(DEMO)
+    with pytest.raises(SessionNotOpenError, match="async with"):
+        await session.analyze(Captioning(URL))
+    with pytest.raises(SessionNotOpenError, match="async with"):
+        session.map([Captioning(URL)])
+    with pytest.raises(SessionNotOpenError, match="async with"):
+        await session.analyze_all([Captioning(URL)])
+    assert session.stats.calls == 0
+    await session.aclose()
+
+
+def test_a_plain_with_says_to_write_async_with() -> None:
+    with pytest.raises(SessionNotOpenError, match="write `async with`, not `with`"):
+        with AnalyzeSession(DEMO):
+            pass
+
+
+async def test_a_closed_session_stays_closed() -> None:
+    async with ScriptedServer(CAPTION) as server:
+        async with server.session() as session:
+            await session.analyze(Captioning(URL))
+        with pytest.raises(SessionClosedError):
+            await session.analyze(Captioning(URL))
+        with pytest.raises(SessionClosedError):
+            session.map([Captioning(URL)])
+        with pytest.raises(SessionClosedError, match="does not open again"):
+            await session.__aenter__()
+        await session.aclose()
+        assert session.stats.calls == 1
+        assert "closed" in repr(session)
+
+
+async def test_a_session_opens_once() -> None:
+    async with AnalyzeSession(DEMO) as session:
+        with pytest.raises(SessionNotOpenError, match="open already"):
+            await session.__aenter__()
+
+
+async def test_an_unopened_session_that_was_closed_does_not_open() -> None:
+    session = AnalyzeSession(DEMO)
+    await session.aclose()
+    with pytest.raises(SessionClosedError):
+        await session.__aenter__()
+
+
+def test_another_event_loop_is_one_clear_error() -> None:
+    first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
+    try:
+        session = first.run_until_complete(AnalyzeSession(DEMO).__aenter__())
+
+        async def use() -> None:
+            with pytest.raises(SessionNotOpenError, match="one session per loop"):
+                await session.analyze(Captioning(URL))
+            with pytest.raises(SessionNotOpenError, match="one session per loop"):
+                session.map([Captioning(URL)])
+
+        second.run_until_complete(use())
+        first.run_until_complete(session.aclose())
+    finally:
+        first.close()
+        second.close()
+
+
+def test_a_refused_close_on_another_loop_can_still_be_done_on_the_right_one() -> None:
+    """A wrong `aclose` must not leave a session that says closed and has its pool open."""
+    first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
+    session = first.run_until_complete(AnalyzeSession(DEMO).__aenter__())
+    assert session._caller is not None
+    transport = session._caller.transport
+
+    async def close_wrongly() -> None:
+        with pytest.raises(SessionNotOpenError):
+            await session.aclose()
+
+    try:
+        second.run_until_complete(close_wrongly())
+        first.run_until_complete(session.aclose())
+        assert transport._http.closed
+    finally:
+        first.run_until_complete(transport.close())
+        first.close()
+        second.close()
+
+
+async def test_a_session_dropped_open_warns() -> None:
+    session = await AnalyzeSession(DEMO).__aenter__()
+    # what it opened is closed, so that the warning under test is the session's own
+    await session._caller.transport.close()  # type: ignore[union-attr]
+    with pytest.warns(ResourceWarning, match="dropped without being closed"):  # noqa: PT031
+        del session
+        for _ in range(3):
+            await asyncio.sleep(0)
+        gc.collect()
+
+
+async def test_a_session_that_was_never_opened_or_was_closed_does_not_warn() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AnalyzeSession(DEMO)
+        async with AnalyzeSession(DEMO):
+            pass
+        gc.collect()
+
+
+async def test_our_own_pool_is_closed_and_an_injected_one_is_not() -> None:
+    async with ScriptedServer(CAPTION) as server:
+        connector = aiohttp.TCPConnector(limit=64)
+        async with aiohttp.ClientSession(connector=connector, headers={"X-Mine": "1"}) as http:
+            for _ in range(2):
+                async with server.session(http=http) as session:
+                    await session.analyze(Captioning(URL))
+                assert not http.closed
+            async with http.get(server.url) as response:
+                assert response.status == 200
+            assert "Authorization" not in server.seen[-1].headers
+        assert server.seen[0].headers["X-Mine"] == "1"
+        assert server.seen[0].headers["Authorization"].startswith("Basic ")
+        async with server.session() as session:
+            own = session._caller.transport._http  # type: ignore[union-attr]
+        assert own.closed
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"connector": {"limit": 63}}, "limit=63, less than Settings.permits=64"),
+        ({"connector": {"limit_per_host": 10}}, "limit_per_host=10"),
+        ({"auth": ("a", "b")}, "credentials of its own"),
+        ({"headers": {"authorization": "Bearer x"}}, "credentials of its own"),
+        ({"closed": True}, "is closed"),
+    ],
+)
+async def test_an_injected_session_that_gets_in_the_way_is_refused(
+    options: dict[str, Any], said: str
+) -> None:
+    closed = options.pop("closed", False)
+    if "connector" in options:
+        options = {"connector": aiohttp.TCPConnector(**options["connector"])}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # users still pass `auth`
+        if "auth" in options:
+            options = {"auth": aiohttp.BasicAuth(*options["auth"])}
+        http = aiohttp.ClientSession(**options)
+    async with http:
+        if closed:
+            await http.close()
+        session = AnalyzeSession(DEMO, http=http)
+        with pytest.raises(ConfigurationError, match=said):
+            await session.__aenter__()
+
+
+async def test_an_injected_session_that_raises_for_status_or_follows_does_not_interfere() -> None:
+    async with ScriptedServer(answer(404, sample="error_404_task")) as server:
+        async with aiohttp.ClientSession(
+            raise_for_status=True, timeout=aiohttp.ClientTimeout(total=0.001)
+        ) as http:
+            async with server.session(http=http) as session:
+                with pytest.raises(cloudinary_analyze.NotFoundError):
+                    await session.analyze(Captioning(URL))
+
+
+async def test_an_unlimited_or_wide_enough_connector_is_accepted() -> None:
+    for limit in (0, 64, 100):
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=limit)) as http:
+            async with AnalyzeSession(DEMO, http=http):
+                pass
+
+
+async def test_closing_is_idempotent_and_lets_what_is_on_the_wire_answer() -> None:
+    held = Held()
+    async with ScriptedServer(held) as server:
+        session = await server.session().__aenter__()
+        call = asyncio.create_task(session.analyze(Captioning(URL)))
+        await until(lambda: server.in_flight)
+        closing = asyncio.create_task(session.aclose())
+        await asyncio.sleep(0)
+        with pytest.raises(SessionClosedError):
+            await session.analyze(Captioning(URL))
+        held.open.set()
+        assert (await call).model == "captioning"
+        await closing
+        await session.aclose()
+        assert busy(session.stats) == (0, 0, 0)
+
+
+async def test_closing_fails_what_queues_for_a_permit_unsent() -> None:
+    held = Held()
+    async with ScriptedServer(held) as server:
+        session = await server.session(permits=1).__aenter__()
+        calls = [asyncio.create_task(session.analyze(r)) for r in requests_of(4, Captioning)]
+        await until(lambda: server.in_flight and session.stats.waiting == 3)
+        closing = asyncio.create_task(session.aclose())
+        await asyncio.wait(calls[1:], timeout=5)
+        held.open.set()
+        await closing
+        await calls[0]
+        for call in calls[1:]:
+            with pytest.raises(SessionClosedError):
+                await call
+        assert len(server.seen) == 1
+
+
+async def test_closing_wakes_what_sleeps_between_retries(caplog: pytest.LogCaptureFixture) -> None:
+    handler = answer(503, headers={"Retry-After": "60"})
+    async with ScriptedServer(handler) as server:
+        session = await server.session().__aenter__()
+        calls = [asyncio.create_task(session.analyze(r)) for r in requests_of(3, Captioning)]
+        await until(lambda: session.stats.retries == 3)
+        async with asyncio.timeout(5):
+            await session.aclose()
+            for call in calls:
+                with pytest.raises(SessionClosedError):
+                    await call
+        assert busy(session.stats) == (0, 0, 0)
+    assert not caplog.records
+
+
+async def test_closing_with_a_stream_in_retry_sleep_leaves_no_unread_error_behind(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG, "asyncio")
+    handler = answer(503, headers={"Retry-After": "60"})
+    async with ScriptedServer(handler) as server:
+        session = await server.session().__aenter__()
+        stream = session.map(requests_of(3, Captioning))
+        consumer = asyncio.create_task(anext(stream))
+        await until(lambda: session.stats.retries == 3)
+        await session.aclose()
+        async with asyncio.timeout(5):
+            with pytest.raises(BulkStoppedError):
+                await consumer
+    gc.collect()
+    await asyncio.sleep(0)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+async def test_a_hanging_answer_does_not_hold_the_close_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cloudinary_analyze.session.CLOSE_PATIENCE", 0.05)
+    async with ScriptedServer(Held()) as server:
+        session = await server.session().__aenter__()
+        call = asyncio.create_task(session.analyze(Captioning(URL)))
+        await until(lambda: server.in_flight)
+        async with asyncio.timeout(5):
+            await session.aclose()
+            with pytest.raises(SessionClosedError):
+                await call
+        assert busy(session.stats) == (0, 0, 0)
+
+
+async def test_calls_failed_by_the_close_do_not_share_one_exception() -> None:
+    """A shared one would gather the tracebacks of all, and the frames that they hold."""
+    handler = answer(503, headers={"Retry-After": "60"})
+    async with ScriptedServer(handler) as server:
+        session = await server.session(permits=2).__aenter__()
+        calls = [asyncio.create_task(session.analyze(r)) for r in requests_of(6, Captioning)]
+        await until(lambda: session.stats.retries == 2 and session.stats.waiting == 4)
+        await session.aclose()
+        errors = [error for call in calls if (error := await outcome_of(call))]
+    assert len({id(error) for error in errors}) == 6
+    assert {type(error) for error in errors} == {SessionClosedError}
+
+
+async def outcome_of(call: asyncio.Task[Any]) -> BaseException | None:
+    try:
+        await call
+    except SessionClosedError as error:
+        return error
+    return None
+
+
+async def test_a_stream_whose_session_is_closed_does_not_end_as_if_all_were_done() -> None:
+    held = Held()
+    async with ScriptedServer(held) as server:
+        session = await server.session(permits=2).__aenter__()
+        found: list[Any] = []
+
+        async def consume() -> None:
+            async for outcome in session.map(requests_of(20, Captioning)):
+                found.append(outcome)
+
+        consumer = asyncio.create_task(consume())
+        await until(lambda: server.in_flight == 2)
+        held.open.set()
+        await until(lambda: found)
+        await session.aclose()
+        with pytest.raises(BulkStoppedError):
+            await consumer
+        assert len(found) < 20
+
+
+async def test_analyze_all_has_an_outcome_for_each_even_when_the_session_is_closed() -> None:
+    held = Held()
+    async with ScriptedServer(held) as server:
+        session = await server.session(permits=2).__aenter__()
+        everything = asyncio.create_task(session.analyze_all(requests_of(20, Captioning)))
+        await until(lambda: server.in_flight == 2)
+        closing = asyncio.create_task(session.aclose())
+        await asyncio.sleep(0)
+        held.open.set()
+        outcomes = await everything
+        await closing
+    assert [outcome.index for outcome in outcomes] == list(range(20))
+    assert all((outcome.response is None) != (outcome.error is None) for outcome in outcomes)
+    assert isinstance(outcomes[-1].error, BulkStoppedError)
+
+
+def test_credentials_and_hosts_are_checked_without_a_loop() -> None:
+    with pytest.raises(ConfigurationError, match="CLOUDINARY_URL"):
+        AnalyzeSession()
+    with pytest.raises(ConfigurationError, match="plain http"):
+        AnalyzeSession(DEMO, settings=Settings(host="http://api.cloudinary.com"))
+    session = AnalyzeSession(DEMO, settings=Settings(host="api-eu.cloudinary.com"))
+    assert "https://api-eu.cloudinary.com" in repr(session)
+    assert SECRET not in repr(session)
+
+
+async def test_a_call_cut_off_by_the_close_says_that_it_may_be_charged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cloudinary_analyze.session.CLOSE_PATIENCE", 0.01)
+    async with ScriptedServer(Held()) as server:
+        session = await server.session(permits=1).__aenter__()
+        on_the_wire = asyncio.create_task(session.analyze(Captioning(URL)))
+        queueing = asyncio.create_task(session.analyze(Captioning(URL)))
+        await until(lambda: server.in_flight and session.stats.waiting)
+        await session.aclose()
+        errors = [await outcome_of(on_the_wire), await outcome_of(queueing)]
+    assert [getattr(error, "ambiguous", None) for error in errors] == [True, False]

@@ -1,0 +1,204 @@
+"""A real server whose every answer a test writes, and small tools to drive a session against it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import types
+from collections.abc import Awaitable, Callable, Generator, Iterable
+from pathlib import Path
+from typing import Any, Self
+
+import attrs
+from aiohttp import web
+
+from cloudinary_analyze import AnalyzeSession, Credentials, SessionStats, Settings
+from cloudinary_analyze.testing import ManualClock
+
+URL = "https://example.com/a.jpg"
+KEY = "111222333444555"
+SECRET = "planted-Api-Secret-8f3a"
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+SAMPLES = Path(__file__).parent / "samples"
+
+
+@attrs.frozen
+class Seen:
+    """A request as the server got it."""
+
+    method: str
+    path: str
+    headers: Any
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@attrs.define(eq=False)
+class ScriptedServer:
+    """Answers with one handler, and keeps what it saw."""
+
+    handler: Handler
+    seen: list[Seen] = attrs.field(factory=list)
+    in_flight: int = 0
+    most_in_flight: int = 0
+    url: str = ""
+    _runner: Any = None
+
+    async def __aenter__(self) -> Self:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self._answer)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._runner.cleanup()
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        body = await request.read()
+        self.seen.append(Seen(request.method, request.raw_path, request.headers, body))
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            return await self.handler(request)
+        finally:
+            self.in_flight -= 1
+
+    def session(self, *, credentials: Credentials | None = None, **options: Any) -> AnalyzeSession:
+        """Return a session to this server; what is no option of a session is a setting."""
+        own = {
+            name: options.pop(name)
+            for name in ("clock", "http", "on_event", "notifications", "notification_url")
+            if name in options
+        }
+        return AnalyzeSession(
+            credentials or Credentials("demo", KEY, SECRET),
+            settings=Settings(
+                **{"host": self.url, "backoff_first": 0.001, "backoff_max": 0.002, **options}
+            ),
+            **own,
+        )
+
+
+def answer(
+    status: int = 200,
+    content: Any = None,
+    *,
+    sample: str | None = None,
+    body: bytes | None = None,
+    headers: dict[str, str] | None = None,
+) -> Handler:
+    """Return a handler that always gives this answer: JSON, a sample's, or raw bytes."""
+    if sample is not None:
+        body = (SAMPLES / f"{sample}.json").read_bytes()
+    elif body is None:
+        body = b"" if content is None else json.dumps(content).encode()
+    head = {"Content-Type": "application/json", **(headers or {})}
+
+    async def handle(_: web.Request) -> web.StreamResponse:
+        return web.Response(status=status, body=body, headers=head)
+
+    return handle
+
+
+def wire(data: bytes) -> Handler:
+    """Return a handler that writes these bytes to the socket and hangs up."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        transport = request.transport
+        assert transport is not None
+        transport.write(data)
+        transport.close()
+        return web.Response()
+
+    return handle
+
+
+def hang_up() -> Handler:
+    """Return a handler that closes the connection without a byte."""
+    return wire(b"")
+
+
+def one_after_the_other(*handlers: Handler) -> Handler:
+    """Return a handler that uses each of these once, and the last one for ever."""
+    left = list(handlers)
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        return await (left.pop(0) if len(left) > 1 else left[0])(request)
+
+    return handle
+
+
+CAPTION = answer(sample="captioning")
+
+
+async def until(condition: Callable[[], object], *, seconds: float = 10.0) -> None:
+    """Wait for something that real I/O brings about; fail if it does not come."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        await asyncio.sleep(0.001)
+
+
+async def wind(clock: ManualClock, awaitable: Awaitable[Any], *, seconds: float = 20.0) -> Any:
+    """Move a clock on, timer by timer, until something is done; the sockets stay real."""
+    task = asyncio.ensure_future(awaitable)
+    deadline = time.monotonic() + seconds
+    try:
+        while not task.done():
+            assert time.monotonic() < deadline, "it hangs"
+            if (due := clock.next_at) is not None:
+                await clock.advance(max(0.0, due - clock.now))
+            await asyncio.sleep(0.001)
+        return await task
+    finally:
+        task.cancel()
+
+
+def busy(stats: SessionStats) -> tuple[int, int, int]:
+    """Return what must be zero when nothing is going on."""
+    return stats.in_flight, stats.permits_in_use, stats.waiting
+
+
+@attrs.define(eq=False)
+class Suspensions:
+    """Counts how often a coroutine yields to the loop, and cancels it at one of them."""
+
+    cancel_at: int
+    late: bool = False
+    count: int = 0
+
+    @types.coroutine
+    def drive(self, coroutine: Any) -> Generator[Any, Any, Any]:
+        """Run a coroutine. `late` cancels when the awaited thing has come, before it is seen."""
+        steps = coroutine.__await__()
+        thrown: BaseException | None = None
+        while True:
+            try:
+                awaited = steps.send(None) if thrown is None else steps.throw(thrown)
+            except StopIteration as stop:
+                return stop.value
+            self.count += 1
+            if self.count == self.cancel_at:
+                task = asyncio.current_task()
+                assert task is not None
+                if not self.late:
+                    task.cancel()
+                elif awaited is not None:
+                    awaited.add_done_callback(lambda _, task=task: task.cancel())
+            try:
+                thrown = None
+                yield awaited
+            except BaseException as error:
+                thrown = error
+
+
+def requests_of(count: int, kind: Any) -> Iterable[Any]:
+    """Return requests of different sources."""
+    return [kind(f"https://example.com/{index}.jpg") for index in range(count)]

@@ -1,0 +1,84 @@
+"""The manual clock behaves as the real one, minus the waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from cloudinary_analyze._clock import SYSTEM_CLOCK
+from cloudinary_analyze.testing import ManualClock
+
+
+async def test_timers_fire_in_the_order_of_their_time(clock: ManualClock) -> None:
+    fired: list[tuple[str, float]] = []
+    for name, when in (("c", 3.0), ("a", 1.0), ("b", 2.0), ("b2", 2.0)):
+        clock.call_at(when, lambda name=name: fired.append((name, clock.now)))
+    clock.call_at(1.5, lambda: fired.append(("never", 0))).cancel()
+    await clock.advance(2.5)
+    assert fired == [("a", 1.0), ("b", 2.0), ("b2", 2.0)]
+    assert (clock.now, clock.next_at) == (2.5, 3.0)
+
+
+async def test_sleepers_wake_at_their_time_and_a_cancelled_one_leaves_no_timer(
+    clock: ManualClock,
+) -> None:
+    woken: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        await clock.sleep(seconds)
+        woken.append(clock.now)
+
+    tasks = [asyncio.create_task(sleep(seconds)) for seconds in (1, 2, 3)]
+    await asyncio.sleep(0)
+    tasks[1].cancel()
+    await clock.advance(10)
+    assert woken == [1, 3]
+    assert clock.next_at is None
+
+
+async def test_sleepers_that_sleep_again_wake_within_one_advance(clock: ManualClock) -> None:
+    async def tick() -> int:
+        for _ in range(5):
+            await clock.sleep(1)
+        return int(clock.now)
+
+    task = asyncio.create_task(tick())
+    await clock.advance(5)
+    assert await task == 5
+
+
+async def test_a_timeout_ends_its_block_at_the_instant(clock: ManualClock) -> None:
+    async def wait() -> None:
+        async with clock.timeout_at(5):
+            await clock.sleep(60)
+
+    task = asyncio.create_task(wait())
+    await clock.advance(4.9)
+    assert not task.done()
+    await clock.advance(0.1)
+    await asyncio.sleep(0.001)
+    with pytest.raises(TimeoutError):
+        await task
+
+
+async def test_wall_and_monotonic_move_together(clock: ManualClock) -> None:
+    before = clock.wall()
+    await clock.advance(7)
+    assert (clock.monotonic(), clock.wall() - before) == (7, 7)
+
+
+async def test_the_system_clock_is_real() -> None:
+    begun = SYSTEM_CLOCK.monotonic()
+    assert abs(SYSTEM_CLOCK.wall() - time.time()) < 1
+    with pytest.raises(TimeoutError):
+        async with SYSTEM_CLOCK.timeout_at(begun + 0.01):
+            await SYSTEM_CLOCK.sleep(5)
+    with pytest.raises(TimeoutError):
+        async with SYSTEM_CLOCK.timeout_at(begun - 5):
+            await SYSTEM_CLOCK.sleep(5)
+    fired = asyncio.Event()
+    SYSTEM_CLOCK.call_at(begun - 1, fired.set)
+    await asyncio.wait_for(fired.wait(), 1)
+    assert SYSTEM_CLOCK.monotonic() - begun < 1

@@ -1,0 +1,115 @@
+"""Whatever JSON comes, the codec gives a typed value or one error with a path."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cloudinary_analyze import MODELS, OtherModel
+from cloudinary_analyze._wire import codec
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(
+        st.sampled_from(
+            ["data", "caption", "tags", "name", "responses", "value", "prompt", "detections",
+             "labels", "label_annotations", "logo_annotations", "description", "bounding_poly",
+             "vertices", "x", "score", "quality", "model_version", "confidence", "other"]
+        ),
+        inner,
+        max_size=4,
+    ),
+    max_leaves=12,
+)  # fmt: skip
+KINDS = [kind.analysis_type for kind in MODELS.values()] + [OtherModel.analysis_type]
+
+
+@given(kind=st.sampled_from(KINDS), raw=st.dictionaries(st.text(max_size=5), JSON) | JSON)
+def test_any_object_is_read_or_refused_with_one_error(kind: type[Any], raw: Any) -> None:
+    if not isinstance(raw, dict):
+        raw = {"data": raw, "tags": raw, "responses": raw, "detections": raw,
+               "label_annotations": raw, "logo_annotations": raw, "quality": raw}  # fmt: skip
+    try:
+        analysis = codec.read_analysis(raw, kind)
+    except codec.CodecError:
+        return
+    assert isinstance(analysis, kind)
+    hash(analysis), repr(analysis)
+    if hasattr(analysis, "detections"):
+        for found in analysis.detections:
+            hash(found), repr(found)
+            getattr(found, "attributes", None)
+
+
+@pytest.mark.parametrize(
+    ("model", "raw", "path", "reason"),
+    [
+        ("captioning", {}, ".data", "an object, not null"),
+        ("captioning", {"data": []}, ".data", "an object, not list"),
+        ("captioning", {"data": {}}, ".data.caption", "missing"),
+        ("captioning", {"data": {"caption": None}}, ".data.caption", "a string, not null"),
+        ("captioning", {"data": {"caption": 5}}, ".data.caption", "a string, not int"),
+        ("google_tagging", {"label_annotations": {}}, ".label_annotations.labels", "missing"),
+        (
+            "google_tagging",
+            {"label_annotations": {"labels": [{"label": "a"}, {"label": 5}]}},
+            ".label_annotations.labels[1].label",
+            "a string, not int",
+        ),
+        ("google_logo_detection", {}, ".logo_annotations", "missing"),
+        (
+            "google_logo_detection",
+            {"logo_annotations": [{"score": 1}]},
+            ".logo_annotations[0].description",
+            "missing",
+        ),
+        (
+            "google_logo_detection",
+            {"logo_annotations": ["x"]},
+            ".logo_annotations[0]",
+            "an object, not str",
+        ),
+        ("ai_vision_general", {"responses": {}}, ".responses", "an array, not dict"),
+        ("ai_vision_general", {"responses": [{}]}, ".responses[0].value", "missing"),
+        ("ai_vision_general", {"responses": [None]}, ".responses[0]", "an object, not null"),
+        ("ai_vision_tagging", {"tags": {"cat": []}}, ".tags", "an array, not dict"),
+        ("ai_vision_moderation", {"responses": [{"value": True}]}, ".responses[0].value", "bool"),
+        ("image_quality", {}, ".quality", "missing"),
+        ("watermark_detection", {"detections": [{}]}, ".detections[0].name", "missing"),
+    ],
+)
+def test_the_error_names_the_place_and_the_reason(
+    model: str, raw: dict[str, Any], path: str, reason: str
+) -> None:
+    with pytest.raises(codec.CodecError, match=reason) as caught:
+        codec.read_analysis(raw, MODELS[model].analysis_type)
+    assert caught.value.path == path
+
+
+@given(JSON)
+def test_what_is_written_is_read_back(value: Any) -> None:
+    assert codec.loads(codec.dumps(value)) == json.loads(json.dumps(value))
+
+
+def test_integers_over_64_bits_can_be_sent() -> None:
+    assert json.loads(codec.dumps({"a": 2**70})) == {"a": 2**70}
+
+
+def test_without_orjson_the_standard_reader_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cloudinary_analyze import BadRequestError
+    from cloudinary_analyze._wire.protocol import read_error
+
+    monkeypatch.setattr(codec, "orjson", None)
+    monkeypatch.setattr(codec, "loads", json.loads)
+    assert codec.dumps({"a": "ä"}) == '{"a":"ä"}'.encode()
+    body = rb'{"error":{"message":"half \ud800","details":{"text":"half \ud800"}}}'
+    error = read_error(400, {}, body, now=0)
+    assert isinstance(error, BadRequestError)
+    assert error.raw_body == body
+    assert "half" in str(error)
+    assert str(error).encode()

@@ -1,0 +1,146 @@
+"""The tree: one root, fitting built-ins, readable, picklable, and without secrets."""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import pickle
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+import cloudinary_analyze
+from cloudinary_analyze import (
+    AnalyzeError,
+    ApiError,
+    AttemptTimeoutError,
+    AuthenticationError,
+    BadRequestError,
+    BulkStoppedError,
+    CallTimeoutError,
+    ConfigurationError,
+    InvalidRequestError,
+    Limit,
+    NotFoundError,
+    PermissionDeniedError,
+    QuotaExceededError,
+    RateLimitedError,
+    ResponseDecodeError,
+    ServerError,
+    TaskStatus,
+    TaskTimeoutError,
+    TransportError,
+)
+from cloudinary_analyze import errors as errors_module
+from cloudinary_analyze.errors import shorten
+
+ERRORS = [
+    value
+    for value in vars(errors_module).values()
+    if isinstance(value, type) and issubclass(value, AnalyzeError)
+]
+VALUES: dict[str, Any] = {
+    "ambiguous": True,
+    "attempts": 3,
+    "permanent": True,
+    "status": 429,
+    "code": "MA_00008",
+    "category": "rate_limit_error",
+    "api_message": "quota exceeded",
+    "details": {"feature_name": "ai_vision", "more": [1, {"a": None}]},
+    "request_id": "17c3b70c",
+    "retry_after": 1.5,
+    "limits": (Limit("ai_vision", remaining=0, reset_time=datetime(2026, 12, 1, tzinfo=UTC)),),
+    "raw_body": b'{"error": "\xff"}',
+    "model": "captioning",
+    "feature": "ai_vision",
+    "reset_time": 1_790_000_000.0,
+    "path": "$.data",
+    "task_id": "053f",
+    "cause_known": False,
+    "last_status": TaskStatus("053f", "completed"),
+    "reason": None,
+}
+
+
+def fields_of(kind: type[AnalyzeError]) -> list[str]:
+    names: dict[str, None] = {}
+    for base in kind.__mro__:
+        if issubclass(base, AnalyzeError):
+            names |= dict.fromkeys(base.__annotations__)
+    return list(names)
+
+
+@pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)
+def test_every_error_pickles_and_copies_with_all_its_attributes(kind: type[AnalyzeError]) -> None:
+    fields = {name: VALUES[name] for name in fields_of(kind)}
+    error = kind("It went wrong.", **fields)
+    error.add_note("a note")
+    twins = [pickle.loads(pickle.dumps(error, protocol)) for protocol in range(2, 6)]
+    for twin in [*twins, copy.copy(error), copy.deepcopy(error)]:
+        assert type(twin) is kind
+        assert vars(twin) == vars(error)
+        assert {name: getattr(twin, name) for name in fields} == fields
+        assert (twin.args, str(twin), repr(twin)) == (error.args, str(error), repr(error))
+        assert twin.message == "It went wrong."
+
+
+@pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)
+def test_every_error_can_be_made_with_a_sentence_alone(kind: type[AnalyzeError]) -> None:
+    error = kind("It went wrong.")
+    assert str(error) == "It went wrong."
+    for name in fields_of(kind):
+        getattr(error, name)
+    assert getattr(cloudinary_analyze, kind.__name__) is kind
+
+
+def test_a_stopped_stream_pickles_with_its_reason() -> None:
+    reason = AuthenticationError("No.", status=401, raw_body=b"x")
+    twin = pickle.loads(pickle.dumps(BulkStoppedError("Stopped.", reason=reason)))
+    assert isinstance(twin.reason, AuthenticationError)
+    assert vars(twin.reason) == vars(reason)
+
+
+@pytest.mark.parametrize(
+    ("kind", "builtin"),
+    [
+        (ConfigurationError, ValueError),
+        (InvalidRequestError, ValueError),
+        (TransportError, ConnectionError),
+        (AttemptTimeoutError, TimeoutError),
+        (AttemptTimeoutError, ConnectionError),
+        (CallTimeoutError, TimeoutError),
+        (TaskTimeoutError, TimeoutError),
+        (BadRequestError, ValueError),
+        (AuthenticationError, PermissionError),
+        (PermissionDeniedError, PermissionError),
+        (NotFoundError, LookupError),
+        (ResponseDecodeError, ValueError),
+        (QuotaExceededError, RateLimitedError),
+        (RateLimitedError, ApiError),
+        (ServerError, ApiError),
+    ],
+)
+def test_errors_also_are_the_fitting_built_in(
+    kind: type[Exception], builtin: type[Exception]
+) -> None:
+    assert issubclass(kind, builtin)
+    assert issubclass(kind, AnalyzeError)
+
+
+def test_no_error_hides_a_built_in_name() -> None:
+    assert not {kind.__name__ for kind in ERRORS} & set(dir(builtins))
+
+
+def test_an_ambiguous_error_says_so() -> None:
+    assert str(ServerError("The service failed.", ambiguous=True)).endswith(
+        "The request may have been accepted, and charged."
+    )
+
+
+def test_bodies_are_shortened_for_messages() -> None:
+    assert shorten(b"a" * 10_000) == "a" * 200 + "…"
+    assert shorten(b"a\r\n\t b") == "a b"
+    assert shorten(b"\xff\xfe") == "\ufffd\ufffd"
+    assert shorten("ä".encode() * 200) == "ä" * 200

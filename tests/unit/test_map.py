@@ -1,0 +1,427 @@
+"""The windowed stream alone, over a `perform` that tests control."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scripted import Suspensions
+
+from cloudinary_analyze import (
+    AnalyzeError,
+    ApiError,
+    AuthenticationError,
+    BulkStoppedError,
+    Captioning,
+    ConfigurationError,
+    InvalidRequestError,
+    Outcome,
+    OutcomeStream,
+    PermissionDeniedError,
+    QuotaExceededError,
+    RateLimitedError,
+    Response,
+    ServerError,
+    SessionClosedError,
+    Settings,
+)
+from cloudinary_analyze._clock import SYSTEM_CLOCK
+
+BASE = "https://example.com/"
+
+
+def to_request(item: int) -> Captioning:
+    return Captioning(f"{BASE}{item}")
+
+
+class Service:
+    """Performs requests when told to, and counts."""
+
+    def __init__(self, *, held: bool = False) -> None:
+        self.open = asyncio.Event()
+        if not held:
+            self.open.set()
+        self.sent: list[int] = []
+        self.now = self.most = self.cancelled = 0
+        self.errors: dict[int, Exception] = {}
+        self.delay: Callable[[int], int] = lambda _: 1
+
+    async def perform(self, request: Any) -> Any:
+        number = int(request.source.uri.removeprefix(BASE))
+        self.sent.append(number)
+        self.now += 1
+        self.most = max(self.most, self.now)
+        try:
+            await self.open.wait()
+            for _ in range(self.delay(number)):
+                await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.now -= 1
+        if number in self.errors:
+            raise self.errors[number]
+        return Response(number, model="captioning")
+
+
+def stream(
+    service: Service,
+    items: Any,
+    convert: Any = to_request,
+    *,
+    window: int = 4,
+    ordered: bool = False,
+) -> OutcomeStream[Any, Any]:
+    return OutcomeStream(
+        items,
+        convert,
+        service.perform,
+        settings=Settings(),
+        clock=SYSTEM_CLOCK,
+        window=window,
+        ordered=ordered,
+    )
+
+
+async def settle() -> None:
+    for _ in range(30):
+        await asyncio.sleep(0)
+
+
+class Pulled:
+    """An iterator that counts what was pulled from it."""
+
+    def __init__(self, count: int | None = None, *, breaks_at: int | None = None) -> None:
+        self.count, self.breaks_at, self.pulled = count, breaks_at, 0
+
+    def __iter__(self) -> Iterator[int]:
+        while self.count is None or self.pulled < self.count:
+            if self.pulled == self.breaks_at:
+                raise OSError("the input broke")
+            self.pulled += 1
+            yield self.pulled - 1
+
+
+async def later(items: Any) -> AsyncIterator[int]:
+    for item in items:
+        await asyncio.sleep(0)
+        yield item
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("asynchronous", [False, True])
+@given(
+    count=st.integers(0, 30),
+    window=st.integers(1, 40),
+    delays=st.lists(st.integers(0, 6), min_size=1, max_size=7),
+)
+def test_every_item_has_exactly_one_outcome(
+    ordered: bool, asynchronous: bool, count: int, window: int, delays: list[int]
+) -> None:
+    async def run() -> None:
+        service = Service()
+        service.delay = lambda number: delays[number % len(delays)]
+        items = later(range(count)) if asynchronous else range(count)
+        found = [o async for o in stream(service, items, window=window, ordered=ordered)]
+        numbers = [outcome.item for outcome in found]
+        assert sorted(numbers) == list(range(count))
+        assert all(o.index == o.item == o.unwrap().analysis for o in found)
+        assert all(o.request == to_request(o.item) and o.error is None for o in found)
+        if ordered:
+            assert numbers == list(range(count))
+        assert service.most <= window
+
+    asyncio.run(run())
+
+
+async def test_unordered_outcomes_come_as_they_are_completed() -> None:
+    service = Service()
+    service.delay = lambda number: 50 if number == 0 else 1
+    found = [o.item async for o in stream(service, range(4))]
+    assert found[-1] == 0
+    assert [o.item async for o in stream(service, range(4), ordered=True)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_nothing_is_pulled_before_the_first_outcome_is_asked_for(asynchronous: bool) -> None:
+    items = Pulled(5)
+    stream(Service(), later(items) if asynchronous else items)
+    await settle()
+    assert items.pulled == 0
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_a_slow_consumer_slows_an_infinite_input_down(
+    ordered: bool, asynchronous: bool
+) -> None:
+    items = Pulled()
+    service = Service()
+    outcomes = stream(service, later(items) if asynchronous else items, window=5, ordered=ordered)
+    async with outcomes:
+        for taken in range(1, 20):
+            await anext(outcomes)
+            await settle()
+            assert items.pulled == taken + 5
+
+
+async def test_buffered_outcomes_of_an_ordered_stream_count_in_the_window() -> None:
+    items = Pulled()
+    service = Service(held=True)
+    outcomes = stream(service, items, window=5, ordered=True)
+    service.delay = lambda number: 200 if number == 0 else 0
+    async with outcomes:
+        first = asyncio.create_task(anext(outcomes))
+        await settle()
+        service.open.set()
+        await settle()
+        assert not first.done()
+        assert items.pulled == 5  # one on its way, four buffered behind it
+        assert (await first).item == 0
+
+
+async def test_what_to_request_raises_is_that_items_error() -> None:
+    def convert(item: int) -> Captioning:
+        if item % 2:
+            raise KeyError(item)
+        return to_request(item)
+
+    found = [o async for o in stream(Service(), range(6), convert, ordered=True)]
+    assert [type(o.error) for o in found] == [type(None), KeyError] * 3
+    assert [o.request is None for o in found] == [False, True] * 3
+    with pytest.raises(KeyError):
+        found[1].unwrap()
+
+
+async def test_an_endless_input_of_bad_items_does_not_starve_the_loop() -> None:
+    def convert(_: int) -> Captioning:
+        raise ValueError("bad")
+
+    outcomes = stream(Service(), Pulled(), convert, window=3)
+    async with asyncio.timeout(5), outcomes:
+        for _ in range(50):
+            assert isinstance((await anext(outcomes)).error, ValueError)
+
+
+@pytest.mark.parametrize("wrong", [None, "https://example.com/a.jpg", 5])
+async def test_what_is_no_request_is_that_items_error(wrong: Any) -> None:
+    for outcomes in (stream(Service(), [wrong], None), stream(Service(), [1], lambda _: wrong)):
+        (found,) = [o async for o in outcomes]
+        assert isinstance(found.error, InvalidRequestError)
+        assert "session.map(urls, Captioning)" in str(found.error)
+
+
+async def test_items_that_are_requests_need_no_to_request() -> None:
+    found = [o async for o in stream(Service(), [to_request(7)], None)]
+    assert found[0].request is found[0].item
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("ordered", [False, True])
+async def test_an_input_that_breaks_is_raised_after_what_was_in_flight(
+    asynchronous: bool, ordered: bool
+) -> None:
+    items = Pulled(breaks_at=7)
+    outcomes = stream(Service(), later(items) if asynchronous else items, window=3, ordered=ordered)
+    found = []
+    with pytest.raises(OSError, match="the input broke"):  # noqa: PT012
+        async for outcome in outcomes:
+            found.append(outcome.item)
+    assert sorted(found) == list(range(7))
+    with pytest.raises(StopAsyncIteration):
+        await anext(outcomes)
+
+
+STOPPERS: list[Exception] = [
+    AuthenticationError("401", status=401),
+    PermissionDeniedError("403", status=403),
+    QuotaExceededError("quota", status=429),
+    SessionClosedError("closed"),
+    RateLimitedError("too long", status=429, retry_after=121.0),
+    ServerError("too long", status=503, retry_after=121.0),
+]
+PASSERS: list[Exception] = [
+    ApiError("404", status=404),
+    RateLimitedError("short", status=429, retry_after=120.0),
+    ServerError("500", status=500),
+    AnalyzeError("other"),
+    ValueError("a bug of the caller's"),
+]
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("error", STOPPERS, ids=str)
+async def test_an_error_that_fails_all_stops_the_stream_after_what_is_in_flight(
+    error: Exception, ordered: bool
+) -> None:
+    service = Service()
+    service.errors = {10: error}
+    service.delay = lambda number: 2 if number == 10 else 20
+    items = Pulled()
+    found: list[Outcome[Any, Any]] = []
+    outcomes = stream(service, items, window=4, ordered=ordered)
+    with pytest.raises(BulkStoppedError) as caught:  # noqa: PT012
+        async for outcome in outcomes:
+            found.append(outcome)
+    assert caught.value.reason is caught.value.__cause__ is error
+    assert sorted(o.item for o in found) == sorted(service.sent)
+    assert len(service.sent) == items.pulled < 20
+    assert [o.item for o in found if o.error] == [10]
+    if ordered:
+        assert [o.item for o in found] == list(range(len(found)))
+    with pytest.raises(StopAsyncIteration):
+        await anext(outcomes)
+
+
+@pytest.mark.parametrize("error", PASSERS, ids=str)
+async def test_any_other_error_is_its_items_alone(error: Exception) -> None:
+    service = Service()
+    service.errors = {3: error}
+    found = [o async for o in stream(service, range(10), ordered=True)]
+    assert [o.error for o in found] == [error if n == 3 else None for n in range(10)]
+
+
+async def test_leaving_the_block_cancels_what_is_in_flight_and_waits_for_it() -> None:
+    service = Service()
+    service.delay = lambda number: 0 if number == 0 else 10_000
+    async with stream(service, Pulled(), window=8) as outcomes:
+        async for _ in outcomes:
+            break
+        await settle()
+        assert service.now == 8
+    assert service.now == 0
+    assert service.cancelled == 8
+    assert not outcomes._pump.workers
+    await outcomes.aclose()
+
+
+async def test_breaking_out_without_a_block_cancels_too() -> None:
+    service = Service()
+    service.delay = lambda number: 0 if number == 0 else 10_000
+    async for _ in stream(service, Pulled(), window=8):
+        break
+    gc.collect()
+    await settle()
+    assert service.now == 0
+    assert service.cancelled > 0
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+async def test_several_consumers_share_a_stream_and_each_outcome_goes_to_one(ordered: bool) -> None:
+    service = Service()
+    service.delay = lambda number: number % 5
+    outcomes = stream(service, range(60), window=7, ordered=ordered)
+    found: list[int] = []
+
+    async def consume(pause: int) -> None:
+        async for outcome in outcomes:
+            found.append(outcome.item)
+            for _ in range(pause):
+                await asyncio.sleep(0)
+
+    async with asyncio.timeout(5):
+        await asyncio.gather(*(consume(pause) for pause in (0, 1, 3, 20)))
+    assert sorted(found) == list(range(60))
+
+
+async def test_when_a_shared_stream_stops_no_consumer_hangs() -> None:
+    service = Service()
+    service.errors = {20: AuthenticationError("401", status=401)}
+    outcomes = stream(service, Pulled(), window=7)
+
+    async def consume() -> int:
+        return len([outcome async for outcome in outcomes])
+
+    async with asyncio.timeout(5):
+        ends = await asyncio.gather(*(consume() for _ in range(4)), return_exceptions=True)
+    assert [type(end) for end in ends].count(BulkStoppedError) == 1
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=12))
+def test_cancelling_a_consumer_loses_no_outcome(pauses: list[int]) -> None:
+    async def run() -> None:
+        service = Service()
+        service.delay = lambda number: number % 4
+        outcomes = stream(service, range(25), window=3)
+        found: list[int] = []
+
+        async def take() -> None:
+            found.append((await anext(outcomes)).item)
+
+        for pause in pauses:
+            takers = [asyncio.create_task(take()) for _ in range(2)]
+            for _ in range(pause):
+                await asyncio.sleep(0)
+            takers[0].cancel()
+            await asyncio.wait(takers)
+            for taker in takers:
+                if not taker.cancelled() and taker.exception() is not None:
+                    assert isinstance(taker.exception(), RuntimeError | StopAsyncIteration)
+        found += [outcome.item async for outcome in outcomes]
+        assert sorted(found) == list(range(25))
+
+    asyncio.run(run())
+
+
+async def test_a_consumer_cancelled_when_its_turn_has_come_passes_the_turn_on() -> None:
+    service = Service()
+    service.delay = lambda number: 3 if number == 0 else 100_000
+    async with stream(service, range(2), window=2) as outcomes:
+        first = asyncio.create_task(Suspensions(1, late=True).drive(anext(outcomes)))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(anext(outcomes))
+        await settle()
+        assert first.cancelled()
+        assert second.done()
+        assert second.result().item == 0
+
+
+async def test_a_consumer_of_a_stream_that_is_closed_under_it_is_told_so() -> None:
+    """An early end must not look as if every item had had its outcome."""
+    service = Service(held=True)
+    outcomes = stream(service, Pulled(), window=4)
+    consumer = asyncio.create_task(anext(outcomes))
+    await settle()
+    await outcomes.aclose()
+    with pytest.raises(BulkStoppedError):
+        await consumer
+
+
+async def test_closing_a_finished_stream_is_no_error() -> None:
+    outcomes = stream(Service(), range(3))
+    assert len([o async for o in outcomes]) == 3
+    await outcomes.aclose()
+    with pytest.raises(StopAsyncIteration):
+        await anext(outcomes)
+
+
+async def test_a_stream_that_never_started_closes() -> None:
+    items = Pulled()
+    outcomes = stream(Service(), items)
+    await outcomes.aclose()
+    with pytest.raises(BulkStoppedError):
+        await anext(outcomes)
+    assert items.pulled == 0
+
+
+@pytest.mark.parametrize("items", ["https://example.com/", b"x", 5, None, object()])
+async def test_what_is_no_input_is_refused(items: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="iterable"):
+        stream(Service(), items)
+
+
+@pytest.mark.parametrize("window", [0, -1, 1.5, True, "4"])
+async def test_a_window_is_a_whole_number_from_one(window: Any) -> None:
+    with pytest.raises(ConfigurationError, match="whole number from 1"):
+        stream(Service(), [], window=window)
+
+
+async def test_an_input_without_items_ends_at_once() -> None:
+    assert [o async for o in stream(Service(), [])] == []
+    assert [o async for o in stream(Service(), later([]))] == []

@@ -1,0 +1,171 @@
+"""The front door: which names it has, what it costs to open, and that no import is circular."""
+
+from __future__ import annotations
+
+import pkgutil
+import subprocess
+import sys
+
+import cloudinary_analyze
+
+NAMES = [
+    "AIVisionGeneral",
+    "AIVisionGeneralAnalysis",
+    "AIVisionModeration",
+    "AIVisionModerationAnalysis",
+    "AIVisionTagging",
+    "AIVisionTaggingAnalysis",
+    "Analysis",
+    "AnalysisTask",
+    "AnalyzeError",
+    "AnalyzeRequest",
+    "AnalyzeSession",
+    "ApiError",
+    "Asset",
+    "AttemptTimeoutError",
+    "AttributeValue",
+    "AuthenticationError",
+    "BadRequestError",
+    "BoundingBox",
+    "BulkStoppedError",
+    "CallTimeoutError",
+    "Captioning",
+    "CaptioningAnalysis",
+    "CldFashion",
+    "CldFashionAnalysis",
+    "CldText",
+    "CldTextAnalysis",
+    "Coco",
+    "CocoAnalysis",
+    "ConfigurationError",
+    "Credentials",
+    "Delivery",
+    "DetectedTags",
+    "Detection",
+    "DetectionAnalysis",
+    "GoogleLabel",
+    "GoogleLogoDetection",
+    "GoogleLogoDetectionAnalysis",
+    "GoogleTagging",
+    "GoogleTaggingAnalysis",
+    "HumanAnatomy",
+    "HumanAnatomyAnalysis",
+    "ImageQuality",
+    "ImageQualityAnalysis",
+    "InvalidRequestError",
+    "InvalidSignatureError",
+    "LedgerError",
+    "Limit",
+    "Logo",
+    "LogoVertex",
+    "Lvis",
+    "LvisAnalysis",
+    "MODELS",
+    "MalformedNotificationError",
+    "ModerationAnswer",
+    "NotFoundError",
+    "Notification",
+    "NotificationError",
+    "NotificationSink",
+    "NotificationSource",
+    "NotificationSourceError",
+    "OtherAnalysis",
+    "OtherModel",
+    "Outcome",
+    "OutcomeStream",
+    "PermissionDeniedError",
+    "QuotaExceededError",
+    "RateLimitedError",
+    "Response",
+    "ResponseDecodeError",
+    "ResultNotDeliveredError",
+    "ServerError",
+    "SessionClosedError",
+    "SessionNotOpenError",
+    "SessionStats",
+    "Settings",
+    "ShopClassifier",
+    "ShopClassifierAnalysis",
+    "StaleNotificationError",
+    "TagDefinition",
+    "TaskFailedError",
+    "TaskStatus",
+    "TaskTimeoutError",
+    "TransportError",
+    "Unidet",
+    "UnidetAnalysis",
+    "Uri",
+    "VisionAnswer",
+    "VisionTag",
+    "Watermark",
+    "WatermarkDetection",
+    "WatermarkDetectionAnalysis",
+    "__version__",
+    "find_request_type",
+    "parse_notification",
+    "verify_signature",
+]
+OPTIONAL = ("cyclopts", "rich", "redis", "jinja2", "pyarrow", "uvloop")
+PROBE = """
+import importlib, sys
+importlib.import_module(sys.argv[1])
+print(*(name for name in sys.argv[2:] if name in sys.modules))
+"""
+# a package is always imported before its modules, so what they may find half-made is the same
+# whether each has an interpreter of its own or a fork of one that has the package alone
+FORKS = """
+import importlib, os, sys
+import cloudinary_analyze
+for module in sys.argv[1:]:
+    if module not in sys.modules:
+        if (child := os.fork()) == 0:
+            importlib.import_module(module)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            sys.exit(f"{module} cannot be imported first")
+    print(module)
+"""
+MODULES = [
+    "cloudinary_analyze",
+    *(
+        found.name
+        for found in pkgutil.walk_packages(cloudinary_analyze.__path__, "cloudinary_analyze.")
+        if not found.name.endswith("__main__")
+    ),
+]
+
+
+def import_first(module: str, *watched: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", PROBE, module, *watched],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_public_names_are_these_and_all_are_there() -> None:
+    assert sorted(cloudinary_analyze.__all__) == sorted(NAMES)
+    assert all(hasattr(cloudinary_analyze, name) for name in NAMES)
+
+
+def test_importing_the_package_imports_no_optional_library_and_no_room_of_its_own() -> None:
+    watched = [*OPTIONAL, "cloudinary_analyze.emulator", "cloudinary_analyze.cli", "sqlite3"]
+    done = import_first("cloudinary_analyze", *watched)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, [], "")
+
+
+def test_the_probe_would_see_an_optional_library() -> None:
+    assert import_first("rich", *OPTIONAL).stdout.split() == ["rich"]
+
+
+def test_every_module_can_be_imported_first() -> None:
+    """Each in a process that has none of ours yet, so that no circular import can hide."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", FORKS, *MODULES],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == MODULES

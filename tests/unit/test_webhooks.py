@@ -1,0 +1,224 @@
+"""The signature is the vendor's to the byte, and ours is the stricter verifier."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cloudinary_analyze import (
+    ConfigurationError,
+    Delivery,
+    InvalidSignatureError,
+    NotificationError,
+    StaleNotificationError,
+    parse_notification,
+    verify_signature,
+)
+from cloudinary_analyze._wire.signature import compute_signature
+from cloudinary_analyze.webhooks import find_header, verify_delivery
+
+BODY = b'{"task_id":"abc"}'
+NOW = 1_790_000_000
+SECRET = "test-api-secret-Zx9"
+
+
+def sign(
+    body: bytes = BODY, at: int | str = NOW, secret: str = SECRET, digest: str = "sha1"
+) -> str:
+    return compute_signature(body, str(at), secret, digest=digest)
+
+
+def test_every_signature_vector_verifies(vectors: dict[str, Any]) -> None:
+    cases = vectors["signature_vectors"]
+    assert len(cases) == 15
+    for case in cases:
+        body = case["body"].encode()
+        if case["body_utf8_hex_if_non_ascii"]:
+            assert body.hex() == case["body_utf8_hex_if_non_ascii"]
+        secret, timestamp, digest = case["api_secret"], case["timestamp"], case["algorithm"]
+        assert compute_signature(body, timestamp, secret, digest=digest) == case["signature"]
+        verify_signature(body, timestamp, case["signature"], [secret], now=int(timestamp))
+        verify_signature(
+            body, timestamp, case["signature"], secret, digests=digest, now=int(timestamp)
+        )
+        for wrong in (
+            {"body": body + b" "},
+            {"timestamp": str(int(timestamp) + 1)},
+            {"signature": case["signature"][:-1] + ("0" if case["signature"][-1] != "0" else "1")},
+            {"secrets": [secret + "x"]},
+            {"digests": ["sha256" if digest == "sha1" else "sha1"]},
+        ):
+            call: dict[str, Any] = {
+                "body": body,
+                "timestamp": timestamp,
+                "signature": case["signature"],
+                "secrets": [secret],
+                "now": int(timestamp),
+                **wrong,
+            }
+            with pytest.raises(InvalidSignatureError):
+                verify_signature(**call)
+
+
+# what ours does in each situation of the vendor's verifier; `None` accepts
+OURS: dict[str, tuple[dict[str, Any], type[Exception] | None]] = {
+    "fresh": ({}, None),
+    "stale_7201s": ({"timestamp": str(NOW - 7205)}, StaleNotificationError),
+    "within_7190s": ({"timestamp": str(NOW - 7190)}, None),
+    "future_1_day": ({"timestamp": str(NOW + 86_400)}, StaleNotificationError),  # stricter
+    "uppercase_signature": ({"signature": sign().upper()}, InvalidSignatureError),
+    "wrong_algorithm": (
+        {"signature": sign(digest="sha256"), "digests": ["sha1"]},
+        InvalidSignatureError,
+    ),
+    "sha256_explicit": ({"signature": sign(digest="sha256"), "digests": ["sha256"]}, None),
+    "empty_signature": ({"signature": ""}, InvalidSignatureError),
+    "none_signature": ({"signature": None}, InvalidSignatureError),
+    "bytes_body": ({"body": BODY.decode()}, TypeError),  # the other way round: raw bytes only
+    "non_numeric_timestamp": ({"timestamp": "abc"}, InvalidSignatureError),
+    "none_timestamp": ({"timestamp": None}, InvalidSignatureError),
+    "float_string_timestamp": ({"timestamp": f"{NOW}.5"}, InvalidSignatureError),
+    "unknown_algorithm": ({"digests": ["md5"]}, ConfigurationError),
+    "stale_with_bytes_body": ({"timestamp": str(NOW - 7205)}, StaleNotificationError),
+    "no_secret": ({"secrets": []}, ConfigurationError),
+}
+
+
+def test_every_case_of_the_vendors_verifier_has_an_answer_here(vectors: dict[str, Any]) -> None:
+    cases = {case["name"]: case["result"] for case in vectors["verifier_behaviour"]}
+    assert cases.keys() == OURS.keys()
+    for name, (_, expected) in OURS.items():
+        if expected is None:
+            assert cases[name] is True, "ours may only be stricter"
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_ours_decides_each_case(name: str) -> None:
+    changes, expected = OURS[name]
+    call: dict[str, Any] = {"body": BODY, "timestamp": str(NOW), "secrets": [SECRET], "now": NOW}
+    call |= changes
+    call.setdefault("signature", sign(at=call["timestamp"]) if call["timestamp"] else sign())
+    if expected is None:
+        verify_signature(**call)
+    else:
+        with pytest.raises(expected):
+            verify_signature(**call)
+
+
+def test_polled_messages_verify_over_their_decoded_payload(vectors: dict[str, Any]) -> None:
+    cases = [case for case in vectors["polled_message_vectors"] if "decoded_body" in case]
+    assert len(cases) == 4
+    for case in cases:
+        message = case["message"]
+        body = base64.urlsafe_b64decode(message["signed_payload"] + "==")
+        assert body == case["decoded_body"].encode()
+        # a pulled message may be old: its digest counts, its age does not
+        delivery = Delivery(
+            body,
+            {"X-Cld-Signature": message["signature"], "X-Cld-Timestamp": message["timestamp"]},
+            received_at=None,
+        )
+        verify_delivery(delivery, [case["api_secret"]])
+        parse_notification(body)
+
+
+def test_a_message_without_its_keys_never_verifies(vectors: dict[str, Any]) -> None:
+    (case,) = [case for case in vectors["polled_message_vectors"] if "decoded_body" not in case]
+    with pytest.raises(InvalidSignatureError):
+        verify_signature(b"", None, case["message"]["signature"], [SECRET])
+
+
+@pytest.mark.parametrize("digest", ["sha1", "sha256"])
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_any_of_several_secrets_may_have_signed(digest: str, position: int) -> None:
+    secrets = ["first", "second", "third"]
+    signature = sign(secret=secrets[position], digest=digest)
+    verify_signature(BODY, str(NOW), signature, iter(secrets), now=NOW)
+    with pytest.raises(InvalidSignatureError):
+        verify_signature(BODY, str(NOW), signature, [s for s in secrets if s != secrets[position]])
+
+
+@pytest.mark.parametrize(
+    ("age", "error"),
+    [(0, None), (7200, None), (7201, "over 7200 s"), (-300, None), (-301, "in the future")],
+)
+def test_the_window_has_two_sides(age: int, error: str | None) -> None:
+    timestamp = str(NOW - age)
+    if error is None:
+        verify_signature(BODY, timestamp, sign(at=timestamp), [SECRET], now=NOW)
+    else:
+        with pytest.raises(StaleNotificationError, match=error):
+            verify_signature(BODY, timestamp, sign(at=timestamp), [SECRET], now=NOW)
+    verify_signature(
+        BODY, timestamp, sign(at=timestamp), [SECRET], now=NOW, oldest=None, newest=None
+    )
+
+
+def test_a_stale_forgery_is_a_forgery() -> None:
+    with pytest.raises(InvalidSignatureError):
+        verify_signature(BODY, "1", "0" * 40, [SECRET], now=NOW)
+
+
+@pytest.mark.parametrize(
+    "timestamp",
+    ["", " 1790000000", "1790000000\n", "+1790000000", "-1", "1e9", "1_790_000_000",
+     "1" * 16, "١٧٩٠٠٠٠٠٠٠", "0x6ab1", "１７９００００000"],
+)  # fmt: skip
+def test_a_timestamp_is_one_to_fifteen_ascii_digits(timestamp: str) -> None:
+    with pytest.raises(InvalidSignatureError, match="no readable timestamp"):
+        verify_signature(BODY, timestamp, sign(at=timestamp), [SECRET], now=NOW, oldest=None)
+
+
+@pytest.mark.parametrize("timestamp", ["0", "1" * 15])
+def test_the_shortest_and_the_longest_timestamp_are_read(timestamp: str) -> None:
+    verify_signature(
+        BODY, timestamp, sign(at=timestamp), [SECRET], now=NOW, oldest=None, newest=None
+    )
+
+
+@given(signature=st.text(max_size=70), body=st.binary(max_size=50), timestamp=st.text(max_size=20))
+def test_nothing_unsigned_verifies_and_nothing_else_is_raised(
+    signature: str, body: bytes, timestamp: str
+) -> None:
+    with pytest.raises(NotificationError):
+        verify_signature(body, timestamp, signature, [SECRET], now=NOW)
+
+
+@pytest.mark.parametrize("secrets", [[], [""], ["a", ""], ""])
+def test_an_empty_secret_never_verifies_anything(secrets: Any) -> None:
+    with pytest.raises(ConfigurationError):
+        verify_signature(BODY, str(NOW), sign(secret=""), secrets, now=NOW)
+
+
+@pytest.mark.parametrize("names", [str, str.lower, str.upper])
+def test_headers_are_found_without_regard_to_case(names: Any) -> None:
+    headers = {names("X-Cld-Signature"): sign(), names("X-Cld-Timestamp"): str(NOW)}
+    verify_delivery(Delivery(BODY, headers, received_at=NOW), [SECRET])
+    assert find_header(headers, "x-cLD-timestamp") == str(NOW)
+    assert find_header(headers, "X-Other") is None
+
+
+def test_freshness_is_judged_at_the_first_receipt() -> None:
+    headers = {"X-Cld-Signature": sign(), "X-Cld-Timestamp": str(NOW)}
+    verify_delivery(Delivery(BODY, headers, received_at=NOW + 7199), [SECRET])
+    with pytest.raises(StaleNotificationError):
+        verify_delivery(Delivery(BODY, headers, received_at=NOW + 7201), [SECRET])
+    with pytest.raises(StaleNotificationError):
+        verify_delivery(Delivery(BODY, headers, received_at=NOW - 301), [SECRET])
+
+
+def test_a_v2_signature_alone_is_refused_with_the_way_out() -> None:
+    headers = {"X-Cld-Signature_v2": "abc", "X-Cld-Timestamp": str(NOW)}
+    with pytest.raises(InvalidSignatureError, match="auth_scheme"):
+        verify_delivery(Delivery(BODY, headers, received_at=NOW), [SECRET])
+
+
+def test_no_error_says_what_the_right_signature_is() -> None:
+    with pytest.raises(InvalidSignatureError) as caught:
+        verify_signature(BODY, str(NOW), "0" * 40, [SECRET], now=NOW)
+    assert SECRET not in str(caught.value)
+    assert sign() not in str(caught.value)
