@@ -17,6 +17,7 @@ class TimerHandle(Protocol):
 
     def cancel(self) -> None:
         """Forget the callback; harmless when it has run."""
+        ...
 
 
 class Clock(Protocol):
@@ -24,18 +25,23 @@ class Clock(Protocol):
 
     def monotonic(self) -> float:
         """Return seconds that never jump; for waits and deadlines."""
+        ...
 
     def wall(self) -> float:
         """Return Unix seconds; for timestamps of others."""
+        ...
 
     def call_at(self, when: float, callback: Callable[[], None], /) -> TimerHandle:
         """Run a callback on the running loop at a monotonic instant."""
+        ...
 
     async def sleep(self, seconds: float) -> None:
         """Sleep; cancelling is safe."""
+        ...
 
     def timeout_at(self, deadline: float, /) -> AbstractAsyncContextManager[asyncio.Timeout]:
         """Raise `TimeoutError` in the block's task at a monotonic instant."""
+        ...
 
 
 class SystemClock:

@@ -9,7 +9,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+)
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -17,12 +25,14 @@ import attrs
 
 from cloudinary_analyze._clock import Clock
 from cloudinary_analyze._http.retry import is_over_server_cap
+from cloudinary_analyze._ledgered import Ledgered
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
     AuthenticationError,
     BulkStoppedError,
     ConfigurationError,
     InvalidRequestError,
+    LedgerError,
     PermissionDeniedError,
     QuotaExceededError,
     SessionClosedError,
@@ -44,6 +54,7 @@ _STOPPING = (
     SessionClosedError,
     SessionNotOpenError,
     ConfigurationError,
+    LedgerError,
 )
 
 
@@ -65,6 +76,7 @@ class _Pump(Generic[Item, A]):
     clock: Clock
     window: int
     ordered: bool
+    ledgered: Ledgered[Item] | None = None
     ready: deque[Outcome[Item, A]] = attrs.field(factory=deque)
     early: dict[int, Outcome[Item, A]] = attrs.field(factory=dict)
     pulled: int = 0
@@ -90,6 +102,11 @@ class _Pump(Generic[Item, A]):
             self._wake(self.consumers, everybody=True)
 
     async def _work(self) -> None:
+        if self.ledgered is not None and not self.pulled:
+            try:
+                await self.ledgered.open()
+            except Exception as error:
+                self.stop(error)
         asynchronous = isinstance(self.source, AsyncIterator)
         while not self.exhausted:
             if self.pulled - self.handed_over >= self.window:
@@ -140,7 +157,10 @@ class _Pump(Generic[Item, A]):
         begun = self.clock.monotonic()
         try:
             request = self._build_request(item)
-            response = await self.perform(request)
+            if self.ledgered is None:
+                response = await self.perform(request)
+            else:
+                response = await self.ledgered.perform(item, request)
         except Exception as error:
             failure = error
             if stops_the_stream(error, self.settings):
@@ -188,14 +208,17 @@ class _Pump(Generic[Item, A]):
 
     def stop(self, failure: Exception | None) -> None:
         """Pull no more. What is in flight is finished and handed over, then `failure` raised."""
-        if not self.exhausted:
-            self.exhausted = True
+        self.exhausted = True
+        if self.failure is None:
             self.failure = failure
         self._wake(self.parked, everybody=True)
 
     async def take(self) -> Outcome[Item, A]:
         while not self.ready:
             if not self.workers:
+                if self.early:  # the stream was cut off, and what is behind the gap is paid for
+                    self.ready.extend(self.early.pop(index) for index in sorted(self.early))
+                    break
                 if (failure := self.failure) is not None:
                     self.failure = None
                     raise failure
@@ -226,6 +249,13 @@ class _Pump(Generic[Item, A]):
                     return
 
     def cancel(self) -> None:
+        if self.workers or not self.exhausted:
+            self.exhausted = True
+            if self.failure is None:  # whoever still iterates must not take this for the end
+                self.failure = BulkStoppedError(
+                    "The stream was closed, or its session was, before every item had its "
+                    "outcome. Of the items without one, some may have been sent."
+                )
         self.stop(None)
         for worker in self.workers:
             worker.cancel()
@@ -250,6 +280,7 @@ class OutcomeStream(Generic[Item, A]):
         clock: Clock,
         window: int,
         ordered: bool,
+        ledgered: Ledgered[Item] | None = None,
     ) -> None:
         source: Iterator[Item] | AsyncIterator[Item]
         if isinstance(items, AsyncIterable):
@@ -262,8 +293,10 @@ class OutcomeStream(Generic[Item, A]):
             )
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
             raise ConfigurationError(f"The window must be a whole number from 1, not {window!r}.")
-        self._pump = _Pump(source, to_request, perform, settings, clock, window, ordered)
+        self._pump = _Pump(source, to_request, perform, settings, clock, window, ordered, ledgered)
         self._started = False
+        # a stage before this one would else stay open until it is collected
+        self._stage = source if isinstance(source, AsyncGenerator | OutcomeStream) else None
 
     def __aiter__(self) -> Self:
         return self
@@ -273,6 +306,7 @@ class OutcomeStream(Generic[Item, A]):
 
         Raises:
             BulkStoppedError: An error stopped the stream; all that was in flight was handed over.
+            LedgerError: The ledger could not be opened; nothing was pulled or sent.
             StopAsyncIteration: All items have had their outcome.
             Exception: What the input raised, after all that was in flight was handed over.
         """
@@ -293,11 +327,17 @@ class OutcomeStream(Generic[Item, A]):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Cancel what is in flight and wait until it is gone. Idempotent."""
+        """Cancel what is in flight and wait until it is gone. Idempotent.
+
+        Closes the input too, if that is an async generator or another stream.
+        """
         self._started = True
         self._pump.cancel()
         if self._pump.workers:
             await asyncio.wait(self._pump.workers)
+        stage, self._stage = self._stage, None
+        if stage is not None:
+            await stage.aclose()
 
     def __del__(self) -> None:
         pump = getattr(self, "_pump", None)

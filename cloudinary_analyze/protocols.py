@@ -60,23 +60,34 @@ class LedgerRecord:
         task_id: The task that was submitted for it, if one was.
         response: The final response's JSON as received, if there is one.
         error: The final error, if there is one.
+        seconds: How long the answer took, queueing and retries included, if there is one.
     """
 
     key: str
     task_id: str | None = None
     response: JSONObject | None = None
     error: AnalyzeError | None = None
+    seconds: float | None = None
 
 
 class Ledger(Protocol):
     """What remembers, per request key, the submitted task id and the final response or error.
 
     So that bulk work can be killed at any moment and knowingly pays twice for nothing. A ledger
-    belongs to one host and cloud name. What a ``record_`` method returned for is durable.
+    belongs to one host and cloud name, and to who made it: a session opens it, but never closes
+    it.
+
+    What a ``record_`` method returned for is durable. The first of its statements takes note of
+    what is to be recorded, so cancelling the wait loses nothing. A response is never replaced by
+    an error or a task, an error never by a task. Whatever a method raises stops the stream.
     """
 
     async def open(self, *, base_url: str, cloud_name: str) -> None:
         """Open it for a session; idempotent.
+
+        Args:
+            base_url: ``scheme://host[:port]`` of the service.
+            cloud_name: The product environment.
 
         Raises:
             LedgerError: It is damaged, foreign, or of another host or cloud; it is left untouched.
@@ -84,17 +95,17 @@ class Ledger(Protocol):
         ...
 
     async def find(self, key: str) -> LedgerRecord | None:
-        """Return what is known of a key."""
+        """Return what is known of a key, with all that was recorded before."""
         ...
 
     async def record_submitted(self, key: str, task_id: str) -> None:
-        """Remember the task that was submitted for a key."""
+        """Remember the task that was submitted for a key; it replaces an earlier task."""
         ...
 
-    async def record_response(self, key: str, response: Response[Any]) -> None:
-        """Remember a final response."""
+    async def record_response(self, key: str, response: Response[Any], *, seconds: float) -> None:
+        """Remember a final response, and how long it took."""
         ...
 
-    async def record_error(self, key: str, error: AnalyzeError) -> None:
-        """Remember a final error."""
+    async def record_error(self, key: str, error: AnalyzeError, *, seconds: float) -> None:
+        """Remember a final error, and how long it took."""
         ...

@@ -17,8 +17,10 @@ from cloudinary_analyze._http.gate import Gate
 from cloudinary_analyze._http.meter import Meter
 from cloudinary_analyze._http.quota import Quota
 from cloudinary_analyze._http.transport import Transport
+from cloudinary_analyze._ledgered import Ledgered, Shared
 from cloudinary_analyze._map import OutcomeStream
 from cloudinary_analyze._resolve.resolver import Resolver
+from cloudinary_analyze._resolve.table import Wait
 from cloudinary_analyze._version import __version__
 from cloudinary_analyze._wire.protocol import Accepted
 from cloudinary_analyze.config import DEFAULT_HOST, Credentials, Settings, read_base_url
@@ -32,7 +34,7 @@ from cloudinary_analyze.errors import (
 from cloudinary_analyze.events import EventHook, SessionStats
 from cloudinary_analyze.notifications import QueueSource
 from cloudinary_analyze.outcomes import Outcome
-from cloudinary_analyze.protocols import NotificationSource
+from cloudinary_analyze.protocols import Ledger, NotificationSource
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import Delivery, Limit, Response, TaskStatus
 from cloudinary_analyze.task import AnalysisTask
@@ -114,6 +116,7 @@ class AnalyzeSession:
         self._resolver: Resolver | None = None
         self._warned_of_tasks = False
         self._closed = False
+        self._under_way: dict[tuple[int, str], Shared] = {}
         self._streams: weakref.WeakSet[OutcomeStream[Any, Any]] = weakref.WeakSet()
 
     def __repr__(self) -> str:
@@ -226,7 +229,18 @@ class AnalyzeSession:
         if deadline is None:
             deadline = self._task_deadline(None)
         wait = self._resolver.attach(task_id, request=request, deadline=deadline)
-        return await AnalysisTask(request.model, request.analysis_type, self._resolver.table, wait)
+        return await self._join(request, wait)
+
+    async def _join(self, request: AnalyzeRequest[A], wait: Wait) -> Response[A]:
+        """Await a task that nobody else has a handle on; cancelling leaves nothing behind."""
+        assert self._resolver is not None
+        try:
+            return await AnalysisTask(
+                request.model, request.analysis_type, self._resolver.table, wait
+            )
+        except asyncio.CancelledError:
+            self._resolver.withdraw(wait)
+            raise
 
     def submit(
         self, request: AnalyzeRequest[A], *, mode: Mode = "auto", timeout: float | None = None
@@ -248,23 +262,31 @@ class AnalyzeSession:
         Warns:
             UserWarning: Once, on ``mode="task"`` without a notification source.
         """
+        wait = self._submit(request, mode=mode, timeout=timeout)
+        assert self._resolver is not None
+        return AnalysisTask(request.model, request.analysis_type, self._resolver.table, wait)
+
+    def _submit(self, request: AnalyzeRequest[Any], *, mode: Mode, timeout: float | None) -> Wait:
         self._use()
         assert self._resolver is not None
         if mode not in {"auto", "task", "call"}:
             raise ConfigurationError(f"The mode is 'auto', 'task' or 'call', not {mode!r}.")
-        if mode == "task" and self._source is None and not self._warned_of_tasks:
+        if mode == "task" and self._source is None:
+            self._warn_of_tasks(stacklevel=4)
+        as_task = mode == "task" or (mode == "auto" and self._source is not None)
+        return self._resolver.submit(
+            request, as_task=as_task, deadline=self._task_deadline(timeout)
+        )
+
+    def _warn_of_tasks(self, *, stacklevel: int) -> None:
+        if not self._warned_of_tasks:
             self._warned_of_tasks = True
             warnings.warn(
                 "A task was submitted on a session without a notification source, so its result "
                 "cannot arrive: polls bring its status only. Pass notifications=…, or use "
                 "mode='call', or set Settings.on_missing_result='analyze' (which pays twice).",
-                stacklevel=2,
+                stacklevel=stacklevel,
             )
-        as_task = mode == "task" or (mode == "auto" and self._source is not None)
-        wait = self._resolver.submit(
-            request, as_task=as_task, deadline=self._task_deadline(timeout)
-        )
-        return AnalysisTask(request.model, request.analysis_type, self._resolver.table, wait)
 
     @overload
     def task(
@@ -333,6 +355,8 @@ class AnalyzeSession:
         mode: Mode = "call",
         window: int | None = None,
         ordered: bool = False,
+        ledger: Ledger | None = None,
+        key: Callable[[AnalyzeRequest[A]], str] | None = None,
     ) -> OutcomeStream[AnalyzeRequest[A], A]: ...
 
     @overload
@@ -344,6 +368,8 @@ class AnalyzeSession:
         mode: Mode = "call",
         window: int | None = None,
         ordered: bool = False,
+        ledger: Ledger | None = None,
+        key: Callable[[Item], str] | None = None,
     ) -> OutcomeStream[Item, A]: ...
 
     def map(
@@ -354,6 +380,8 @@ class AnalyzeSession:
         mode: Mode = "call",
         window: int | None = None,
         ordered: bool = False,
+        ledger: Ledger | None = None,
+        key: Callable[[Any], str] | None = None,
     ) -> OutcomeStream[Any, Any]:
         """Analyse any number of items, lazily, and yield an outcome for each.
 
@@ -362,6 +390,14 @@ class AnalyzeSession:
         asks for too long a wait) stops the stream: what is in flight is yielded, then
         `BulkStoppedError` is raised. What the input raises is raised once what is in flight was
         yielded.
+
+        With a ledger, outcomes are yielded only once they are recorded, so that a run can be
+        killed at any moment and begun anew: what is recorded is yielded from the ledger, tasks
+        that were submitted are taken up again, and the rest is asked. Equal requests in flight
+        are asked once. Passing errors (rate limits, 5xx, timeouts, the network) are not recorded.
+        A ledger that breaks stops the stream; the answers in flight are lost then, and their
+        outcomes say so. Leaving the stream waits up to 5 s for submissions on the wire, to record
+        their tasks.
 
         Args:
             items: Requests, or anything that ``to_request`` makes requests of. An iterable or
@@ -372,6 +408,13 @@ class AnalyzeSession:
             window: Items in memory at most, from their pull to the hand-over of their outcome.
                 Default: twice the permits for calls, 10,000 for tasks.
             ordered: Whether outcomes come in the order of the items, instead of as completed.
+            ledger: What remembers, such as ``SQLiteLedger(path)``. It is opened by the stream and
+                stays yours to close, after the session.
+            key: Names an item in the ledger, instead of its source: for URLs that differ from run
+                to run, being signed, say. Model and parameters count beside it.
+
+        Raises:
+            ConfigurationError: The arguments do not fit together.
         """
         self._use()
         as_tasks = mode == "task" or (mode == "auto" and self._source is not None)
@@ -385,17 +428,35 @@ class AnalyzeSession:
             clock=self._clock,
             window=window,
             ordered=ordered,
+            ledgered=self._attach_ledger(ledger, key, as_tasks=as_tasks),
         )
         self._streams.add(stream)
         return stream
 
+    def _attach_ledger(
+        self, ledger: Ledger | None, name: Callable[[Any], str] | None, *, as_tasks: bool
+    ) -> Ledgered[Any] | None:
+        if ledger is None:
+            if name is not None:
+                raise ConfigurationError("`key` names items in a ledger: pass `ledger` too.")
+            return None
+        if not callable(getattr(ledger, "record_response", None)):
+            raise ConfigurationError(f"{ledger!r:.80} is no ledger. Pass SQLiteLedger(path), say.")
+        if as_tasks and self._source is None:
+            self._warn_of_tasks(stacklevel=4)
+        assert self._resolver is not None
+        return Ledgered(
+            ledger=ledger,
+            name=name,
+            as_tasks=as_tasks,
+            resolver=self._resolver,
+            settings=self._settings,
+            clock=self._clock,
+            shared=self._under_way,
+        )
+
     async def _perform_task(self, request: AnalyzeRequest[A]) -> Response[A]:
-        task = self.submit(request, mode="task")
-        try:
-            return await task
-        except asyncio.CancelledError:
-            task.abandon()
-            raise
+        return await self._join(request, self._submit(request, mode="task", timeout=None))
 
     async def analyze_all(
         self, requests: Iterable[AnalyzeRequest[A]]
@@ -456,17 +517,17 @@ class AnalyzeSession:
         """
         if self._closed:
             return
-        self._closed = True
         caller, resolver = self._caller, self._resolver
+        if caller is not None and asyncio.get_running_loop() is not self._loop:
+            raise SessionNotOpenError("A session must be closed on the event loop that opened it.")
+        self._closed = True
         if caller is None or resolver is None:
             return
-        if asyncio.get_running_loop() is not self._loop:
-            raise SessionNotOpenError("A session must be closed on the event loop that opened it.")
         caller.close(SessionClosedError("The session was closed while this call was waiting."))
         try:
+            await self._settle(caller)
             for stream in list(self._streams):
                 await stream.aclose()
-            await self._settle(caller)
             if drain > 0:
                 await resolver.drain(drain)
         finally:

@@ -9,11 +9,13 @@ from cloudinary_analyze.bulk.input import (
     read_source,
 )
 from cloudinary_analyze.bulk.records import build_record, dump_record
+from cloudinary_analyze.bulk.sqlite import SQLiteLedger
 
 __all__ = [
     "InputFormat",
     "InputItem",
     "InputLine",
+    "SQLiteLedger",
     "build_record",
     "detect_format",
     "dump_record",

@@ -393,6 +393,30 @@ async def test_a_consumer_of_a_stream_that_is_closed_under_it_is_told_so() -> No
         await consumer
 
 
+async def test_an_error_that_fails_all_is_told_even_when_nothing_was_left_to_pull() -> None:
+    """Whether all was pulled already is a matter of timing; what the caller is told is not."""
+    service = Service()
+    service.errors = {1: AuthenticationError("no")}
+    found = []
+    with pytest.raises(BulkStoppedError):  # noqa: PT012
+        async for outcome in stream(service, range(2), window=8):
+            found.append(outcome)
+    assert len(found) == 2
+
+
+async def test_what_an_ordered_stream_held_back_is_handed_over_when_it_is_closed() -> None:
+    """Outcomes behind a gap are paid for; cutting the stream off must not lose them."""
+    service = Service()
+    service.delay = lambda number: 10_000 if number == 1 else 0
+    outcomes = stream(service, range(6), window=6, ordered=True)
+    assert (await anext(outcomes)).item == 0
+    await settle()
+    await outcomes.aclose()
+    assert [(await anext(outcomes)).item for _ in range(4)] == [2, 3, 4, 5]
+    with pytest.raises(BulkStoppedError):
+        await anext(outcomes)
+
+
 async def test_closing_a_finished_stream_is_no_error() -> None:
     outcomes = stream(Service(), range(3))
     assert len([o async for o in outcomes]) == 3

@@ -1,0 +1,303 @@
+"""The file of a SQLite ledger: its schema, whose it is, who may write to it, and what breaks it.
+
+Knows files and connections, nothing of requests. Whatever goes wrong is a `LedgerError` here. A
+file that is not taken is not written to: it is looked at through connections that cannot write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from cloudinary_analyze.errors import LedgerError
+
+APPLICATION_ID: Final = 0x434C4441
+VERSION: Final = 1
+SUBMITTED: Final = 0
+ANSWERED: Final = 1
+FAILED: Final = 2
+LARGEST_CHECKED: Final = 2**30  # bytes of a file that is read through when it is opened
+
+# `records` is small, as all of it is searched on resume; what is large is kept apart
+_SCHEMA: Final = f"""
+PRAGMA journal_mode = DELETE;
+PRAGMA synchronous = FULL;
+BEGIN;
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {VERSION};
+CREATE TABLE owner (base_url TEXT NOT NULL, cloud_name TEXT NOT NULL);
+CREATE TABLE records (
+    key BLOB PRIMARY KEY,
+    state INTEGER NOT NULL,
+    task_id TEXT,
+    seconds REAL,
+    answer INTEGER
+) WITHOUT ROWID;
+CREATE TABLE answers (id INTEGER PRIMARY KEY, content BLOB NOT NULL);
+CREATE TABLE items (
+    position INTEGER PRIMARY KEY,
+    line INTEGER,
+    source TEXT NOT NULL,
+    model TEXT,
+    key BLOB,
+    error BLOB
+);
+"""
+
+
+def explain(error: Exception, path: Path) -> LedgerError:
+    """Return the sentence for what SQLite or the file system says."""
+    name = getattr(error, "sqlite_errorname", None) or type(error).__name__
+    kept = "What was recorded before is kept."
+    if name == "SQLITE_FULL":
+        what = f"cannot grow: the disk is full, or a limit on its size is reached. {kept} "
+        what += "Make room and run again."
+    elif name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+        what = "is damaged, or no ledger. Restore it from a copy, or move it away and begin anew."
+    elif name.startswith(("SQLITE_READONLY", "SQLITE_PERM", "PermissionError")):
+        what = "may not be written to. Check the permissions of the file and of its directory."
+    elif name.startswith("SQLITE_CANTOPEN"):
+        what = "cannot be opened. Check that its directory exists and may be written to."
+    elif name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        what = "is in use by another process. Wait until that is done, or use another path."
+    elif name.startswith("SQLITE_IOERR"):
+        what = f"cannot be read or written: the disk or its file system failed. {kept}"
+    else:
+        what = "cannot be used."
+    return LedgerError(f"The ledger {path} {what} ({name}: {error})")
+
+
+@contextlib.contextmanager
+def explaining(path: Path) -> Iterator[None]:
+    """Raise what SQLite or the file system raises as a `LedgerError`."""
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        raise explain(error, path) from error
+
+
+def find_companion(path: Path, suffix: str) -> Path:
+    """Return the path of a file that SQLite or we keep beside the ledger."""
+    return path.with_name(path.name + suffix)
+
+
+def _connect(path: Path, options: str, *, any_thread: bool = False) -> sqlite3.Connection:
+    return sqlite3.connect(
+        f"{path.absolute().as_uri()}?{options}",
+        uri=True,
+        isolation_level=None,
+        timeout=1,
+        check_same_thread=not any_thread,
+    )
+
+
+def connect_for_reading(
+    path: Path, *, any_thread: bool = False, cache: int = 16
+) -> sqlite3.Connection:
+    """Open a ledger to read it, while it is being written to or not.
+
+    Args:
+        path: The ledger.
+        any_thread: Whether threads may use the connection one after the other.
+        cache: MiB of pages kept in memory.
+
+    Raises:
+        LedgerError: There is none, or it cannot be read.
+    """
+    with explaining(path):
+        if not path.exists():
+            raise LedgerError(f"There is no ledger {path}.")
+        connection = _connect(path, "mode=ro", any_thread=any_thread)
+    try:
+        with explaining(path):
+            connection.execute(f"PRAGMA cache_size = -{cache * 1024}")
+            _check_kind(connection, path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _check_kind(connection: sqlite3.Connection, path: Path) -> None:
+    ((application_id,),) = connection.execute("PRAGMA application_id")
+    ((version,),) = connection.execute("PRAGMA user_version")
+    if application_id != APPLICATION_ID:
+        raise LedgerError(
+            f"{path} is a database, but no ledger; it is left as it is. Choose another path."
+        )
+    if version != VERSION:
+        raise LedgerError(
+            f"The ledger {path} has the format {version}, and this version of the package writes "
+            f"{VERSION}; it is left as it is. Use the version that made it, or another path."
+        )
+
+
+def _is_new(path: Path) -> bool:
+    try:
+        return path.stat().st_size == 0
+    except FileNotFoundError:
+        return True
+
+
+def verify(path: Path, base_url: str, cloud_name: str) -> bool:
+    """Look at a file without changing a byte of it.
+
+    Returns:
+        Whether it is a ledger of this host and cloud; ``False`` if there is none yet.
+
+    Raises:
+        LedgerError: It is something else, damaged, or of another host or cloud.
+    """
+    with explaining(path):
+        if _is_new(path):
+            _check_remains(path)
+            return False
+        if not path.is_file():
+            raise LedgerError(f"{path} is no file, so it cannot be a ledger. Choose another path.")
+        settled = _is_new(find_companion(path, "-wal"))
+        # with a log, the file alone may be half-way through taking in what the log holds
+        options = "mode=ro&immutable=1" if settled else "mode=ro"
+        with contextlib.closing(_connect(path, options)) as connection:
+            _check_kind(connection, path)
+            rows = connection.execute("SELECT base_url, cloud_name FROM owner").fetchall()
+            if settled:
+                _check_pages(connection, path)
+    if rows != [(base_url, cloud_name)]:
+        theirs = " at ".join(reversed(rows[0])) if rows else "nobody"
+        raise LedgerError(
+            f"The ledger {path} belongs to {theirs}, and this session to {cloud_name} at "
+            f"{base_url}; it is left as it is. Keep a ledger for each."
+        )
+    return True
+
+
+def _check_remains(path: Path) -> None:
+    log = find_companion(path, "-wal")
+    if not _is_new(log):
+        raise LedgerError(
+            f"The ledger {path} is gone, but its log {log.name} is still there and holds records. "
+            "Put the ledger back, or remove the log to begin anew."
+        )
+
+
+def _check_pages(connection: sqlite3.Connection, path: Path) -> None:
+    ((pages,),) = connection.execute("PRAGMA page_count")
+    ((page_size,),) = connection.execute("PRAGMA page_size")
+    size = path.stat().st_size
+    verdict = "ok"
+    if size < pages * page_size:
+        verdict = f"{pages * page_size - size} bytes are missing at its end"
+    elif size <= LARGEST_CHECKED:
+        ((verdict,),) = connection.execute("PRAGMA quick_check(1)")
+    if verdict != "ok":
+        raise LedgerError(
+            f"The ledger {path} is damaged ({verdict}); it is left as it is. Restore it from a "
+            "copy, or move it away and begin anew."
+        )
+
+
+def lock(path: Path) -> sqlite3.Connection:
+    """Become the only writer, for as long as the connection is open.
+
+    The lock is one of SQLite's on a file of its own, which works everywhere and ends with the
+    process, however it ends.
+
+    Raises:
+        LedgerError: Somebody else is, or the directory cannot be written to.
+    """
+    with explaining(path):
+        connection = sqlite3.connect(
+            find_companion(path, "-lock"), isolation_level=None, timeout=0, check_same_thread=False
+        )
+        try:
+            connection.execute("BEGIN EXCLUSIVE")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+def create(path: Path, base_url: str, cloud_name: str) -> None:
+    """Make an empty ledger, all at once.
+
+    Raises:
+        LedgerError: It cannot be made.
+    """
+    unfinished = find_companion(path, "-new")
+    with explaining(path):
+        unfinished.unlink(missing_ok=True)
+        with contextlib.closing(sqlite3.connect(unfinished, isolation_level=None)) as connection:
+            connection.executescript(_SCHEMA)
+            connection.execute("INSERT INTO owner VALUES (?, ?)", (base_url, cloud_name))
+            connection.execute("COMMIT")
+            connection.execute("PRAGMA journal_mode = WAL")
+        unfinished.replace(path)
+        _sync_directory(path.absolute().parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    if os.name != "posix":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def connect_for_writing(path: Path) -> sqlite3.Connection:
+    """Open a verified ledger to write to it; each commit is durable.
+
+    Raises:
+        LedgerError: It cannot be written to.
+    """
+    with explaining(path):
+        connection = _connect(path, "mode=rw")
+        try:
+            ((mode,),) = connection.execute("PRAGMA journal_mode = WAL")
+            if mode != "wal":
+                raise LedgerError(
+                    f"The ledger {path} is on a file system without shared memory (a network "
+                    "disk?), which it needs. Keep it on a local disk."
+                )
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("BEGIN IMMEDIATE")  # a file that is read-only shows it here
+            connection.execute("ROLLBACK")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+class Witness:
+    """Notices when the file at a path is no longer the one that is written to."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._log = find_companion(path, "-wal")
+        with explaining(path):
+            self._seen = self._look()
+
+    def _look(self) -> tuple[int, int]:
+        status = self._path.stat()
+        return status.st_dev, status.st_ino
+
+    def check(self) -> None:
+        """Look whether ledger and log are still there, after a commit.
+
+        Raises:
+            LedgerError: They are gone, or replaced.
+        """
+        try:
+            if self._look() == self._seen and self._log.exists():
+                return
+        except OSError:
+            pass
+        raise LedgerError(
+            f"The ledger {self._path} was removed or replaced while it was written to, perhaps "
+            "with its directory, so nothing more can be recorded. Put it back and run again."
+        )

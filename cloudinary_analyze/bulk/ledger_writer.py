@@ -1,0 +1,219 @@
+"""The writing side of a SQLite ledger: a thread, the steps it takes, many to a commit."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sqlite3
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+
+from cloudinary_analyze._clock import wake
+from cloudinary_analyze.bulk.ledger_file import (
+    ANSWERED,
+    FAILED,
+    SUBMITTED,
+    Witness,
+    connect_for_writing,
+    create,
+    explain,
+    explaining,
+    lock,
+    verify,
+)
+from cloudinary_analyze.errors import LedgerError
+
+GATHERING: Final = 0.02  # seconds that a commit waits for further records
+
+Step = Callable[[sqlite3.Connection], object]
+
+
+def write_task(connection: sqlite3.Connection, key: bytes, task_id: str) -> None:
+    """Note a task, unless the key has its final answer."""
+    connection.execute(
+        "INSERT INTO records (key, state, task_id) VALUES (?, ?, ?) ON CONFLICT (key) "
+        "DO UPDATE SET task_id = excluded.task_id WHERE state = excluded.state",
+        (key, SUBMITTED, task_id),
+    )
+
+
+def write_answer(
+    connection: sqlite3.Connection, key: bytes, state: int, content: bytes, seconds: float
+) -> None:
+    """Note a final answer, unless it is an error and there is a response."""
+    known = connection.execute("SELECT state, answer FROM records WHERE key = ?", (key,)).fetchone()
+    if known is not None and known[0] == ANSWERED and state == FAILED:
+        return
+    if known is not None and known[1] is not None:
+        connection.execute("DELETE FROM answers WHERE id = ?", (known[1],))
+    answer = connection.execute("INSERT INTO answers (content) VALUES (?)", (content,)).lastrowid
+    connection.execute(
+        "INSERT INTO records (key, state, seconds, answer) VALUES (?, ?, ?, ?) ON CONFLICT (key) "
+        "DO UPDATE SET state = excluded.state, seconds = excluded.seconds, answer = excluded.answer",
+        (key, state, seconds, answer),
+    )
+
+
+def write_item(connection: sqlite3.Connection, row: Sequence[Any]) -> None:
+    """Note an item of the run."""
+    connection.execute("INSERT OR REPLACE INTO items VALUES (?, ?, ?, ?, ?, ?)", row)
+
+
+def delete_errors(connection: sqlite3.Connection) -> None:
+    """Forget the final errors."""
+    connection.execute(
+        "DELETE FROM answers WHERE id IN (SELECT answer FROM records WHERE state = ?)", (FAILED,)
+    )
+    connection.execute("DELETE FROM records WHERE state = ?", (FAILED,))
+
+
+@attrs.frozen
+class Entry:
+    """A step that waits to be written, and who waits for it."""
+
+    step: Step
+    key: bytes | None = None
+    future: asyncio.Future[LedgerError | None] | None = None
+
+
+@attrs.define(eq=False)
+class Writer:
+    """The writing part of a ledger. Holds no reference to it, so a dropped ledger can stop it.
+
+    `run` and what it calls are the thread's, all else the loop's.
+
+    Attributes:
+        path: The file.
+        owner: Base URL and cloud name.
+        loop: The loop that it belongs to.
+        ready: Done once the file is open, or cannot be.
+        ended: Done once the file is closed.
+        begun: Whether the file was opened.
+        unwritten: Keys to their latest entry that is not durable yet.
+        failure: Why nothing can be written any more.
+        told: Whether anybody was told of that.
+    """
+
+    path: Path
+    owner: tuple[str, str]
+    loop: asyncio.AbstractEventLoop
+    ready: asyncio.Future[None] = attrs.field(init=False)
+    ended: asyncio.Future[None] = attrs.field(init=False)
+    begun: bool = False
+    unwritten: dict[bytes, Entry] = attrs.field(factory=dict)
+    failure: LedgerError | None = None
+    told: bool = False
+    _waiting: deque[Entry] = attrs.field(factory=deque)
+    _wanted: threading.Event = attrs.field(factory=threading.Event)
+    _stopping: threading.Event = attrs.field(factory=threading.Event)
+
+    def __attrs_post_init__(self) -> None:
+        self.ready = self.loop.create_future()
+        self.ended = self.loop.create_future()
+
+    @property
+    def backlog(self) -> int:
+        """How many steps wait to be written."""
+        return len(self._waiting)
+
+    def check(self) -> None:
+        """Raise the failure, if there is one."""
+        if self.failure is not None:
+            raise self.build_failure()
+
+    def build_failure(self) -> LedgerError:
+        """Return the failure anew, since many may raise it."""
+        assert self.failure is not None
+        self.told = True
+        error = LedgerError(self.failure.message)
+        error.__cause__ = self.failure.__cause__
+        return error
+
+    def put(self, entry: Entry) -> None:
+        """Have a step done with the next commit."""
+        self.check()
+        self._waiting.append(entry)
+        if entry.key is not None:
+            self.unwritten[entry.key] = entry
+        if not self._wanted.is_set():
+            self._wanted.set()
+
+    async def perform(self, step: Step, *, key: bytes | None = None) -> None:
+        """Return once a step is durable; cancelling the wait does not cancel the step."""
+        future: asyncio.Future[LedgerError | None] = self.loop.create_future()
+        self.put(Entry(step, key, future))
+        if await future is not None:
+            raise self.build_failure()
+
+    def stop(self) -> None:
+        """Write what waits, and end."""
+        self._stopping.set()
+        self._wanted.set()
+
+    def run(self) -> None:
+        """Open the file, write until stopped or broken, close it."""
+        held: list[sqlite3.Connection] = []
+        try:
+            with explaining(self.path):
+                witness = self._begin(held)
+            self.begun = True
+            self._tell(wake, self.ready)
+            while not self._stopping.is_set() or self._waiting:
+                self._wanted.wait()
+                self._stopping.wait(GATHERING)  # sleeps, unless there is no time to
+                self._wanted.clear()
+                self._write(held[-1], witness)
+        except LedgerError as error:
+            self.failure = error
+        except Exception as error:
+            self.failure = explain(error, self.path)
+            self.failure.__cause__ = error
+        finally:
+            for connection in reversed(held):
+                connection.close()
+            self._tell(self._end)
+
+    def _begin(self, held: list[sqlite3.Connection]) -> Witness:
+        exists = verify(self.path, *self.owner)
+        held.append(lock(self.path))
+        if not exists and not verify(self.path, *self.owner):
+            create(self.path, *self.owner)
+        held.append(connect_for_writing(self.path))
+        return Witness(self.path)
+
+    def _write(self, connection: sqlite3.Connection, witness: Witness) -> None:
+        entries = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        if not entries:
+            return
+        try:
+            with explaining(self.path):
+                connection.execute("BEGIN IMMEDIATE")
+                for entry in entries:
+                    entry.step(connection)
+                connection.execute("COMMIT")
+            witness.check()
+        except BaseException:
+            self._waiting.extendleft(reversed(entries))  # they are told with the rest
+            raise
+        self._tell(self._acknowledge, entries, None)
+
+    def _tell(self, callback: Callable[..., object], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed; nobody waits any more
+            self.loop.call_soon_threadsafe(callback, *arguments)
+
+    def _acknowledge(self, entries: Iterable[Entry], failure: LedgerError | None) -> None:
+        for entry in entries:
+            if entry.key is not None and self.unwritten.get(entry.key) is entry:
+                del self.unwritten[entry.key]
+            if entry.future is not None and not entry.future.done():
+                entry.future.set_result(failure)
+
+    def _end(self) -> None:
+        self._acknowledge(self._waiting, self.failure)
+        wake(self.ready)
+        wake(self.ended)

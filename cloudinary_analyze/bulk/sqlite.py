@@ -1,0 +1,536 @@
+"""`SQLiteLedger`: a ledger in one file, and the items of a run beside what became of them.
+
+The event loop's thread encodes and looks up; a thread of its own writes, many records to a commit.
+Records wait for nothing but that commit, and a record that was waited for survives a kill and a
+power cut, as far as the disk keeps what it said it did.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Literal, Self
+
+import attrs
+
+from cloudinary_analyze.bulk.ledger_file import (
+    ANSWERED,
+    FAILED,
+    SUBMITTED,
+    connect_for_reading,
+    explaining,
+)
+from cloudinary_analyze.bulk.ledger_writer import (
+    Entry,
+    Step,
+    Writer,
+    delete_errors,
+    write_answer,
+    write_item,
+    write_task,
+)
+from cloudinary_analyze.bulk.stored_errors import dump_error, dump_json, load_error, load_json
+from cloudinary_analyze.errors import AnalyzeError, LedgerError
+from cloudinary_analyze.protocols import Ledger, LedgerRecord
+from cloudinary_analyze.responses import JSONObject, Response
+
+BACKLOG: Final = 5000  # items that may wait to be written
+CACHE: Final = 64  # MiB, about the records of a million calls, which are searched at random
+READ_BATCH: Final = 500  # rows; no read lasts longer, as the log cannot be emptied meanwhile
+
+_DONE: Final = frozenset({ANSWERED, FAILED})
+
+
+@attrs.frozen(kw_only=True)
+class LedgerCounts:
+    """How much a ledger holds.
+
+    Attributes:
+        answered: Request keys with a response.
+        failed: Request keys with a final error.
+        submitted: Request keys with a task under way.
+        items: Items of the run.
+    """
+
+    answered: int
+    failed: int
+    submitted: int
+    items: int
+
+
+@attrs.frozen(kw_only=True)
+class LedgerItem:
+    """An item of a run, and what became of it.
+
+    Attributes:
+        index: Its place among the items of the run, from 0.
+        line: Line of the input, from 1, if there is one.
+        source: What was to be analysed, as text.
+        model: The model's wire name; ``None`` if no request could be made.
+        key: The key of its request; ``None`` if no request could be made.
+        task_id: The task that was submitted for it, if one was.
+        response: The response's JSON as received, if there is one.
+        error: The final error, if there is one: the request's, or why none could be made.
+        seconds: How long the answer took, if there is one.
+    """
+
+    index: int
+    line: int | None
+    source: str
+    model: str | None
+    key: str | None
+    task_id: str | None = None
+    response: JSONObject | None = None
+    error: AnalyzeError | None = None
+    seconds: float | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether it has its response or its final error."""
+        return self.response is not None or self.error is not None
+
+
+def _pack(key: str) -> bytes:
+    try:
+        return bytes.fromhex(key)
+    except ValueError:
+        raise LedgerError(
+            f"A ledger's keys are hexadecimal, as AnalyzeRequest.key makes them, not {key!r:.80}."
+        ) from None
+
+
+class SQLiteLedger(Ledger):
+    """A ledger in a SQLite file, for `AnalyzeSession.map`.
+
+    Open it round the session, so that it closes last::
+
+        async with SQLiteLedger("run.ledger") as ledger, AnalyzeSession() as session:
+            async for outcome in session.map(urls, Captioning, ledger=ledger):
+                ...
+
+    Run again, the same lines go on where they were left, however they were left. The file belongs
+    to one host and cloud name and has one writer at a time; it holds source URLs in clear,
+    query strings included. Beside it lie SQLite's ``-wal`` and ``-shm`` while it is open or
+    after a kill, and an empty ``-lock``. Readers (`iter_items`, `counts`) need no `open`, and
+    disturb no writer.
+
+    Belongs to the event loop that opened it, until it is closed.
+
+    Args:
+        path: The file. Its directory must exist.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        self._writer: Writer | None = None
+        self._reader: sqlite3.Connection | None = None
+
+    def __repr__(self) -> str:
+        return f"<SQLiteLedger {str(self._path)!r}, {'open' if self._writer else 'not open'}>"
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._path
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
+        writer = getattr(self, "_writer", None)
+        if writer is not None:
+            writer.stop()
+            if self._reader is not None:
+                self._reader.close()
+            _warn(
+                f"{self!r} was dropped without being closed. Use `async with` or `aclose()`.",
+                ResourceWarning,
+                source=self,
+            )
+
+    async def open(self, *, base_url: str, cloud_name: str) -> None:
+        """Open the file for writing, or make it; idempotent. Cancelling is safe.
+
+        Reads through a file of up to 1 GiB, if it was closed in order, to see that it is sound.
+
+        Args:
+            base_url: ``scheme://host[:port]`` of the service.
+            cloud_name: The product environment.
+
+        Raises:
+            LedgerError: It is damaged, no ledger, of another host or cloud, or being written to
+                by somebody else; it is left as it is. Or it cannot be written to.
+        """
+        owner = (base_url, cloud_name)
+        writer = self._writer
+        if writer is None:
+            writer = self._writer = Writer(self._path, owner, asyncio.get_running_loop())
+            threading.Thread(target=writer.run, name="ledger", daemon=True).start()
+        elif writer.owner != owner:
+            raise LedgerError(
+                f"The ledger {self._path} is open for {writer.owner[1]} at {writer.owner[0]}, and "
+                f"this session is of {cloud_name} at {base_url}. Use a ledger for each."
+            )
+        elif writer.loop is not asyncio.get_running_loop():
+            raise LedgerError(
+                f"The ledger {self._path} is open on another event loop. Close it there first."
+            )
+        await asyncio.wait([writer.ready])
+        if writer.failure is not None and not writer.begun and self._writer is writer:
+            self._writer = None  # it may be opened again, once the cause is gone
+        writer.check()
+
+    async def aclose(self) -> None:
+        """Write what waits, and close. Idempotent.
+
+        Raises:
+            LedgerError: Something could not be written, and nobody was told yet.
+        """
+        writer, self._writer = self._writer, None
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
+        if writer is None:
+            return
+        writer.stop()
+        await asyncio.wait([writer.ended])
+        if not writer.told:
+            writer.check()
+
+    async def find(self, key: str) -> LedgerRecord | None:
+        """Return what is known of a key, with all that was recorded before.
+
+        Takes some microseconds of the loop's time. Cancelling is safe.
+
+        Raises:
+            LedgerError: The file cannot be read, or the ledger is not open.
+        """
+        writer = self._use()
+        packed = _pack(key)
+        while packed in writer.unwritten:
+            await self.flush()
+        with explaining(self._path):
+            row = (
+                self._read()
+                .execute(
+                    "SELECT state, task_id, content, seconds FROM records "
+                    "LEFT JOIN answers ON answers.id = records.answer WHERE key = ?",
+                    (packed,),
+                )
+                .fetchone()
+            )
+        if row is None:
+            return None
+        state, task_id, content, seconds = row
+        response, error = self._load(state, content)
+        return LedgerRecord(
+            key=key, task_id=task_id, response=response, error=error, seconds=seconds
+        )
+
+    def is_done(self, key: str) -> bool:
+        """Whether a key has a response or a final error, recorded and durable.
+
+        Raises:
+            LedgerError: The file cannot be read, or the ledger is not open.
+        """
+        self._use()
+        with explaining(self._path):
+            return _is_done(self._read(), _pack(key))
+
+    async def record_submitted(self, key: str, task_id: str) -> None:
+        """See `Ledger.record_submitted`.
+
+        Raises:
+            LedgerError: It could not be written.
+        """
+        packed = _pack(key)
+        await self._record(packed, lambda connection: write_task(connection, packed, task_id))
+
+    async def record_response(self, key: str, response: Response[Any], *, seconds: float) -> None:
+        """See `Ledger.record_response`.
+
+        Raises:
+            LedgerError: It could not be written.
+        """
+        packed, content = _pack(key), dump_json(dict(response.raw))
+        await self._record(
+            packed, lambda connection: write_answer(connection, packed, ANSWERED, content, seconds)
+        )
+
+    async def record_error(self, key: str, error: AnalyzeError, *, seconds: float) -> None:
+        """See `Ledger.record_error`.
+
+        Raises:
+            LedgerError: It could not be written.
+        """
+        packed, content = _pack(key), dump_error(error)
+        await self._record(
+            packed, lambda connection: write_answer(connection, packed, FAILED, content, seconds)
+        )
+
+    async def add_item(
+        self,
+        index: int,
+        *,
+        line: int | None,
+        source: str,
+        model: str | None,
+        key: str | None,
+        error: AnalyzeError | None = None,
+    ) -> None:
+        """Note an item of the run; it replaces an earlier one of the same index.
+
+        Does not wait: it is durable before whatever is recorded after it. Only when very many
+        wait to be written does it wait for them.
+
+        Args:
+            index: See `LedgerItem`.
+            line: See `LedgerItem`.
+            source: See `LedgerItem`.
+            model: See `LedgerItem`.
+            key: See `LedgerItem`.
+            error: Why no request could be made of it, or why its last one failed for now. A
+                response that is recorded for its key goes before it.
+
+        Raises:
+            LedgerError: Something could not be written.
+        """
+        row = (
+            index,
+            line,
+            source.encode(errors="replace").decode(),
+            model,
+            None if key is None else _pack(key),
+            None if error is None else dump_error(error),
+        )
+        writer = self._use()
+        writer.put(Entry(lambda connection: write_item(connection, row)))
+        if writer.backlog > BACKLOG:
+            await self.flush()
+
+    async def keep_items(self, count: int) -> None:
+        """Forget items from an index on: those of an earlier, longer run. Answers are kept.
+
+        Raises:
+            LedgerError: Something could not be written.
+        """
+        await self._use().perform(
+            lambda connection: connection.execute("DELETE FROM items WHERE position >= ?", (count,))
+        )
+
+    async def forget_errors(self) -> None:
+        """Forget the final errors, so that their requests are made again.
+
+        Raises:
+            LedgerError: Something could not be written.
+        """
+        await self._use().perform(delete_errors)
+
+    async def flush(self) -> None:
+        """Return once all that was noted is durable.
+
+        Raises:
+            LedgerError: Something could not be written.
+        """
+        await self._use().perform(lambda _: None)
+
+    def earlier_items(self) -> EarlierItems:
+        """Return what tells quickly, in item order, which items of an earlier run are done."""
+        return EarlierItems(self._path)
+
+    def counts(self) -> LedgerCounts:
+        """Count what is durable; reads through all records.
+
+        Raises:
+            LedgerError: There is no ledger, or it cannot be read.
+        """
+        with closing(connect_for_reading(self._path)) as connection, explaining(self._path):
+            states = dict(connection.execute("SELECT state, count(*) FROM records GROUP BY state"))
+            ((items,),) = connection.execute("SELECT count(*) FROM items")
+        return LedgerCounts(
+            answered=states.get(ANSWERED, 0),
+            failed=states.get(FAILED, 0),
+            submitted=states.get(SUBMITTED, 0),
+            items=items,
+        )
+
+    def iter_items(self) -> Iterator[LedgerItem]:
+        """Yield every item of the run once, in order, with what is durable of its answer.
+
+        Raises:
+            LedgerError: There is no ledger, or it cannot be read.
+        """
+        with closing(connect_for_reading(self._path)) as connection:
+            query = (
+                "SELECT position, line, source, model, items.key, error, "
+                "state, task_id, content, seconds FROM items "
+                "LEFT JOIN records ON records.key = items.key "
+                "LEFT JOIN answers ON answers.id = records.answer "
+            )
+            for row in _read_in_order(connection, query, self._path):
+                yield self._build_item(row)
+
+    def _build_item(self, row: Sequence[Any]) -> LedgerItem:
+        index, line, source, model, key, own_error, state, task_id, content, seconds = row
+        response, error = self._load(state, content)
+        if own_error is not None and response is None:
+            _, error = self._load(FAILED, own_error)
+        return LedgerItem(
+            index=index,
+            line=line,
+            source=source,
+            model=model,
+            key=None if key is None else key.hex(),
+            task_id=task_id,
+            response=response,
+            error=error,
+            seconds=seconds,
+        )
+
+    def _load(
+        self, state: int | None, content: bytes | None
+    ) -> tuple[JSONObject | None, AnalyzeError | None]:
+        if content is None:
+            return None, None
+        try:
+            return (None, load_error(content)) if state == FAILED else (load_json(content), None)
+        except ValueError as error:
+            raise LedgerError(
+                f"A record in the ledger {self._path} cannot be read ({error}). Restore the file "
+                "from a copy, or move it away and begin anew."
+            ) from error
+
+    async def _record(self, key: bytes, step: Step) -> None:
+        await self._use().perform(step, key=key)
+
+    def _use(self) -> Writer:
+        writer = self._writer
+        if writer is None or not writer.begun:
+            raise LedgerError(
+                f"The ledger {self._path} is not open. A session's map() opens it, and it must "
+                "stay open until the session is closed: put its `async with` before the session's."
+            )
+        writer.check()
+        return writer
+
+    def _read(self) -> sqlite3.Connection:
+        if self._reader is None:
+            self._reader = connect_for_reading(self._path)
+        return self._reader
+
+
+class EarlierItems:
+    """Tells which items of an earlier run are done. For one thread, not always the same.
+
+    Asked in item order, it reads ahead instead of searching: some 2 µs an item. It sees what was
+    durable when it read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._connection = connect_for_reading(path, any_thread=True, cache=CACHE)
+        self._rows = _read_in_order(
+            self._connection,
+            "SELECT position, items.key, state, line FROM items "
+            "LEFT JOIN records ON records.key = items.key ",
+            path,
+        )
+        self._row: Sequence[Any] | None = next(self._rows, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def is_done(self, index: int, key: str) -> bool:
+        """Whether an item was noted with this key and its answer is recorded, or the key's is.
+
+        Args:
+            index: Its place in the run; never less than in the call before.
+            key: The key of its request.
+
+        Raises:
+            LedgerError: The file cannot be read.
+        """
+        packed = _pack(key)
+        row = self._advance(index)
+        if row is not None and row[0] == index and row[1] == packed:
+            return row[2] in _DONE
+        with explaining(self._path):
+            return _is_done(self._connection, packed)
+
+    def compare(
+        self, index: int, *, line: int | None, key: str | None
+    ) -> Literal["done", "open", "displaced"]:
+        """Compare an item with what was noted in its place.
+
+        Args:
+            index: Its place in the run; never less than in the call before.
+            line: Its line of the input.
+            key: The key of its request.
+
+        Returns:
+            ``"done"``: the same was noted, and its answer is recorded. ``"displaced"``: the answer
+            of another item is recorded for this place. ``"open"``: neither.
+
+        Raises:
+            LedgerError: The file cannot be read.
+        """
+        row = self._advance(index)
+        if row is None or row[0] != index or row[2] not in _DONE:
+            return "open"
+        if row[1] != (None if key is None else _pack(key)):
+            return "displaced"
+        return "done" if row[3] == line else "open"
+
+    def goes_on(self, index: int) -> bool:
+        """Whether items were noted from this index on.
+
+        Raises:
+            LedgerError: The file cannot be read.
+        """
+        return self._advance(index) is not None
+
+    def _advance(self, index: int) -> Sequence[Any] | None:
+        while self._row is not None and self._row[0] < index:
+            self._row = next(self._rows, None)
+        return self._row
+
+    def close(self) -> None:
+        """Close the file. Idempotent."""
+        self._connection.close()
+
+
+def _read_in_order(
+    connection: sqlite3.Connection, query: str, path: Path
+) -> Iterator[Sequence[Any]]:
+    following = 0
+    query += "WHERE position >= ? ORDER BY position LIMIT ?"
+    while True:
+        with explaining(path):
+            rows = connection.execute(query, (following, READ_BATCH)).fetchall()
+        if not rows:
+            return
+        yield from rows
+        following = rows[-1][0] + 1
+
+
+def _is_done(connection: sqlite3.Connection, key: bytes) -> bool:
+    row = connection.execute("SELECT state FROM records WHERE key = ?", (key,)).fetchone()
+    return row is not None and row[0] != SUBMITTED

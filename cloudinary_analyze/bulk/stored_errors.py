@@ -1,0 +1,115 @@
+"""Answers and errors as JSON and back: how a ledger holds them.
+
+Pure. No pickle, so that reading a ledger runs nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+import attrs
+
+from cloudinary_analyze import errors
+from cloudinary_analyze._wire import codec
+from cloudinary_analyze.errors import AnalyzeError
+from cloudinary_analyze.responses import Limit, TaskStatus
+
+try:
+    import orjson
+except ImportError:  # the [speed] extra
+    orjson = None  # type: ignore[assignment, unused-ignore]
+
+
+def dump_json(value: Any) -> bytes:
+    """Return JSON that loses nothing, whatever strings and integers it holds."""
+    if orjson is not None:
+        try:
+            return orjson.dumps(value)
+        except TypeError:  # an integer over 64 bits, or half a surrogate pair
+            pass
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def load_json(content: bytes) -> Any:
+    """Return what `dump_json` was given.
+
+    Raises:
+        ValueError: It is no JSON.
+    """
+    try:
+        return codec.loads(content)
+    except ValueError:
+        return json.loads(content)  # reads escaped halves of pairs
+
+
+def dump_error(error: AnalyzeError) -> bytes:
+    """Return the type, message and fields of an error as JSON."""
+    fields = {
+        name: _dump_field(value)
+        for name, value in vars(error).items()
+        if name != "message" and not name.startswith("__")
+    }
+    return dump_json({"type": type(error).__name__, "message": error.message, "fields": fields})
+
+
+def load_error(content: bytes) -> AnalyzeError:
+    """Return the error that `dump_error` was given, of the same class and with the same fields.
+
+    One of a class that is not known here is an `AnalyzeError`.
+
+    Raises:
+        ValueError: It is no such JSON.
+    """
+    stored = load_json(content)
+    try:
+        kind = getattr(errors, stored["type"], AnalyzeError)
+        if not (isinstance(kind, type) and issubclass(kind, AnalyzeError)):
+            kind = AnalyzeError
+        fields = {name: _load_field(value) for name, value in stored["fields"].items()}
+        return kind(stored["message"], **fields)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"an error in an unexpected shape: {error!r}") from error
+
+
+# a field is stored in a list of its own kind, unless JSON holds it as it is
+def _dump_field(value: Any) -> Any:
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, bytes):
+        return ["bytes", base64.b64encode(value).decode()]
+    if isinstance(value, tuple) and all(isinstance(entry, Limit) for entry in value):
+        return ["limits", [_dump_limit(limit) for limit in value]]
+    if isinstance(value, TaskStatus):
+        return ["status", {**attrs.asdict(value, recurse=False), "raw": dict(value.raw)}]
+    if isinstance(value, Mapping):
+        return ["json", dict(value)]
+    return repr(value)
+
+
+def _load_field(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    kind, content = value
+    match kind:
+        case "bytes":
+            return base64.b64decode(content)
+        case "limits":
+            return tuple(_load_limit(limit) for limit in content)
+        case "status":
+            return TaskStatus(content.pop("task_id"), content.pop("state"), **content)
+        case _:
+            return content
+
+
+def _dump_limit(limit: Limit) -> dict[str, Any]:
+    reset_time = limit.reset_time and limit.reset_time.isoformat()
+    return {**attrs.asdict(limit), "reset_time": reset_time}
+
+
+def _load_limit(stored: dict[str, Any]) -> Limit:
+    reset_time = stored["reset_time"] and datetime.fromisoformat(stored["reset_time"])
+    return Limit(stored.pop("type"), **{**stored, "reset_time": reset_time})

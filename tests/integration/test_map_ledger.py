@@ -1,0 +1,405 @@
+"""`map` with a ledger, over real sockets: nothing is asked twice, nothing is yielded unrecorded."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from cloudinary_analyze import (
+    AuthenticationError,
+    BadRequestError,
+    BulkStoppedError,
+    Captioning,
+    Coco,
+    ConfigurationError,
+    Delivery,
+    InvalidRequestError,
+    LedgerError,
+    NotFoundError,
+    ResultNotDeliveredError,
+    ServerError,
+    TaskFailedError,
+)
+from cloudinary_analyze.bulk.sqlite import SQLiteLedger
+from cloudinary_analyze.protocols import Ledger, LedgerRecord
+from cloudinary_analyze.testing import ManualClock
+from tests.scripted import CAPTION, SECRET, ScriptedServer, answer, until, wind
+from tests.task_support import build_failure, build_result, sign
+
+URLS = [f"https://example.com/{number}.jpg" for number in range(12)]
+
+
+def source_of(body):
+    return json.loads(body)["source"]["uri"]
+
+
+def by_source(answers, default=CAPTION):
+    """Answer by the last part of the source's path."""
+
+    async def handle(request):
+        name = Path(source_of(await request.read())).name
+        return await answers.get(name, default)(request)
+
+    return handle
+
+
+async def collect(session, urls=URLS, to_request=Captioning, **options):
+    async with session.map(urls, to_request, **options) as stream:
+        return [outcome async for outcome in stream]
+
+
+async def drain(stream, into):
+    async with stream:
+        async for outcome in stream:
+            into.append(outcome)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "a.ledger"
+
+
+class Recorder(Ledger):
+    """A ledger in memory that a test can hold up and break."""
+
+    def __init__(self):
+        self.records = {}
+        self.durable = asyncio.Event()
+        self.durable.set()
+        self.broken = None
+        self.left = 10**9
+
+    async def open(self, **owner):
+        self.owner = owner
+
+    async def find(self, key):
+        return self.records.get(key)
+
+    async def _record(self, key, **fields):
+        await self.durable.wait()
+        self.left -= 1
+        if self.left < 0:
+            raise self.broken
+        self.records[key] = LedgerRecord(key=key, **fields)
+
+    async def record_submitted(self, key, task_id):
+        await self._record(key, task_id=task_id)
+
+    async def record_response(self, key, response, *, seconds):
+        await self._record(key, response=response.raw)
+
+    async def record_error(self, key, error, *, seconds):
+        await self._record(key, error=error)
+
+
+# calls
+
+
+async def test_what_is_done_is_yielded_from_the_ledger_and_the_rest_is_asked_again(path):
+    error = {"error": {"message": "no"}}
+    faults = {
+        "1.jpg": answer(400, error),
+        "2.jpg": answer(404, error),
+        "3.jpg": answer(500, error),
+        "4.jpg": answer(200, {"data": {}}),
+    }
+    expected = {1: BadRequestError, 2: NotFoundError, 3: ServerError}
+    async with ScriptedServer(by_source(faults)) as server:
+        async with SQLiteLedger(path) as ledger, server.session(attempts=1) as session:
+            first = await collect(session, ledger=ledger)
+            assert all(ledger.is_done(o.request.key) for o in first if o.response)
+        assert {o.index: type(o.error) for o in first if o.index in expected} == expected
+        asked = len(server.seen)
+        async with SQLiteLedger(path) as ledger, server.session(attempts=1) as session:
+            second = await collect(session, ledger=ledger, ordered=True)
+        again = [source_of(seen.body) for seen in server.seen[asked:]]
+    assert sorted(again) == [URLS[3], URLS[4]]
+    assert [type(o.error) for o in second] == [
+        type(o.error) for o in sorted(first, key=lambda o: o.index)
+    ]
+    assert [o.response for o in second] == [
+        o.response for o in sorted(first, key=lambda o: o.index)
+    ]
+    assert vars(second[1].error) == vars(next(o for o in first if o.index == 1).error)
+
+
+async def test_an_outcome_is_yielded_only_once_its_record_is_durable():
+    ledger = Recorder()
+    ledger.durable.clear()
+    async with ScriptedServer(CAPTION) as server, server.session() as session:
+        async with session.map(URLS[:1], Captioning, ledger=ledger) as stream:
+            first = asyncio.ensure_future(anext(stream))
+            await until(
+                lambda: server.seen and not server.in_flight and not session.stats.in_flight
+            )
+            assert not first.done()
+            ledger.durable.set()
+            assert (await first).response is not None
+    assert ledger.owner == {"base_url": server.url, "cloud_name": "demo"}
+
+
+async def test_equal_keys_in_flight_share_one_call_in_and_between_streams(path):
+    released = asyncio.Event()
+
+    async def handle(request):
+        await released.wait()
+        return await CAPTION(request)
+
+    async with ScriptedServer(handle) as server:
+        async with SQLiteLedger(path) as ledger, server.session() as session:
+            jobs = [
+                asyncio.create_task(collect(session, URLS[:1] * 5, ledger=ledger)) for _ in "ab"
+            ]
+            await until(lambda: server.seen)
+            for _ in range(20):
+                await asyncio.sleep(0)
+            released.set()
+            outcomes = [outcome for job in jobs for outcome in await job]
+        assert len(server.seen) == 1
+    assert [outcome.response.analysis.caption for outcome in outcomes] == [
+        outcomes[0].response.analysis.caption
+    ] * 10
+
+
+async def test_when_the_one_who_asks_is_cancelled_another_asks(path):
+    released = asyncio.Event()
+
+    async def handle(request):
+        await released.wait()
+        return await CAPTION(request)
+
+    async with ScriptedServer(handle) as server:
+        async with SQLiteLedger(path) as ledger, server.session() as session:
+            first = session.map(URLS[:1], Captioning, ledger=ledger)
+            waiting = asyncio.ensure_future(anext(first))
+            await until(lambda: len(server.seen) == 1)
+            second = asyncio.create_task(collect(session, URLS[:1], ledger=ledger))
+            for _ in range(20):
+                await asyncio.sleep(0)
+            await first.aclose()
+            with pytest.raises(BulkStoppedError):
+                await waiting
+            released.set()
+            assert (await second)[0].response is not None
+        assert len(server.seen) == 2
+
+
+async def test_a_key_stands_for_sources_that_change(path):
+    def sign_url(run):
+        return [(number, f"https://example.com/{number}.jpg?s={run}") for number in range(4)]
+
+    def name(item):
+        return "" if item[0] == 3 else f"picture {item[0]}"
+
+    async with ScriptedServer(CAPTION) as server:
+        for run in range(3):
+            async with SQLiteLedger(path) as ledger, server.session() as session:
+                outcomes = await collect(
+                    session,
+                    sign_url(run),
+                    lambda item: Captioning(item[1]),
+                    ledger=ledger,
+                    key=name,
+                )
+                assert sum(outcome.response is not None for outcome in outcomes) == 3
+                (bad,) = [outcome for outcome in outcomes if outcome.error]
+                assert isinstance(bad.error, InvalidRequestError)
+        assert len(server.seen) == 3
+        server.handler = answer(sample="coco")
+        async with SQLiteLedger(path) as ledger, server.session() as session:
+            await collect(session, sign_url(0), lambda i: Coco(i[1]), ledger=ledger, key=name)
+        assert len(server.seen) == 6  # another model, another key
+
+
+async def test_arguments_that_do_not_fit_are_refused_with_a_sentence(path):
+    async with ScriptedServer(CAPTION) as server, server.session() as session:
+        with pytest.raises(ConfigurationError, match="pass `ledger` too"):
+            session.map(URLS, Captioning, key=str)
+        with pytest.raises(ConfigurationError, match="SQLiteLedger"):
+            session.map(URLS, Captioning, ledger=str(path))
+
+
+async def test_a_slow_consumer_holds_the_window(path):
+    pulled = 0
+
+    def items():
+        nonlocal pulled
+        for pulled in range(1, 301):
+            yield f"https://example.com/{pulled}.jpg"
+
+    most = taken = 0
+    async with ScriptedServer(CAPTION) as server:
+        async with SQLiteLedger(path) as ledger, server.session() as session:
+            async with session.map(items(), Captioning, ledger=ledger, window=20) as stream:
+                async for _ in stream:
+                    most = max(most, pulled - taken)
+                    taken += 1
+                    await asyncio.sleep(0.005)
+    assert taken == 300
+    assert most == 20
+
+
+# a ledger that breaks
+
+
+@pytest.mark.parametrize("cause", [LedgerError("The disk is full."), OSError("gone")])
+async def test_a_ledger_that_breaks_stops_the_stream_and_nothing_more_is_sent(cause):
+    ledger = Recorder()
+    ledger.left, ledger.broken = 5, cause
+    endless = (f"https://example.com/{n}.jpg" for n in range(10**6))
+    got = []
+    async with ScriptedServer(CAPTION) as server, server.session(permits=2) as session:
+        stream = session.map(endless, Captioning, ledger=ledger, window=50)
+        with pytest.raises(BulkStoppedError) as caught:
+            await drain(stream, got)
+    assert isinstance(caught.value.reason, LedgerError)
+    assert sum(outcome.response is not None for outcome in got) == 5
+    assert {type(outcome.error) for outcome in got if outcome.error} == {LedgerError}
+    assert {outcome.request.key for outcome in got if outcome.response} == set(ledger.records)
+    assert len(server.seen) <= 5 + 2 * 2 + 1
+
+
+async def test_a_ledger_that_cannot_be_opened_is_told_before_anything_is_pulled(path):
+    path.write_text("something else")
+    pulled = []
+    async with ScriptedServer(CAPTION) as server:
+        async with SQLiteLedger(path) as ledger, server.session() as session:
+            with pytest.raises(LedgerError, match="no ledger"):
+                await collect(session, map(pulled.append, URLS), ledger=ledger)
+        assert not server.seen
+    assert not pulled
+
+
+async def test_an_error_that_fails_all_alike_stops_the_stream_and_is_not_recorded(path):
+    async with ScriptedServer(answer(401, {"error": {"message": "who?"}})) as server:
+        async with SQLiteLedger(path) as ledger, server.session(permits=1) as session:
+            with pytest.raises(BulkStoppedError) as caught:
+                await collect(session, ledger=ledger, window=1)
+            assert isinstance(caught.value.reason, AuthenticationError)
+            assert ledger.counts().failed == 0
+        server.handler = CAPTION
+        async with SQLiteLedger(path) as ledger, server.session() as session:
+            assert all(outcome.response for outcome in await collect(session, ledger=ledger))
+
+
+# tasks
+
+
+class TaskService:
+    """Accepts tasks, tells their status, and delivers when told to."""
+
+    def __init__(self):
+        self.deliveries = asyncio.Queue()
+        self.accepted = []
+        self.hold = asyncio.Event()
+        self.hold.set()
+        self.known = True
+
+    async def __call__(self, request: web.Request) -> web.StreamResponse:
+        if request.method == "GET":
+            task_id = Path(request.path).name
+            if not self.known:
+                return await answer(404, {"error": {"message": "no such task"}})(request)
+            data = {"data": {"task_id": task_id, "status": "processing"}}
+            return await answer(200, data)(request)
+        task_id = f"task-{Path(source_of(await request.read())).stem}"
+        self.accepted.append(task_id)
+        await self.hold.wait()
+        return await answer(202, {"data": {"task_id": task_id, "status": "pending"}})(request)
+
+    def deliver(self, task_id, *, failed=False):
+        body = (build_failure if failed else build_result)(task_id)
+        self.deliveries.put_nowait(
+            Delivery(body, sign(body, secret=SECRET).headers, received_at=1_790_000_000.0)
+        )
+
+    def session(self, server, **options):
+        return server.session(notifications=self.deliveries, **options)
+
+
+async def test_tasks_are_taken_up_again_and_not_submitted_again(path):
+    service = TaskService()
+    async with ScriptedServer(service) as server:
+        async with SQLiteLedger(path) as ledger, service.session(server) as session:
+            async with session.map(URLS, Captioning, mode="task", ledger=ledger) as stream:
+                first = asyncio.ensure_future(anext(stream))
+                await until(lambda: path.exists() and SQLiteLedger(path).counts().submitted == 12)
+                service.deliver("task-5")
+                assert (await first).item == URLS[5]
+        async with SQLiteLedger(path) as ledger, service.session(server) as session:
+            assert (ledger.counts().submitted, ledger.counts().answered) == (11, 1)
+            for number in range(12):
+                service.deliver(f"task-{number}", failed=number == 7)
+            outcomes = await collect(session, mode="task", ledger=ledger, ordered=True)
+        assert len(service.accepted) == 12
+        assert isinstance(outcomes[7].error, TaskFailedError)
+        assert all(outcome.response for outcome in outcomes if outcome.index != 7)
+        async with SQLiteLedger(path) as ledger, service.session(server) as session:
+            again = await collect(session, mode="task", ledger=ledger, ordered=True)
+        assert len(service.accepted) == 12
+        assert vars(again[7].error) == vars(outcomes[7].error)
+        assert [o.response for o in again] == [o.response for o in outcomes]
+
+
+async def test_leaving_the_stream_records_the_tasks_that_are_on_the_wire(path):
+    service = TaskService()
+    service.hold.clear()
+    async with ScriptedServer(service) as server:
+        async with SQLiteLedger(path) as ledger, service.session(server, permits=3) as session:
+            stream = session.map(URLS, Captioning, mode="task", ledger=ledger)
+            waiting = asyncio.ensure_future(anext(stream))
+            await until(lambda: len(service.accepted) == 3)
+            leaving = asyncio.create_task(stream.aclose())
+            await asyncio.sleep(0)
+            service.hold.set()
+            await leaving
+            with pytest.raises(BulkStoppedError):
+                await waiting
+            sent = len(service.accepted)
+            assert sent <= 6  # of 12: what was about to be sent, and no more
+        assert SQLiteLedger(path).counts().submitted == sent
+
+
+async def test_a_task_that_the_service_forgot_is_submitted_anew(path):
+    service = TaskService()
+    service.known = False
+    clock = ManualClock()
+    async with ScriptedServer(service) as server:
+        async with SQLiteLedger(path) as ledger:
+            await ledger.open(base_url=server.url, cloud_name="demo")
+            await ledger.record_submitted(Captioning(URLS[0]).key, "task-old")
+            server.handler = lambda request: (
+                service(request) if request.method == "GET" else CAPTION(request)
+            )
+            # without a deadline, the clock moves from poll to poll and no further
+            async with server.session(clock=clock, task_timeout=None) as session:
+                (outcome,) = await wind(clock, collect(session, URLS[:1], ledger=ledger))
+            assert outcome.response is not None
+            assert clock.now > 60
+        assert [seen.method for seen in server.seen].count("POST") == 1
+
+
+async def test_a_call_that_becomes_a_task_is_recorded_before_it_is_awaited(path):
+    service = TaskService()
+    async with ScriptedServer(service) as server:
+        async with SQLiteLedger(path) as ledger, service.session(server) as session:
+            stream = session.map(URLS[:1], Captioning, ledger=ledger)
+            waiting = asyncio.ensure_future(anext(stream))
+            await until(lambda: path.exists() and SQLiteLedger(path).counts().submitted == 1)
+            service.deliver("task-0")
+            assert (await waiting).response is not None
+            await stream.aclose()
+
+
+async def test_a_result_that_was_not_delivered_is_not_recorded(path):
+    completed = answer(200, {"data": {"task_id": "task-0", "status": "completed"}})
+    service = TaskService()
+    async with ScriptedServer(service) as server:
+        server.handler = lambda r: completed(r) if r.method == "GET" else service(r)
+        session = service.session(server, poll_first=0.01, result_grace=0)
+        async with SQLiteLedger(path) as ledger, session:
+            (outcome,) = await collect(session, URLS[:1], ledger=ledger, mode="task")
+            assert isinstance(outcome.error, ResultNotDeliveredError)
+            assert (ledger.counts().submitted, ledger.counts().failed) == (1, 0)

@@ -1,0 +1,537 @@
+"""The ledger file: what it keeps, what it refuses, and that it leaves alone what is not its own."""
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cloudinary_analyze import errors as error_tree
+from cloudinary_analyze._ledgered import KeyMaker, is_final
+from cloudinary_analyze._wire.protocol import read_error
+from cloudinary_analyze.bulk.sqlite import SQLiteLedger
+from cloudinary_analyze.bulk.stored_errors import dump_error, load_error
+from cloudinary_analyze.errors import (
+    AnalyzeError,
+    BadRequestError,
+    InvalidRequestError,
+    LedgerError,
+    NotFoundError,
+    QuotaExceededError,
+    ResultNotDeliveredError,
+    TaskFailedError,
+)
+from cloudinary_analyze.requests import (
+    AIVisionGeneral,
+    AIVisionTagging,
+    Asset,
+    Captioning,
+    Coco,
+    OtherModel,
+    TagDefinition,
+    Uri,
+)
+from cloudinary_analyze.responses import Limit, Response, TaskStatus
+
+OWNER = {"base_url": "https://api.example.com", "cloud_name": "demo"}
+KEYS = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(4)]
+
+
+def respond(number):
+    return Response(None, model="captioning", raw={"data": {"number": number}, "odd": 2**70})
+
+
+@contextlib.asynccontextmanager
+async def opened(path, **owner):
+    async with SQLiteLedger(path) as ledger:
+        await ledger.open(**{**OWNER, **owner})
+        yield ledger
+
+
+async def fill(path, count=3):
+    async with opened(path) as ledger:
+        await asyncio.gather(
+            *[ledger.record_response(KEYS[n], respond(n), seconds=0.5) for n in range(count)]
+        )
+
+
+def list_bytes(path):
+    """Return what a directory holds, apart from what tells writers and readers of each other."""
+    return {
+        file.name: file.read_bytes()
+        for file in path.iterdir()
+        if not file.name.endswith(("-lock", "-shm"))
+    }
+
+
+# what is kept
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BadRequestError(
+            "No.",
+            status=400,
+            code="MA_1",
+            details={"a": [1, {"b": "\ud800"}]},
+            raw_body=b"\xff\0{",
+            limits=(Limit("x", remaining=0, reset_time=datetime(2026, 1, 2, tzinfo=UTC)),),
+            retry_after=1.5,
+            ambiguous=True,
+        ),
+        QuotaExceededError("Used up.", status=429, feature="ai", reset_time=1.0, limits=()),
+        TaskFailedError("Failed.", task_id="t", cause_known=False),
+        ResultNotDeliveredError(
+            "Lost.", task_id="t", last_status=TaskStatus("t", "completed", raw={"data": {}})
+        ),
+        read_error(404, {}, b'{"error": {"message": "gone"}}', now=0.0, model="captioning"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_is_stored_as_json_and_comes_back_as_itself(error):
+    again = load_error(dump_error(error))
+    assert type(again) is type(error)
+    assert str(again) == str(error)
+    assert vars(again) == vars(error)
+
+
+def test_an_error_of_a_class_not_known_here_keeps_its_message_and_runs_nothing():
+    for name in ("FutureError", "Final", "shorten", "__builtins__"):
+        again = load_error(b'{"type": "%s", "message": "m", "fields": {"a": 1}}' % name.encode())
+        assert type(again) is AnalyzeError
+        assert again.message == "m"
+
+
+def test_every_error_class_can_be_stored():
+    for kind in vars(error_tree).values():
+        if isinstance(kind, type) and issubclass(kind, AnalyzeError):
+            assert type(load_error(dump_error(kind("m")))) is kind
+
+
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("task"), st.sampled_from(KEYS), st.integers(0, 9)),
+        st.tuples(st.just("response"), st.sampled_from(KEYS), st.integers(0, 9)),
+        st.tuples(st.just("error"), st.sampled_from(KEYS), st.integers(0, 9)),
+        st.just(("forget errors",)),
+        st.just(("reopen",)),
+    ),
+    max_size=20,
+)
+
+
+def expect(known, operation, number):
+    """The rule, as a table: task id, state and number of a key after an operation."""
+    task_id, state, value = known
+    if operation == "task":
+        return (task_id, state, value) if state else (f"task-{number}", None, None)
+    if operation == "error" and state == "response":
+        return known
+    return (task_id, operation, number)
+
+
+@settings(max_examples=60)
+@given(OPERATIONS)
+def test_the_last_final_answer_wins_and_no_response_is_ever_lost(operations):
+    async def perform(path):
+        expected = {}
+        ledger = SQLiteLedger(path)
+        await ledger.open(**OWNER)
+        jobs = []
+        for name, *rest in [*operations, ("reopen",)]:
+            if name == "reopen":
+                await asyncio.sleep(0)  # they have begun, and are written though nobody waited
+                await ledger.aclose()
+                await asyncio.gather(*jobs)
+                jobs.clear()
+                await ledger.open(**OWNER)
+                continue
+            if name == "forget errors":
+                jobs.append(asyncio.create_task(ledger.forget_errors()))
+                expected = {k: known for k, known in expected.items() if known[1] != "error"}
+                continue
+            key, number = rest
+            expected[key] = expect(expected.get(key, (None, None, None)), name, number)
+            if name == "task":
+                job = ledger.record_submitted(key, f"task-{number}")
+            elif name == "response":
+                job = ledger.record_response(key, respond(number), seconds=number)
+            else:
+                error = TaskFailedError("m", task_id=str(number))
+                job = ledger.record_error(key, error, seconds=number)
+            jobs.append(asyncio.create_task(job))
+        for key in KEYS:
+            record = await ledger.find(key)
+            if key not in expected:
+                assert record is None
+                continue
+            task_id, state, number = expected[key]
+            assert record.task_id == task_id
+            assert record.response == (respond(number).raw if state == "response" else None)
+            assert (record.error and record.error.task_id) == (
+                str(number) if state == "error" else None
+            )
+            assert record.seconds == (number if state else None)
+            assert ledger.is_done(key) == bool(state)
+        states = [known[1] for known in expected.values()]
+        counts = ledger.counts()
+        assert counts.answered == states.count("response")
+        assert counts.failed == states.count("error")
+        assert counts.submitted == states.count(None)
+        await ledger.aclose()
+
+    with tempfile.TemporaryDirectory() as directory:
+        asyncio.run(perform(Path(directory) / "a.ledger"))
+
+
+async def test_a_record_whose_wait_was_cancelled_is_found_at_once_and_kept(tmp_path):
+    async with opened(tmp_path / "a.ledger") as ledger:
+        job = asyncio.create_task(ledger.record_response(KEYS[0], respond(1), seconds=1))
+        await asyncio.sleep(0)
+        job.cancel()
+        assert (await ledger.find(KEYS[0])).response == respond(1).raw
+        await asyncio.wait([job])
+        assert job.cancelled()
+    async with opened(tmp_path / "a.ledger") as ledger:
+        assert ledger.is_done(KEYS[0])
+
+
+# items
+
+
+async def test_items_come_in_order_each_once_with_what_became_of_them(tmp_path):
+    path = tmp_path / "a.ledger"
+    bad = InvalidRequestError("no URL")
+    async with opened(path) as ledger:
+        for index in reversed(range(1200)):
+            await ledger.add_item(
+                index, line=index + 1, source=f"s{index}", model="coco", key=KEYS[index % 4]
+            )
+        await ledger.add_item(1, line=2, source="half \ud800", model=None, key=None, error=bad)
+        await ledger.record_response(KEYS[0], respond(0), seconds=0.25)
+        await ledger.record_error(KEYS[2], TaskFailedError("m", task_id="t"), seconds=1)
+        await ledger.record_submitted(KEYS[3], "task-3")
+        items = list(ledger.iter_items())  # while it is open
+    again = list(SQLiteLedger(path).iter_items())  # and without opening it
+    assert [item.index for item in items] == [item.index for item in again] == list(range(1200))
+    assert (items[4].response, items[4].seconds, items[4].key) == (respond(0).raw, 0.25, KEYS[0])
+    assert items[1].error.message == "no URL"
+    assert (items[1].model, items[1].key, items[1].source) == (None, None, "half ?")
+    assert type(items[2].error) is TaskFailedError
+    assert (items[3].done, items[3].task_id, items[3].line) == (False, "task-3", 4)
+    assert not items[5].done
+    assert again[7] == items[7]
+
+
+async def test_an_earlier_run_tells_its_done_items_by_place_or_by_key(tmp_path):
+    path = tmp_path / "a.ledger"
+    async with opened(path) as ledger:
+        for index, key in enumerate(KEYS):
+            await ledger.add_item(index, line=None, source="s", model="coco", key=key)
+        await ledger.record_response(KEYS[0], respond(0), seconds=0)
+        await ledger.record_submitted(KEYS[1], "task-1")
+        await ledger.record_response(KEYS[3], respond(3), seconds=0)
+        with ledger.earlier_items() as earlier:
+            assert earlier.is_done(0, KEYS[0])
+            assert not earlier.is_done(1, KEYS[1])
+            assert earlier.is_done(2, KEYS[3])  # the input has changed, the answer is known
+            assert not earlier.is_done(3, KEYS[2])
+            assert earlier.is_done(9, KEYS[0])
+        await ledger.keep_items(2)
+        assert ledger.counts().items == 2
+
+
+def test_reading_where_there_is_no_ledger_says_so_and_makes_none(tmp_path):
+    with pytest.raises(LedgerError, match="There is no ledger"):
+        SQLiteLedger(tmp_path / "a.ledger").counts()
+    assert not list(tmp_path.iterdir())
+
+
+# what is refused, and left alone
+
+
+def damage_middle(path):
+    content = bytearray(path.read_bytes())
+    content[4096:] = os.urandom(len(content) - 4096)
+    path.write_bytes(content)
+
+
+def make_database(path):
+    path.unlink()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript("PRAGMA journal_mode = WAL; CREATE TABLE theirs (a)")
+
+
+def make_newer(path):
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version = 99")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.write_bytes(b"a caption\n" * 99), "damaged, or no ledger"),
+        (lambda path: path.write_bytes(path.read_bytes()[:5000]), "damaged"),
+        (damage_middle, "damaged"),
+        (make_database, "a database, but no ledger"),
+        (make_newer, "has the format 99"),
+    ],
+    ids=["text", "cut short", "overwritten", "other database", "newer format"],
+)
+async def test_what_is_no_sound_ledger_is_refused_and_left_byte_for_byte(tmp_path, spoil, message):
+    path = tmp_path / "a.ledger"
+    await fill(path)
+    spoil(path)
+    before = list_bytes(tmp_path)
+    async with SQLiteLedger(path) as ledger:
+        with pytest.raises(LedgerError, match=message):
+            await ledger.open(**OWNER)
+    assert list_bytes(tmp_path) == before
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["closed", "killed"])
+@pytest.mark.parametrize("owner", [{"cloud_name": "other"}, {"base_url": "https://eu.example.com"}])
+async def test_a_ledger_of_another_host_or_cloud_is_refused_and_left(tmp_path, owner, killed):
+    path = tmp_path / "own" / "a.ledger"
+    path.parent.mkdir()
+    await fill(path)
+    if killed:  # the log is not written back yet
+        async with opened(path) as ledger:
+            await ledger.record_response(KEYS[3], respond(3), seconds=0)
+            shutil.copytree(path.parent, tmp_path / "copy")
+        path = tmp_path / "copy" / "a.ledger"
+    before = list_bytes(path.parent)
+    assert ("a.ledger-wal" in before) == killed
+    async with SQLiteLedger(path) as ledger:
+        with pytest.raises(LedgerError, match=r"belongs to demo at https://api\.example\.com"):
+            await ledger.open(**{**OWNER, **owner})
+    assert list_bytes(path.parent) == before
+    async with opened(path) as ledger:
+        assert ledger.is_done(KEYS[0])
+        assert ledger.is_done(KEYS[3]) == killed
+
+
+@pytest.mark.parametrize("pages", range(1, 9))
+async def test_a_kill_while_the_log_was_being_emptied_loses_nothing(tmp_path, pages):
+    path, copy = tmp_path / "own" / "a.ledger", tmp_path / "copy" / "a.ledger"
+    path.parent.mkdir()
+    async with opened(path) as ledger:
+        for key in KEYS:
+            await ledger.record_response(key, respond("x" * 5000), seconds=0)
+        shutil.copytree(path.parent, copy.parent)
+    emptied = path.read_bytes()
+    assert len(emptied) >= 9 * 4096
+    copy.write_bytes(emptied[: pages * 4096] + copy.read_bytes()[pages * 4096 :])
+    async with opened(copy) as ledger:
+        assert all(ledger.is_done(key) for key in KEYS)
+
+
+async def test_a_log_without_its_ledger_is_not_taken_for_a_new_one(tmp_path):
+    path = tmp_path / "a.ledger"
+    (tmp_path / "a.ledger-wal").write_bytes(b"records")
+    async with SQLiteLedger(path) as ledger:
+        with pytest.raises(LedgerError, match=r"its log a\.ledger-wal is still there"):
+            await ledger.open(**OWNER)
+
+
+async def test_a_second_writer_is_refused_in_this_process_and_in_another(tmp_path):
+    path = tmp_path / "a.ledger"
+    async with opened(path) as ledger:
+        async with SQLiteLedger(path) as second:
+            with pytest.raises(LedgerError, match="in use by another process"):
+                await second.open(**OWNER)
+        other = await asyncio.to_thread(run_script, "await ledger.open(**OWNER)", path)
+        assert "in use by another process" in other.stderr
+        await ledger.record_response(KEYS[0], respond(0), seconds=0)
+    async with opened(path) as ledger:
+        assert ledger.is_done(KEYS[0])
+
+
+async def test_one_ledger_serves_one_cloud_at_a_time(tmp_path):
+    async with opened(tmp_path / "a.ledger") as ledger:
+        await ledger.open(**OWNER)
+        with pytest.raises(LedgerError, match="open for demo"):
+            await ledger.open(**{**OWNER, "cloud_name": "other"})
+
+
+async def test_a_ledger_that_is_not_open_says_what_to_do(tmp_path):
+    ledger = SQLiteLedger(tmp_path / "a.ledger")
+    with pytest.raises(LedgerError, match="before the session's"):
+        await ledger.find(KEYS[0])
+    await ledger.aclose()
+
+
+async def test_a_dropped_ledger_warns_and_lets_go_of_the_file(tmp_path):
+    path = tmp_path / "a.ledger"
+    ledger = SQLiteLedger(path)
+    await ledger.open(**OWNER)
+    ended = ledger._writer.ended
+    with pytest.warns(ResourceWarning, match="without being closed"):
+        del ledger
+    await asyncio.wait([ended])
+    async with opened(path):
+        pass
+
+
+# what breaks it
+
+SCRIPT = """
+import asyncio, resource, shutil, signal, sys
+from tests.unit.test_ledger import KEYS, OWNER, respond
+from cloudinary_analyze.bulk.sqlite import SQLiteLedger
+from cloudinary_analyze.errors import LedgerError
+import hashlib
+
+async def main():
+    async with SQLiteLedger(sys.argv[1]) as ledger:
+        {body}
+
+try:
+    asyncio.run(main())
+except LedgerError as error:
+    print(error, file=sys.stderr)
+"""
+
+
+def run_script(body, path, **options):
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(body=body.replace("\n", "\n        ")), str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        cwd=Path(__file__).parents[2],
+        **options,
+    )
+
+
+RECORD_UNTIL_IT_BREAKS = """
+await ledger.open(**OWNER)
+{limit}
+for number in range(2000):
+    key = hashlib.sha256(str(number).encode()).hexdigest()
+    await ledger.record_response(key, respond("x" * 20_000), seconds=1)
+    print(key, flush=True)
+"""
+
+
+async def check_acknowledged(done, path):
+    acknowledged = done.stdout.split()
+    assert 3 < len(acknowledged) < 2000
+    async with opened(path) as ledger:
+        assert all(ledger.is_done(key) for key in acknowledged)
+        extra = hashlib.sha256(b"extra").hexdigest()
+        await ledger.record_response(extra, respond(1), seconds=0)  # and it goes on
+
+
+async def test_a_full_disk_is_told_and_nothing_acknowledged_is_lost(tmp_path):
+    path = tmp_path / "a.ledger"
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, -1))"
+    done = run_script(RECORD_UNTIL_IT_BREAKS.format(limit=limit), path)
+    assert "the disk is full" in done.stderr or "disk or its file system failed" in done.stderr
+    assert "What was recorded before is kept." in done.stderr
+    await check_acknowledged(done, path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="an open directory cannot be removed there")
+async def test_a_directory_that_vanishes_is_told_before_anything_is_acknowledged(tmp_path):
+    directory = tmp_path / "out"
+    directory.mkdir()
+    async with SQLiteLedger(directory / "a.ledger") as ledger:
+        await ledger.open(**OWNER)
+        await ledger.record_response(KEYS[0], respond(0), seconds=0)
+        directory.rename(tmp_path / "moved")
+        with pytest.raises(LedgerError, match="was removed or replaced"):
+            await ledger.record_response(KEYS[1], respond(1), seconds=0)
+        with pytest.raises(LedgerError, match="was removed or replaced"):
+            await ledger.find(KEYS[0])
+    async with opened(tmp_path / "moved" / "a.ledger") as ledger:
+        assert ledger.is_done(KEYS[0])
+
+
+async def test_a_failure_that_nobody_was_told_of_is_raised_on_closing(tmp_path):
+    directory = tmp_path / "out"
+    directory.mkdir()
+    ledger = SQLiteLedger(directory / "a.ledger")
+    await ledger.open(**OWNER)
+    shutil.rmtree(directory)
+    await ledger.add_item(0, line=1, source="s", model="coco", key=KEYS[0])
+    with pytest.raises(LedgerError, match="was removed or replaced"):
+        await ledger.aclose()
+
+
+async def test_an_impossible_place_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "missing" / "a.ledger", tmp_path / "file" / "a.ledger", tmp_path):
+        ledger = SQLiteLedger(path)
+        with pytest.raises(LedgerError, match=r"directory exists|is no file|cannot be used"):
+            await ledger.open(**OWNER)
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become somebody else"
+)
+async def test_an_unwritable_ledger_is_told_and_left():
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        await fill(directory / "a.ledger")
+        for path in (directory, *directory.iterdir()):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        before = list_bytes(directory)
+        body = "import os; os.setgroups([]); os.setuid(65534)\nawait ledger.open(**OWNER)"
+        done = run_script(body, directory / "a.ledger")
+        assert "may be written to" in done.stderr or "may not be written to" in done.stderr
+        assert list_bytes(directory) == before
+
+
+# the rules
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        Captioning("https://example.com/ä?a=1"),
+        Coco(Asset("0a1b2c")),
+        AIVisionGeneral("https://example.com/\U0001f600", prompts=["one", "zwei ü"]),
+        AIVisionTagging("https://example.com", tag_definitions=[TagDefinition("cat", "a cat")]),
+        OtherModel("newest", "https://example.com", {"b": 1, "a": {"d": 1, "c": None}}),
+    ],
+    ids=lambda request: request.model,
+)
+def test_a_key_made_without_a_request_is_the_requests(request_):
+    assert KeyMaker(request_).make(request_.source) == request_.key
+
+
+@given(st.text(min_size=1), st.text(min_size=1))
+def test_named_keys_differ_with_the_name_the_model_and_from_sources(one, other):
+    captioning, coco = KeyMaker(Captioning("https://a.b")), KeyMaker(Coco("https://a.b"))
+    assert (captioning.make_named(one) == captioning.make_named(other)) == (one == other)
+    assert captioning.make_named(one) != coco.make_named(one)
+    assert captioning.make_named("https://a.b") != captioning.make(Uri("https://a.b"))
+
+
+@pytest.mark.parametrize(
+    "status", [400, 401, 403, 404, 408, 413, 415, 420, 422, 423, 429, 500, 503]
+)
+def test_only_errors_that_stay_are_final(status):
+    body = b'{"error": {"message": "said so"}}'
+    error = read_error(status, {}, body, now=0.0, model="captioning")
+    assert is_final(error) == (status in {400, 404, 413, 415, 422})
+
+
+def test_a_404_is_final_only_in_the_services_own_words_about_a_call():
+    assert not is_final(read_error(404, {}, b"<html>", now=0.0, model="captioning"))
+    assert not is_final(read_error(404, {}, b'{"error": {"message": "m"}}', now=0.0))
+    assert not is_final(NotFoundError("m"))
+    assert is_final(TaskFailedError("m", task_id="t", cause_known=False))
