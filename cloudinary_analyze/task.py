@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Generator
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
-from cloudinary_analyze._resolve.table import SUBMITTING, Answer, Table, Wait
+from cloudinary_analyze._resolve.table import Answer, Table, Wait, report_error
 from cloudinary_analyze._wire.protocol import read_analysis_data
 from cloudinary_analyze.responses import Response, TaskStatus
 
 A = TypeVar("A")
+
+FINISHED: Final = frozenset({"completed", "failed"})
 
 
 class AnalysisTask(Generic[A]):
@@ -80,12 +82,13 @@ class AnalysisTask(Generic[A]):
             AnalyzeError: The request was refused, or did not get through.
             asyncio.InvalidStateError: There is no outcome yet.
         """
+        ended = self._wait.ended
+        if ended is not None:
+            self._retrieved = True
+            raise ended.with_traceback(None)
         answer = self._wait.entry.answer
         if answer is None:
-            if self._wait.ended is None:
-                raise asyncio.InvalidStateError("The task has no outcome yet.")
-            self._retrieved = True
-            raise self._wait.ended.with_traceback(None)
+            raise asyncio.InvalidStateError("The task has no outcome yet.")
         self._retrieved = True
         if answer.error is not None:
             raise answer.error.with_traceback(None)  # raised once per waiter
@@ -124,12 +127,11 @@ class AnalysisTask(Generic[A]):
         Raises:
             AnalyzeError: The service did not accept it; as ``await`` raises.
         """
-        entry = self._wait.entry
-        while entry.task_id is None and not self.done():
-            await entry.change()
-        if entry.task_id is None:
+        while self.task_id is None and not self.done():
+            await self._wait.entry.change()
+        if self.task_id is None:
             self.result()
-        return entry.task_id
+        return self.task_id
 
     async def wait(self) -> TaskStatus:
         """Wait until the remote work is over, as far as polls tell, and return its status.
@@ -139,12 +141,12 @@ class AnalysisTask(Generic[A]):
         Raises:
             AnalyzeError: There is no task to ask for, or this handle's wait ended.
         """
-        entry = self._wait.entry
-        while entry.state not in {"completed", "failed"} and not self.done():
-            await entry.change()
-        if entry.state not in {"completed", "failed"} or entry.task_id is None:
+        while self.status not in FINISHED and not self.done():
+            await self._wait.entry.change()
+        if self.status not in FINISHED or self.task_id is None:
             self.result()
-        return TaskStatus(entry.task_id or "", entry.state)
+        self._retrieved = True
+        return TaskStatus(self.task_id or "", self.status)
 
     def abandon(self) -> None:
         """Stop waiting: every waiter on this handle gets a `TaskTimeoutError`.
@@ -175,18 +177,11 @@ class AnalysisTask(Generic[A]):
         self.as_future().add_done_callback(call)
 
     def __del__(self) -> None:
-        answer = self._wait.entry.answer
-        if self._retrieved or answer is None or answer.error is None:
+        wait = getattr(self, "_wait", None)
+        if wait is None or self._retrieved:
             return
-        if self._wait.entry.state == SUBMITTING and answer.by == "session":
-            return  # closed before it was sent: nothing is lost
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
+        answer = wait.entry.answer
+        if wait.ended is None and answer is None:
+            wait.orphaned = True  # the table reports it, should it fail
             return
-        loop.call_exception_handler(
-            {
-                "message": f"The error of {self!r} was never retrieved",
-                "exception": answer.error,
-            }
-        )
+        report_error(wait.entry, wait.ended or (answer and answer.error))

@@ -80,12 +80,11 @@ class Listener:
             if self._fetch_wanted is not None:
                 wake(self._fetch_wanted)
 
-    async def stop(self) -> None:
-        """End the listening."""
+    def stop(self) -> list[asyncio.Task[None]]:
+        """End the listening; return what is ending."""
         for task in self._tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        return self._tasks
 
     async def _listen(self) -> None:
         pause = FIRST_PAUSE
@@ -99,7 +98,9 @@ class Listener:
                         taken += 1
                         if taken % BURST == 0:
                             await asyncio.sleep(0)
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
+                if _is_cancelled(error):
+                    raise
                 logger.warning(
                     "The notification source broke (%s: %s); listening again in %.1f s.",
                     type(error).__name__,
@@ -128,7 +129,9 @@ class Listener:
                 del self._to_fetch[task_id]
             try:
                 deliveries = await self.source.fetch(batch)
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
+                if _is_cancelled(error):
+                    raise
                 logger.warning(
                     "Earlier notifications could not be fetched (%s: %s); again in %.1f s.",
                     type(error).__name__,
@@ -158,6 +161,7 @@ class Listener:
                 delivery, self.credentials.signing_secrets, digests=self.credentials.digests
             )
             notification = parse_notification(delivery.body)
+            verdict = self.table.deliver(notification, delivery.body)
         except NotificationError as error:
             verdict = _VERDICTS[type(error)]
             self.table.count(verdict)
@@ -168,10 +172,18 @@ class Listener:
             self.table.count("malformed")
             logger.warning("A delivery could not be read (%s).", type(error).__name__)
             return "malformed"
-        verdict = self.table.deliver(notification, len(delivery.body))
         if verdict in {"resolved", "duplicate"}:
-            self.source.settle(delivery)
+            try:
+                self.source.settle(delivery)
+            except Exception:
+                logger.exception("The notification source failed to settle a delivery.")
         return verdict
+
+
+def _is_cancelled(error: BaseException) -> bool:
+    """Whether it is we who are cancelled, not something inside of the source."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling() > 0)
 
 
 class _Closing:

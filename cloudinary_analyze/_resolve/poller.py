@@ -64,12 +64,15 @@ class Poller:
     _workers: set[asyncio.Task[None]] = attrs.field(factory=set)
     _turn: asyncio.Lock = attrs.field(factory=asyncio.Lock)
     _sleeper: asyncio.Future[None] | None = None
+    _sleeps_until: float | None = None
     _next_start: float = 0.0
     _stopped: bool = False
+    _refused: bool = False
     _warned: set[str] = attrs.field(factory=set)
 
     def __attrs_post_init__(self) -> None:
         self.table.forget_poll = self._due.discard
+        self.table.end_grace = self._end_grace
 
     @property
     def scheduled(self) -> int:
@@ -78,18 +81,21 @@ class Poller:
 
     def schedule(self, entry: Entry, *, at_once: bool = False) -> None:
         """Put a task's next poll in its place."""
-        if self._stopped or entry.answer is not None:
+        if self._stopped or self._refused or entry.answer is not None:
             return
+        if entry.poll is not None:
+            self._due.discard(entry.poll)
         wait = 0.0
         if not at_once:
             entry.interval = compute_interval(
                 entry.interval, self.settings, with_source=self.with_source
             )
             wait = entry.interval * random.uniform(0.8, 1.2)
-        entry.poll = self._due.push(self.clock.monotonic() + wait, entry)
+        due = self.clock.monotonic() + wait
+        entry.poll = self._due.push(due, entry)
         if not self._workers:
             self._start()
-        if self._sleeper is not None:
+        if self._sleeper is not None and (self._sleeps_until is None or due < self._sleeps_until):
             wake(self._sleeper)  # whoever sleeps looks at the heap again
 
     def _start(self) -> None:
@@ -101,7 +107,12 @@ class Poller:
         while True:
             async with self._turn:
                 entry = await self._take()
-            await self._poll(entry)
+            try:
+                await self._poll(entry)
+            except Exception:
+                logger.exception("A status poll broke; it is made again later.")
+                if entry.waits:
+                    self.schedule(entry)
 
     async def _take(self) -> Entry:
         """Wait until a poll is due and the rate allows it."""
@@ -114,9 +125,10 @@ class Poller:
                 entry.poll = None
                 return entry
             self._sleeper = asyncio.get_running_loop().create_future()
+            self._sleeps_until = None if due is None else max(due, self._next_start)
             timer: TimerHandle | None = None
-            if due is not None:
-                timer = self.clock.call_at(max(due, self._next_start), partial(wake, self._sleeper))
+            if self._sleeps_until is not None:
+                timer = self.clock.call_at(self._sleeps_until, partial(wake, self._sleeper))
             try:
                 await self._sleeper
             finally:
@@ -162,13 +174,15 @@ class Poller:
     def _await_notification(self, entry: Entry, *, failed: bool) -> None:
         """Give the notification of a finished task its time, where one may come at all."""
         grace = self.settings.failure_grace if failed else self.settings.result_grace
-        give_up = partial(self._fail if failed else self.on_missing, entry)
         if not self.with_source or grace == 0:
-            give_up()
+            self._end_grace(entry)
         elif entry.grace is None and entry.waits:
-            entry.grace = self.table.timers.call_at(self.clock.monotonic() + grace, give_up)
+            entry.grace = self.table.timers.push(self.clock.monotonic() + grace, entry)
 
-    def _fail(self, entry: Entry) -> None:
+    def _end_grace(self, entry: Entry) -> None:
+        if entry.state != "failed":
+            self.on_missing(entry)
+            return
         assert entry.task_id is not None
         error = build_task_failure(entry.task_id, model=entry.model)
         self.table.answer(entry, Answer("poll", error=error), state="failed")
@@ -181,8 +195,9 @@ class Poller:
             if not self.with_source:
                 self.table.answer(entry, Answer("poll", error=error))
                 return
-            if "forbidden" not in self._warned:
-                self._warned.add("forbidden")
+            if not self._refused:
+                self._refused = True
+                self._due.clear()
                 logger.warning(
                     "Status polls are refused (%s), so they stop; only notifications answer "
                     "tasks now. An OAuth token needs the scope query_analysis_tasks.",
@@ -197,11 +212,10 @@ class Poller:
                 return
         self.schedule(entry)
 
-    async def stop(self) -> None:
-        """End all polls."""
+    def stop(self) -> set[asyncio.Task[None]]:
+        """End all polls; return what is ending."""
         self._stopped = True
+        self._due.clear()
         for worker in self._workers:
             worker.cancel()
-        if self._workers:
-            await asyncio.wait(self._workers)
-        self._workers.clear()
+        return self._workers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,6 @@ from cloudinary_analyze._http.meter import Meter
 from cloudinary_analyze._resolve.listener import Listener
 from cloudinary_analyze._resolve.poller import Poller
 from cloudinary_analyze._resolve.table import Answer, Entry, Table, Wait
-from cloudinary_analyze._resolve.timers import Timers
 from cloudinary_analyze._wire.protocol import Accepted
 from cloudinary_analyze.config import Credentials, Settings
 from cloudinary_analyze.errors import (
@@ -45,7 +43,6 @@ class Resolver:
     meter: Meter
     notification_url: str | None
     table: Table
-    timers: Timers
     poller: Poller
     listener: Listener | None = None
     _background: set[asyncio.Task[None]] = attrs.field(factory=set)
@@ -64,8 +61,7 @@ class Resolver:
         notification_url: str | None,
     ) -> Resolver:
         """Wire the parts together and begin to listen."""
-        timers = Timers(clock)
-        table = Table(settings, clock, meter, timers)
+        table = Table(settings, clock, meter)
         resolver: Resolver
         poller = Poller(
             table,
@@ -75,7 +71,7 @@ class Resolver:
             source is not None,
             lambda entry: resolver.take_missing(entry),  # noqa: PLW0108 -- made below
         )
-        resolver = cls(caller, settings, clock, meter, notification_url, table, timers, poller)
+        resolver = cls(caller, settings, clock, meter, notification_url, table, poller)
         if source is not None:
             resolver.listener = Listener(source, credentials, table, clock, resolver._end_source)
             resolver.listener.start()
@@ -86,18 +82,32 @@ class Resolver:
     ) -> Wait:
         """Send a request in the background and return the wait for it at once."""
         entry = Entry(request)
-        wait = self.table.watch(entry, deadline)
-        self._spawn(self._submit(entry, request, as_task=as_task, deadline=deadline))
+        wait = self.table.watch(entry, None)
+        if as_task and self._source_error is not None:
+            self._fail_for_source(entry, self._source_error)  # paid for and never told: not sent
+            return wait
+        work = self._submit(entry, wait, request, as_task=as_task, deadline=deadline)
+        entry.submission = asyncio.create_task(work)
+        self._keep(entry.submission)
         return wait
+
+    def withdraw(self, wait: Wait) -> None:
+        """End a wait, and the call that submits its task if that was not accepted yet."""
+        submission = wait.entry.submission
+        self.table.abandon(wait)
+        if submission is not None:
+            submission.cancel()
 
     async def _submit(
         self,
         entry: Entry,
+        wait: Wait,
         request: AnalyzeRequest[Any],
         *,
         as_task: bool,
         deadline: float | None,
     ) -> None:
+        # until the task is accepted, its deadline is the call's, which knows what was sent
         try:
             answer = await self.caller.analyze(
                 request,
@@ -123,16 +133,23 @@ class Resolver:
         else:
             if isinstance(answer, Accepted):
                 self._accept(entry, answer.task_id)
+                self.table.limit(wait, deadline)
             else:
                 self.table.answer(entry, Answer("call", response=answer), state="completed")
+        finally:
+            entry.submission = None
 
     def _accept(self, entry: Entry, task_id: str) -> None:
         if self.meter.hook is not None:
             self.meter.tell(TaskAccepted(task_id=task_id, model=entry.model))
-        if self.table.register(entry, task_id):
-            self._pursue(entry, task_id)
+        self._enter(entry, task_id, at_once=False)
 
-    def _pursue(self, entry: Entry, task_id: str, *, at_once: bool = False) -> None:
+    def _enter(self, entry: Entry, task_id: str, *, at_once: bool) -> None:
+        known = self.table.register(entry, task_id)
+        if known is not None:
+            self._pursue(known, task_id, at_once=at_once)
+
+    def _pursue(self, entry: Entry, task_id: str, *, at_once: bool) -> None:
         if self._source_error is not None:
             self._fail_for_source(entry, self._source_error)
             return
@@ -163,16 +180,20 @@ class Resolver:
             return wait
         entry = Entry(request, state="pending")
         wait = self.table.watch(entry, deadline)
-        if self.table.register(entry, task_id):
-            # without a request it was accepted some time ago, and may well be finished
-            self._pursue(entry, task_id, at_once=request is None)
+        if request is not None:
+            self._accept(entry, task_id)
+        else:
+            self._enter(entry, task_id, at_once=True)  # it may well be finished by now
         return wait
 
     def take_missing(self, entry: Entry) -> None:
         """Act on a completed task whose result did not arrive."""
         assert entry.task_id is not None
+        if entry.repeated:
+            return
         if self.settings.on_missing_result == "analyze" and entry.request is not None:
-            self._spawn(self._analyze_again(entry, entry.request))
+            entry.repeated = True
+            self._keep(asyncio.create_task(self._analyze_again(entry, entry.request)))
             return
         how = (
             "Attach a notification source (AnalyzeSession(notifications=…, notification_url=…)), "
@@ -197,6 +218,9 @@ class Resolver:
         """Repeat a task as a call, which the user asked for and which is charged again."""
         try:
             answer = await self.caller.analyze(request)
+        except SessionClosedError:
+            self._close(entry)
+            return
         except Exception as error:
             self.table.answer(entry, Answer("analyze", error=error))
             return
@@ -220,44 +244,45 @@ class Resolver:
         failure.__cause__ = error
         self.table.answer(entry, Answer("session", error=failure))
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
+    def _keep(self, task: asyncio.Task[None]) -> None:
         self._background.add(task)
         task.add_done_callback(partial(_retrieve, self._background))
 
     async def drain(self, seconds: float) -> None:
-        """Wait until nothing is pending any more, but not for longer than asked."""
-        deadline = self.clock.monotonic() + seconds
-        while self.table.pending and (left := deadline - self.clock.monotonic()) > 0:
-            entry = next(iter(self.table.pending.values()))
-            if entry.answer is None:
-                change = asyncio.ensure_future(entry.change())
-                sleep = asyncio.ensure_future(self.clock.sleep(left))
-                try:
-                    await asyncio.wait({change, sleep}, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    change.cancel()
-                    sleep.cancel()
-                    await asyncio.wait({change, sleep})
+        """Wait until nobody waits for a task any more, but not for longer than asked."""
+        scope: asyncio.Timeout | None = None
+        try:
+            async with self.clock.timeout_at(self.clock.monotonic() + seconds) as scope:
+                for entry in list(self.table.pending.values()):
+                    while entry.waits:
+                        await entry.change()
+        except TimeoutError:
+            if scope is None or not scope.expired():
+                raise
 
     async def stop(self) -> None:
-        """Stop listening and polling, and fail what is pending."""
-        tasks = list(self._background)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        """Stop listening and polling, and fail what is pending, even when cancelled."""
+        ending: set[asyncio.Task[None]] = set(self.poller.stop())
         if self.listener is not None:
-            await self.listener.stop()
-        await self.poller.stop()
-        self.timers.close()
-        for entry in list(self.table.pending.values()):
-            error = SessionClosedError(
-                f"The session was closed while the task {entry.task_id} was pending. The remote "
-                "work goes on; session.task(task_id, …) takes it up again.",
-                task_id=entry.task_id,
-            )
-            self.table.answer(entry, Answer("session", error=error))
+            ending.update(self.listener.stop())
+        self.table.timers.close()
+        for task in self._background:
+            task.cancel()
+        ending |= self._background
+        try:
+            if ending:
+                await asyncio.wait(ending)
+        finally:
+            for entry in list(self.table.pending.values()):
+                self._close(entry)
+
+    def _close(self, entry: Entry) -> None:
+        error = SessionClosedError(
+            f"The session was closed while the task {entry.task_id} was pending. The remote "
+            "work goes on; session.task(task_id, …) takes it up again.",
+            task_id=entry.task_id,
+        )
+        self.table.answer(entry, Answer("session", error=error))
 
 
 def _retrieve(background: set[asyncio.Task[None]], task: asyncio.Task[None]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import attrs
@@ -20,15 +19,22 @@ from cloudinary_analyze._http.meter import Meter
 from cloudinary_analyze._resolve.timers import Node, Timers
 from cloudinary_analyze._wire.protocol import build_task_failure
 from cloudinary_analyze.config import Settings
-from cloudinary_analyze.errors import TaskTimeoutError
+from cloudinary_analyze.errors import (
+    ApiError,
+    ResultNotDeliveredError,
+    SessionClosedError,
+    TaskFailedError,
+    TaskTimeoutError,
+)
 from cloudinary_analyze.events import NotificationSeen, TaskAnswered
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import Notification, Response
+from cloudinary_analyze.webhooks import parse_notification
 
 SUBMITTING = "submitting"
 
 
-@attrs.frozen
+@attrs.define(eq=False, weakref_slot=False)
 class Answer:
     """What ended a task: a response, a payload not decoded yet, or an error.
 
@@ -46,17 +52,38 @@ class Answer:
     raw: Mapping[str, Any] | None = None
     error: Exception | None = None
 
+    @property
+    def is_lasting(self) -> bool:
+        """Whether it is an outcome of the task, which whoever asks later is told too."""
+        return self.by != "session" and not (self.by == "poll" and isinstance(self.error, ApiError))
 
-@attrs.define(eq=False)
+    @property
+    def is_guess(self) -> bool:
+        """Whether it was given for want of a notification, which may still come."""
+        error = self.error
+        if isinstance(error, TaskFailedError):
+            return not error.cause_known
+        return isinstance(error, ResultNotDeliveredError)
+
+
+@attrs.define(eq=False, weakref_slot=False)
 class Wait:
-    """One handle's interest in an entry, with a deadline of its own."""
+    """One handle's interest in an entry, with a deadline of its own.
+
+    Attributes:
+        entry: What it waits for; another one once two entries turned out to be one task.
+        deadline: The timer that ends it.
+        ended: Why it ended without an answer; the handle keeps to that.
+        orphaned: Whether the handle was dropped, so that an error reaches nobody.
+    """
 
     entry: Entry
     deadline: Node | None = None
     ended: TaskTimeoutError | None = None
+    orphaned: bool = False
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, weakref_slot=False)
 class Entry:
     """What is known of one task.
 
@@ -71,6 +98,8 @@ class Entry:
         grace: The timer that ends the wait for a notification that should have come.
         interval: Seconds before the last poll.
         misses: Polls that did not find the task.
+        submission: The call that submits it, until that is over.
+        repeated: Whether it is being repeated as a call.
     """
 
     request: AnalyzeRequest[Any] | None
@@ -83,6 +112,8 @@ class Entry:
     grace: Node | None = None
     interval: float = 0.0
     misses: int = 0
+    submission: asyncio.Task[None] | None = None
+    repeated: bool = False
     _waiters: list[asyncio.Future[None]] | None = None
 
     @property
@@ -119,18 +150,25 @@ class Table:
     """The tasks of a session, and what arrived for tasks not known yet.
 
     Attributes:
+        timers: The deadlines of waits, and the graces of entries.
+        pending: Every task that was accepted and has no answer, by id.
         forget_poll: Takes an entry from the polls to come; set by the poller.
+        end_grace: Acts on a finished task whose notification did not come; set by the poller.
     """
 
     settings: Settings
     clock: Clock
     meter: Meter
-    timers: Timers
-    pending: dict[str, Entry] = attrs.field(factory=dict)
+    timers: Timers[Wait | Entry] = attrs.field(init=False)
+    pending: dict[str, Entry] = attrs.field(factory=dict, init=False)
     forget_poll: Callable[[Node], None] | None = None
+    end_grace: Callable[[Entry], None] | None = None
     _answered: OrderedDict[str, tuple[float, Entry]] = attrs.field(factory=OrderedDict)
-    _parked: OrderedDict[str, tuple[float, int, Notification]] = attrs.field(factory=OrderedDict)
+    _parked: OrderedDict[str, tuple[float, bytes]] = attrs.field(factory=OrderedDict)
     _parked_bytes: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        self.timers = Timers(self.clock, self._take_due)
 
     @property
     def parked(self) -> int:
@@ -142,16 +180,19 @@ class Table:
         """Return the entry of a task, pending or lately answered."""
         entry = self.pending.get(task_id)
         if entry is None:
-            self._expire_answered()
+            self._expire_answered(self.clock.monotonic())
             _, entry = self._answered.get(task_id, (0.0, None))
         return entry
 
-    def register(self, entry: Entry, task_id: str) -> bool:
+    def register(self, entry: Entry, task_id: str) -> Entry | None:
         """Take in an accepted task; what is parked for it answers it at once.
 
         Returns:
-            Whether it is pending and somebody waits for it.
+            The task's entry, if somebody waits for it and nobody asks for its status yet.
         """
+        known = self.find(task_id)
+        if known is not None:
+            return self._merge(entry, known)
         entry.task_id = task_id
         entry.accepted_at = self.clock.monotonic()
         if entry.state == SUBMITTING:
@@ -160,25 +201,43 @@ class Table:
         self._expire_parked()
         parked = self._parked.pop(task_id, None)
         if parked is not None:
-            self._parked_bytes -= parked[1]
-            self.deliver(parked[2], parked[1])
+            body = parked[1]
+            self._parked_bytes -= len(body)
+            self.deliver(parse_notification(body), body)
         if entry.answer is None and not entry.waits:
             self._rest(entry)  # whoever submitted it stopped waiting meanwhile
         entry.tell()
-        return entry.answer is None and bool(entry.waits)
+        return entry if entry.answer is None and entry.waits else None
 
-    def deliver(self, notification: Notification, size: int) -> str:
+    def _merge(self, entry: Entry, known: Entry) -> Entry | None:
+        """Let those who wait for an entry wait for another one of the same task."""
+        resumed = not known.waits and bool(entry.waits) and known.answer is None
+        known.request = known.request or entry.request
+        if resumed:
+            self._stop_resting(known)
+        for wait in entry.waits:
+            wait.entry = known
+            if known.answer is None:
+                known.waits.append(wait)
+            else:
+                self._settle(wait, known)
+        entry.waits.clear()
+        entry.tell()
+        return known if resumed else None
+
+    def deliver(self, notification: Notification, body: bytes) -> str:
         """Answer the task that a verified notification names; return the verdict.
 
         Args:
             notification: What arrived.
-            size: Its bytes, for the bounds of what is parked.
+            body: What it was read from. Kept as it is while it is parked, as its bytes are what
+                is bounded.
         """
-        verdict = self._deliver(notification, size)
+        verdict = self._deliver(notification, body)
         self.count(verdict, notification.task_id)
         return verdict
 
-    def _deliver(self, notification: Notification, size: int) -> str:
+    def _deliver(self, notification: Notification, body: bytes) -> str:
         task_id = notification.task_id
         if task_id is None:
             return "unrelated"
@@ -186,9 +245,12 @@ class Table:
             return "malformed"
         entry = self.find(task_id)
         if entry is None:
-            return self._park(task_id, notification, size)
+            return self._park(task_id, body)
         if entry.answer is not None:
-            return "duplicate"
+            if not entry.answer.is_guess:
+                return "duplicate"
+            # handles keep to what they were told; whoever takes the task up later is told better
+            entry = Entry(entry.request, task_id, entry.state)
         if notification.failed:
             error = build_task_failure(task_id, model=entry.model, notification=notification)
             self.answer(entry, Answer("notification", error=error), state="failed")
@@ -216,12 +278,12 @@ class Table:
             entry.state = state
         self._drop_timers(entry)
         for wait in entry.waits:
-            if wait.deadline is not None:
-                self.timers.cancel(wait.deadline)
+            self._settle(wait, entry)
         entry.waits.clear()
         if entry.task_id is not None:
             self.pending.pop(entry.task_id, None)
-            self._keep_answered(entry.task_id, entry)
+            if answer.error is None or answer.is_lasting:
+                self._keep_answered(entry.task_id, entry)
             if self.meter.hook is not None:
                 self.meter.tell(
                     TaskAnswered(task_id=entry.task_id, by=answer.by, error=answer.error)
@@ -229,53 +291,82 @@ class Table:
         entry.tell()
         return True
 
+    def _settle(self, wait: Wait, entry: Entry) -> None:
+        """Take a wait's deadline away, as its entry has its answer."""
+        if wait.deadline is not None:
+            self.timers.cancel(wait.deadline)
+            wait.deadline = None
+        if wait.orphaned and entry.answer is not None:
+            report_error(entry, entry.answer.error)
+
     def watch(self, entry: Entry, deadline: float | None) -> Wait:
         """Add a handle's wait, which ends by itself at a monotonic instant."""
         wait = Wait(entry)
         if entry.answer is None:
-            if entry.grace is not None and not entry.waits:
-                self.timers.cancel(entry.grace)
-                entry.grace = None
-            entry.waits.append(wait)
-            if deadline is not None:
-                wait.deadline = self.timers.call_at(deadline, partial(self._time_out, wait))
+            if not entry.waits:
+                self._stop_resting(entry)
+            if entry.waits:
+                entry.waits.append(wait)
+            else:
+                entry.waits = [wait]  # of one, which takes less memory than a first append
+            self.limit(wait, deadline)
         return wait
+
+    def limit(self, wait: Wait, deadline: float | None) -> None:
+        """Let a wait end at a monotonic instant."""
+        if deadline is not None and wait.entry.answer is None and wait.ended is None:
+            wait.deadline = self.timers.push(deadline, wait)
 
     def abandon(self, wait: Wait) -> None:
         """End a handle's wait by its own wish."""
         self._end(wait, "The wait for the task {} was abandoned.")
 
-    def _time_out(self, wait: Wait) -> None:
-        self._end(wait, "No answer for the task {} came in time.")
+    def _take_due(self, item: Wait | Entry) -> None:
+        if isinstance(item, Wait):
+            self._end(item, "No answer for the task {} came in time.")
+        elif not item.waits:
+            self._forget(item)
+        elif self.end_grace is not None:
+            self.end_grace(item)
 
     def _end(self, wait: Wait, what: str) -> None:
         entry = wait.entry
         if entry.answer is not None or wait.ended is not None:
             return
         if entry.task_id is None:
-            message = f"{what.format('that the service had not accepted yet')}"
+            message = what.format("that the service had not accepted yet")
         else:
             message = (
                 f"{what.format(entry.task_id)} The remote work goes on, as last heard "
                 f"{entry.state!r}; session.task(task_id, …) waits again."
             )
-        wait.ended = TaskTimeoutError(message, task_id=entry.task_id)
+        wait.ended = TaskTimeoutError(
+            message, task_id=entry.task_id, ambiguous=entry.submission is not None
+        )
         if wait.deadline is not None:
             self.timers.cancel(wait.deadline)
+            wait.deadline = None
         entry.waits.remove(wait)
         entry.tell()
+        if wait.orphaned:
+            report_error(entry, wait.ended)
         if not entry.waits and entry.task_id is not None:
             self._rest(entry)
 
     def _rest(self, entry: Entry) -> None:
         """Stop asking for a task nobody waits for; listen on for a while for whoever comes back."""
         self._drop_timers(entry)
-        entry.grace = self.timers.call_at(
-            self.clock.monotonic() + self.settings.answered_seconds, partial(self._forget, entry)
+        entry.grace = self.timers.push(
+            self.clock.monotonic() + self.settings.answered_seconds, entry
         )
 
+    def _stop_resting(self, entry: Entry) -> None:
+        if entry.grace is not None:
+            self.timers.cancel(entry.grace)
+            entry.grace = None
+
     def _forget(self, entry: Entry) -> None:
-        if not entry.waits and entry.task_id is not None:
+        if entry.task_id is not None:
             self.pending.pop(entry.task_id, None)
 
     def _drop_timers(self, entry: Entry) -> None:
@@ -287,27 +378,29 @@ class Table:
             entry.grace = None
 
     def _keep_answered(self, task_id: str, entry: Entry) -> None:
-        self._answered[task_id] = (self.clock.monotonic(), entry)
-        self._answered.move_to_end(task_id)
-        while len(self._answered) > self.settings.answered_count:
-            self._answered.popitem(last=False)
-        self._expire_answered()
+        now = self.clock.monotonic()
+        answered = self._answered
+        answered[task_id] = (now, entry)
+        answered.move_to_end(task_id)
+        if len(answered) > self.settings.answered_count:
+            answered.popitem(last=False)
+        self._expire_answered(now)
 
-    def _expire_answered(self) -> None:
-        oldest = self.clock.monotonic() - self.settings.answered_seconds
-        while self._answered and next(iter(self._answered.values()))[0] < oldest:
-            self._answered.popitem(last=False)
+    def _expire_answered(self, now: float) -> None:
+        answered = self._answered
+        oldest = now - self.settings.answered_seconds
+        while answered and next(iter(answered.values()))[0] < oldest:
+            answered.popitem(last=False)
 
-    def _park(self, task_id: str, notification: Notification, size: int) -> str:
+    def _park(self, task_id: str, body: bytes) -> str:
         self._expire_parked()
-        if task_id in self._parked:
-            return "duplicate"
-        if size > self.settings.parked_bytes:
+        if len(body) > self.settings.parked_bytes:
             return "foreign"
-        self._parked[task_id] = (self.clock.monotonic(), size, notification)
-        self._parked_bytes += size
-        while self._parked_bytes > self.settings.parked_bytes:
-            self._drop_oldest_parked()
+        if task_id not in self._parked:
+            self._parked[task_id] = (self.clock.monotonic(), body)
+            self._parked_bytes += len(body)
+            while self._parked_bytes > self.settings.parked_bytes:
+                self._drop_oldest_parked()
         return "parked"
 
     def _expire_parked(self) -> None:
@@ -316,9 +409,23 @@ class Table:
             self._drop_oldest_parked()
 
     def _drop_oldest_parked(self) -> None:
-        task_id, (_, size, _) = self._parked.popitem(last=False)
-        self._parked_bytes -= size
+        task_id, (_, body) = self._parked.popitem(last=False)
+        self._parked_bytes -= len(body)
         self.count("foreign", task_id)
+
+
+def report_error(entry: Entry, error: Exception | None) -> None:
+    """Tell the loop of an error that reaches nobody, as asyncio does for its futures."""
+    if error is None or isinstance(error, SessionClosedError):
+        return  # closing is the user's own doing, as cancelling is to asyncio
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    task = f"the task {entry.task_id} ({entry.model})" if entry.task_id else f"a {entry.model}"
+    loop.call_exception_handler(
+        {"message": f"The error of {task} was never retrieved", "exception": error}
+    )
 
 
 def _holds_analysis(notification: Notification) -> bool:

@@ -1,0 +1,177 @@
+"""Thousands of tasks while everything goes wrong at once: each ends once, for the right reason."""
+
+import asyncio
+from collections import Counter
+
+import pytest
+from task_support import connected, idle, quick, unconnected
+
+from cloudinary_analyze import (
+    Captioning,
+    Response,
+    ResultNotDeliveredError,
+    TaskFailedError,
+    TaskTimeoutError,
+)
+from cloudinary_analyze.emulator import FaultPlan
+from cloudinary_analyze.events import TaskAnswered
+
+EVERYTHING = FaultPlan(
+    early=0.05,
+    duplicated=0.05,
+    delayed=0.05,
+    lost=0.05,
+    forged=0.05,
+    stale=0.05,
+    malformed=0.05,
+    foreign=0.05,
+    unrelated=0.05,
+    unknown_status=0.05,
+    failed=0.05,
+    delay_seconds=0.6,
+)
+COUNTS = [1_000, pytest.param(10_000, marks=pytest.mark.slow)]
+
+
+def source(index):
+    return f"https://example.com/{index}.jpg"
+
+
+class Witness:
+    """Counts how often each task is answered."""
+
+    def __init__(self):
+        self.answered = Counter()
+
+    def __call__(self, event):
+        if isinstance(event, TaskAnswered):
+            self.answered[event.task_id] += 1
+
+
+async def submit_all(session, count, *, mode="task"):
+    """Submit so many tasks and return the handles with their outcomes, in order."""
+    handles = []
+    for index in range(count):
+        handles.append(session.submit(Captioning(source(index)), mode=mode))
+        if index % 500 == 499:
+            await handles[-1].accepted()
+    outcomes = await asyncio.gather(*handles, return_exceptions=True)
+    return handles, outcomes
+
+
+def check_failure(outcome, *, by_notification):
+    assert isinstance(outcome, TaskFailedError)
+    assert outcome.cause_known is by_notification
+    assert outcome.status == (500 if by_notification else None)
+
+
+def check_response(outcome, index):
+    assert isinstance(outcome, Response), outcome
+    assert outcome.entity == source(index)  # forged and stale ones name another
+    assert outcome.analysis.caption
+
+
+async def check_quiet(session):
+    """Nothing is left behind: no task, permit, poll or timer."""
+    assert idle(session) == (0, 0, 0, 0)
+    resolver = session._resolver
+    assert resolver.poller.scheduled == 0
+    assert len(resolver.table.timers) == 0
+    assert not resolver._background
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.filterwarnings("ignore:A task was submitted on a session without:UserWarning")
+class TestEverythingAtOnce:
+    """A mix of all faults at 5 % each: nothing hangs, nothing ends twice, nothing forged counts."""
+
+    async def test_with_notifications_and_polls(self, count, caplog):
+        caplog.set_level("ERROR")
+        witness = Witness()
+        settings = quick(
+            poll_first=0.5, poll_longest=1.0, result_grace=1.5, failure_grace=1.5, permits=256
+        )
+        async with connected(
+            settings, session_options={"on_event": witness}, faults=EVERYTHING, task_seconds=0.2
+        ) as (emulator, session):
+            handles, outcomes = await submit_all(session, count)
+            for index, (handle, outcome) in enumerate(zip(handles, outcomes, strict=True)):
+                task = emulator.tasks[handle.task_id]
+                told = "lost" not in task.faults
+                if "failed" in task.faults:
+                    check_failure(outcome, by_notification=told)
+                elif told:
+                    check_response(outcome, index)
+                else:
+                    assert isinstance(outcome, ResultNotDeliveredError)
+                    assert outcome.task_id == handle.task_id
+            expected = Counter(fault for task in emulator.tasks.values() for fault in task.faults)
+            await asyncio.sleep(0.7)  # what was delayed arrives, too late for nobody
+            seen = session.stats.notifications
+            assert seen["resolved"] == sum("lost" not in t.faults for t in emulator.tasks.values())
+            for fault in ("forged", "stale", "malformed", "unrelated"):
+                assert seen[fault] == expected[fault] > 0
+            lost_twice = sum(
+                {"duplicated", "lost"} <= set(t.faults) for t in emulator.tasks.values()
+            )
+            early_twice = sum(
+                {"duplicated", "early"} <= set(t.faults) and "lost" not in t.faults
+                for t in emulator.tasks.values()
+            )
+            twice = expected["duplicated"] - lost_twice
+            assert twice - early_twice <= seen["duplicate"] <= twice  # or parked twice
+            assert session.stats.parked == expected["foreign"]  # for tasks nobody handed out
+            assert set(witness.answered.values()) == {1}
+            assert len(witness.answered) == count == len(emulator.tasks)
+            assert emulator.counts.total_polls < count  # most are answered before their poll
+            await check_quiet(session)
+        assert not caplog.records
+
+    async def test_with_notifications_alone(self, count):
+        """Without polls, those whose notification is lost end with their handle's time."""
+        settings = quick(
+            poll_first=3000, poll_longest=3000, permits=256, task_timeout=5.0, answered_seconds=0.3
+        )
+        async with connected(settings, faults=EVERYTHING, task_seconds=0.05) as (emulator, session):
+            handles, outcomes = await submit_all(session, count)
+            for index, (handle, outcome) in enumerate(zip(handles, outcomes, strict=True)):
+                faults = emulator.tasks[handle.task_id].faults
+                if "lost" in faults:
+                    assert isinstance(outcome, TaskTimeoutError)
+                    assert outcome.task_id == handle.task_id
+                elif "failed" in faults:
+                    check_failure(outcome, by_notification=True)
+                else:
+                    check_response(outcome, index)
+            assert emulator.counts.total_polls == 0
+            await asyncio.sleep(0.4)  # then what was given up is forgotten, too
+            await check_quiet(session)
+
+    @pytest.mark.parametrize("ways", ["raise", "analyze", "results_in_status"])
+    async def test_with_polls_alone(self, count, ways):
+        """Without a source, a poll's word is final, and the settings say what then."""
+        settings = quick(
+            permits=256,
+            poll_permits=32,
+            polls_per_second=100_000,
+            on_missing_result="analyze" if ways == "analyze" else "raise",
+        )
+        async with unconnected(
+            settings,
+            faults=EVERYTHING,
+            task_seconds=0.05,
+            results_in_status=ways == "results_in_status",
+        ) as (emulator, session):
+            handles, outcomes = await submit_all(session, count)
+            failed = 0
+            for index, (handle, outcome) in enumerate(zip(handles, outcomes, strict=True)):
+                if "failed" in emulator.tasks[handle.task_id].faults:
+                    failed += 1
+                    check_failure(outcome, by_notification=False)
+                elif ways == "raise":
+                    assert isinstance(outcome, ResultNotDeliveredError)
+                else:
+                    check_response(outcome, index)
+            charged = 2 * count - failed if ways == "analyze" else count
+            assert emulator.counts.total_done == charged
+            await check_quiet(session)

@@ -1,0 +1,222 @@
+"""Cancelled at every suspension: permits, table and asyncio tasks are back where they were."""
+
+import asyncio
+
+import pytest
+from scripted import ScriptedServer, Suspensions, answer, busy, until
+from task_support import build_result, connected, library_tasks, quick, resolving, sign, submit
+
+from cloudinary_analyze import AnalyzeSession, Captioning, Credentials, NotificationSource
+from cloudinary_analyze._resolve.table import Entry
+from cloudinary_analyze.emulator import Emulator
+from cloudinary_analyze.errors import SessionClosedError
+
+NEVER = 3600.0
+MOST = 60
+
+
+def request(index=0):
+    return Captioning(f"https://example.com/{index}.jpg")
+
+
+async def cancel_everywhere(act, check, *, late):
+    """Run something again and again, cancelled one suspension later each time."""
+    for n in range(1, MOST):
+        suspensions = Suspensions(n, late=late)
+        task = asyncio.create_task(suspensions.drive(act()))
+        await asyncio.wait([task], timeout=10)
+        assert task.done(), f"it hangs after a cancel at suspension {n}"
+        if not task.cancelled():
+            task.result()
+        await check(n)
+        if suspensions.count < n:
+            return n
+    raise AssertionError("it never completed")
+
+
+@pytest.mark.parametrize("late", [False, True])
+class TestEverySuspension:
+    async def test_of_waiting_for_a_submitted_task(self, late):
+        """The handle's waiter goes; the task itself is submitted and answered all the same."""
+        async with connected(quick(poll_first=0.01), task_seconds=0.01) as (emulator, session):
+
+            async def act():
+                task = session.submit(request())
+                await task.accepted()
+                await task.wait()
+                return await task
+
+            async def check(_):
+                await until(lambda: busy(session.stats) == (0, 0, 0))
+                await until(lambda: session.stats.pending == 0)
+                assert not session._resolver._background
+
+            assert await cancel_everywhere(act, check, late=late) > 2
+            assert session.stats.notifications["resolved"] == len(emulator.tasks)
+
+    async def test_of_the_submission_in_the_background(self, late):
+        """Whoever waits is told that the task may have been accepted."""
+        async with connected(quick(permits=1), task_seconds=0.01) as (_, session):
+            resolver = session._resolver
+            entries = []
+
+            async def act():
+                entry = Entry(request())
+                entries.append(entry)
+                wait = resolver.table.watch(entry, None)
+                deadline = session._clock.monotonic() + 10
+                await resolver._submit(entry, wait, request(), as_task=True, deadline=deadline)
+
+            async def check(_):
+                await until(lambda: busy(session.stats) == (0, 0, 0))
+                await until(lambda: session.stats.pending == 0)
+                answer = entries[-1].answer
+                if answer.error is not None:
+                    assert isinstance(answer.error, SessionClosedError)
+                    assert answer.error.ambiguous
+                assert not entries[-1].waits
+                assert len(resolver.table.timers) == 0
+
+            assert await cancel_everywhere(act, check, late=late) > 2
+            assert entries[-1].answer.error is None
+
+    async def test_of_an_analyze_that_became_a_task(self, late):
+        """Nobody else can wait for such a task, so it is let go: no poll and no deadline is left."""
+        accepted, polled = [], []
+
+        async def follow(http):
+            if http.method == "GET":
+                polled.append(http.path)
+                if len(polled) % 2:
+                    return await answer(200, {"data": {"status": "processing"}})(http)
+                analysis = {"data": {"caption": "a cat"}}
+                return await answer(200, {"data": {"status": "completed", "analysis": analysis}})(
+                    http
+                )
+            accepted.append(f"t{len(accepted)}")
+            return await answer(202, {"data": {"task_id": accepted[-1]}})(http)
+
+        async with ScriptedServer(follow) as server:
+            async with server.session(poll_first=0.01, poll_longest=0.02) as session:
+                resolver = session._resolver
+
+                async def act():
+                    return await session.analyze(request())
+
+                async def check(_):
+                    await until(lambda: busy(session.stats) == (0, 0, 0))
+                    await until(lambda: resolver.caller.poll_gate.in_use == 0)
+                    assert resolver.poller.scheduled == 0
+                    pending = resolver.table.pending.values()
+                    assert not any(entry.waits or entry.poll for entry in pending)
+                    assert not resolver._background
+
+                assert await cancel_everywhere(act, check, late=late) > 2
+
+    async def test_of_polls(self, late):
+        """Waiting by polls alone and cancelled, the next one polls as if nothing had been."""
+        async with connected(quick(poll_first=0.01), task_seconds=0.02) as (_, session):
+
+            async def act():
+                task = session.submit(request())
+                task_id = await task.accepted()
+                again = session.task(task_id, Captioning)
+                await again.wait()
+                await session.task_status(task_id)
+
+            async def check(_):
+                await until(lambda: busy(session.stats) == (0, 0, 0))
+                await until(lambda: session.stats.pending == 0)
+                await until(lambda: session._resolver.caller.poll_gate.in_use == 0)
+                assert session._resolver.caller.poll_gate.waiting == 0
+
+            assert await cancel_everywhere(act, check, late=late) > 3
+
+    async def test_of_a_mapped_stream_of_tasks(self, late):
+        """Leaving the stream withdraws what was not accepted, and waits for nothing more."""
+        async with connected(quick(permits=2), task_seconds=0.005) as (_, session):
+
+            async def act():
+                count = 0
+                async with session.map(map(request, range(6)), mode="task", window=4) as stream:
+                    async for outcome in stream:
+                        outcome.unwrap()
+                        count += 1
+                assert count == 6
+
+            async def check(_):
+                await until(lambda: busy(session.stats) == (0, 0, 0))
+                resolver = session._resolver
+                await until(lambda: not resolver._background)
+                pending = resolver.table.pending.values()
+                assert not any(entry.waits or entry.poll for entry in pending)
+
+            assert await cancel_everywhere(act, check, late=late) > 3
+
+    async def test_of_closing(self, late):
+        """A close that is cancelled still closes: handles fail, no task of ours goes on."""
+        async with Emulator(task_seconds=NEVER) as emulator:
+            credentials = Credentials.from_url(emulator.cloudinary_url)
+            tasks = []
+
+            async def act():
+                async with AnalyzeSession(
+                    credentials, settings=quick(), notifications=asyncio.Queue()
+                ) as session:
+                    tasks[:] = [session.submit(request(index)) for index in range(3)]
+                    await asyncio.gather(*(task.accepted() for task in tasks))
+                    await session.aclose(drain=0.01)
+
+            async def check(_):
+                await until(lambda: not library_tasks())
+                assert all(isinstance(task.exception(), SessionClosedError) for task in tasks)
+                tasks.clear()
+
+            assert await cancel_everywhere(act, check, late=late) > 3
+
+
+class TestListening:
+    @pytest.mark.parametrize("late", [False, True])
+    async def test_cancelled_at_every_suspension_the_source_is_closed(self, clock, late):
+        """The session's close cancels the listening wherever it is: the source is told."""
+        closed = []
+
+        class Source(NotificationSource):
+            async def listen(self):
+                try:
+                    for index in range(3):
+                        await asyncio.sleep(0)
+                        yield sign(build_result(f"t{index}"))
+                finally:
+                    closed.append(True)
+
+            async def fetch(self, task_ids):
+                await asyncio.sleep(0)
+                return [sign(build_result(task_id)) for task_id in task_ids]
+
+        for n in range(1, 12):
+            closed.clear()
+            suspensions = Suspensions(n, late=late)
+            async with resolving(clock, source=Source()) as (_, resolver):
+                await submit(resolver)
+                listening = asyncio.create_task(suspensions.drive(resolver.listener._listen()))
+                await asyncio.wait([listening], timeout=5)
+                assert listening.done()
+            assert closed
+            assert not library_tasks()
+            if suspensions.count < n:
+                return
+        raise AssertionError("it never completed")
+
+
+class TestMany:
+    async def test_a_cancelled_waiter_among_thousands_disturbs_no_other(self):
+        async with connected(task_seconds=0.3) as (_, session):
+            task = session.submit(request())
+            waiters = [asyncio.ensure_future(task) for _ in range(2000)]
+            await task.accepted()
+            for waiter in waiters[::2]:
+                waiter.cancel()
+            outcomes = await asyncio.gather(*waiters, return_exceptions=True)
+            assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes[::2])
+            assert all(outcome.analysis.caption for outcome in outcomes[1::2])

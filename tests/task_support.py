@@ -1,0 +1,213 @@
+"""Tools of the task tests: an emulator with a line to a session, signed deliveries, quick settings."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import attrs
+
+from cloudinary_analyze import AnalyzeSession, Captioning, Credentials, Delivery, Settings
+from cloudinary_analyze._http.meter import Meter
+from cloudinary_analyze._resolve.resolver import Resolver
+from cloudinary_analyze._wire.protocol import Accepted
+from cloudinary_analyze._wire.signature import (
+    SIGNATURE_HEADER,
+    TIMESTAMP_HEADER,
+    compute_signature,
+)
+from cloudinary_analyze.emulator import Emulator
+from cloudinary_analyze.notifications import QueueSource
+from cloudinary_analyze.responses import TaskStatus
+from cloudinary_analyze.testing import ManualClock
+
+SECRET = "unit-secret"
+NOW = 1_790_000_000.0
+URL = "https://example.com/a.jpg"
+
+
+def quick(**options: Any) -> Settings:
+    """Return settings whose waits are short in real time."""
+    return Settings(
+        **{
+            "poll_first": 0.05,
+            "poll_longest": 0.5,
+            "polls_per_second": 1000,
+            "result_grace": 0.3,
+            "failure_grace": 0.2,
+            "backoff_first": 0.01,
+            "backoff_max": 0.02,
+            **options,
+        }
+    )
+
+
+def build_result(task_id: str, caption: str = "a cat", **fields: Any) -> bytes:
+    """Return the body of a notification that brings a caption."""
+    content = {
+        "notification_type": "analyze",
+        "task_id": task_id,
+        "request_id": "r" * 32,
+        "http_status": 200,
+        "data": {"entity": URL, "analysis": {"data": {"caption": caption}, "model_version": 4}},
+        **fields,
+    }
+    return json.dumps(content).encode()
+
+
+def build_failure(task_id: str, message: str = "it is no image") -> bytes:
+    """Return the body of a notification that brings a failure."""
+    error = {"category": "user_error", "code": "MA_00003", "message": message, "details": {}}
+    return build_result(task_id, data=None, error=error, http_status=400)
+
+
+def sign(
+    body: bytes,
+    *,
+    secret: str = SECRET,
+    at: float = NOW,
+    received_at: float | None = NOW,
+    digest: str = "sha1",
+) -> Delivery:
+    """Return a delivery that was signed at an instant."""
+    timestamp = str(int(at))
+    signature = compute_signature(body, timestamp, secret, digest=digest)
+    headers = {TIMESTAMP_HEADER: timestamp, SIGNATURE_HEADER: signature}
+    return Delivery(body, headers, received_at=received_at)
+
+
+@contextlib.asynccontextmanager
+async def connected(
+    settings: Settings | None = None, *, session_options: Any = None, **emulator_options: Any
+) -> AsyncIterator[tuple[Emulator, AnalyzeSession]]:
+    """Run an emulator whose notifications go into the queue of an open session."""
+    queue: asyncio.Queue[Delivery] = asyncio.Queue()
+    async with Emulator(on_delivery=queue.put_nowait, **emulator_options) as emulator:
+        async with AnalyzeSession(
+            Credentials.from_url(emulator.cloudinary_url),
+            settings=settings or quick(),
+            notifications=queue,
+            **(session_options or {}),
+        ) as session:
+            yield emulator, session
+
+
+@contextlib.asynccontextmanager
+async def unconnected(
+    settings: Settings | None = None, *, session_options: Any = None, **emulator_options: Any
+) -> AsyncIterator[tuple[Emulator, AnalyzeSession]]:
+    """Run an emulator and an open session that hears of no notification."""
+    async with Emulator(**emulator_options) as emulator:
+        async with AnalyzeSession(
+            Credentials.from_url(emulator.cloudinary_url),
+            settings=settings or quick(),
+            **(session_options or {}),
+        ) as session:
+            yield emulator, session
+
+
+def idle(session: AnalyzeSession) -> tuple[int, int, int, int]:
+    """Return what must be zero when nothing is going on."""
+    stats = session.stats
+    return stats.in_flight, stats.permits_in_use, stats.waiting, stats.pending
+
+
+def library_tasks() -> set[asyncio.Task[Any]]:
+    """Return the asyncio tasks that run a coroutine of the package's client side."""
+    found = set()
+    for task in asyncio.all_tasks():
+        code = getattr(task.get_coro(), "cr_code", None)
+        name = code.co_filename if code is not None else ""
+        if "cloudinary_analyze" in name and "emulator" not in name:
+            found.add(task)
+    return found
+
+
+@attrs.define(eq=False)
+class Service:
+    """Stands in for the calls of a session, so that only its clock tells the time.
+
+    Attributes:
+        state: Says what the status of a task is: a state, a `TaskStatus`, or an error to raise.
+        repeat: What an analyze call that asks for no task is answered.
+        polls: When each task was asked for, in order.
+    """
+
+    clock: ManualClock
+    state: Callable[[str], Any] = lambda _: "pending"
+    repeat: Any = None
+    polls: list[tuple[float, str]] = attrs.field(factory=list)
+    calls: int = 0
+    on_the_wire: int = 0
+    most_on_the_wire: int = 0
+    hold: asyncio.Event | None = None
+
+    async def analyze(self, request: Any, *, as_task: bool = False, **_: Any) -> Any:
+        self.calls += 1
+        number = self.calls
+        await asyncio.sleep(0)
+        if as_task:
+            return Accepted(f"t{number}")
+        if isinstance(self.repeat, Exception):
+            raise self.repeat
+        return self.repeat
+
+    async def get_task_status(self, task_id: str, *, attempts: int | None = None) -> TaskStatus:
+        assert attempts == 1  # the poller's own schedule is the only repetition
+        self.polls.append((self.clock.now, task_id))
+        self.on_the_wire += 1
+        self.most_on_the_wire = max(self.most_on_the_wire, self.on_the_wire)
+        try:
+            if self.hold is not None:
+                await self.hold.wait()
+            else:
+                await asyncio.sleep(0)
+        finally:
+            self.on_the_wire -= 1
+        state = self.state(task_id)
+        if isinstance(state, Exception):
+            raise state
+        return state if isinstance(state, TaskStatus) else TaskStatus(task_id, state)
+
+    def when(self, task_id: str = "t1") -> list[float]:
+        """Return when a task was asked for."""
+        return [at for at, asked in self.polls if asked == task_id]
+
+    def per_task(self) -> Counter[str]:
+        """Return how often each task was asked for."""
+        return Counter(asked for _, asked in self.polls)
+
+
+@contextlib.asynccontextmanager
+async def resolving(
+    clock: ManualClock, *, source: Any = True, service: Service | None = None, **settings: Any
+) -> AsyncIterator[tuple[Service, Resolver]]:
+    """Run a resolver over a service that is none, with a queue as source or another or none."""
+    service = service or Service(clock)
+    if source is True:
+        source = QueueSource(asyncio.Queue())
+    resolver = Resolver.start(
+        service,  # type: ignore[arg-type]
+        Credentials("demo", "key", SECRET),
+        Settings(**settings),
+        clock=clock,
+        meter=Meter(),
+        source=source,
+        notification_url=None,
+    )
+    try:
+        yield service, resolver
+    finally:
+        await resolver.stop()
+
+
+async def submit(resolver: Resolver, *, deadline: float | None = None) -> Any:
+    """Submit a task and return its wait once it was accepted."""
+    wait = resolver.submit(Captioning(URL), as_task=True, deadline=deadline)
+    while wait.entry.task_id is None and wait.entry.answer is None:
+        await asyncio.sleep(0)
+    return wait

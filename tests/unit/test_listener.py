@@ -1,0 +1,346 @@
+"""The listener: nothing that arrives stops it, and a source that breaks is taken up again."""
+
+import asyncio
+import itertools
+
+import pytest
+from task_support import NOW, SECRET, Service, build_failure, build_result, resolving, sign, submit
+
+from cloudinary_analyze import Delivery, NotificationSource
+from cloudinary_analyze._resolve.listener import BURST, FETCH_BATCH
+from cloudinary_analyze.errors import NotificationSourceError
+from cloudinary_analyze.notifications import QueueSource
+
+HOUR = 3600.0
+
+
+class Recorder(QueueSource):
+    """A queue that notes what was settled."""
+
+    def __init__(self):
+        super().__init__(asyncio.Queue())
+        self.settled = []
+
+    def settle(self, delivery):
+        self.settled.append(delivery)
+
+    def send(self, delivery):
+        self.queue.put_nowait(delivery)
+
+
+class Brittle(NotificationSource):
+    """Breaks, or ends, as often as it is told to; has a memory if it is given one."""
+
+    def __init__(self, *ends):
+        self.ends = list(ends)
+        self.begun = []
+
+    async def listen(self):
+        self.begun.append(None)
+        end = self.ends.pop(0) if self.ends else asyncio.Event()
+        if isinstance(end, asyncio.Event):
+            await end.wait()
+            return
+        if isinstance(end, BaseException):
+            raise end
+        for delivery in end:
+            yield delivery
+
+
+class Mailbox(Brittle):
+    """Keeps what was delivered, and tells nobody."""
+
+    def __init__(self, *ends):
+        super().__init__(*ends)
+        self.kept = {}
+        self.asked = []
+        self.failures = []
+
+    async def fetch(self, task_ids):
+        self.asked.append(list(task_ids))
+        if self.failures:
+            raise self.failures.pop(0)
+        return [self.kept[task_id] for task_id in task_ids if task_id in self.kept]
+
+
+async def settled():
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def verdicts(resolver):
+    return dict(resolver.meter.notifications)
+
+
+class TestRefused:
+    """Forged, stale, malformed and foreign deliveries touch no task and stop nothing."""
+
+    @pytest.mark.parametrize(
+        ("delivery", "verdict"),
+        [
+            (sign(build_result("t1", "wrong"), secret="another"), "forged"),
+            (Delivery(build_result("t1", "wrong"), {}, received_at=NOW), "forged"),
+            (Delivery(build_result("t1"), {"X-Cld-Signature_v2": "v2"}), "forged"),
+            (sign(build_result("t1", "wrong"), at=NOW - 3 * HOUR), "stale"),
+            (sign(build_result("t1", "wrong"), at=NOW + 600), "stale"),
+            (sign(b'{"task_id": "t1", '), "malformed"),
+            (sign(b"[]"), "malformed"),
+            (sign(b"\xff\xfe"), "malformed"),
+            ("no delivery at all", "malformed"),
+            (Delivery("text", {}), "malformed"),
+            (Delivery(b"{}", None), "malformed"),
+            (sign(b'{"task_id": "t1", "error": {"message": "\\ud800"}}'), None),
+            (sign(build_result("t99")), "parked"),
+            (sign(b'{"notification_type": "upload"}'), "unrelated"),
+        ],
+    )
+    async def test_verdict(self, clock, delivery, verdict):
+        source = Recorder()
+        async with resolving(clock, source=source) as (_, resolver):
+            wait = await submit(resolver)
+            source.send(delivery)
+            await settled()
+            if verdict is not None:  # half a surrogate pair is a failure or garbage, no matter
+                assert verdicts(resolver) == {verdict: 1}
+                assert wait.entry.answer is None
+                assert not source.settled
+            other = await submit(resolver)
+            genuine = sign(build_result(other.entry.task_id))
+            source.send(genuine)
+            await settled()
+            assert other.entry.answer.data is not None
+            assert genuine in source.settled
+            assert len(source.begun if hasattr(source, "begun") else [1]) == 1
+
+    async def test_no_secret_is_logged(self, clock, caplog):
+        caplog.set_level("DEBUG")
+        source = Recorder()
+        async with resolving(clock, source=source) as _:
+            for delivery in (sign(b"garbage"), sign(b"{}", secret="x"), sign(b"{}", at=0)):
+                source.send(delivery)
+            await settled()
+        assert len(caplog.records) == 3
+        assert SECRET not in caplog.text
+
+
+class TestSettle:
+    async def test_what_answered_a_task_is_settled_and_nothing_else(self, clock):
+        source = Recorder()
+        async with resolving(clock, source=source) as (_, resolver):
+            await submit(resolver)
+            result, again = sign(build_result("t1")), sign(build_result("t1"))
+            foreign = sign(build_result("someone-elses"))
+            for delivery in (result, again, foreign, foreign):
+                source.send(delivery)
+            await settled()
+            assert source.settled == [result, again]
+            assert verdicts(resolver) == {"resolved": 1, "duplicate": 1, "parked": 2}
+
+    async def test_a_settle_that_raises_does_not_stop_the_listening(self, clock, caplog):
+        source = Recorder()
+        source.settle = lambda _: 1 / 0
+        async with resolving(clock, source=source) as (_, resolver):
+            waits = [await submit(resolver) for _ in range(3)]
+            for wait in waits:
+                source.send(sign(build_result(wait.entry.task_id)))
+            await settled()
+            assert all(wait.entry.answer.data is not None for wait in waits)
+            assert clock.next_at is None or clock.now == 0
+        assert "settle" in caplog.text
+
+
+class TestReceipt:
+    """A delivery is judged by the instant of its first receipt, however late it is read."""
+
+    async def test_one_that_was_stored_for_hours_is_fresh(self, clock):
+        source = Recorder()
+        async with resolving(clock, source=source) as (_, resolver):
+            wait = await submit(resolver)
+            stored = NOW - 1000 * HOUR
+            source.send(sign(build_result("t1"), at=stored, received_at=stored + 60))
+            await settled()
+            assert wait.entry.answer.data is not None
+
+    async def test_one_that_was_old_when_received_stays_stale(self, clock):
+        source = Recorder()
+        async with resolving(clock, source=source) as (_, resolver):
+            await submit(resolver)
+            source.send(sign(build_result("t1"), at=NOW - 3 * HOUR, received_at=NOW))
+            await settled()
+            assert verdicts(resolver) == {"stale": 1}
+
+    async def test_without_a_receipt_only_the_digest_counts(self, clock):
+        source = Recorder()
+        async with resolving(clock, source=source) as (_, resolver):
+            wait = await submit(resolver)
+            source.send(sign(build_result("t1"), at=1, received_at=None, secret="another"))
+            await settled()
+            assert verdicts(resolver) == {"forged": 1}
+            source.send(sign(build_result("t1"), at=1, received_at=None))
+            await settled()
+            assert wait.entry.answer.data is not None
+
+
+class TestGrace:
+    async def test_the_notification_of_a_failed_task_brings_the_reason_in_time(self, clock):
+        source = Recorder()
+        service = Service(clock, state=lambda _: "failed")
+        async with resolving(clock, source=source, service=service) as (_, resolver):
+            wait = await submit(resolver)
+            await clock.advance(7)
+            assert wait.entry.state == "failed"
+            source.send(sign(build_failure("t1", "too dark")))
+            await settled()
+            assert wait.entry.answer.error.cause_known
+            await clock.advance(1000)
+            assert verdicts(resolver) == {"resolved": 1}
+
+    async def test_the_notification_of_a_completed_task_arrives_in_time(self, clock):
+        source = Recorder()
+        service = Service(clock, state=lambda _: "completed")
+        async with resolving(clock, source=source, service=service) as (_, resolver):
+            wait = await submit(resolver)
+            await clock.advance(1100)
+            source.send(sign(build_result("t1")))
+            await settled()
+            assert wait.entry.answer.data is not None
+
+
+class TestYield:
+    async def test_a_full_queue_leaves_the_loop_room(self, clock):
+        """The loop runs every few dozen deliveries, whatever is in the queue."""
+        source = Recorder()
+        for index in range(20 * BURST):
+            source.send(sign(build_result(f"t{index}")))
+        async with resolving(clock, source=source):
+            turns = 0
+            while source.queue.qsize():
+                turns += 1
+                await asyncio.sleep(0)
+            assert turns >= 19
+
+
+class TestSourceEnds:
+    async def test_what_is_pending_fails_with_the_cause(self, clock):
+        over = asyncio.Event()
+        async with resolving(clock, source=Brittle(over)) as (service, resolver):
+            waits = [await submit(resolver) for _ in range(3)]
+            over.set()
+            await settled()
+            for wait in waits:
+                error = wait.entry.answer.error
+                assert isinstance(error, NotificationSourceError)
+                assert error.task_id == wait.entry.task_id
+                assert "ended" in str(error)
+                assert error.__cause__ is not None
+            assert not resolver.table.pending
+
+            paid = service.calls
+            late = resolver.submit(waits[0].entry.request, as_task=True, deadline=None)
+            assert isinstance(late.entry.answer.error, NotificationSourceError)
+            assert isinstance(resolver.attach("t9").entry.answer.error, NotificationSourceError)
+            await settled()
+            assert service.calls == paid  # its result could not arrive, so it was not sent
+
+
+class TestSourceBreaks:
+    async def test_it_is_resumed_with_backoff(self, clock, caplog):
+        source = Brittle(*[ConnectionError("gone")] * 10)
+        async with resolving(clock, source=source) as _:
+            begun_at = []
+            for _ in range(200):
+                await clock.advance(0.5)
+                while len(begun_at) < len(source.begun):
+                    begun_at.append(clock.now)
+            gaps = [b - a for a, b in itertools.pairwise(begun_at[1:])]
+            assert gaps[:5] == [1, 2, 4, 8, 16]
+            assert max(gaps) == 30
+        assert "gone" in caplog.text
+
+    async def test_a_delivery_starts_the_backoff_anew(self, clock):
+        async def once_then_break(self):
+            self.begun.append(clock.now)
+            yield sign(build_result("t9"))
+            raise ConnectionError("gone")
+
+        source = Brittle()
+        source.listen = once_then_break.__get__(source)
+        async with resolving(clock, source=source) as _:
+            await clock.advance(5)
+            assert source.begun == [index / 2 for index in range(11)]
+
+    async def test_cancelled_from_inside_it_is_resumed_too(self, clock):
+        source = Brittle(asyncio.CancelledError(), [sign(build_result("t1"))])
+        async with resolving(clock, source=source) as (_, resolver):
+            wait = await submit(resolver)
+            await clock.advance(1)
+            assert wait.entry.answer.data is not None
+
+    async def test_all_that_is_pending_is_fetched_again(self, clock):
+        broken = asyncio.Event()
+
+        class Breaking(Mailbox):
+            async def listen(self):
+                self.begun.append(clock.now)
+                if len(self.begun) == 1:
+                    await broken.wait()
+                    raise ConnectionError("gone")
+                await asyncio.Event().wait()
+                yield
+
+        source = Breaking()
+        async with resolving(clock, source=source) as (_, resolver):
+            waits = [await submit(resolver) for _ in range(5)]
+            await settled()
+            assert list(itertools.chain(*source.asked)) == [f"t{number}" for number in range(1, 6)]
+            source.kept = {"t3": sign(build_result("t3"))}  # while nobody was listening
+            source.asked.clear()
+            broken.set()
+            await clock.advance(1)
+            assert sorted(itertools.chain(*source.asked)) == [
+                f"t{number}" for number in range(1, 6)
+            ]
+            assert [wait.entry.answer is not None for wait in waits] == [0, 0, 1, 0, 0]
+
+
+class TestMemory:
+    async def test_what_was_delivered_before_is_fetched_once_the_task_is_known(self, clock):
+        """A worker that starts hours later still finds the result."""
+        source = Mailbox()
+        long_ago = NOW - 10 * HOUR
+        source.kept["t7"] = sign(build_result("t7"), at=long_ago, received_at=long_ago)
+        async with resolving(clock, source=source) as (_, resolver):
+            wait = resolver.attach("t7")
+            await settled()
+            assert wait.entry.answer.data is not None
+
+    async def test_a_lost_wake_up_is_made_good_every_half_minute(self, clock):
+        source = Mailbox()
+        async with resolving(clock, source=source) as (_, resolver):
+            wait = await submit(resolver)
+            await settled()
+            source.kept["t1"] = sign(build_result("t1"))
+            await clock.advance(29)
+            assert wait.entry.answer is None
+            await clock.advance(1)
+            assert wait.entry.answer.data is not None
+
+    async def test_a_fetch_that_fails_is_made_again(self, clock, caplog):
+        source = Mailbox()
+        source.failures = [ConnectionError("gone"), asyncio.CancelledError()]
+        source.kept["t1"] = sign(build_result("t1"))
+        async with resolving(clock, source=source) as (_, resolver):
+            wait = await submit(resolver)
+            await clock.advance(0.4)
+            assert wait.entry.answer is None
+            await clock.advance(2)
+            assert wait.entry.answer.data is not None
+        assert "could not be fetched" in caplog.text
+
+    async def test_thousands_are_fetched_in_batches(self, clock):
+        source = Mailbox()
+        async with resolving(clock, source=source) as (_, resolver):
+            for index in range(2 * FETCH_BATCH + 1):
+                resolver.attach(f"t{index}")
+            await settled()
+            assert [len(batch) for batch in source.asked] == [FETCH_BATCH, FETCH_BATCH, 1]

@@ -1,0 +1,370 @@
+"""Polls: when they are made, what they mean, and that they never fail a task with a source."""
+
+import asyncio
+import itertools
+
+import pytest
+from task_support import Service, resolving, submit
+
+from cloudinary_analyze import (
+    Captioning,
+    CaptioningAnalysis,
+    Response,
+    ResultNotDeliveredError,
+    Settings,
+    TaskFailedError,
+    TaskTimeoutError,
+)
+from cloudinary_analyze._resolve.poller import compute_interval
+from cloudinary_analyze.errors import (
+    AuthenticationError,
+    NotFoundError,
+    NotificationSourceError,
+    PermissionDeniedError,
+    ResponseDecodeError,
+    ServerError,
+    TransportError,
+)
+from cloudinary_analyze.responses import TaskStatus
+
+RESPONSE = Response(CaptioningAnalysis("a dog"), model="captioning")
+
+
+def gaps(instants):
+    return [after - before for before, after in itertools.pairwise(instants)]
+
+
+class TestIntervals:
+    @pytest.mark.parametrize(("with_source", "first", "longest"), [(True, 5, 300), (False, 1, 30)])
+    def test_grow_from_the_first_to_the_longest(self, with_source, first, longest):
+        interval, intervals = 0.0, []
+        for _ in range(20):
+            interval = compute_interval(interval, Settings(), with_source=with_source)
+            intervals.append(interval)
+        assert intervals[0] == first
+        assert intervals[-1] == longest
+        assert intervals == sorted(intervals)
+        assert all(after <= 2 * before for before, after in itertools.pairwise(intervals))
+
+    def test_settings_have_their_way(self):
+        settings = Settings(poll_first=2, poll_longest=3)
+        assert compute_interval(0, settings, with_source=True) == 2
+        assert compute_interval(2, settings, with_source=True) == 3
+
+    def test_a_first_over_the_default_longest_stays(self):
+        assert compute_interval(0, Settings(poll_first=900), with_source=True) == 900
+        assert compute_interval(900, Settings(poll_first=900), with_source=True) == 900
+
+    async def test_are_jittered_within_a_fifth(self, clock):
+        async with resolving(
+            clock, source=None, poll_first=10, poll_longest=10, polls_per_second=100_000
+        ) as (service, resolver):
+            for _ in range(100):
+                await submit(resolver)
+            await clock.advance(12.1)
+            first = [service.when(f"t{number}")[0] for number in range(1, 101)]
+            assert all(8 <= at <= 12.01 for at in first)
+            assert max(first) - min(first) > 2
+
+
+class TestPace:
+    async def test_the_rate_holds_with_thousands_pending_and_the_oldest_due_go_first(self, clock):
+        async with resolving(clock, polls_per_second=20, poll_first=5) as (service, resolver):
+            for _ in range(3000):
+                resolver.submit(
+                    Captioning("https://example.com/a.jpg"), as_task=True, deadline=None
+                )
+            while len(resolver.table.pending) < 3000:
+                await asyncio.sleep(0)
+            due = {entry.task_id: entry.poll.due for entry in resolver.table.pending.values()}
+            await clock.advance(100)
+            instants = [at for at, _ in service.polls]
+            assert 20 * 95 <= len(instants) <= 20 * 97
+            assert all(gap >= 0.05 - 1e-9 for gap in gaps(instants))
+            firsts = [due[asked] for _, asked in service.polls[:1500]]
+            assert firsts == sorted(firsts)
+
+    async def test_no_more_than_the_permits_are_on_the_wire(self, clock):
+        service = Service(clock, hold=asyncio.Event())
+        async with resolving(
+            clock, service=service, poll_permits=3, polls_per_second=1000, poll_first=1
+        ) as (_, resolver):
+            for _ in range(20):
+                await submit(resolver)
+            await clock.advance(10)
+            assert service.most_on_the_wire == len(service.polls) == 3
+            service.hold.set()
+            await clock.advance(0.1)
+            assert len(service.polls) == 20
+            assert service.most_on_the_wire == 3
+
+    async def test_a_task_that_is_due_sooner_is_not_kept_waiting_by_another(self, clock):
+        async with resolving(clock, poll_first=100) as (service, resolver):
+            await submit(resolver)
+            await clock.advance(1)  # now the poller sleeps until that one is due
+            resolver.attach("known-elsewhere")
+            await clock.advance(0)
+            assert service.when("known-elsewhere") == [1]
+            assert service.when("t1") == []
+
+    async def test_an_answered_task_is_polled_no_more(self, clock):
+        async with resolving(clock, poll_first=1) as (service, resolver):
+            wait = await submit(resolver)
+            await clock.advance(2)
+            made = len(service.polls)
+            resolver._fail_for_source(wait.entry, NotificationSourceError("ended"))
+            await clock.advance(1000)
+            assert len(service.polls) == made
+            assert resolver.poller.scheduled == 0
+
+    async def test_taken_up_while_a_poll_is_under_way_it_is_polled_in_one_rhythm(self, clock):
+        service = Service(clock, hold=asyncio.Event())
+        async with resolving(clock, service=service, poll_first=10, poll_longest=10) as (
+            _,
+            resolver,
+        ):
+            wait = await submit(resolver)
+            await clock.advance(12)
+            resolver.table.abandon(wait)  # while the poll is on the wire
+            resolver.attach("t1")
+            service.hold.set()
+            await clock.advance(300)
+            assert len(service.polls) <= 2 + 300 / 8
+            assert resolver.poller.scheduled == 1
+
+
+class TestCompleted:
+    async def test_with_a_source_the_notification_has_the_grace_to_come(self, clock):
+        service = Service(clock, state=lambda _: "completed")
+        async with resolving(clock, service=service) as (_, resolver):
+            wait = await submit(resolver, deadline=None)
+            await clock.advance(6)
+            assert wait.entry.state == "completed"
+            polled_at = service.polls[0][0]
+            await clock.advance(polled_at + 1200 - clock.now - 0.01)
+            assert wait.entry.answer is None
+            await clock.advance(0.01)
+            error = wait.entry.answer.error
+            assert isinstance(error, ResultNotDeliveredError)
+            assert error.task_id == "t1"
+            assert error.last_status.state == "completed"
+            assert "1200 s" in str(error)
+            assert "notification URL" in str(error)
+            assert len(service.polls) == 1  # what is over needs no further poll
+
+    @pytest.mark.parametrize(("source", "grace"), [(None, 1200), (True, 0)])
+    async def test_without_a_source_or_grace_the_result_is_missing_at_once(
+        self, clock, source, grace
+    ):
+        service = Service(clock, state=lambda _: "completed")
+        async with resolving(clock, service=service, source=source, result_grace=grace) as (
+            _,
+            resolver,
+        ):
+            wait = await submit(resolver)
+            await clock.advance(6)
+            assert isinstance(wait.entry.answer.error, ResultNotDeliveredError)
+            assert "mode='call'" in str(wait.entry.answer.error) or source
+
+    async def test_on_missing_result_analyze_repeats_it_once_as_a_call(self, clock):
+        service = Service(clock, state=lambda _: "completed", repeat=RESPONSE)
+        async with resolving(clock, service=service, source=None, on_missing_result="analyze") as (
+            _,
+            resolver,
+        ):
+            wait = await submit(resolver)
+            await clock.advance(2)
+            assert wait.entry.answer.response is RESPONSE
+            assert wait.entry.answer.by == "analyze"
+            assert service.calls == 2
+
+    async def test_taken_up_while_it_is_being_repeated_it_is_not_paid_for_again(self, clock):
+        release = asyncio.Event()
+
+        class Slow(Service):
+            async def analyze(self, request, *, as_task=False, **options):
+                answer = await super().analyze(request, as_task=as_task, **options)
+                if not as_task:
+                    await release.wait()
+                return answer
+
+        service = Slow(clock, state=lambda _: "completed", repeat=RESPONSE)
+        async with resolving(clock, service=service, source=None, on_missing_result="analyze") as (
+            _,
+            resolver,
+        ):
+            wait = await submit(resolver)
+            await clock.advance(2)
+            resolver.table.abandon(wait)
+            again = resolver.attach("t1")
+            await clock.advance(60)
+            release.set()
+            await clock.advance(1)
+            assert again.entry.answer.response is RESPONSE
+            assert service.calls == 2
+            assert len(service.polls) == 2
+
+    async def test_the_error_of_the_repeated_call_is_the_tasks(self, clock):
+        service = Service(clock, state=lambda _: "completed", repeat=ServerError("broken"))
+        async with resolving(clock, service=service, source=None, on_missing_result="analyze") as (
+            _,
+            resolver,
+        ):
+            wait = await submit(resolver)
+            await clock.advance(2)
+            assert wait.entry.answer.error is service.repeat
+
+    async def test_taken_up_by_its_id_it_cannot_be_repeated(self, clock):
+        service = Service(clock, state=lambda _: "completed", repeat=RESPONSE)
+        async with resolving(clock, service=service, source=None, on_missing_result="analyze") as (
+            _,
+            resolver,
+        ):
+            wait = resolver.attach("t1")
+            await clock.advance(2)
+            assert isinstance(wait.entry.answer.error, ResultNotDeliveredError)
+            assert service.calls == 0
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            {"status": "completed", "analysis": {"data": {"caption": "a cat"}}},
+            {"status": "completed", "result": {"analysis": {"data": {"caption": "a cat"}}}},
+            {"status": "completed", "result": {"data": {"analysis": {"data": {"caption": "a"}}}}},
+        ],
+    )
+    async def test_an_analysis_in_the_status_is_used(self, clock, data):
+        status = TaskStatus("t1", "completed", raw={"data": data})
+        service = Service(clock, state=lambda _: status)
+        async with resolving(clock, service=service) as (_, resolver):
+            wait = await submit(resolver)
+            await clock.advance(6)
+            assert wait.entry.answer.by == "poll"
+            assert "caption" in wait.entry.answer.data["analysis"]["data"]
+
+
+class TestFailed:
+    async def test_the_notification_with_the_reason_has_its_grace(self, clock):
+        service = Service(clock, state=lambda _: "failed")
+        async with resolving(clock, service=service) as (_, resolver):
+            wait = await submit(resolver)
+            await clock.advance(6)
+            at = service.polls[0][0]
+            await clock.advance(at + 15 - clock.now - 0.01)
+            assert wait.entry.answer is None
+            await clock.advance(0.01)
+            error = wait.entry.answer.error
+            assert isinstance(error, TaskFailedError)
+            assert not error.cause_known
+            assert error.task_id == "t1"
+
+    async def test_without_a_source_it_fails_at_once(self, clock):
+        service = Service(clock, state=lambda _: "failed")
+        async with resolving(clock, service=service, source=None) as (_, resolver):
+            wait = await submit(resolver)
+            await clock.advance(2)
+            assert not wait.entry.answer.error.cause_known
+
+
+class TestPollsThatFail:
+    @pytest.mark.parametrize(
+        "error",
+        [
+            ServerError("500", status=500),
+            TransportError("gone"),
+            ResponseDecodeError("HTML"),
+            RuntimeError("a bug"),
+        ],
+    )
+    @pytest.mark.parametrize("source", [True, None])
+    async def test_of_the_moment_are_made_again(self, clock, error, source):
+        service = Service(clock, state=lambda _: error)
+        async with resolving(clock, service=service, source=source) as (_, resolver):
+            wait = await submit(resolver)
+            await clock.advance(3600)
+            assert wait.entry.answer is None
+            assert len(service.polls) > 10
+
+    @pytest.mark.parametrize("kind", [AuthenticationError, PermissionDeniedError])
+    async def test_refused_they_stop_with_one_warning_and_fail_nothing(self, clock, kind, caplog):
+        service = Service(clock, state=lambda _: kind("no", status=403))
+        async with resolving(clock, service=service) as (_, resolver):
+            waits = [await submit(resolver) for _ in range(50)]
+            await clock.advance(60)
+            waits.append(await submit(resolver))
+            await clock.advance(3600)
+            assert 1 <= len(service.polls) <= 4  # those that were under way
+            assert all(wait.entry.answer is None for wait in waits)
+            warnings = [r for r in caplog.records if r.levelname == "WARNING"]
+            assert len(warnings) == 1
+            assert "query_analysis_tasks" in caplog.text
+            resolver.table.abandon(waits[0])
+
+    @pytest.mark.parametrize("kind", [AuthenticationError, PermissionDeniedError])
+    async def test_refused_without_a_source_they_fail_the_task(self, clock, kind):
+        error = kind("no", status=403)
+        service = Service(clock, state=lambda _: error)
+        async with resolving(clock, service=service, source=None) as (_, resolver):
+            wait = await submit(resolver)
+            await clock.advance(2)
+            assert wait.entry.answer.error is error
+
+    async def test_not_found_counts_only_after_a_minute_and_twice(self, clock):
+        error = NotFoundError("unknown", status=404)
+        service = Service(clock, state=lambda _: error)
+        async with resolving(
+            clock, service=service, source=None, poll_first=10, poll_longest=10
+        ) as (_, resolver):
+            wait = await submit(resolver)
+            while wait.entry.answer is None:
+                assert wait.entry.misses == sum(at >= 60 for at in service.when()) < 2
+                await clock.advance(1)
+            assert wait.entry.answer.error is error
+            assert len([at for at in service.when() if at >= 60]) == 2
+            assert len(service.polls) >= 7
+
+    async def test_a_status_between_two_not_founds_starts_the_count_anew(self, clock):
+        answers = iter([NotFoundError("unknown", status=404), "pending"] * 20)
+        service = Service(clock, state=lambda _: next(answers))
+        async with resolving(
+            clock, service=service, source=None, poll_first=100, poll_longest=100
+        ) as (_, resolver):
+            wait = await submit(resolver)
+            await clock.advance(1000)
+            assert len(service.polls) > 6
+            assert wait.entry.answer is None
+
+    async def test_not_found_never_fails_a_task_with_a_source(self, clock):
+        service = Service(clock, state=lambda _: NotFoundError("unknown", status=404))
+        async with resolving(clock, service=service) as (_, resolver):
+            wait = await submit(resolver)
+            await clock.advance(20_000)
+            assert wait.entry.misses > 2
+            assert wait.entry.answer is None
+
+    async def test_an_unknown_state_warns_once_and_counts_as_running(self, clock, caplog):
+        service = Service(clock, state=lambda _: "queued_for_gpu")
+        async with resolving(clock, service=service, source=None) as (_, resolver):
+            waits = [await submit(resolver) for _ in range(3)]
+            await clock.advance(100)
+            assert all(wait.entry.state == "queued_for_gpu" for wait in waits)
+            assert all(wait.entry.answer is None for wait in waits)
+            assert min(service.per_task().values()) > 3
+            assert caplog.text.count("queued_for_gpu") == 1
+
+
+class TestTimeouts:
+    async def test_end_the_handle_alone_and_its_polls(self, clock):
+        async with resolving(clock) as (service, resolver):
+            wait = await submit(resolver, deadline=100)
+            await clock.advance(100)
+            assert isinstance(wait.ended, TaskTimeoutError)
+            assert wait.ended.task_id == "t1"
+            assert wait.entry.answer is None
+            made = len(service.polls)
+            await clock.advance(500)
+            assert len(service.polls) == made
+            again = resolver.attach("t1")
+            assert again.entry is wait.entry
+            await clock.advance(0.1)
+            assert len(service.polls) == made + 1  # it may be over by now
