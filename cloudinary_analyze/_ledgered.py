@@ -16,6 +16,7 @@ from typing import Any, Final, Generic, TypeVar
 import attrs
 
 from cloudinary_analyze._clock import Clock
+from cloudinary_analyze._resolve.poller import MISSES
 from cloudinary_analyze._resolve.resolver import Resolver
 from cloudinary_analyze._resolve.table import Wait
 from cloudinary_analyze._wire.protocol import Accepted, find_result, read_analysis_data
@@ -212,7 +213,7 @@ class Ledgered(Generic[Item]):
     ) -> Response[A]:
         if record is not None and record.task_id is not None:
             try:
-                return await self._take_up(record.task_id, request)
+                return await self._resume(record.task_id, request)
             except NotFoundError as error:
                 if error.model is not None:
                     raise  # not the task is unknown, but the source of a repeated call
@@ -253,14 +254,36 @@ class Ledgered(Generic[Item]):
         finally:
             self._leave(task, wait)
 
+    async def _resume(self, task_id: str, request: AnalyzeRequest[A]) -> Response[A]:
+        """Take up a task of an earlier run, unless the service has forgotten it.
+
+        Raises:
+            NotFoundError: It has; whatever it answered was lost, and only asking anew helps.
+        """
+        task, wait = self._attach(task_id, request)
+        try:
+            while not task.done() and wait.entry.misses < MISSES:
+                await wait.entry.change()
+        except asyncio.CancelledError:
+            self._leave(task, wait)
+            raise
+        if not task.done():
+            self._leave(task, wait)
+            raise NotFoundError(f"The service does not know the task {task_id} any more.")
+        return task.result()
+
     async def _take_up(
         self, task_id: str, request: AnalyzeRequest[A], *, key: str | None = None
     ) -> Response[A]:
+        task, wait = self._attach(task_id, request)
+        return await self._join(task, wait, key=key)
+
+    def _attach(self, task_id: str, request: AnalyzeRequest[A]) -> tuple[AnalysisTask[A], Wait]:
         deadline = self._deadline(self.settings.task_timeout)
         wait = self.resolver.attach(task_id, deadline=deadline)
         if wait.entry.request is None:
             wait.entry.request = request  # for messages, and to repeat it where that is wished
-        return await self._join(self._hold(request, wait), wait, key=key)
+        return self._hold(request, wait), wait
 
     async def _join(
         self, task: AnalysisTask[A], wait: Wait, *, key: str | None = None

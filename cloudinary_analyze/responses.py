@@ -126,3 +126,12 @@ class Notification:
     def failed(self) -> bool:
         """Whether the task failed, by its error object or by its status."""
         return self.error is not None or (self.http_status is not None and self.http_status >= 400)
+
+    @property
+    def answers_task(self) -> bool:
+        """Whether it ends a task: with an analysis, or with a failure."""
+        if self.task_id is None:
+            return False
+        if self.data is not None and type(self.data.get("analysis")) is dict:
+            return True
+        return self.failed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import warnings
 import weakref
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping
@@ -539,6 +540,6 @@ class AnalyzeSession:
 
     async def _settle(self, caller: Caller) -> None:
         """Wait until nothing is on the wire any more, but not for long."""
-        deadline = self._clock.monotonic() + CLOSE_PATIENCE
-        while caller.gate.in_use and self._clock.monotonic() < deadline:
-            await self._clock.sleep(0.01)
+        with contextlib.suppress(TimeoutError):
+            async with self._clock.timeout_at(self._clock.monotonic() + CLOSE_PATIENCE):
+                await caller.gate.wait_empty()

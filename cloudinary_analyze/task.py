@@ -8,6 +8,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from cloudinary_analyze._resolve.table import Answer, Table, Wait, report_error
 from cloudinary_analyze._wire.protocol import read_analysis_data
+from cloudinary_analyze.errors import SessionNotOpenError
 from cloudinary_analyze.responses import Response, TaskStatus
 
 A = TypeVar("A")
@@ -68,8 +69,16 @@ class AnalysisTask(Generic[A]):
 
     async def _join(self) -> Response[A]:
         while not self.done():
-            await self._wait.entry.change()
+            await self._change()
         return self.result()
+
+    async def _change(self) -> None:
+        if asyncio.get_running_loop() is not self._table.loop:
+            raise SessionNotOpenError(
+                "A task can be awaited only on the event loop of its session. Open one session "
+                "per loop, and pass the task id on: session.task(task_id, …)."
+            )
+        await self._wait.entry.change()
 
     def result(self) -> Response[A]:
         """Return the response, or raise what ``await`` would raise.
@@ -128,7 +137,7 @@ class AnalysisTask(Generic[A]):
             AnalyzeError: The service did not accept it; as ``await`` raises.
         """
         while self.task_id is None and not self.done():
-            await self._wait.entry.change()
+            await self._change()
         if self.task_id is None:
             self.result()
         return self.task_id
@@ -142,7 +151,7 @@ class AnalysisTask(Generic[A]):
             AnalyzeError: There is no task to ask for, or this handle's wait ended.
         """
         while self.status not in FINISHED and not self.done():
-            await self._wait.entry.change()
+            await self._change()
         if self.status not in FINISHED or self.task_id is None:
             self.result()
         self._retrieved = True

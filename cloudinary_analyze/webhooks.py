@@ -67,8 +67,9 @@ def verify_signature(
     digests = (digests,) if isinstance(digests, str) else tuple(digests)
     if not secrets or not all(secrets):
         raise ConfigurationError("There is no secret to verify notifications with.")
-    if unknown := set(digests) - DIGESTS.keys():
-        raise ConfigurationError(f"Digests are 'sha1' and 'sha256', not {sorted(unknown)}.")
+    for name in digests:
+        if name not in DIGESTS:
+            raise ConfigurationError(f"Digests are 'sha1' and 'sha256', not {name!r}.")
     if not signature:
         raise InvalidSignatureError("The notification has no signature.")
     if timestamp is None or not _TIMESTAMP.fullmatch(timestamp):

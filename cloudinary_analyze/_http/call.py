@@ -249,8 +249,16 @@ class Caller:
                 error = self._read_error(answer, model=None, feature=None)
             finally:
                 self.poll_gate.release()
-            wait = self._judge(error, made, self.poll_gate, generation, next(waits), model=None)
-            if wait is None or made >= attempts:
+            wait = self._judge(
+                error,
+                made,
+                self.poll_gate,
+                generation,
+                next(waits),
+                model=None,
+                last=made >= attempts,
+            )
+            if wait is None:
                 raise error
             await self._sleep(wait)
 
@@ -269,6 +277,7 @@ class Caller:
         own_wait: float,
         *,
         model: str | None,
+        last: bool = False,
     ) -> float | None:
         """Decide on a failed attempt; pause everybody where the service asked for it."""
         if self._closed is not None:
@@ -277,7 +286,11 @@ class Caller:
             raise closed from error
         if isinstance(error, ApiError | TransportError):
             error.attempts = attempt
-        wait = decide_wait(error, attempt, self.settings, own_wait=own_wait, chance=random.random())
+        wait = None
+        if not last:
+            wait = decide_wait(
+                error, attempt, self.settings, own_wait=own_wait, chance=random.random()
+            )
         if is_throttle(error):
             self._throttle(error, gate, generation, own_wait if wait is None else wait)
         if wait is not None:

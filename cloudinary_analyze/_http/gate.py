@@ -13,7 +13,7 @@ from copy import copy
 
 import attrs
 
-from cloudinary_analyze._clock import Clock, TimerHandle
+from cloudinary_analyze._clock import Clock, TimerHandle, wake
 
 
 @attrs.define(eq=False)
@@ -41,6 +41,7 @@ class Gate:
     _successes: int = attrs.field(default=0, init=False)
     _timer: TimerHandle | None = attrs.field(default=None, init=False)
     _closed: Exception | None = attrs.field(default=None, init=False)
+    _emptied: asyncio.Future[None] | None = attrs.field(default=None, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.allowed = self.permits
@@ -91,6 +92,14 @@ class Gate:
         self.in_use -= 1
         if self._waiters:
             self._hand_out()
+        elif self._emptied is not None and not self.in_use:
+            wake(self._emptied)
+
+    async def wait_empty(self) -> None:
+        """Wait until no permit is held. For one waiter, once nothing is handed out any more."""
+        if self.in_use:
+            self._emptied = asyncio.get_running_loop().create_future()
+            await self._emptied
 
     def succeed(self) -> None:
         """Count a success; after a window of them, allow one permit more."""

@@ -207,6 +207,7 @@ class Poller:
         if isinstance(error, NotFoundError):
             age = self.clock.monotonic() - entry.accepted_at
             entry.misses += age >= FIRST_MINUTE
+            entry.tell()  # a ledger's run submits anew what the service has forgotten
             if entry.misses >= MISSES and not self.with_source:
                 self.table.answer(entry, Answer("poll", error=error))
                 return

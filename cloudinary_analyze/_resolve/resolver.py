@@ -61,7 +61,7 @@ class Resolver:
         notification_url: str | None,
     ) -> Resolver:
         """Wire the parts together and begin to listen."""
-        table = Table(settings, clock, meter)
+        table = Table(settings, clock, meter, asyncio.get_running_loop())
         resolver: Resolver
         poller = Poller(
             table,

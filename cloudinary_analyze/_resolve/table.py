@@ -152,6 +152,7 @@ class Table:
     Attributes:
         timers: The deadlines of waits, and the graces of entries.
         pending: Every task that was accepted and has no answer, by id.
+        loop: The session's, on which alone its tasks can be awaited.
         forget_poll: Takes an entry from the polls to come; set by the poller.
         end_grace: Acts on a finished task whose notification did not come; set by the poller.
     """
@@ -161,6 +162,7 @@ class Table:
     meter: Meter
     timers: Timers[Wait | Entry] = attrs.field(init=False)
     pending: dict[str, Entry] = attrs.field(factory=dict, init=False)
+    loop: asyncio.AbstractEventLoop | None = None
     forget_poll: Callable[[Node], None] | None = None
     end_grace: Callable[[Entry], None] | None = None
     _answered: OrderedDict[str, tuple[float, Entry]] = attrs.field(factory=OrderedDict)
@@ -241,7 +243,7 @@ class Table:
         task_id = notification.task_id
         if task_id is None:
             return "unrelated"
-        if not notification.failed and not _holds_analysis(notification):
+        if not notification.answers_task:
             return "malformed"
         entry = self.find(task_id)
         if entry is None:
@@ -426,7 +428,3 @@ def report_error(entry: Entry, error: Exception | None) -> None:
     loop.call_exception_handler(
         {"message": f"The error of {task} was never retrieved", "exception": error}
     )
-
-
-def _holds_analysis(notification: Notification) -> bool:
-    return notification.data is not None and isinstance(notification.data.get("analysis"), dict)

@@ -115,7 +115,7 @@ def read_answer(delivery: Delivery, credentials: Credentials) -> Notification | 
     """
     verify_delivery(delivery, credentials.signing_secrets, digests=credentials.digests)
     notification = parse_notification(delivery.body)
-    if answers_task(notification):
+    if notification.answers_task:
         return notification
     if notification.task_id is not None:
         logger.warning(
@@ -124,16 +124,6 @@ def read_answer(delivery: Delivery, credentials: Credentials) -> Notification | 
             notification.task_id,
         )
     return None
-
-
-def answers_task(notification: Notification) -> bool:
-    """Whether a notification ends an analysis task, with its result or with its error."""
-    if notification.task_id is None:
-        return False
-    holds_analysis = notification.data is not None and isinstance(
-        notification.data.get("analysis"), dict
-    )
-    return notification.failed or holds_analysis
 
 
 def check_secrets(credentials: Credentials) -> None:

@@ -362,7 +362,9 @@ async def test_leaving_the_stream_records_the_tasks_that_are_on_the_wire(path):
         assert SQLiteLedger(path).counts().submitted == sent
 
 
-async def test_a_task_that_the_service_forgot_is_submitted_anew(path):
+@pytest.mark.parametrize("with_source", [False, True])
+async def test_a_task_that_the_service_forgot_is_submitted_anew(path, with_source):
+    """Else it would be waited for, to the last, in each run to come."""
     service = TaskService()
     service.known = False
     clock = ManualClock()
@@ -374,7 +376,10 @@ async def test_a_task_that_the_service_forgot_is_submitted_anew(path):
                 service(request) if request.method == "GET" else CAPTION(request)
             )
             # without a deadline, the clock moves from poll to poll and no further
-            async with server.session(clock=clock, task_timeout=None) as session:
+            source = service.deliveries if with_source else None
+            async with server.session(
+                clock=clock, task_timeout=None, notifications=source
+            ) as session:
                 (outcome,) = await wind(clock, collect(session, URLS[:1], ledger=ledger))
             assert outcome.response is not None
             assert clock.now > 60

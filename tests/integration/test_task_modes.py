@@ -2,12 +2,20 @@
 
 import asyncio
 import warnings
+from typing import Any
 
 import pytest
 from scripted import ScriptedServer, answer, busy, until
 from task_support import build_result, connected, idle, quick, sign, unconnected
 
-from cloudinary_analyze import Captioning, ResultNotDeliveredError, SessionNotOpenError
+from cloudinary_analyze import (
+    AnalyzeSession,
+    Captioning,
+    Credentials,
+    ResultNotDeliveredError,
+    SessionNotOpenError,
+    Settings,
+)
 from cloudinary_analyze.errors import ConfigurationError, TaskTimeoutError
 from cloudinary_analyze.notifications import QueueSource
 
@@ -238,3 +246,28 @@ class TestMap:
                 stream = session.map(map(request, range(30)), mode="task")
                 outcomes = [outcome async for outcome in stream]
             assert sum(outcome.error is not None for outcome in outcomes) == 10
+
+
+def test_a_handle_awaited_on_another_loop_says_so():
+    """Else its waiter would hang for ever, or be woken from a foreign thread."""
+
+    async def submit(session: AnalyzeSession) -> Any:
+        return session.submit(Captioning("https://example.com/a.jpg"), mode="call")
+
+    async def wait_for(task: Any) -> None:
+        await task
+
+    first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
+    try:
+        session = AnalyzeSession(
+            Credentials("demo", "key", "secret"), settings=Settings(host="http://127.0.0.1:9")
+        )
+        first.run_until_complete(session.__aenter__())
+        task = first.run_until_complete(submit(session))
+        with pytest.raises(SessionNotOpenError, match="event loop"):
+            second.run_until_complete(wait_for(task))
+        task.abandon()
+        first.run_until_complete(session.aclose())
+    finally:
+        first.close()
+        second.close()

@@ -25,7 +25,7 @@ async def test_a_server_that_drips_is_timed_out_like_a_silent_one() -> None:
         ScriptedServer(_drip) as server,
         server.session(read_timeout=0.15, attempts=1) as session,
     ):
-        with pytest.raises(AttemptTimeoutError, match="0.15 s") as caught:
+        with pytest.raises(AttemptTimeoutError, match=r"0\.15 s") as caught:
             await session.analyze(Captioning(URL))
 
         assert caught.value.ambiguous
