@@ -74,13 +74,12 @@ def verify_signature(
         raise InvalidSignatureError("The notification has no signature.")
     if timestamp is None or not _TIMESTAMP.fullmatch(timestamp):
         raise InvalidSignatureError("The notification has no readable timestamp.")
-    digest = _HEX_LENGTHS.get(len(signature))
-    received = signature.encode("utf-8", "replace")
+    digest = _HEX_LENGTHS.get(len(signature)) if signature.isascii() else None
     matched = False
     if digest is not None and digest in digests:
         for secret in secrets:  # all of them, so that the time taken tells nothing
             expected = compute_signature(body, timestamp, secret, digest=digest)
-            matched |= hmac.compare_digest(expected.encode(), received)
+            matched |= hmac.compare_digest(expected, signature)
     if not matched:
         raise InvalidSignatureError(
             "The notification's signature is of none of the known secrets. Either it is forged, "

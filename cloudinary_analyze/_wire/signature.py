@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final
 
 SIGNATURE_HEADER: Final = "X-Cld-Signature"
@@ -16,7 +17,7 @@ SIGNATURE_V2_HEADER: Final = "X-Cld-Signature_v2"
 TIMESTAMP_HEADER: Final = "X-Cld-Timestamp"
 
 DIGESTS: Final[Mapping[str, Callable[[bytes], Any]]] = {
-    "sha1": lambda data: hashlib.sha1(data, usedforsecurity=False),
+    "sha1": partial(hashlib.sha1, usedforsecurity=False),
     "sha256": hashlib.sha256,
 }
 

@@ -89,6 +89,8 @@ class QueueSource(NotificationSource):
         """Yield what the queue holds, for ever."""
         while True:
             yield await self.queue.get()
+            while not self.queue.empty():
+                yield self.queue.get_nowait()
 
 
 async def forward(
