@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from io import TextIOWrapper
 from typing import Any, BinaryIO, Final, Literal
@@ -14,7 +14,14 @@ from cloudinary_analyze.bulk.report.findings import NOTHING, read_findings, read
 from cloudinary_analyze.bulk.report.results import open_replacement, read_records
 from cloudinary_analyze.errors import ConfigurationError
 
-__all__ = ["COLUMNS", "ExportFormat", "build_row", "export_results", "read_records"]
+__all__ = [
+    "COLUMNS",
+    "ExportFormat",
+    "build_row",
+    "export_results",
+    "read_records",
+    "write_records",
+]
 
 ExportFormat = Literal["jsonl", "csv", "parquet"]
 
@@ -74,11 +81,25 @@ def export_results(
         ConfigurationError: The format is not known, or the [parquet] extra is missing.
         OSError: The file cannot be written.
     """
-    write = {"jsonl": _write_jsonl, "csv": _write_csv, "parquet": _write_parquet}.get(format)
-    if write is None:
-        raise ConfigurationError(f"There is no format {format!r}; take jsonl, csv or parquet.")
+    write = _choose_writer(format)
     with open_replacement(path) as stream:
         return write(records, stream)
+
+
+def write_records(
+    records: Iterable[Mapping[str, Any]],
+    stream: BinaryIO,
+    format: ExportFormat,  # noqa: A002
+) -> int:
+    """Write records to an open stream, as `export_results` does to a file."""
+    return _choose_writer(format)(records, stream)
+
+
+def _choose_writer(format_name: str) -> Callable[[Iterable[Mapping[str, Any]], BinaryIO], int]:
+    write = {"jsonl": _write_jsonl, "csv": _write_csv, "parquet": _write_parquet}.get(format_name)
+    if write is None:
+        raise ConfigurationError(f"There is no format {format_name!r}; take jsonl, csv or parquet.")
+    return write
 
 
 def build_row(record: Mapping[str, Any]) -> dict[str, Any]:

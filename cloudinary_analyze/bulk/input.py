@@ -60,12 +60,14 @@ class InputLine:
         text: What stands there for the source; the beginning of it, if it is bad.
         source: What to analyse; ``None`` if the line is bad.
         error: Why the line is bad.
+        name: What the item is known by instead of its source, where the input names it.
     """
 
     number: int
     text: str
     source: Uri | Asset | None = None
     error: InvalidRequestError | None = None
+    name: str | None = None
 
 
 @attrs.frozen
@@ -75,10 +77,12 @@ class InputItem:
     Attributes:
         line: The line.
         model: The model's wire name; ``None`` for a bad line, which no model sees.
+        index: Its place among the items of the run, from 0, where that is counted.
     """
 
     line: InputLine
     model: str | None = None
+    index: int | None = None
 
 
 def detect_format(name: str) -> InputFormat:
@@ -99,7 +103,11 @@ def read_source(text: str) -> Uri | Asset:
 
 
 def read_input(
-    stream: BinaryIO, *, input_format: InputFormat = "text", column: str | None = None
+    stream: BinaryIO,
+    *,
+    input_format: InputFormat = "text",
+    column: str | None = None,
+    name_column: str | None = None,
 ) -> Iterator[InputLine]:
     """Read sources from a stream, lazily.
 
@@ -112,6 +120,8 @@ def read_input(
         input_format: How to read it.
         column: The column or field of the source. Default: the first of ``url``, ``uri`` and
             ``source`` that there is, or a CSV file's only column.
+        name_column: The column or field that names an item for good, for sources that change,
+            such as signed URLs. Not for plain text.
 
     Yields:
         A line for each source, bad ones included.
@@ -121,9 +131,9 @@ def read_input(
     """
     lines = _read_lines(stream)
     if input_format == "csv":
-        return _read_csv(lines, column)
+        return _read_csv(lines, column, name_column)
     if input_format == "jsonl":
-        return _read_jsonl(lines, column)
+        return _read_jsonl(lines, column, name_column)
     return _read_text(lines)
 
 
@@ -161,7 +171,9 @@ def _read_text(lines: Iterator[tuple[int, str]]) -> Iterator[InputLine]:
             yield _build_line(number, text)
 
 
-def _read_csv(lines: Iterator[tuple[int, str]], column: str | None) -> Iterator[InputLine]:
+def _read_csv(
+    lines: Iterator[tuple[int, str]], column: str | None, name_column: str | None
+) -> Iterator[InputLine]:
     first = next(((number, text) for number, text in lines if text.strip()), None)
     if first is None:
         return
@@ -176,7 +188,10 @@ def _read_csv(lines: Iterator[tuple[int, str]], column: str | None) -> Iterator[
         header = [name.strip() for name in next(reader)]
     except csv.Error as error:
         raise ConfigurationError(f"The CSV header cannot be read: {error}.") from None
-    place = _find_column(header, column)
+    place = _find_column(header, column, "--column")
+    name_place = None
+    if name_column is not None:
+        name_place = _find_column(header, name_column, "--key-column")
     while True:
         number = offset + reader.line_num
         try:
@@ -188,14 +203,17 @@ def _read_csv(lines: Iterator[tuple[int, str]], column: str | None) -> Iterator[
             yield _build_bad_line(number, "", reason)
             continue
         text = row[place].strip() if place < len(row) else ""
-        if text:
+        if text and name_place is not None:
+            name = row[name_place].strip() if name_place < len(row) else ""
+            yield _build_named_line(number, text, name, header[name_place])
+        elif text:
             yield _build_line(number, text)
         elif any(map(str.strip, row)):
             reason = f"The column {header[place]!r} is empty here."
             yield _build_bad_line(number, delimiter.join(row), reason)
 
 
-def _find_column(header: list[str], column: str | None) -> int:
+def _find_column(header: list[str], column: str | None, option: str) -> int:
     folded = [name.casefold() for name in header]
     for name in USUAL_COLUMNS if column is None else (column.strip().casefold(),):
         if name in folded:
@@ -205,16 +223,18 @@ def _find_column(header: list[str], column: str | None) -> int:
     if any("://" in name for name in header):
         raise ConfigurationError(
             "The CSV input has no header: its first line must name the columns. "
-            "If it has one URL per line and nothing else, read it with --format text."
+            "If it has one URL per line and nothing else, read it with --input-format text."
         )
     wanted = "url" if column is None else column
     raise ConfigurationError(
         f"The CSV input has no column {wanted!r}; it has {_list(header)}. "
-        "Name the column of the sources with --column."
+        f"Name the right one with {option}."
     )
 
 
-def _read_jsonl(lines: Iterator[tuple[int, str]], column: str | None) -> Iterator[InputLine]:
+def _read_jsonl(
+    lines: Iterator[tuple[int, str]], column: str | None, name_column: str | None
+) -> Iterator[InputLine]:
     names = USUAL_COLUMNS if column is None else (column,)
     begun = False
     for number, line in lines:
@@ -227,10 +247,12 @@ def _read_jsonl(lines: Iterator[tuple[int, str]], column: str | None) -> Iterato
                 "convert it first, with `jq -c '.[]'` for example."
             )
         begun = True
-        yield _read_object(number, text, names)
+        yield _read_object(number, text, names, name_column)
 
 
-def _read_object(number: int, text: str, names: tuple[str, ...]) -> InputLine:
+def _read_object(
+    number: int, text: str, names: tuple[str, ...], name_column: str | None
+) -> InputLine:
     if reason := _explain_text(text):
         return _build_bad_line(number, text, reason)
     try:
@@ -246,7 +268,18 @@ def _read_object(number: int, text: str, names: tuple[str, ...]) -> InputLine:
     value = record[name]
     if not isinstance(value, str) or not value.strip():
         return _build_bad_line(number, text, f"{name!r} is no text here.")
-    return _build_line(number, value.strip())
+    if name_column is None:
+        return _build_line(number, value.strip())
+    known_as = record.get(name_column)
+    if isinstance(known_as, bool) or not isinstance(known_as, str | int):
+        known_as = ""
+    return _build_named_line(number, value.strip(), str(known_as).strip(), name_column)
+
+
+def _build_named_line(number: int, text: str, name: str, column: str) -> InputLine:
+    if not name:
+        return _build_bad_line(number, text, f"{column!r}, which names the items, is empty here.")
+    return attrs.evolve(_build_line(number, text), name=name)
 
 
 def _build_line(number: int, text: str) -> InputLine:

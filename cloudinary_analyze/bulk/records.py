@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from cloudinary_analyze._wire import codec
+from cloudinary_analyze._wire.protocol import find_result, read_limits
 from cloudinary_analyze.bulk.input import InputItem
+from cloudinary_analyze.bulk.sqlite import LedgerItem
 from cloudinary_analyze.errors import AnalyzeError
 from cloudinary_analyze.outcomes import AnyOutcome
-from cloudinary_analyze.responses import Limit
+from cloudinary_analyze.responses import JSONObject, Limit, TaskStatus
 
 
 def build_record(outcome: AnyOutcome) -> dict[str, Any]:
@@ -26,7 +28,7 @@ def build_record(outcome: AnyOutcome) -> dict[str, Any]:
     ``line``              Line of the input file, from 1.
     ``source``            The URL or ``asset:ID``; of a bad line, the beginning of its text.
     ``model``             The model's wire name; ``None`` for a bad line.
-    ``key``               The request's key, see `AnalyzeRequest.key`.
+    ``key``               What the item is known by in a ledger, see `AnalyzeRequest.key`.
     ``status``            ``"ok"`` or ``"error"``.
     ``analysis``          ``data.analysis`` as received.
     ``entity``            What the service says it analysed.
@@ -38,35 +40,73 @@ def build_record(outcome: AnyOutcome) -> dict[str, Any]:
     ====================  =====================================================================
     """
     item, request, response = outcome.item, outcome.request, outcome.response
-    line = item.line if isinstance(item, InputItem) else None
+    line, index = None, outcome.index
+    if isinstance(item, InputItem):
+        line, index = item.line, outcome.index if item.index is None else item.index
     source: str | None = None
     if request is not None:
         source = str(request.source)
     elif line is not None:
         source = line.text
-    error = None if outcome.error is None else _build_error(outcome.error)
-    record: dict[str, Any] = {
-        "index": outcome.index,
-        "line": None if line is None else line.number,
+    return _build(
+        index=index,
+        line=None if line is None else line.number,
+        source=source,
+        model=None if request is None else request.model,
+        key=None if request is None else request.key,
+        raw=None if response is None else response.raw,
+        error=outcome.error,
+        seconds=outcome.seconds,
+    )
+
+
+def build_ledger_record(item: LedgerItem) -> dict[str, Any]:
+    """Return the record of a ledger's item that is done: as `build_record`, from what is kept."""
+    return _build(
+        index=item.index,
+        line=item.line,
+        source=item.source,
+        model=item.model,
+        key=item.key,
+        raw=item.response,
+        error=item.error,
+        seconds=item.seconds,
+    )
+
+
+def _build(
+    *,
+    index: int,
+    line: int | None,
+    source: str | None,
+    model: str | None,
+    key: str | None,
+    raw: JSONObject | None,
+    error: Exception | None,
+    seconds: float | None,
+) -> dict[str, Any]:
+    told = None if error is None else _build_error(error)
+    data: Mapping[str, Any] = {}
+    limits: tuple[Limit, ...] = getattr(error, "limits", ())
+    request_id = None if told is None else told["request_id"]
+    if raw is not None:
+        found = find_result(TaskStatus("", "", raw=raw)) or raw.get("data")
+        data = found if isinstance(found, dict) else {}
+        limits, request_id = read_limits(raw.get("limits")), raw.get("request_id")
+    return {
+        "index": index,
+        "line": line,
         "source": source,
-        "model": None if request is None else request.model,
-        "key": None if request is None else request.key,
-        "status": "error" if response is None else "ok",
-        "analysis": None,
-        "entity": None,
-        "request_id": None if error is None else error["request_id"],
-        "limits": [],
-        "seconds": round(outcome.seconds, 4),
-        "error": error,
+        "model": model,
+        "key": key,
+        "status": "error" if raw is None else "ok",
+        "analysis": data.get("analysis"),
+        "entity": data.get("entity"),
+        "request_id": request_id,
+        "limits": [_build_limit(limit) for limit in limits],
+        "seconds": None if seconds is None else round(seconds, 4),
+        "error": told,
     }
-    limits: tuple[Limit, ...] = getattr(outcome.error, "limits", ())
-    if response is not None:
-        record["analysis"] = response.raw.get("data", {}).get("analysis")
-        record["entity"] = response.entity
-        record["request_id"] = response.request_id
-        limits = response.limits
-    record["limits"] = [_build_limit(limit) for limit in limits]
-    return record
 
 
 def dump_record(record: Mapping[str, Any]) -> bytes:

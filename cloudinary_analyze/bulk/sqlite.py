@@ -20,6 +20,7 @@ from typing import Any, Final, Literal, Self
 
 import attrs
 
+from cloudinary_analyze._wire import codec
 from cloudinary_analyze.bulk.ledger_file import (
     ANSWERED,
     FAILED,
@@ -36,7 +37,7 @@ from cloudinary_analyze.bulk.ledger_writer import (
     write_item,
     write_task,
 )
-from cloudinary_analyze.bulk.stored_errors import dump_error, dump_json, load_error, load_json
+from cloudinary_analyze.bulk.stored_errors import dump_error, dump_json, load_error
 from cloudinary_analyze.errors import AnalyzeError, LedgerError
 from cloudinary_analyze.protocols import Ledger, LedgerRecord
 from cloudinary_analyze.responses import JSONObject, Response
@@ -408,7 +409,7 @@ class SQLiteLedger(Ledger):
         if content is None:
             return None, None
         try:
-            return (None, load_error(content)) if state == FAILED else (load_json(content), None)
+            return (None, load_error(content)) if state == FAILED else (codec.loads(content), None)
         except ValueError as error:
             raise LedgerError(
                 f"A record in the ledger {self._path} cannot be read ({error}). Restore the file "

@@ -34,18 +34,6 @@ def dump_json(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-def load_json(content: bytes) -> Any:
-    """Return what `dump_json` was given.
-
-    Raises:
-        ValueError: It is no JSON.
-    """
-    try:
-        return codec.loads(content)
-    except ValueError:
-        return json.loads(content)  # reads escaped halves of pairs
-
-
 def dump_error(error: AnalyzeError) -> bytes:
     """Return the type, message and fields of an error as JSON."""
     fields = {
@@ -64,7 +52,7 @@ def load_error(content: bytes) -> AnalyzeError:
     Raises:
         ValueError: It is no such JSON.
     """
-    stored = load_json(content)
+    stored = codec.loads(content)
     try:
         kind = getattr(errors, stored["type"], AnalyzeError)
         if not (isinstance(kind, type) and issubclass(kind, AnalyzeError)):

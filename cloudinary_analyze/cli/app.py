@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
-from typing import Annotated, Any, Final
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 from cloudinary_analyze._version import __version__
+from cloudinary_analyze.bulk.export import ExportFormat
 from cloudinary_analyze.bulk.input import InputFormat, read_source
 from cloudinary_analyze.cli.choices import Parameters, choose_models
 from cloudinary_analyze.cli.console import CommandError, ExitCode, build_console, say
 from cloudinary_analyze.cli.emulate import EmulatorPlan, read_latency, read_quotas, serve
+from cloudinary_analyze.cli.listen import ListenPlan, perform_listen
 from cloudinary_analyze.cli.listing import print_models
+from cloudinary_analyze.cli.receiving import WAYS, plan_receiving
+from cloudinary_analyze.cli.results import (
+    check_extra,
+    check_place,
+    detect_output_format,
+    is_stream,
+    plan_places,
+)
 from cloudinary_analyze.cli.run import RunPlan, perform_run
 from cloudinary_analyze.cli.single import SinglePlan, perform_analyze
 from cloudinary_analyze.cli.sources import open_source
+from cloudinary_analyze.cli.status import perform_status
+from cloudinary_analyze.cli.tables import export_ledger, report_results
 from cloudinary_analyze.errors import AnalyzeError
 
 DEFAULT_SAMPLES: Final = 300
@@ -31,9 +44,17 @@ EXIT_CODES: Final = """Exit codes:
 """
 RUN_HELP: Final = f"""Analyse many images with one model or several, and write a record for each.
 
-Records are written as they come, to OUTPUT.part, which becomes OUTPUT at the end, also after
-Ctrl-C. Bad lines are reported and do not stop the rest. The first Ctrl-C finishes what is in
-flight, the second aborts.
+What is asked and answered is kept in a ledger beside the output, OUTPUT.ledger. However a run
+ends, the same command goes on where it was: what is answered is not asked again, and tasks that
+were submitted are taken up again. OUTPUT is written from the ledger when the run ends, also after
+Ctrl-C: every item once, in the order of the input. With --output - records are streamed as they
+come, and there is no ledger unless --ledger names one.
+
+Bad lines are reported and do not stop the rest. The first Ctrl-C finishes what is in flight, the
+second aborts. The ledger holds source URLs in clear.
+
+With --mode task the images are analysed as tasks, whose results come in by {WAYS}.
+Whichever it is, a result is acknowledged only once the ledger holds it.
 
 {EXIT_CODES}"""
 
@@ -88,19 +109,34 @@ def run(
         str,
         Parameter(
             name="--output",
-            help="Where the results go, as JSON Lines; - is stdout.",
+            help="Where the results go; - is stdout, as JSON Lines.",
             allow_leading_hyphen=True,
         ),
     ] = "results.jsonl",
+    output_format: Annotated[
+        ExportFormat | None,
+        Parameter(
+            name="--format",
+            help="The output's format. Default: by its extension, else JSON Lines.",
+        ),
+    ] = None,
     input_format: Annotated[
         InputFormat | None,
-        Parameter(name="--format", help="The input's format. Default: by its extension."),
+        Parameter(name="--input-format", help="The input's format. Default: by its extension."),
     ] = None,
     column: Annotated[
         str | None,
         Parameter(
             name="--column",
             help="The column or field of the sources. Default: url, uri or source.",
+        ),
+    ] = None,
+    key_column: Annotated[
+        str | None,
+        Parameter(
+            name="--key-column",
+            help="The column or field that names each image for good, for URLs that change, "
+            "being signed: an image is known by it, and not by its URL.",
         ),
     ] = None,
     prompts: Prompts = None,
@@ -111,6 +147,55 @@ def run(
     ] = 64,
     limit: Annotated[
         int | None, Parameter(name="--limit", help="Take the first so many lines only.")
+    ] = None,
+    ledger: Annotated[
+        Path | None,
+        Parameter(name="--ledger", help="The ledger's file. Default: OUTPUT.ledger."),
+    ] = None,
+    retry_failed: Annotated[
+        bool,
+        Parameter(
+            name="--retry-failed",
+            help="Ask again what failed for good, too; of tasks also those whose result was never "
+            "delivered, as calls, which are charged once more.",
+        ),
+    ] = False,
+    report: Annotated[
+        Path | None,
+        Parameter(name="--report", help="Write an HTML report of the results here, too."),
+    ] = None,
+    mode: Annotated[
+        Literal["call", "task"],
+        Parameter(name="--mode", help="Make calls, or submit tasks."),
+    ] = "call",
+    receive: Annotated[
+        str | None,
+        Parameter(
+            name="--receive",
+            help="With --mode task: HOST:PORT to take the webhooks in at; at any path.",
+        ),
+    ] = None,
+    public_url: Annotated[
+        str | None,
+        Parameter(
+            name="--public-url",
+            help="The URL that leads to --receive, or to the receiver that fills --redis.",
+        ),
+    ] = None,
+    pull: Annotated[
+        str | None,
+        Parameter(
+            name="--pull",
+            help="With --mode task: a channel of the hosted pull queue. Experimental: that the "
+            "results of analyses are routed there is unverified.",
+        ),
+    ] = None,
+    redis: Annotated[
+        str | None,
+        Parameter(
+            name="--redis",
+            help="With --mode task: the Redis that a receiver, such as `listen`, fills.",
+        ),
     ] = None,
     emulated: Emulated = False,
     samples: Annotated[
@@ -123,8 +208,7 @@ def run(
     ] = None,
 ) -> ExitCode:
     """Read the options of `run` into a plan, and perform it."""
-    parameters = _gather(prompts, questions, tags)
-    builders = choose_models(models, parameters)
+    builders = choose_models(models, _gather(prompts, questions, tags))
     _check_count("--permits", permits)
     _check_count("--limit", limit)
     _check_count("--samples", samples)
@@ -137,21 +221,33 @@ def run(
             "There is nothing to analyse: pass --input with a file, or - for standard input. "
             "To try it without an account and an input, pass --emulator instead."
         )
-    if source is None and (input_format is not None or column is not None):
-        raise CommandError("--format and --column describe an --input, and there is none.")
+    if source is None and not (input_format is column is key_column is None):
+        raise CommandError(
+            "--input-format, --column and --key-column describe an --input, and there is none."
+        )
+    places = plan_places(
+        output, output_format, ledger=ledger, report=report, needs_ledger=key_column is not None
+    )
+    if retry_failed and places.ledger is None:
+        raise CommandError("--retry-failed goes by the ledger, and there is none: add --ledger.")
+    receiving = plan_receiving(
+        mode, receive=receive, public_url=public_url, pull=pull, redis=redis, emulated=emulated
+    )
     plan = RunPlan(
         models=builders,
         source=None
         if source is None
-        else open_source(source, input_format=input_format, column=column),
+        else open_source(source, input_format=input_format, column=column, key_column=key_column),
         samples=DEFAULT_SAMPLES if samples is None else samples,
-        output=output,
+        places=places,
+        named=key_column is not None,
+        retry_failed=retry_failed,
+        receiving=receiving,
         permits=permits,
         limit=limit,
         emulated=emulated,
     )
-    console = build_console()
-    return _perform(perform_run(plan, console))
+    return _perform(perform_run(plan, build_console()))
 
 
 @app.command
@@ -170,6 +266,78 @@ def analyze(
     build = next(iter(builders.values()))
     plan = SinglePlan(build=build, source=read_source(source), emulated=emulated)
     return _perform(perform_analyze(plan, build_console()))
+
+
+@app.command
+def status(task_id: Annotated[str, Parameter(help="The task's id.")], /) -> ExitCode:
+    """Ask for the status of a task: for reading on a terminal, else JSON as received."""
+    return _perform(perform_status(task_id, build_console()))
+
+
+@app.command
+def listen(
+    *,
+    host: Annotated[str, Parameter(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, Parameter(help="The port to listen on; 0 takes a free one.")] = 8080,
+    path: Annotated[str, Parameter(help="The path to take notifications at.")] = "/",
+    pull: Annotated[
+        str | None,
+        Parameter(help="Take them from this channel of the hosted pull queue instead."),
+    ] = None,
+    redis: Annotated[
+        str | None, Parameter(help="Put them into this Redis, too, which feeds all workers.")
+    ] = None,
+) -> ExitCode:
+    """Receive notifications and show those that are verified, until Ctrl-C.
+
+    They are shown for reading on a terminal, else as JSON Lines; what is refused is told on stderr.
+    With --redis they are stored there before their sender is told so; with --pull and --redis this
+    is the pump that feeds all workers. A message that is shown or stored is taken from the queue.
+    """
+    if not path.startswith("/"):
+        raise CommandError(f"--path begins with a slash; {path!r} does not.")
+    plan = ListenPlan(host=host, port=port, path=path, pull=pull, redis=redis)
+    return _perform(perform_listen(plan, build_console()))
+
+
+@app.command
+def export(
+    ledger: Annotated[Path, Parameter(help="The ledger of a run.")],
+    /,
+    *,
+    output: Annotated[
+        str,
+        Parameter(
+            name=["--output", "-o"], help="The file; - is stdout.", allow_leading_hyphen=True
+        ),
+    ],
+    output_format: Annotated[
+        ExportFormat | None,
+        Parameter(name="--format", help="Its format. Default: by its extension, else JSON Lines."),
+    ] = None,
+) -> ExitCode:
+    """Write what a ledger holds as JSON Lines, CSV or Parquet, while a run goes on or not."""
+    chosen = output_format or detect_output_format(output)
+    check_extra(chosen == "parquet", "pyarrow", "parquet", "Parquet")
+    if not is_stream(output):
+        check_place("--output", output)
+    return export_ledger(ledger, output, chosen, build_console())
+
+
+@app.command
+def report(
+    results: Annotated[Path, Parameter(help="Results in JSON Lines, or the ledger of a run.")],
+    /,
+    *,
+    output: Annotated[
+        str, Parameter(name=["--output", "-o"], help="The HTML file.")
+    ] = "report.html",
+) -> ExitCode:
+    """Write a page of the results: the pictures, what was found on them, and the numbers."""
+    check_extra(True, "jinja2", "report", "The report")
+    if not is_stream(output):
+        check_place("--output", output)
+    return report_results(results, output, build_console())
 
 
 @app.command

@@ -54,7 +54,7 @@ class ConsoleHandler(logging.Handler):
     """Sends log records through a console, so that they do not tear a progress bar."""
 
     def __init__(self, console: Console) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__()
         self._console = console
         self.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
 
@@ -70,6 +70,7 @@ class ConsoleHandler(logging.Handler):
 def show_logs(console: Console) -> Iterator[None]:
     """Show warnings and errors of all loggers on a console."""
     handler = ConsoleHandler(console)
+    handler.setLevel(logging.WARNING)
     root = logging.getLogger()
     root.addHandler(handler)
     try:

@@ -1,7 +1,8 @@
 """The input of a run as items, pulled no faster than they are sent, and stoppable at any time.
 
 A thread of its own reads, so a slow pipe never keeps the event loop from the calls in flight. It
-is a daemon, because nothing can wake a thread that waits for a silent pipe.
+is a daemon, because nothing can wake a thread that waits for a silent pipe. Items that an earlier
+run has done are passed over there, too.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from itertools import islice
-from typing import Final
+from typing import Final, Protocol
 
 import attrs
 
 from cloudinary_analyze.bulk.input import InputItem, InputLine
 
 READ_AHEAD: Final = 1000  # lines
+COUNTING_SECONDS: Final = 5.0
 
 ReadLines = Callable[[], Generator[InputLine, None, None]]
 
@@ -38,6 +40,18 @@ class LineSource:
     countable: bool
 
 
+class Earlier(Protocol):
+    """What an earlier run of the same items has done. Asked in their order, by one thread."""
+
+    def is_done(self, item: InputItem) -> bool:
+        """Whether an item needs nothing more."""
+        ...
+
+    def end(self, count: int) -> None:
+        """Be told how many items there are, once the last was asked for."""
+        ...
+
+
 @attrs.define(eq=False)
 class ItemFeed:
     """An async iterator of a run's items: each line once per model, a bad line once alone.
@@ -46,29 +60,36 @@ class ItemFeed:
         source: Where the lines come from.
         models: The models, by their wire names.
         limit: How many lines to take at the most.
-        total_lines: How many lines there are; ``None`` until they were counted, or for ever.
+        open_earlier: Opens what tells which items are done already; ``None``: none is.
+        total_lines: How many lines there are; ``None`` until they were counted.
         total_items: How many items they make.
         pulled_lines: How many lines were taken so far.
+        skipped_lines: How many lines were passed over, because all of their items are done.
+        skipped_items: How many items were passed over.
         exhausted: Whether the last line was taken.
     """
 
     source: LineSource
     models: tuple[str, ...]
     limit: int | None = None
+    open_earlier: Callable[[], AbstractContextManager[Earlier]] | None = None
     total_lines: int | None = attrs.field(default=None, init=False)
     total_items: int | None = attrs.field(default=None, init=False)
     pulled_lines: int = attrs.field(default=0, init=False)
+    skipped_lines: int = attrs.field(default=0, init=False)
+    skipped_items: int = attrs.field(default=0, init=False)
     exhausted: bool = attrs.field(default=False, init=False)
     _last_line: int = attrs.field(default=0, init=False)
     _unfinished: dict[int, int] = attrs.field(factory=dict, init=False)
     _items: deque[InputItem] = attrs.field(factory=deque, init=False)
-    _lines: deque[InputLine] = attrs.field(factory=deque, init=False)
+    _lines: deque[list[InputItem]] = attrs.field(factory=deque, init=False)
     _places: threading.Semaphore = attrs.field(init=False)
     _changed: asyncio.Event = attrs.field(factory=asyncio.Event, init=False)
     _loop: asyncio.AbstractEventLoop | None = attrs.field(default=None, init=False)
     _waiting: bool = attrs.field(default=False, init=False)
     _read_up: bool = attrs.field(default=False, init=False)
     _failure: Exception | None = attrs.field(default=None, init=False)
+    _counting: threading.Thread | None = attrs.field(default=None, init=False)
     _stopped: bool = attrs.field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -85,11 +106,15 @@ class ItemFeed:
         return next(iter(self._unfinished), self._last_line + 1) - 1
 
     def start(self) -> None:
-        """Begin to read, and to count where that is possible."""
+        """Begin to read, and soon to count where that is possible."""
         self._loop = asyncio.get_running_loop()
         threading.Thread(target=self._read, name="input", daemon=True).start()
-        if self.source.countable:
-            threading.Thread(target=self._count, name="input-count", daemon=True).start()
+
+    async def wait_for_total(self) -> int | None:
+        """Return how many items there are, after a wait if they are being counted."""
+        if self._counting is not None:
+            await asyncio.to_thread(self._counting.join, COUNTING_SECONDS)
+        return self.total_items
 
     def stop(self) -> None:
         """End after the line that was taken last. Idempotent; for the loop's thread."""
@@ -116,17 +141,15 @@ class ItemFeed:
             OSError: It could not be read on.
         """
         if not self._items:
-            line = await self._take_line()
-            if line.error is None:
-                self._items.extend(InputItem(line, model) for model in self.models)
-            else:
-                self._items.append(InputItem(line))
-            self._unfinished[line.number] = len(self._items)
-            self._last_line = line.number
+            items = await self._take_line()
+            self._items.extend(items)
+            number = items[0].line.number
+            self._unfinished[number] = len(items)
+            self._last_line = number
             self.pulled_lines += 1
         return self._items.popleft()
 
-    async def _take_line(self) -> InputLine:
+    async def _take_line(self) -> list[InputItem]:
         while True:
             if self._stopped:
                 raise StopAsyncIteration
@@ -147,19 +170,47 @@ class ItemFeed:
 
     def _read(self) -> None:
         try:
-            with closing(self.source.read()) as lines:
-                for line in islice(lines, self.limit):
-                    self._places.acquire()
-                    if self._stopped:
-                        return
-                    self._lines.append(line)
-                    self._tell()
+            with ExitStack() as stack:
+                lines = stack.enter_context(closing(self.source.read()))
+                earlier = None
+                if self.open_earlier is not None:
+                    earlier = stack.enter_context(self.open_earlier())
+                self._read_lines(lines, earlier)
         except Exception as error:
             self._failure = error
         finally:
             self._read_up = True
             self._waiting = True
             self._tell()
+
+    def _read_lines(self, lines: Generator[InputLine, None, None], earlier: Earlier | None) -> None:
+        count = index = 0
+        for line in islice(lines, self.limit):
+            count += 1
+            items = self._split(line, index)
+            index += len(items)
+            if earlier is not None:
+                left = [item for item in items if not earlier.is_done(item)]
+                self.skipped_items += len(items) - len(left)
+                items = left
+            if items:
+                if self._counting is None and self.source.countable:
+                    self._begin_to_count()
+                self._places.acquire()
+                self._lines.append(items)
+                self._tell()
+            else:
+                self.skipped_lines += 1
+            if self._stopped:
+                return
+        self.total_lines, self.total_items = count, index
+        if earlier is not None:
+            earlier.end(index)
+
+    def _split(self, line: InputLine, index: int) -> list[InputItem]:
+        if line.error is not None:
+            return [InputItem(line, index=index)]
+        return [InputItem(line, model, place) for place, model in enumerate(self.models, index)]
 
     def _tell(self) -> None:
         if self._waiting and self._loop is not None:
@@ -168,6 +219,11 @@ class ItemFeed:
                 self._loop.call_soon_threadsafe(self._changed.set)
             except RuntimeError:  # the loop is closed; nobody waits any more
                 self._stopped = True
+
+    def _begin_to_count(self) -> None:
+        # not before the done items are passed over, as it would slow that down
+        self._counting = threading.Thread(target=self._count, name="input-count", daemon=True)
+        self._counting.start()
 
     def _count(self) -> None:
         lines = items = 0

@@ -1,163 +1,279 @@
-"""Where the records of a run go: a file that appears as a whole at the end, or a stream."""
+"""Where the records of a run go: a file that is exported from the ledger, or a stream."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Final, Protocol, Self
+from typing import Any, Final, Self
 
 import attrs
 
+from cloudinary_analyze.bulk.export import ExportFormat, export_results
+from cloudinary_analyze.bulk.records import build_ledger_record, dump_record
+from cloudinary_analyze.bulk.report import write_report
+from cloudinary_analyze.bulk.sqlite import SQLiteLedger
 from cloudinary_analyze.cli.console import CommandError, ExitCode
+from cloudinary_analyze.cli.summary import Tally
 
 STANDARD: Final = "-"
-PART: Final = ".part"
+LEDGER_SUFFIX: Final = ".ledger"
+
+_FORMATS: Final[dict[str, ExportFormat]] = {".csv": "csv", ".parquet": "parquet", ".pq": "parquet"}
 
 
-class ResultWriter(Protocol):
-    """Takes the records of a run. Entered before anything is sent."""
-
-    @property
-    def place(self) -> str:
-        """Where the results are, for people."""
-        ...
-
-    async def write(self, line: bytes) -> None:
-        """Write a record, so that it survives the process.
-
-        Raises:
-            CommandError: It cannot be written.
-        """
-        ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-        /,
-    ) -> None: ...
+def detect_output_format(name: str) -> ExportFormat:
+    """Return the format of an output by its extension; JSON Lines if it tells nothing."""
+    return _FORMATS.get(Path(name).suffix.lower(), "jsonl")
 
 
-def choose_writer(output: str) -> ResultWriter:
-    """Return the writer for ``--output``.
+def is_stream(output: str) -> bool:
+    """Whether an output takes records as they come: standard output, a pipe, a device."""
+    path = Path(output)
+    return output == STANDARD or (path.exists() and not path.is_file() and not path.is_dir())
+
+
+def check_place(option: str, name: str) -> None:
+    """See beforehand that a file can be written.
 
     Raises:
-        CommandError: The place cannot take a file.
+        CommandError: It is a directory, or there is none to put it into.
     """
-    if output == STANDARD:
-        return StreamResults("standard output")
-    path = Path(output)
+    path = Path(name)
+    reason = None
     if path.is_dir():
-        raise CommandError(f"The output {output} is a directory; --output takes a file.")
-    if path.exists() and not path.is_file():  # a pipe or a device: nothing to rename
-        return StreamResults(output, path)
-    return FileResults(path)
+        reason = "it is a directory"
+    elif not path.parent.is_dir():
+        reason = f"there is no directory {path.parent}"
+    elif not os.access(path.parent, os.W_OK):
+        reason = f"the directory {path.parent} may not be written to"
+    if reason is not None:
+        raise CommandError(f"{option} {name} cannot be written: {reason}. Nothing was sent.")
 
 
-def _refuse(place: object, error: OSError) -> CommandError:
-    return CommandError(f"The output {place} cannot be written: {error.strerror}.")
+def check_extra(wanted: bool, module: str, extra: str, what: str) -> None:
+    """See beforehand that an optional library is there.
+
+    Raises:
+        CommandError: It is not.
+    """
+    if wanted and find_spec(module) is None:
+        raise CommandError(
+            f"{what} needs the package {module}, which is not installed: "
+            f"pip install 'cloudinary-analyze[{extra}]'"
+        )
+
+
+@attrs.frozen(kw_only=True)
+class Places:
+    """Where the results of a run go.
+
+    Attributes:
+        output: The file, or ``-``.
+        output_format: Its format.
+        streamed: Whether records go there as they come.
+        ledger: The file of the ledger; ``None``: none is kept.
+        report: The file of the report, if one is wanted.
+    """
+
+    output: str
+    output_format: ExportFormat
+    streamed: bool
+    ledger: Path | None
+    report: Path | None
+
+
+def plan_places(
+    output: str,
+    output_format: ExportFormat | None,
+    *,
+    ledger: Path | None,
+    report: Path | None,
+    needs_ledger: bool,
+) -> Places:
+    """Decide where the results of a run go, and see beforehand that they can.
+
+    Raises:
+        CommandError: They cannot, or the options do not fit together.
+    """
+    streamed = is_stream(output)
+    chosen = output_format or ("jsonl" if streamed else detect_output_format(output))
+    if streamed:
+        if chosen != "jsonl":
+            raise CommandError(
+                "What is streamed is JSON Lines; name a file with --output for another --format."
+            )
+        if ledger is None and (needs_ledger or report is not None):
+            option = "--key-column" if needs_ledger else "--report"
+            raise CommandError(
+                f"{option} goes by the ledger, and a streamed output has none: add --ledger."
+            )
+    else:
+        check_place("--output", output)
+        ledger = Path(f"{output}{LEDGER_SUFFIX}") if ledger is None else ledger
+    if ledger is not None:
+        check_place("--ledger", str(ledger))
+    if report is not None:
+        check_place("--report", str(report))
+    check_extra(chosen == "parquet", "pyarrow", "parquet", "Parquet")
+    check_extra(report is not None, "jinja2", "report", "The report")
+    return Places(
+        output=output, output_format=chosen, streamed=streamed, ledger=ledger, report=report
+    )
+
+
+class _HaltedError(Exception):
+    """Somebody asked to stop."""
 
 
 @attrs.define(eq=False)
-class FileResults:
-    """Writes beside the file while the run lasts, and renames at its end, however it ends.
-
-    Results were paid for, so a file of that name that was there before is kept under another.
+class LedgerExport:
+    """Writes what a ledger holds, and counts it.
 
     Attributes:
-        path: The file.
+        ledger: The ledger; only read.
+        tally: The counts of what was written last.
+        unanswered: How many items have no outcome yet, and so no record.
+        counted: Whether both are of the whole ledger.
     """
 
-    path: Path
-    _part: Path = attrs.field(init=False)
-    _stream: BinaryIO | None = attrs.field(default=None, init=False)
-    _empty: bool = attrs.field(default=True, init=False)
-    _kept: Path | None = attrs.field(default=None, init=False)
+    ledger: SQLiteLedger
+    counted: bool = attrs.field(default=False, init=False)
+    tally: Tally = attrs.field(factory=Tally, init=False)
+    unanswered: int = attrs.field(default=0, init=False)
+    _halted: bool = attrs.field(default=False, init=False)
 
-    def __attrs_post_init__(self) -> None:
-        self._part = self.path.with_name(self.path.name + PART)
+    def halt(self) -> None:
+        """Give the writing up; what was there before stays. From any thread."""
+        self._halted = True
 
-    @property
-    def place(self) -> str:
-        """See `ResultWriter.place`."""
-        if self._kept is None:
-            return str(self.path)
-        return f"{self.path} (the earlier file of that name is now {self._kept})"
+    def iter_records(self) -> Iterator[dict[str, Any]]:
+        """Yield the record of each item that has its outcome, in order.
 
-    def __enter__(self) -> Self:
+        Raises:
+            LedgerError: The ledger cannot be read.
+        """
+        self.tally, self.unanswered, self.counted = Tally(), 0, False
+        with closing(self.ledger.iter_items()) as items:  # type: ignore[type-var]
+            for item in items:
+                if self._halted:
+                    raise _HaltedError
+                if not item.done:
+                    self.unanswered += 1
+                    continue
+                record = build_ledger_record(item)
+                self.tally.add(record)
+                yield record
+        self.counted = True
+
+    async def write(self, places: Places, *, keep_earlier: bool) -> str:
+        """Write the results, and their report where one is wanted; return where they are.
+
+        What is streamed is only counted.
+
+        Args:
+            places: Where they go.
+            keep_earlier: Whether a file of the output's name is kept under another.
+
+        Raises:
+            CommandError: They cannot be written, or `halt` was called.
+            LedgerError: The ledger cannot be read.
+        """
+        writing = asyncio.create_task(asyncio.to_thread(self._write, places, keep_earlier))
         try:
-            self._stream = open(self._part, "xb", buffering=0)  # noqa: PTH123
-        except FileExistsError:
-            raise CommandError(
-                f"{self._part} exists: another run is writing it, or one was killed and left its "
-                "results there. Move it away, or name another --output."
-            ) from None
-        except OSError as error:
-            raise _refuse(self._part, error) from None
-        return self
+            return await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            self.halt()
+            await asyncio.wait({writing})
+            raise
 
-    async def write(self, line: bytes) -> None:
-        """See `ResultWriter.write`. The system takes a line for a file without a wait."""
-        assert self._stream is not None
-        self._empty = False
+    def _write(self, places: Places, keep_earlier: bool) -> str:
+        place, shown = places.output, "standard output"
         try:
-            _write_all(self._stream.fileno(), line)
+            if places.streamed:
+                deque(self.iter_records(), maxlen=0)
+            else:
+                shown = _replace(Path(place), keep_earlier, partial(self._export, places))
+            if places.report is not None:
+                place = str(places.report)
+                write_report(map(dump_record, self.iter_records()), places.report)
+        except _HaltedError:
+            raise self._explain(f"The writing of {place} was interrupted", 130) from None
         except OSError as error:
-            raise _stop_for(self._part, error) from None
+            deque(self.iter_records(), maxlen=0)  # what it holds is to be told all the same
+            sentence = f"{place} could not be written: {error.strerror or error}"
+            raise self._explain(sentence, ExitCode.STOPPED) from None
+        return f"{shown} (ledger: {self.ledger.path})"
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        assert self._stream is not None
-        self._stream.close()
-        if self._empty and error is not None:
-            self._part.unlink()
-            return
-        if self.path.exists():
-            self._kept = self._choose_free_name()
-            self.path.rename(self._kept)
-        self._part.replace(self.path)
+    def _export(self, places: Places) -> None:
+        export_results(self.iter_records(), places.output, places.output_format)
 
-    def _choose_free_name(self) -> Path:
-        names = (self.path.with_name(f"{self.path.name}.{number}") for number in count(1))
-        return next(name for name in names if not name.exists())
+    def _explain(self, sentence: str, exit_code: int) -> CommandError:
+        return CommandError(
+            f"{sentence}. What was answered is kept in the ledger: cloudinary-analyze export "
+            f"{self.ledger.path} -o FILE",
+            exit_code=ExitCode(exit_code),
+        )
+
+
+def _replace(path: Path, keep_earlier: bool, write: Callable[[], object]) -> str:
+    """Write a file; results were paid for, so an earlier one may be kept under another name."""
+    if not (keep_earlier and path.exists()):
+        write()
+        return str(path)
+    names = (path.with_name(f"{path.name}.{number}") for number in count(1))
+    kept = next(name for name in names if not name.exists())
+    path.rename(kept)
+    try:
+        write()
+    except BaseException:
+        kept.rename(path)
+        raise
+    return f"{path} (the earlier file of that name is now {kept})"
 
 
 @attrs.define(eq=False)
 class StreamResults:
-    """Writes to standard output, a pipe or a device.
+    """Writes records to standard output, a pipe or a device, as they come.
 
     Attributes:
-        place: See `ResultWriter.place`.
-        path: What to open; ``None``: standard output, which is open.
+        output: What to open; ``-`` is standard output, which is open.
     """
 
-    place: str
-    path: Path | None = None
+    output: str
     _descriptor: int = attrs.field(default=-1, init=False)
 
+    @property
+    def place(self) -> str:
+        """Where the results are, for people."""
+        return "standard output" if self.output == STANDARD else self.output
+
     def __enter__(self) -> Self:
-        if self.path is None:
+        if self.output == STANDARD:
             self._descriptor = sys.stdout.fileno()
             return self
         try:
-            self._descriptor = os.open(self.path, os.O_WRONLY)
+            self._descriptor = os.open(self.output, os.O_WRONLY)
         except OSError as error:
-            raise _refuse(self.path, error) from None
+            raise CommandError(
+                f"The output {self.output} cannot be written: {error.strerror}."
+            ) from None
         return self
 
     async def write(self, line: bytes) -> None:
-        """See `ResultWriter.write`. In a thread: a pipe makes its writer wait for its reader."""
+        """Write a record. In a thread: a pipe makes its writer wait for its reader.
+
+        Raises:
+            CommandError: It cannot be written.
+        """
         try:
             await asyncio.to_thread(_write_all, self._descriptor, line)
         except BrokenPipeError:
@@ -166,18 +282,20 @@ class StreamResults:
                 exit_code=ExitCode.STOPPED,
             ) from None
         except OSError as error:
-            raise _stop_for(self.place, error) from None
+            raise CommandError(
+                f"Results could not be written to {self.place}: {error.strerror}. "
+                "Nothing further was sent.",
+                exit_code=ExitCode.STOPPED,
+            ) from None
 
-    def __exit__(self, *_: object) -> None:
-        if self.path is not None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.output != STANDARD:
             os.close(self._descriptor)
-
-
-def _stop_for(place: object, error: OSError) -> CommandError:
-    return CommandError(
-        f"Results could not be written to {place}: {error.strerror}. Nothing further was sent.",
-        exit_code=ExitCode.STOPPED,
-    )
 
 
 def _write_all(descriptor: int, line: bytes) -> None:

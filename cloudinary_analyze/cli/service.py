@@ -12,10 +12,13 @@ from rich.console import Console
 
 from cloudinary_analyze.cli.console import CommandError, say
 from cloudinary_analyze.config import URL_FORM, URL_VARIABLE, Credentials
-from cloudinary_analyze.emulator import Emulator
+from cloudinary_analyze.emulator import Emulator, WebhookPolicy
 from cloudinary_analyze.errors import ConfigurationError
 
 CLOUD_VARIABLE: Final = "CLOUDINARY_CLOUD_NAME"
+WEBHOOKS: Final = 256
+EMULATOR_ASIDE: Final = "start `cloudinary-analyze emulator`, and export what it prints"
+NO_ACCOUNT: Final = "add --emulator to try it on this machine, without an account"
 
 
 @attrs.frozen
@@ -39,15 +42,21 @@ async def open_service(*, emulated: bool, console: Console) -> AsyncIterator[Ser
         CommandError: There are no credentials, or they cannot be right.
     """
     if not emulated:
-        yield Service(_read_credentials())
+        yield Service(read_credentials())
         return
-    async with Emulator(count_sources=False) as emulator:
+    # its webhooks are answered only once their results are kept, so many must be under way
+    policy = WebhookPolicy(concurrency=WEBHOOKS)
+    async with Emulator(count_sources=False, webhooks=policy) as emulator:
         say(console, emulator.banner(), style="dim")
         yield Service(Credentials.from_url(emulator.cloudinary_url), emulator)
 
 
-def _read_credentials() -> Credentials:
-    way_out = "add --emulator to try it on this machine, without an account"
+def read_credentials(way_out: str = NO_ACCOUNT) -> Credentials:
+    """Return the credentials of the environment.
+
+    Raises:
+        CommandError: There are none, or they cannot be right; what else there is to do follows.
+    """
     if not any(os.environ.get(name, "").strip() for name in (URL_VARIABLE, CLOUD_VARIABLE)):
         raise CommandError(
             f"There are no credentials. Set {URL_VARIABLE}={URL_FORM} "

@@ -54,7 +54,7 @@ async def perform_analyze(plan: SinglePlan, console: Console) -> ExitCode:
                 try:
                     response = await session.analyze(plan.build(plan.source))
                 except AnalyzeError as error:
-                    raise CommandError(str(error), exit_code=_choose_code(error)) from error
+                    raise CommandError(str(error), exit_code=choose_code(error)) from error
     if is_interactive(sys.stdout):
         _print_response(Console(file=sys.stdout), response)
     else:
@@ -62,7 +62,8 @@ async def perform_analyze(plan: SinglePlan, console: Console) -> ExitCode:
     return ExitCode.DONE
 
 
-def _choose_code(error: AnalyzeError) -> ExitCode:
+def choose_code(error: AnalyzeError) -> ExitCode:
+    """Return what the process ends with for the error of one call."""
     if isinstance(error, AuthenticationError | PermissionDeniedError | QuotaExceededError):
         return ExitCode.STOPPED
     return ExitCode.FAILURES

@@ -8,18 +8,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 import attrs
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cloudinary_analyze.bulk.input import InputItem
 from cloudinary_analyze.cli.console import say
-from cloudinary_analyze.errors import AnalyzeError, ApiError
 from cloudinary_analyze.events import SessionStats
-from cloudinary_analyze.outcomes import AnyOutcome
 from cloudinary_analyze.responses import Limit
 
 BAD_LINES: Final = "(bad input lines)"
@@ -80,47 +77,59 @@ class Tally:
     done: int = 0
     failed: int = 0
 
-    def add(self, outcome: AnyOutcome) -> None:
-        """Count an outcome of an `InputItem`."""
-        item: InputItem = outcome.item
-        tally = self.models.setdefault(item.model or BAD_LINES, ModelTally())
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Count a record."""
+        tally = self.models.setdefault(record["model"] or BAD_LINES, ModelTally())
         self.done += 1
-        if outcome.response is not None:
+        if record["status"] == "ok":
             tally.ok += 1
-            tally.durations.add(outcome.seconds)
-            for limit in outcome.response.limits:
-                self.used[limit.type] += limit.used_by_request or 0
-        elif outcome.error is not None:
+            if record["seconds"] is not None:
+                tally.durations.add(record["seconds"])
+            for limit in record["limits"]:
+                self.used[limit["type"]] += limit["used_by_request"] or 0
+        else:
             tally.failed += 1
             self.failed += 1
-            self._add_cause(item, outcome.error)
+            self._add_cause(record)
 
-    def _add_cause(self, item: InputItem, error: Exception) -> None:
-        name = name_cause(item, error)
+    def _add_cause(self, record: Mapping[str, Any]) -> None:
+        name = name_cause(record)
         cause = self.causes.get(name)
         if cause is None:
             if len(self.causes) >= MOST_CAUSES:
                 name = "other causes"
-            message = error.message if isinstance(error, AnalyzeError) else repr(error)
-            example = Cause(f"line {item.line.number}: {message}")
+            example = Cause(f"line {record['line']}: {record['error']['message']}")
             cause = self.causes.setdefault(name, example)
         cause.count += 1
 
 
-def name_cause(item: InputItem, error: Exception) -> str:
+def name_cause(record: Mapping[str, Any]) -> str:
     """Return what failures of the same cause have in common; never the source itself."""
-    if item.line.error is not None:
+    if record["model"] is None:
         return "bad input line"
-    name = type(error).__name__
-    if isinstance(error, ApiError):
-        return " ".join(map(str, filter(None, (name, error.status, error.code))))
-    return name
+    error = record["error"]
+    return " ".join(map(str, filter(None, (error["type"], error["status"], error["code"]))))
 
 
 def print_summary(
-    console: Console, tally: Tally, *, quota: Mapping[str, Limit], stats: SessionStats, place: str
+    console: Console,
+    tally: Tally,
+    *,
+    quota: Mapping[str, Limit],
+    stats: SessionStats,
+    skipped: int,
+    place: str,
 ) -> None:
-    """Print the closing tables."""
+    """Print the closing tables.
+
+    Args:
+        console: Where.
+        tally: The counts of the results.
+        quota: What is known of the quotas.
+        stats: The session's counts.
+        skipped: How many items had their outcome from an earlier run.
+        place: Where the results are; empty if they could not be written.
+    """
     console.print(_build_model_table(tally))
     if tally.causes:
         console.print(_build_cause_table(tally))
@@ -131,7 +140,10 @@ def print_summary(
         if stats.ambiguous_retries:
             sentence += f"; {stats.ambiguous_retries:,} of them may have been charged before"
         say(console, f"{sentence}.")
-    say(console, f"Results: {place}")
+    if skipped:
+        say(console, f"{skipped:,} of these were done in an earlier run, and not asked again.")
+    if place:
+        say(console, f"Results: {place}")
 
 
 def _build_model_table(tally: Tally) -> Table:
@@ -160,7 +172,7 @@ def _build_cause_table(tally: Tally) -> Table:
 
 def _build_quota_table(tally: Tally, quota: Mapping[str, Limit]) -> Table:
     table = Table("quota")
-    for heading in ("used here", "left", "of"):
+    for heading in ("used by these", "left", "of"):
         table.add_column(heading, justify="right")
     for name, limit in quota.items():
         table.add_row(

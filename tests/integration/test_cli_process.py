@@ -8,93 +8,39 @@ import os
 import pty
 import re
 import signal
-import sys
-from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from asyncio.subprocess import PIPE
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from cli_support import end, read_records, read_terminal, see, start, until, write_urls
 
 from cloudinary_analyze import AnalyzeSession, Captioning, Credentials
 from cloudinary_analyze.emulator import Emulator
 
-COMMAND = (sys.executable, "-m", "cloudinary_analyze")
 
-
-@asynccontextmanager
-async def start(
-    *arguments: str, folder: Path, emulator: Emulator | None = None, **options: Any
-) -> AsyncIterator[Process]:
-    """Start the command line; it is killed if the block leaves it running."""
-    environment = {name: value for name, value in os.environ.items() if "CLOUDINARY" not in name}
-    environment |= {"COLUMNS": "160", "TERM": "xterm"}
-    if emulator is not None:
-        environment["CLOUDINARY_URL"] = emulator.cloudinary_url
-    streams = {"stdin": PIPE, "stdout": PIPE, "stderr": PIPE} | options
-    process = await asyncio.create_subprocess_exec(
-        *COMMAND, *arguments, cwd=folder, env=environment, **streams
-    )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
-
-
-def write_urls(folder: Path, count: int) -> None:
-    urls = (f"https://example.com/{number}.jpg\n" for number in range(1, count + 1))
-    (folder / "urls.txt").write_text("".join(urls), encoding="utf-8")
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
-
-
-async def see(process: Process, sentence: str) -> str:
-    """Return what is said on stderr up to and with the line that has a sentence."""
-    assert process.stderr is not None
-    told = ""
-    async with asyncio.timeout(20):
-        while sentence not in told:
-            line = await process.stderr.readline()
-            assert line, f"never said {sentence!r}, but: {told}"
-            told += line.decode()
-    return told
-
-
-async def end(process: Process) -> tuple[int, str, str]:
-    """Return exit code, stdout and stderr of a process that ends by itself."""
-    async with asyncio.timeout(20):
-        out, err = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, (out or b"").decode(), (err or b"").decode()
-
-
-async def test_interrupt_finishes_and_writes_what_is_in_flight(tmp_path: Path):
+async def test_interrupt_finishes_and_writes_what_is_in_flight_and_resumes(tmp_path: Path):
     write_urls(tmp_path, 200)
     arguments = ("run", "coco", "lvis", "--input", "urls.txt", "--permits", "8")
-    async with (
-        Emulator(latency=0.2) as emulator,
-        start(*arguments, folder=tmp_path, emulator=emulator) as process,
-    ):
-        part = tmp_path / "results.jsonl.part"
-        async with asyncio.timeout(20):
-            while not (part.exists() and part.stat().st_size):
-                await asyncio.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        code, _, err = await end(process)
-        done = emulator.counts.total_done
-    assert code == 130, err
-    records = read_records(tmp_path / "results.jsonl")
-    assert not part.exists()
-    assert {record["status"] for record in records} == {"ok"}
-    assert len(records) == done  # all that was charged was written
-    last = max(record["line"] for record in records)
-    assert last < 200
-    assert len(records) == 2 * last  # whole lines
-    assert f"Every input line up to {last} has its results; {200 - last} lines were not sent" in err
-    assert f"from line {last + 1} on" in err
+    async with Emulator(latency=0.2) as emulator:
+        async with start(*arguments, folder=tmp_path, emulator=emulator) as process:
+            await until(lambda: emulator.counts.total_done > 8)
+            process.send_signal(signal.SIGINT)
+            code, _, err = await end(process)
+        assert code == 130, err
+        records = read_records(tmp_path / "results.jsonl")
+        assert {record["status"] for record in records} == {"ok"}
+        assert len(records) == emulator.counts.total_done  # all that was charged was written
+        assert len(records) == 2 * records[-1]["line"]  # whole lines
+        assert f"{len(records)} items are answered, {400 - len(records)} left" in err
+        assert "run the same command again" in err
+        emulator.latency = None
+        async with start(*arguments, folder=tmp_path, emulator=emulator) as process:
+            code, _, err = await end(process)
+        assert code == 0, err
+        assert f"{len(records)} of these were done in an earlier run" in err
+        found = [(r["line"], r["model"]) for r in read_records(tmp_path / "results.jsonl")]
+        assert found == [(n, model) for n in range(1, 201) for model in ("coco", "lvis")]
+        assert emulator.counts.total_received == 400
 
 
 async def test_a_second_interrupt_aborts_at_once(tmp_path: Path):
@@ -103,9 +49,7 @@ async def test_a_second_interrupt_aborts_at_once(tmp_path: Path):
         Emulator(latency=300) as emulator,
         start("run", "coco", "--input", "urls.txt", folder=tmp_path, emulator=emulator) as process,
     ):
-        async with asyncio.timeout(20):
-            while not emulator.counts.total_received:
-                await asyncio.sleep(0.01)
+        await until(lambda: emulator.counts.total_received)
         process.send_signal(signal.SIGINT)
         await see(process, "A second interrupt aborts")
         process.send_signal(signal.SIGINT)
@@ -170,19 +114,6 @@ async def test_a_reader_that_goes_away_stops_the_run(tmp_path: Path):
         assert emulator.counts.total_received < 2000
     assert "reads no more" in told
     assert "Traceback" not in told
-
-
-def read_terminal(descriptor: int) -> str:
-    """Return all that was written to a terminal until its last writer went away."""
-    shown = b""
-    while True:
-        try:
-            chunk = os.read(descriptor, 65536)
-        except OSError:  # Linux says EIO at the end
-            chunk = b""
-        if not chunk:
-            return shown.decode()
-        shown += chunk
 
 
 async def run_on_terminal(

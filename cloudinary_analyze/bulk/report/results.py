@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -46,12 +45,10 @@ def read_records(
 
 def _read_json(raw: bytes) -> Any:
     """Return the value of a line, ``None`` for what is no JSON."""
-    for read in (codec.loads, json.loads):  # only the second takes half a surrogate pair
-        try:
-            return read(raw)
-        except (ValueError, RecursionError):
-            continue
-    return None
+    try:
+        return codec.loads(raw)
+    except (ValueError, RecursionError):
+        return None
 
 
 @contextmanager

@@ -1,0 +1,289 @@
+"""How the results of a run's tasks come in: a receiver in this process, the pull queue, Redis.
+
+A task's webhook is answered, or its message acknowledged, only once its result is kept for good:
+whoever sent it sends it again if this process is killed before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Final
+
+import attrs
+from aiohttp import web
+from rich.console import Console
+
+from cloudinary_analyze.cli.console import CommandError, say
+from cloudinary_analyze.cli.service import Service
+from cloudinary_analyze.errors import LedgerError
+from cloudinary_analyze.events import Event, NotificationSeen
+from cloudinary_analyze.notifications.aiohttp import WebhookReceiver
+from cloudinary_analyze.notifications.pull import PolledNotifications
+from cloudinary_analyze.outcomes import AnyOutcome
+from cloudinary_analyze.protocols import NotificationSink, NotificationSource
+from cloudinary_analyze.responses import Delivery
+from cloudinary_analyze.webhooks import parse_notification
+
+WAYS: Final = (
+    "--receive HOST:PORT --public-url URL (webhooks come to this process), --pull CHANNEL "
+    "(Cloudinary's hosted pull queue, experimental) or --redis URL (a receiver elsewhere puts "
+    "them into Redis)"
+)
+PARKED_SECONDS: Final = 1.0
+STOP_SECONDS: Final = 0.1
+
+Handle = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@attrs.frozen(kw_only=True)
+class ReceivingPlan:
+    """How the results of tasks are to come in; at most one way.
+
+    Attributes:
+        receive: Address and port to take webhooks in at.
+        public_url: Where the service is to send them; ``None``: where the account says.
+        pull: A channel of the hosted pull queue.
+        redis: The URL of a Redis that a receiver elsewhere fills.
+    """
+
+    receive: tuple[str, int] | None = None
+    public_url: str | None = None
+    pull: str | None = None
+    redis: str | None = attrs.field(default=None, repr=False)
+
+
+def read_address(text: str) -> tuple[str, int]:
+    """Read ``HOST:PORT``; an IPv6 address stands in brackets.
+
+    Raises:
+        CommandError: It has another form.
+    """
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65_535:
+        raise CommandError(f"--receive takes HOST:PORT, such as 0.0.0.0:8080; not {text!r}.")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def plan_receiving(
+    mode: str,
+    *,
+    receive: str | None,
+    public_url: str | None,
+    pull: str | None,
+    redis: str | None,
+    emulated: bool,
+) -> ReceivingPlan | None:
+    """Decide how the results of a run's tasks come in; ``None``: it makes calls.
+
+    Raises:
+        CommandError: The options do not fit together.
+    """
+    options = {"--receive": receive, "--pull": pull, "--redis": redis}
+    given = [name for name, value in options.items() if value is not None]
+    named = given + ([] if public_url is None else ["--public-url"])
+    if mode == "call":
+        if named:
+            raise CommandError(f"{named[0]} is for tasks; add --mode task.")
+        return None
+    if emulated:
+        if named:
+            raise CommandError(
+                f"The emulator's webhooks come to a receiver of its own; leave {named[0]} out."
+            )
+        return ReceivingPlan()
+    if len(given) != 1:
+        way = "one of these alone" if given else "one of these"
+        raise CommandError(
+            f"The results of tasks must come in somehow; with --mode task pass {way}: {WAYS}. "
+            "Or add --emulator, which brings a receiver."
+        )
+    if receive is not None and public_url is None:
+        raise CommandError(
+            "--receive needs --public-url with the address that leads there from outside: the "
+            "service must be told where to send its webhooks."
+        )
+    if pull is not None and public_url is not None:
+        raise CommandError("--public-url is for webhooks, and --pull takes none.")
+    return ReceivingPlan(
+        receive=None if receive is None else read_address(receive),
+        public_url=public_url,
+        pull=pull,
+        redis=redis,
+    )
+
+
+class _Acknowledging(NotificationSource):
+    """A source whose deliveries are acknowledged once their results are kept."""
+
+    def release(self, task_id: str) -> None:
+        """Have what came for a task acknowledged."""
+
+    def park(self, task_id: str) -> None:
+        """Be told that what came is for a task that is not known here, or not yet."""
+
+
+@attrs.define(eq=False)
+class Line:
+    """Brings the notifications of a run's tasks.
+
+    Attributes:
+        source: For the session.
+        url: Where the service is to send them; ``None``: where the account says.
+    """
+
+    source: NotificationSource
+    url: str | None
+
+    def hear(self, event: Event) -> None:
+        """Be told what happens in the session."""
+        source = self.source
+        if not isinstance(source, _Acknowledging) or not isinstance(event, NotificationSeen):
+            return
+        if event.task_id is None or event.verdict == "resolved":
+            return  # what is resolved is yet to be kept
+        if event.verdict == "parked":
+            source.park(event.task_id)
+        else:
+            # soon: the listener settles it only after it has told of it
+            asyncio.get_running_loop().call_soon(source.release, event.task_id)
+
+    def take_note(self, outcome: AnyOutcome) -> None:
+        """Be told of an outcome that is kept for good, unless the ledger broke."""
+        if isinstance(outcome.error, LedgerError) or not isinstance(self.source, _Acknowledging):
+            return
+        task_id = getattr(outcome.error, "task_id", None)
+        if outcome.response is not None:
+            task_id = outcome.response.raw.get("task_id")
+        if isinstance(task_id, str):
+            self.source.release(task_id)
+
+
+class UnknownTaskError(Exception):
+    """A notification is for a task that nobody waits for here."""
+
+
+@attrs.define(eq=False)
+class _Waiting(_Acknowledging, NotificationSink):
+    """A queue whose `put` returns once the result that it was given is kept."""
+
+    queue: asyncio.Queue[Delivery] = attrs.field(factory=asyncio.Queue)
+    held: dict[str, list[asyncio.Future[None]]] = attrs.field(factory=dict)
+
+    async def put(self, delivery: Delivery, /) -> None:
+        task_id = parse_notification(delivery.body).task_id or ""
+        kept = asyncio.get_running_loop().create_future()
+        held = self.held.setdefault(task_id, [])
+        held.append(kept)
+        self.queue.put_nowait(delivery)
+        try:
+            await kept
+        finally:
+            held.remove(kept)
+            if not held and self.held.get(task_id) is held:
+                del self.held[task_id]
+
+    async def listen(self) -> AsyncIterator[Delivery]:
+        while True:
+            yield await self.queue.get()
+
+    def release(self, task_id: str) -> None:
+        for kept in self.held.get(task_id, ()):
+            if not kept.done():
+                kept.set_result(None)
+
+    def park(self, task_id: str) -> None:
+        """Have the sender try again later, unless the task becomes known and is answered soon."""
+        asyncio.get_running_loop().call_later(PARKED_SECONDS, self._refuse, task_id)
+
+    def _refuse(self, task_id: str) -> None:
+        for kept in self.held.get(task_id, ()):
+            if not kept.done():
+                kept.set_exception(UnknownTaskError("no task of that id is known here"))
+
+
+@attrs.define(eq=False)
+class _Deferring(_Acknowledging):
+    """A source that acknowledges what resolved a task only once the result is kept."""
+
+    inner: NotificationSource
+    held: dict[str, list[Delivery]] = attrs.field(factory=dict)
+
+    def listen(self) -> AsyncIterator[Delivery]:
+        return self.inner.listen()
+
+    def settle(self, delivery: Delivery) -> None:
+        task_id = parse_notification(delivery.body).task_id or ""
+        self.held.setdefault(task_id, []).append(delivery)
+
+    def release(self, task_id: str) -> None:
+        for delivery in self.held.pop(task_id, ()):
+            self.inner.settle(delivery)
+
+
+@asynccontextmanager
+async def open_line(
+    plan: ReceivingPlan | None, service: Service, console: Console
+) -> AsyncIterator[Line | None]:
+    """Open the way that results of tasks come in by; ``None`` where there are no tasks.
+
+    Raises:
+        CommandError: It cannot be opened.
+        ConfigurationError: The credentials hold no secret to verify with, or the plan cannot be
+            right.
+    """
+    if plan is None:
+        yield None
+    elif plan.redis is not None:
+        async with open_redis(plan.redis) as notifications:
+            yield Line(notifications, plan.public_url)
+    elif plan.pull is not None:
+        pulled = _Deferring(PolledNotifications(plan.pull, credentials=service.credentials))
+        say(console, "The hosted pull queue is experimental; see `run --help`.", style="dim")
+        yield Line(pulled, f"poll://{plan.pull}")
+    else:
+        waiting = _Waiting()
+        handle = WebhookReceiver(waiting, service.credentials).handle
+        async with serve(handle, *(plan.receive or ("127.0.0.1", 0))) as origin:
+            if plan.receive is not None:
+                say(console, f"Receiving webhooks on {origin}.", style="dim")
+            yield Line(waiting, plan.public_url or f"{origin}/")
+
+
+def open_redis(url: str) -> AbstractAsyncContextManager[Any]:
+    """Return the notifications in Redis, both sink and source.
+
+    Raises:
+        CommandError: The [redis] extra is missing.
+        ConfigurationError: The URL cannot be right.
+    """
+    try:
+        from cloudinary_analyze.notifications.redis import RedisNotifications
+    except ImportError as error:
+        raise CommandError(str(error)) from None
+    return RedisNotifications(url)
+
+
+@asynccontextmanager
+async def serve(
+    handle: Handle, host: str, port: int, path: str | None = None
+) -> AsyncIterator[str]:
+    """Serve requests, of every path or of one, and yield the origin.
+
+    Raises:
+        CommandError: The port cannot be listened on.
+    """
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}" if path is None else path, handle)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=STOP_SECONDS)
+    await runner.setup()
+    try:
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except (OSError, OverflowError) as error:
+            raise CommandError(f"Webhooks cannot be received on {host}:{port}: {error}.") from None
+        shown = f"[{host}]" if ":" in host else host
+        yield f"http://{shown}:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()

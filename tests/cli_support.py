@@ -1,0 +1,153 @@
+"""What the tests of the command line share: it as a process, an emulator beside it, its files."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import sys
+import threading
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cloudinary_analyze.emulator import Emulator
+
+COMMAND = (sys.executable, "-m", "cloudinary_analyze")
+StartEmulator = Callable[..., Emulator]
+
+
+@pytest.fixture
+def cli_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path
+
+
+@pytest.fixture
+def start_emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[StartEmulator]:
+    """Start an emulator on a loop of its own, because the commands bring theirs.
+
+    A second one takes the place of the first, at its address.
+    """
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    running: list[Emulator] = []
+
+    def stop() -> int:
+        emulator = running.pop()
+        port = int(emulator.url.rpartition(":")[2])
+        asyncio.run_coroutine_threadsafe(emulator.stop(), loop).result(10)
+        return port
+
+    def start(**options: Any) -> Emulator:
+        port = stop() if running else 0
+        emulator = Emulator(port=port, **options)
+        asyncio.run_coroutine_threadsafe(emulator.start(), loop).result(10)
+        running.append(emulator)
+        monkeypatch.setenv("CLOUDINARY_URL", emulator.cloudinary_url)
+        return emulator
+
+    yield start
+    if running:
+        stop()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+    loop.close()
+
+
+@asynccontextmanager
+async def start(
+    *arguments: str, folder: Path, emulator: Emulator | None = None, **options: Any
+) -> AsyncIterator[Process]:
+    """Start the command line; it is killed if the block leaves it running."""
+    environment = {name: value for name, value in os.environ.items() if "CLOUDINARY" not in name}
+    environment |= {"COLUMNS": "160", "TERM": "xterm"}
+    if emulator is not None:
+        environment["CLOUDINARY_URL"] = emulator.cloudinary_url
+    streams = {"stdin": PIPE, "stdout": PIPE, "stderr": PIPE} | options
+    process = await asyncio.create_subprocess_exec(
+        *COMMAND, *arguments, cwd=folder, env=environment, **streams
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def see(process: Process, sentence: str) -> str:
+    """Return what is said on stderr up to and with the line that has a sentence."""
+    assert process.stderr is not None
+    told = ""
+    async with asyncio.timeout(20):
+        while sentence not in told:
+            line = await process.stderr.readline()
+            assert line, f"never said {sentence!r}, but: {told}"
+            told += line.decode()
+    return told
+
+
+async def end(process: Process) -> tuple[int, str, str]:
+    """Return exit code, stdout and stderr of a process that ends by itself."""
+    async with asyncio.timeout(30):
+        out, err = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, (out or b"").decode(), (err or b"").decode()
+
+
+async def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    """Wait for what happens elsewhere."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def find_free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def build_urls(count: int) -> list[str]:
+    """Return different sources."""
+    return [f"https://example.com/{number}.jpg" for number in range(1, count + 1)]
+
+
+def write_urls(folder: Path, count: int) -> str:
+    """Write ``urls.txt``."""
+    return write_lines(*build_urls(count), name=str(folder / "urls.txt"))
+
+
+def write_lines(*lines: str, name: str = "urls.txt") -> str:
+    """Write a file of lines and return its name."""
+    Path(name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return name
+
+
+def read_records(path: str | Path = "results.jsonl") -> list[dict[str, Any]]:
+    """Read results."""
+    return [json.loads(line) for line in Path(path).read_bytes().splitlines()]
+
+
+def read_terminal(descriptor: int) -> str:
+    """Return all that was written to a terminal until its last writer went away."""
+    shown = b""
+    while True:
+        try:
+            chunk = os.read(descriptor, 65536)
+        except OSError:  # Linux says EIO at the end
+            chunk = b""
+        if not chunk:
+            return shown.decode()
+        shown += chunk

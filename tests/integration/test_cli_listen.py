@@ -1,0 +1,110 @@
+"""The development receiver, and the pump from the pull queue into Redis."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from pathlib import Path
+
+import aiohttp
+import pytest
+from cli_support import end, see, start, until
+from notification_support import SECRET, RedisServer, build_answer, sign, start_redis
+
+from cloudinary_analyze import AnalyzeSession, Captioning, Credentials
+from cloudinary_analyze.emulator import Emulator, WebhookPolicy
+from cloudinary_analyze.notifications.redis import RedisNotifications
+
+URL = "https://example.com/a.jpg"
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path):
+    server = start_redis(tmp_path)
+    yield server
+    server.kill()
+
+
+async def test_listen_shows_what_is_genuine_and_refuses_the_rest(tmp_path: Path):
+    genuine, forged = build_answer("task-1"), build_answer("task-2")
+    unrelated = json.dumps({"notification_type": "upload", "asset_id": "a"}).encode()
+    async with (
+        Emulator() as emulator,
+        start(
+            "listen", "--port", "0", "--path", "/hook", folder=tmp_path, emulator=emulator
+        ) as process,
+        aiohttp.ClientSession() as http,
+    ):
+        told = await see(process, "Ctrl-C ends it")
+        url = re.search(r"http://\S+/hook", told)
+        assert url
+        now = time.time()
+
+        async def post(body: bytes, headers: dict[str, str], to: str = url[0]) -> int:
+            async with http.post(to, data=body, headers=headers) as response:
+                return response.status
+
+        assert await post(genuine, sign(genuine, at=now)) == 200
+        assert await post(forged, sign(forged, at=now, secret="guessed")) == 401
+        assert await post(forged, sign(forged, at=now - 86_400)) == 401
+        assert await post(forged, {}) == 401
+        assert await post(unrelated, sign(unrelated, at=now)) == 200
+        assert await post(genuine, sign(genuine, at=now), to=f"{url[0]}/other") == 404
+        process.send_signal(signal.SIGINT)
+        code, out, err = await end(process)
+    assert code == 0
+    assert [json.loads(line) for line in out.splitlines()] == [json.loads(genuine)]
+    assert err.count("Refused with 401") == 3
+    for reason in (
+        "of none of the known secrets",
+        "s before it arrived",
+        "no X-Cld-Signature",
+        "404",
+    ):
+        assert reason in err
+    assert "Not an answer to an analysis" in err
+    assert SECRET not in err
+    assert "guessed" not in err
+
+
+async def test_listen_pumps_the_pull_queue_into_redis(tmp_path: Path, redis_server: RedisServer):
+    arguments = ("listen", "--pull", "mine", "--redis", redis_server.url)
+    policy = WebhookPolicy(pull_channel="mine")
+    async with (
+        Emulator(webhooks=policy) as emulator,
+        start(*arguments, folder=tmp_path, emulator=emulator) as process,
+        RedisNotifications(redis_server.url) as notifications,
+        AnalyzeSession(
+            Credentials.from_url(emulator.cloudinary_url), notifications=notifications
+        ) as session,
+    ):
+        await see(process, "Ctrl-C ends it")
+        response = await session.submit(Captioning(URL), timeout=20)
+        assert response.analysis.caption
+        process.send_signal(signal.SIGINT)
+        code, out, err = await end(process)
+    assert code == 0, err
+    (line,) = out.splitlines()
+    assert json.loads(line)["data"]["entity"] == URL
+
+
+async def test_listen_ends_when_its_reader_goes_away(tmp_path: Path):
+    body = build_answer("task-1")
+    async with (
+        Emulator() as emulator,
+        start("listen", "--port", "0", folder=tmp_path, emulator=emulator) as process,
+        aiohttp.ClientSession() as http,
+    ):
+        told = await see(process, "Ctrl-C ends it")
+        url = re.search(r"http://[^\s/]+/", told)
+        assert url
+        process._transport.get_pipe_transport(1).close()  # type: ignore[attr-defined]
+        headers = sign(body, at=time.time())
+        async with http.post(url[0], data=body, headers=headers) as response:
+            assert response.status == 503  # nobody saw it, so it is to come again
+        told = await see(process, "reads no more")
+        await until(lambda: process.returncode is not None)
+    assert process.returncode == 3
+    assert "Traceback" not in told

@@ -1,0 +1,283 @@
+"""Runs of tasks, whatever way their results come in by, and the status of a task."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pty
+import re
+import signal
+from pathlib import Path
+
+import cli_support
+import pytest
+from cli_support import (
+    StartEmulator,
+    build_urls,
+    end,
+    find_free_port,
+    read_records,
+    see,
+    start,
+    until,
+    write_urls,
+)
+from notification_support import RedisServer, build_delivery, start_redis
+
+from cloudinary_analyze import AnalyzeSession, Coco, Credentials, Outcome, Response
+from cloudinary_analyze.analyses import OtherAnalysis
+from cloudinary_analyze.cli import main, receiving
+from cloudinary_analyze.cli.console import build_console
+from cloudinary_analyze.cli.receiving import ReceivingPlan, open_line
+from cloudinary_analyze.cli.results import plan_places
+from cloudinary_analyze.cli.run import RunPlan
+from cloudinary_analyze.cli.service import Service
+from cloudinary_analyze.emulator import Emulator, FaultPlan, WebhookPolicy
+from cloudinary_analyze.events import NotificationSeen
+
+cli_folder, start_emulator = cli_support.cli_folder, cli_support.start_emulator
+pytestmark = pytest.mark.usefixtures("cli_folder")
+
+RUN = ("run", "coco", "--input", "urls.txt", "--mode", "task")
+
+
+def check_results(count: int) -> None:
+    records = read_records()
+    assert [record["source"] for record in records] == build_urls(count)
+    assert {record["status"] for record in records} == {"ok"}
+    assert all(record["analysis"] for record in records)
+
+
+def test_tasks_of_the_emulator_need_nothing_else(capfd: pytest.CaptureFixture[str]):
+    arguments = ["run", "coco", "captioning", "--mode", "task", "--emulator", "--samples", "100"]
+    assert main(arguments) == 0
+    records = read_records()
+    assert len(records) == 200
+    assert all(record["analysis"] and record["limits"] for record in records)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "sentences"),
+    [
+        ("", ("--receive", "--pull", "--redis", "--emulator")),
+        ("--receive 127.0.0.1:8080", ("--public-url",)),
+        ("--receive 8080 --public-url https://x.example/", ("HOST:PORT",)),
+        ("--pull a --redis redis://127.0.0.1", ("one of these alone",)),
+        ("--pull a --public-url https://x.example/", ("--public-url",)),
+        ("--pull a --emulator", ("leave --pull out",)),
+        ("--redis nonsense://", ("Redis URL",)),
+        ("--receive 127.0.0.1:8080 --public-url ftp://x.example/", ("notification URL",)),
+    ],
+)
+def test_tasks_without_a_way_for_their_results_are_refused_before_anything_is_sent(
+    options: str,
+    sentences: tuple[str, ...],
+    start_emulator: StartEmulator,
+    capfd: pytest.CaptureFixture[str],
+):
+    emulator = start_emulator()
+    write_urls(Path(), 1)
+    assert main([*RUN, *options.split()]) == 2
+    err = capfd.readouterr().err
+    for sentence in sentences:
+        assert sentence in err
+    assert not emulator.counts.total_received
+
+
+async def test_a_receiver_takes_what_the_service_sends_whatever_happens_to_it(tmp_path: Path):
+    write_urls(tmp_path, 100)
+    port = find_free_port()
+    receive = ("--receive", f"127.0.0.1:{port}", "--public-url", f"http://127.0.0.1:{port}/hook")
+    faults = FaultPlan(duplicated=0.2, forged=0.2, stale=0.2, malformed=0.2, foreign=0.2)
+    async with (
+        Emulator(faults=faults) as emulator,
+        start(*RUN, *receive, folder=tmp_path, emulator=emulator) as process,
+    ):
+        code, _, err = await end(process)
+        assert code == 0, err
+        assert emulator.counts.total_received == 100
+        assert emulator.counts.webhooks["forged"] > 5
+    check_results(100)
+    for record in read_records():
+        assert record["entity"] == record["source"]
+
+
+async def test_tasks_under_way_are_taken_up_again_and_not_submitted_again(tmp_path: Path):
+    write_urls(tmp_path, 30)
+    port = find_free_port()
+    receive = ("--receive", f"127.0.0.1:{port}", "--public-url", f"http://127.0.0.1:{port}/")
+    policy = WebhookPolicy(retry_scale=0.005)
+    async with Emulator(task_seconds=300, webhooks=policy) as emulator:
+        async with start(*RUN, *receive, folder=tmp_path, emulator=emulator) as process:
+            await until(lambda: len(emulator.tasks) == 30)
+            process.send_signal(signal.SIGINT)
+            await see(process, "30 tasks in flight")
+            process.send_signal(signal.SIGINT)
+            code, _, err = await end(process)
+        assert code == 130
+        assert "takes them up again" in err
+        assert "0 items are answered, 30 left" in err
+        for task in emulator.tasks.values():
+            emulator._desk._finish(task)  # while nobody listens
+        async with start(*RUN, *receive, folder=tmp_path, emulator=emulator) as process:
+            code, _, err = await end(process)
+        assert code == 0, err
+        assert emulator.counts.total_received == 30
+    check_results(30)
+
+
+async def test_the_hosted_pull_queue_brings_results_and_gets_them_acknowledged(tmp_path: Path):
+    write_urls(tmp_path, 30)
+    async with (
+        Emulator() as emulator,
+        start(*RUN, "--pull", "mine", folder=tmp_path, emulator=emulator) as process,
+    ):
+        code, _, err = await end(process)
+        assert code == 0, err
+        assert not any(c.ready or c.hidden for c in emulator._pull_queue._channels.values())
+    check_results(30)
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path):
+    server = start_redis(tmp_path)
+    yield server
+    server.kill()
+
+
+async def test_results_come_out_of_redis_where_listen_puts_them(
+    tmp_path: Path, redis_server: RedisServer
+):
+    write_urls(tmp_path, 30)
+    redis = ("--redis", redis_server.url)
+    async with Emulator() as emulator:
+        async with start(
+            *("listen", "--port", "0", "--path", "/hook", *redis),
+            folder=tmp_path,
+            emulator=emulator,
+        ) as listener:
+            told = await see(listener, "Ctrl-C ends it")
+            url = re.search(r"http://\S+/hook", told)
+            assert url
+            arguments = (*RUN, *redis, "--public-url", url[0])
+            async with start(*arguments, folder=tmp_path, emulator=emulator) as process:
+                code, _, err = await end(process)
+            assert code == 0, err
+            listener.send_signal(signal.SIGINT)
+            code, out, _ = await end(listener)
+            assert code == 0
+            assert len(out.splitlines()) == 30
+    check_results(30)
+
+
+@pytest.mark.parametrize(
+    ("retry_failed", "receiving", "expected"),
+    [
+        (False, ReceivingPlan(), "raise"),
+        (True, ReceivingPlan(), "analyze"),
+        (True, None, "raise"),
+    ],
+)
+def test_what_was_never_delivered_is_paid_for_again_only_if_that_is_wished(
+    retry_failed: bool, receiving: ReceivingPlan | None, expected: str
+):
+    plan = RunPlan(
+        models={},
+        source=None,
+        samples=1,
+        places=plan_places("r.jsonl", None, ledger=None, report=None, needs_ledger=False),
+        named=False,
+        retry_failed=retry_failed,
+        receiving=receiving,
+        permits=1,
+        limit=None,
+        emulated=False,
+    )
+    assert plan.build_settings().on_missing_result == expected
+
+
+# a webhook is answered only once its result is kept
+
+
+async def test_a_webhook_waits_until_its_result_is_kept():
+    service = Service(Credentials("emulator-demo", "123456789012345", "emulator-secret"))
+    async with open_line(ReceivingPlan(), service, build_console()) as line:
+        assert line is not None
+        put = asyncio.create_task(line.source.put(build_delivery("t1")))  # type: ignore[attr-defined]
+        await anext(aiter(line.source.listen()))
+        line.hear(NotificationSeen(verdict="resolved", task_id="t1"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not put.done()
+        response = Response(OtherAnalysis({}), model="coco", raw={"task_id": "t1"})
+        line.take_note(Outcome(item="x", index=0, response=response))
+        await asyncio.wait_for(put, 1)
+
+
+@pytest.mark.parametrize("verdict", ["duplicate", "foreign", "malformed"])
+async def test_a_webhook_that_nobody_waits_for_is_answered_at_once(verdict: str):
+    service = Service(Credentials("emulator-demo", "123456789012345", "emulator-secret"))
+    async with open_line(ReceivingPlan(), service, build_console()) as line:
+        assert line is not None
+        put = asyncio.create_task(line.source.put(build_delivery("t1")))  # type: ignore[attr-defined]
+        await anext(aiter(line.source.listen()))
+        line.hear(NotificationSeen(verdict=verdict, task_id="t1"))
+        await asyncio.wait_for(put, 1)
+
+
+async def test_a_webhook_for_a_task_that_stays_unknown_is_refused_soon(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(receiving, "PARKED_SECONDS", 0.01)
+    service = Service(Credentials("emulator-demo", "123456789012345", "emulator-secret"))
+    async with open_line(ReceivingPlan(), service, build_console()) as line:
+        assert line is not None
+        put = asyncio.create_task(line.source.put(build_delivery("t1")))  # type: ignore[attr-defined]
+        await anext(aiter(line.source.listen()))
+        line.hear(NotificationSeen(verdict="parked", task_id="t1"))
+        with pytest.raises(receiving.UnknownTaskError):
+            await asyncio.wait_for(put, 1)
+
+
+# status
+
+
+async def accept_task(emulator: Emulator) -> str:
+    async with AnalyzeSession(Credentials.from_url(emulator.cloudinary_url)) as session:
+        with pytest.warns(UserWarning, match="without a notification source"):
+            task = session.submit(Coco("https://example.com/a.jpg"), mode="task")
+        task_id = await task.accepted()
+        task.abandon()
+    assert task_id is not None
+    return task_id
+
+
+async def test_status_is_json_when_piped_and_for_reading_on_a_terminal(tmp_path: Path):
+    async with Emulator() as emulator:
+        task_id = await accept_task(emulator)
+        await until(lambda: emulator.tasks[task_id].outcome)
+        async with start("status", task_id, folder=tmp_path, emulator=emulator) as process:
+            code, out, err = await end(process)
+        assert code == 0, err
+        data = json.loads(out)["data"]
+        assert (data["task_id"], data["status"]) == (task_id, "completed")
+        ours, theirs = pty.openpty()
+        async with start(
+            "status", task_id, folder=tmp_path, emulator=emulator, stdout=theirs
+        ) as process:
+            os.close(theirs)
+            shown = await asyncio.to_thread(cli_support.read_terminal, ours)
+        os.close(ours)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    assert text.startswith(f"completed  {task_id}")
+    assert "comes by notification" in text
+
+
+def test_the_status_of_an_unknown_task_is_a_failure(
+    start_emulator: StartEmulator, capfd: pytest.CaptureFixture[str]
+):
+    start_emulator()
+    assert main(["status", "nosuch"]) == 1
+    assert "knows no such task" in capfd.readouterr().err
