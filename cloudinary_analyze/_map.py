@@ -60,9 +60,7 @@ _STOPPING = (
 
 def stops_the_stream(error: Exception, settings: Settings) -> bool:
     """Whether an error would fail every further item alike."""
-    if isinstance(error, _STOPPING):
-        return True
-    return is_over_server_cap(error, settings)  # type: ignore[arg-type]
+    return isinstance(error, _STOPPING) or is_over_server_cap(error, settings)
 
 
 @attrs.define(eq=False)

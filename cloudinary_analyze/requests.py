@@ -108,6 +108,8 @@ def _read_source(source: str | Uri | Asset) -> Uri | Asset:
 
 
 def _read_strings(values: Iterable[str], noun: str) -> tuple[str, ...]:
+    if not isinstance(values, Iterable):
+        raise InvalidRequestError(f"The {noun} must be a list of strings, not {_quote(values)}.")
     strings = (values,) if isinstance(values, str) else tuple(values)
     for value in strings:
         if not isinstance(value, str) or not value.strip():
@@ -261,7 +263,7 @@ def _read_definitions(
     if isinstance(values, Mapping):
         named: Mapping[Any, Any] = values
         values = [TagDefinition(name, description) for name, description in named.items()]
-    definitions = tuple(values)
+    definitions = tuple(values) if isinstance(values, Iterable) else (values,)
     if not all(isinstance(definition, TagDefinition) for definition in definitions):
         raise InvalidRequestError("tag_definitions must be TagDefinition(name, description)s.")
     _check_count(definitions, "tag definitions")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import warnings
 import weakref
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping
@@ -52,6 +53,24 @@ _NOTIFICATION_SCHEMES: Final = ("https://", "http://", "poll://")
 Mode = Literal["auto", "task", "call"]
 
 
+def _check_arguments(credentials: object, settings: object, on_event: object) -> None:
+    if not isinstance(credentials, Credentials):
+        raise ConfigurationError(
+            f"`credentials` are Credentials(…), not {type(credentials).__name__}; for a "
+            "cloudinary:// URL pass Credentials.from_url(url)."
+        )
+    if not isinstance(settings, Settings):
+        raise ConfigurationError(f"`settings` are Settings(…), not {type(settings).__name__}.")
+    if on_event is not None and not callable(on_event):
+        raise ConfigurationError(f"`on_event` is a function of one event, not {on_event!r:.80}.")
+
+
+def _build_no_request_error(value: object) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"{value!r:.80} is no request. Pass one of a model, such as Captioning(url)."
+    )
+
+
 class AnalyzeSession:
     """An open line to the Analyze API: one pool, one set of permits, one event loop.
 
@@ -91,16 +110,24 @@ class AnalyzeSession:
     ) -> None:
         credentials = Credentials.from_environment() if credentials is None else credentials
         settings = Settings() if settings is None else settings
+        _check_arguments(credentials, settings, on_event)
         host = settings.host or credentials.host or DEFAULT_HOST
         self._base_url = read_base_url(host, credentials.cloud_name)
         if isinstance(notifications, asyncio.Queue):
             notifications = QueueSource(notifications)
+        elif notifications is not None and not callable(getattr(notifications, "listen", None)):
+            raise ConfigurationError(
+                "`notifications` takes an asyncio.Queue or a NotificationSource, not "
+                f"{notifications!r:.80}."
+            )
         if notifications is not None and not credentials.signing_secrets:
             raise ConfigurationError(
                 "Notifications cannot be verified without a secret. Pass "
                 "Credentials(…, notification_secrets=…) beside the OAuth token."
             )
-        if notification_url is not None and not notification_url.startswith(_NOTIFICATION_SCHEMES):
+        if notification_url is not None and not str(notification_url).startswith(
+            _NOTIFICATION_SCHEMES
+        ):
             raise ConfigurationError(
                 f"The notification URL {notification_url!r} must begin with https:// (or http://)."
             )
@@ -187,7 +214,11 @@ class AnalyzeSession:
             )
         if self._closed:
             raise SessionClosedError("The session is closed; make a new one.")
-        if asyncio.get_running_loop() is not self._loop:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # a thread without one
+            loop = None
+        if loop is not self._loop:
             raise SessionNotOpenError(
                 "The session was opened on another event loop. Open one session per loop, inside "
                 "of the coroutine that asyncio.run() runs."
@@ -214,9 +245,9 @@ class AnalyzeSession:
             ResponseDecodeError: The answer cannot be read.
         """
         caller = self._use()
-        if timeout is None:
-            timeout = self._settings.call_timeout
-        deadline = None if timeout is None else self._clock.monotonic() + timeout
+        if not isinstance(request, AnalyzeRequest):
+            raise _build_no_request_error(request)
+        deadline = self._build_deadline(timeout, self._settings.call_timeout)
         answer = await caller.analyze(request, deadline=deadline)
         if type(answer) is Accepted:
             return await self._follow(answer.task_id, request, deadline)
@@ -228,7 +259,7 @@ class AnalyzeSession:
         """Await the task that the service made of a call."""
         assert self._resolver is not None
         if deadline is None:
-            deadline = self._task_deadline(None)
+            deadline = self._build_deadline(None, self._settings.task_timeout)
         wait = self._resolver.attach(task_id, request=request, deadline=deadline)
         return await self._join(request, wait)
 
@@ -270,14 +301,18 @@ class AnalyzeSession:
     def _submit(self, request: AnalyzeRequest[Any], *, mode: Mode, timeout: float | None) -> Wait:
         self._use()
         assert self._resolver is not None
+        if not isinstance(request, AnalyzeRequest):
+            raise _build_no_request_error(request)
+        as_task = self._is_for_tasks(mode)
+        if as_task and self._source is None:
+            self._warn_of_tasks(stacklevel=4)
+        deadline = self._build_deadline(timeout, self._settings.task_timeout)
+        return self._resolver.submit(request, as_task=as_task, deadline=deadline)
+
+    def _is_for_tasks(self, mode: Mode) -> bool:
         if mode not in {"auto", "task", "call"}:
             raise ConfigurationError(f"The mode is 'auto', 'task' or 'call', not {mode!r}.")
-        if mode == "task" and self._source is None:
-            self._warn_of_tasks(stacklevel=4)
-        as_task = mode == "task" or (mode == "auto" and self._source is not None)
-        return self._resolver.submit(
-            request, as_task=as_task, deadline=self._task_deadline(timeout)
-        )
+        return mode == "task" or (mode == "auto" and self._source is not None)
 
     def _warn_of_tasks(self, *, stacklevel: int) -> None:
         if not self._warned_of_tasks:
@@ -316,13 +351,16 @@ class AnalyzeSession:
 
         Args:
             task_id: From `AnalysisTask.accepted`.
-            request_type: The request class (``Coco``) or the request, which tells how to read the
-                result.
+            request_type: The request class (``Coco``), which tells how to read the result, or the
+                request, which can also be repeated (`Settings.on_missing_result`).
             timeout: Seconds for the wait. Default: `Settings.task_timeout`.
         """
         self._use()
         if not isinstance(task_id, str) or not task_id:
             raise InvalidRequestError(f"A task id is a string from the service, not {task_id!r}.")
+        kind = request_type if isinstance(request_type, type) else type(request_type)
+        if not issubclass(kind, AnalyzeRequest):
+            raise _build_no_request_error(request_type)
         model = request_type.model_name if isinstance(request_type, type) else request_type.model
         if not model:
             raise InvalidRequestError(
@@ -330,12 +368,19 @@ class AnalyzeSession:
                 "session.task(task_id, OtherModel(name, source))."
             )
         assert self._resolver is not None
-        wait = self._resolver.attach(task_id, deadline=self._task_deadline(timeout))
+        deadline = self._build_deadline(timeout, self._settings.task_timeout)
+        wait = self._resolver.attach(task_id, deadline=deadline)
+        if wait.entry.request is None and not isinstance(request_type, type):
+            wait.entry.request = request_type
         return AnalysisTask(model, request_type.analysis_type, self._resolver.table, wait)
 
-    def _task_deadline(self, timeout: float | None) -> float | None:
-        timeout = self._settings.task_timeout if timeout is None else timeout
-        return None if timeout is None else self._clock.monotonic() + timeout
+    def _build_deadline(self, timeout: float | None, default: float | None) -> float | None:
+        timeout = default if timeout is None else timeout
+        if timeout is None:
+            return None
+        if not isinstance(timeout, int | float) or math.isnan(timeout):
+            raise ConfigurationError(f"`timeout` is a number of seconds, not {timeout!r}.")
+        return self._clock.monotonic() + timeout
 
     async def task_status(self, task_id: str) -> TaskStatus:
         """Ask for a task's status once, retries aside. It never carries the result.
@@ -418,7 +463,7 @@ class AnalyzeSession:
             ConfigurationError: The arguments do not fit together.
         """
         self._use()
-        as_tasks = mode == "task" or (mode == "auto" and self._source is not None)
+        as_tasks = self._is_for_tasks(mode)
         if window is None:
             window = TASK_WINDOW if as_tasks else CALL_WINDOW * self._settings.permits
         stream = OutcomeStream(

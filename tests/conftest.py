@@ -1,14 +1,16 @@
-"""What all tests share: no credentials from outside, and a deterministic hypothesis."""
+"""What all tests share: no credentials from outside, no secret in a log, a deterministic hypothesis."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
+from secret_search import SecretSearch
 
 from cloudinary_analyze.testing import ManualClock
 
@@ -28,6 +30,19 @@ def _no_outside_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("CLOUDINARY_"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _no_secret_is_logged() -> Iterator[None]:
+    """Search what each test has logged, at DEBUG, libraries included."""
+    root = logging.getLogger()
+    level, search = root.level, SecretSearch()
+    root.setLevel(logging.DEBUG)
+    root.addHandler(search)
+    yield
+    root.removeHandler(search)
+    root.setLevel(level)
+    assert not search.leaks
 
 
 @pytest.fixture

@@ -174,9 +174,12 @@ class Suspensions:
     late: bool = False
     count: int = 0
 
-    @types.coroutine
-    def drive(self, coroutine: Any) -> Generator[Any, Any, Any]:
+    async def drive(self, coroutine: Any) -> Any:
         """Run a coroutine. `late` cancels when the awaited thing has come, before it is seen."""
+        return await self._step(coroutine)
+
+    @types.coroutine
+    def _step(self, coroutine: Any) -> Generator[Any, Any, Any]:
         steps = coroutine.__await__()
         thrown: BaseException | None = None
         while True:

@@ -109,6 +109,9 @@ class Caller:
                 if deadline is None:
                     return await self._attempt_analyze(request, body, trace)
                 return await self._analyze_until(deadline, request, body, trace)
+            except AnalyzeError as failure:
+                failure.ambiguous |= trace.ambiguous
+                raise
             finally:
                 meter.in_flight -= 1
         begun = self.clock.monotonic()
@@ -119,6 +122,8 @@ class Caller:
             return await self._analyze_until(deadline, request, body, trace)
         except BaseException as raised:
             error = raised
+            if isinstance(raised, AnalyzeError):
+                raised.ambiguous |= trace.ambiguous
             raise
         finally:
             meter.in_flight -= 1
@@ -135,6 +140,8 @@ class Caller:
         self, deadline: float, request: AnalyzeRequest[A], body: bytes, trace: _Trace
     ) -> Response[A] | Accepted:
         begun = self.clock.monotonic()
+        if deadline <= begun:
+            raise CallTimeoutError("The time for the whole call was over before it was sent.")
         try:
             async with self.clock.timeout_at(deadline):
                 return await self._attempt_analyze(request, body, trace)
@@ -174,11 +181,13 @@ class Caller:
             else:
                 await gate.acquire()
             generation = gate.generation
-            trace.attempts += 1
-            trace.on_the_wire = True
-            self.meter.attempts += 1
             error: AnalyzeError
             try:
+                if quota.breakers and not probing:
+                    probing = quota.check(feature)  # it may have tripped while this one queued
+                trace.attempts += 1
+                trace.on_the_wire = True
+                self.meter.attempts += 1
                 answer = await self.transport.post(url, body)
             except TransportError as raised:
                 error = raised
@@ -213,7 +222,6 @@ class Caller:
             if isinstance(error, QuotaExceededError):
                 quota.trip(feature, error)
             if wait is None:
-                error.ambiguous = trace.ambiguous
                 raise error
             await self._sleep(wait)
 

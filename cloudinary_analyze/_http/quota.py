@@ -85,7 +85,7 @@ class Quota:
 def build_unsent_error(error: QuotaExceededError, *, seconds: float) -> QuotaExceededError:
     """Return the error for a call that was not sent because of an earlier answer."""
     fields = {name: value for name, value in vars(error).items() if name != "message"}
-    fields["attempts"] = 0
+    fields["attempts"], fields["ambiguous"] = 0, False  # that was the other call's
     then = "the quota is renewed" if error.reset_time is not None else "it is tried again"
     return QuotaExceededError(
         f"Not sent: the quota of the add-on feature {error.feature or 'of this model'!r} was used "

@@ -71,7 +71,7 @@ def compute_wait(own_wait: float, retry_after: float | None, *, chance: float) -
     return max(retry_after + jitter, wait)
 
 
-def is_over_server_cap(error: AnalyzeError, settings: Settings) -> bool:
+def is_over_server_cap(error: Exception, settings: Settings) -> bool:
     """Whether the server asks for a longer wait than the settings allow."""
     return (
         isinstance(error, ApiError)

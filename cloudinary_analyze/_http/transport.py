@@ -87,6 +87,7 @@ class Transport:
         Raises:
             TransportError: No answer; `ambiguous` says whether the request had been sent.
             ResponseDecodeError: The body is longer than the settings allow.
+            ConfigurationError: The aiohttp session that was passed in is closed.
         """
         return self._send("POST", url, body)
 
@@ -127,6 +128,13 @@ class Transport:
             failure = build_transport_error(error, self.settings)
             if not isinstance(error, aiohttp.ClientResponseError):
                 cause = error  # that one's repr holds the request's headers, credentials and all
+        except RuntimeError as error:
+            if self.owned or not self._http.closed:
+                raise
+            raise ConfigurationError(
+                "The aiohttp session passed as `http` was closed. Keep it open until this session "
+                "is closed."
+            ) from error
         else:
             if len(payload) <= self.settings.max_response_bytes:
                 return response.status, response.headers, payload
@@ -203,6 +211,8 @@ def build_headers(credentials: Credentials, *, version: str) -> CIMultiDict[str]
 
 def check_client_session(http: aiohttp.ClientSession, settings: Settings) -> None:
     """Refuse an aiohttp session that would get in the way of ours."""
+    if not isinstance(http, aiohttp.ClientSession):
+        raise ConfigurationError(f"`http` takes an aiohttp.ClientSession, not {http!r:.80}.")
     if http.closed:
         raise ConfigurationError("The aiohttp session passed as `http` is closed.")
     if http.auth is not None or "Authorization" in http.headers:

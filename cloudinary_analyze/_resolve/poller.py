@@ -173,10 +173,12 @@ class Poller:
 
     def _await_notification(self, entry: Entry, *, failed: bool) -> None:
         """Give the notification of a finished task its time, where one may come at all."""
+        if not entry.waits:
+            return  # whoever comes back polls again; nothing is repeated for nobody
         grace = self.settings.failure_grace if failed else self.settings.result_grace
         if not self.with_source or grace == 0:
             self._end_grace(entry)
-        elif entry.grace is None and entry.waits:
+        elif entry.grace is None:
             entry.grace = self.table.timers.push(self.clock.monotonic() + grace, entry)
 
     def _end_grace(self, entry: Entry) -> None:

@@ -195,11 +195,15 @@ class Resolver:
             entry.repeated = True
             self._keep(asyncio.create_task(self._analyze_again(entry, entry.request)))
             return
-        how = (
-            "Attach a notification source (AnalyzeSession(notifications=…, notification_url=…)), "
-            "or submit with mode='call', or set Settings.on_missing_result='analyze'."
-        )
-        if self.listener is not None:
+        if self.settings.on_missing_result == "analyze":
+            how = "Only who has the request can repeat it: session.task(task_id, request)."
+        elif self.listener is None:
+            how = (
+                "Attach a notification source (AnalyzeSession(notifications=…, "
+                "notification_url=…)), or submit with mode='call', or set "
+                "Settings.on_missing_result='analyze'."
+            )
+        else:
             how = (
                 f"No notification came within {self.settings.result_grace:.0f} s. Check that the "
                 "service reaches the notification URL, and that its signature is accepted "

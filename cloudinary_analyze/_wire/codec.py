@@ -39,7 +39,20 @@ try:
 except ImportError:  # the [speed] extra
     orjson = None  # type: ignore[assignment, unused-ignore]
 
-loads: Final[Callable[[bytes], Any]] = json.loads if orjson is None else orjson.loads
+
+def loads(text: bytes) -> Any:
+    """Return the value of JSON.
+
+    Raises:
+        ValueError: It is none.
+        RecursionError: It is nested too deeply.
+    """
+    if orjson is not None:
+        try:
+            return orjson.loads(text)
+        except ValueError:
+            pass  # it is stricter (NaN, half a surrogate pair); what is paid for must be read
+    return json.loads(text)
 
 
 def dumps(value: Any) -> bytes:

@@ -37,6 +37,7 @@ SINK_SECONDS: Final = 5.0
 _KEPT: Final = {
     name.lower(): name for name in (SIGNATURE_HEADER, SIGNATURE_V2_HEADER, TIMESTAMP_HEADER)
 }
+_LENGTH: Final = re.compile(r"[0-9]{1,20}")
 _TIMESTAMP: Final = re.compile(r"[0-9]{1,15}")
 _SIGNATURE: Final = re.compile(r"[0-9A-Fa-f]{40}|[0-9A-Fa-f]{64}")
 
@@ -81,8 +82,11 @@ def read_headers(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     headers: dict[str, str] = {}
     for name, value in pairs:
         folded = name.lower()
-        if folded == "content-length" and (not value.isdecimal() or int(value) > MAX_BODY):
-            raise RefusedError(TOO_LONG.status, TOO_LONG.text)
+        if folded == "content-length":
+            if not _LENGTH.fullmatch(value):
+                raise RefusedError(400, "The Content-Length header is no number of bytes.")
+            if int(value) > MAX_BODY:
+                raise RefusedError(TOO_LONG.status, TOO_LONG.text)
         if folded in _KEPT:
             if _KEPT[folded] in headers:
                 raise RefusedError(400, f"There is more than one {_KEPT[folded]} header.")

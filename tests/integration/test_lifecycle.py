@@ -107,6 +107,8 @@ def test_another_event_loop_is_one_clear_error() -> None:
                 session.map([Captioning(URL)])
 
         second.run_until_complete(use())
+        with pytest.raises(SessionNotOpenError, match="one session per loop"):
+            session.submit(Captioning(URL))  # on no loop at all
         first.run_until_complete(session.aclose())
     finally:
         first.close()
@@ -199,6 +201,18 @@ async def test_an_injected_session_that_gets_in_the_way_is_refused(
         session = AnalyzeSession(DEMO, http=http)
         with pytest.raises(ConfigurationError, match=said):
             await session.__aenter__()
+
+
+async def test_an_injected_session_that_was_closed_meanwhile_is_one_clear_error() -> None:
+    async with ScriptedServer(CAPTION) as server, aiohttp.ClientSession() as http:
+        async with server.session(http=http, permits=4) as session:
+            await session.analyze(Captioning(URL))
+            await http.close()
+            with pytest.raises(ConfigurationError, match="was closed"):
+                await session.analyze(Captioning(URL))
+            with pytest.raises(BulkStoppedError, match="was closed"):
+                [outcome async for outcome in session.map([URL] * 3, Captioning)]
+            assert busy(session.stats) == (0, 0, 0)
 
 
 async def test_an_injected_session_that_raises_for_status_or_follows_does_not_interfere() -> None:

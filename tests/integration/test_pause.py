@@ -13,6 +13,7 @@ from scripted import (
     URL,
     ScriptedServer,
     answer,
+    busy,
     one_after_the_other,
     requests_of,
     until,
@@ -207,6 +208,42 @@ async def test_an_answer_of_before_the_quota_error_does_not_open_the_way_again(
         with pytest.raises(QuotaExceededError, match="Not sent"):
             await session.analyze(VISION)
     assert len(server.seen) == 2
+
+
+async def test_what_queued_for_a_permit_when_the_quota_ended_is_not_sent() -> None:
+    async with ScriptedServer(QUOTA) as server, server.session(permits=2) as session:
+        results = await asyncio.gather(
+            *(session.analyze(VISION) for _ in range(20)), return_exceptions=True
+        )
+        assert all(isinstance(result, QuotaExceededError) for result in results)
+        assert len(server.seen) == 2
+        assert busy(session.stats) == (0, 0, 0)
+
+
+async def test_a_call_that_may_be_charged_says_so_when_its_quota_ends_meanwhile(
+    clock: ManualClock,
+) -> None:
+    """The last error is that nothing was sent, but an attempt before it was."""
+    handlers = one_after_the_other(answer(502), QUOTA)
+    async with ScriptedServer(handlers) as server, server.session(clock=clock) as session:
+        doubtful = asyncio.create_task(session.analyze(VISION))
+        await until(lambda: session.stats.retries == 1)
+        with pytest.raises(QuotaExceededError):
+            await session.analyze(VISION)
+        with pytest.raises(QuotaExceededError, match="Not sent") as caught:
+            await wind(clock, doubtful)
+    assert caught.value.ambiguous
+    assert len(server.seen) == 2
+
+
+async def test_a_call_that_was_not_sent_is_not_said_to_be_charged_for_anothers_sake() -> None:
+    handlers = one_after_the_other(answer(502), QUOTA)
+    async with ScriptedServer(handlers) as server, server.session() as session:
+        with pytest.raises(QuotaExceededError) as first:
+            await session.analyze(VISION)
+        with pytest.raises(QuotaExceededError, match="Not sent") as second:
+            await session.analyze(VISION)
+    assert (first.value.ambiguous, second.value.ambiguous) == (True, False)
 
 
 async def test_another_models_quota_is_its_own() -> None:

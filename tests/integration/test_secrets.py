@@ -22,6 +22,8 @@ from scripted import (
     requests_of,
     wire,
 )
+from secret_search import NEEDLES as SUITE_NEEDLES
+from secret_search import SecretSearch
 
 from cloudinary_analyze import (
     AnalyzeError,
@@ -104,6 +106,25 @@ def test_the_search_would_find_a_leak(leak: str, caplog: pytest.LogCaptureFixtur
     error.__cause__ = ValueError(leak)
     assert any(find_secrets(form) for form in tell_all(error))
     assert any(find_secrets(form) for form in tell_all(AnalyzeError("fine", hidden=leak)))
+
+
+@pytest.mark.parametrize("leak", SUITE_NEEDLES)
+def test_the_search_of_the_whole_suite_would_find_a_leak(leak: str) -> None:
+    """The search that `conftest` makes of every test's logs."""
+    search = SecretSearch()
+    logger = logging.getLogger("leaky")
+    logger.propagate = False  # or that search would find it, too
+    logger.addHandler(search)
+    logger.debug("nothing")
+    assert not search.leaks
+    logger.debug("sent %s", leak)
+    logger.debug("sent %(header)s", {"header": "x", "hidden": leak})
+    try:
+        raise ValueError(leak)
+    except ValueError:
+        logger.exception("it broke")
+    logger.removeHandler(search)
+    assert len(search.leaks) == 3
 
 
 def test_the_needles_are_what_is_sent() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,17 @@ from cloudinary_analyze import (
     AnalyzeSession,
     Asset,
     BulkStoppedError,
+    CallTimeoutError,
     Captioning,
     Coco,
+    ConfigurationError,
     Credentials,
     GoogleLogoDetection,
+    InvalidRequestError,
     OtherModel,
     Settings,
     TagDefinition,
+    TaskTimeoutError,
 )
 from cloudinary_analyze.emulator import Emulator
 
@@ -165,6 +171,66 @@ async def test_a_call_timeout_of_an_item_is_its_outcome_and_stops_nothing() -> N
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     assert [outcome.index for outcome in failed] == [3]
     assert isinstance(failed[0].error, TimeoutError)
+
+
+async def test_a_call_whose_time_is_over_is_not_sent() -> None:
+    """On a warm connection the request would be written, and charged, before the first yield."""
+    async with ScriptedServer(CAPTION) as server, server.session() as session:
+        await session.analyze(Captioning(URL))
+        for timeout in (0, -1.5):
+            with pytest.raises(CallTimeoutError, match="before it was sent") as caught:
+                await session.analyze(Captioning(URL), timeout=timeout)
+            assert (caught.value.attempts, caught.value.ambiguous) == (0, False)
+            with pytest.raises(TaskTimeoutError, match="before it was sent"):
+                await session.submit(Captioning(URL), timeout=timeout)
+        await session.analyze(Captioning(URL))
+    assert len(server.seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("misuse", "kind", "sentence"),
+    [
+        (lambda session: session.submit(URL), InvalidRequestError, "is no request"),
+        (lambda session: session.submit(Captioning), InvalidRequestError, "is no request"),
+        (lambda session: session.task("t1", "coco"), InvalidRequestError, "is no request"),
+        (lambda session: session.task("", Coco), InvalidRequestError, "task id"),
+        (lambda session: session.map([URL], Captioning, mode="x"), ConfigurationError, "mode"),
+        (
+            lambda session: session.submit(Captioning(URL), timeout="5"),
+            ConfigurationError,
+            "seconds",
+        ),
+        (
+            lambda session: session.task("t1", Coco, timeout=math.nan),
+            ConfigurationError,
+            "seconds",
+        ),
+    ],
+)
+async def test_a_misuse_is_told_where_it_is_made(
+    misuse: Callable[[Any], object], kind: type[Exception], sentence: str
+) -> None:
+    async with ScriptedServer(CAPTION) as server, server.session() as session:
+        with pytest.raises(kind, match=sentence):
+            misuse(session)
+        with pytest.raises(InvalidRequestError, match="is no request"):
+            await session.analyze(URL)
+    assert not server.seen
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"credentials": "cloudinary://1:2@demo"},
+        {"settings": {"permits": 2}},
+        {"notifications": object()},
+        {"notification_url": "hooks.example.com/cloudinary"},
+        {"on_event": "print"},
+    ],
+)
+def test_a_session_refuses_what_it_cannot_use(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError):
+        AnalyzeSession(**{"credentials": Credentials("demo", KEY, SECRET), **options})
 
 
 async def test_the_emulator_answers_every_model_to_the_session() -> None:

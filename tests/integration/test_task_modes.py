@@ -63,6 +63,24 @@ class TestSubmit:
                 assert refused.value.last_status.state == "completed"
             assert len(emulator.tasks) == 2
 
+    async def test_a_task_taken_up_with_its_request_can_be_repeated(self):
+        async with unconnected(quick(on_missing_result="analyze")) as (emulator, session):
+            with pytest.warns(UserWarning, match="without a notification source"):
+                task_id = await session.submit(request(), mode="task").accepted()
+            async with AnalyzeSession(
+                Credentials.from_url(emulator.cloudinary_url),
+                settings=quick(on_missing_result="analyze"),
+            ) as later:
+                with pytest.raises(
+                    ResultNotDeliveredError, match=r"session\.task\(task_id, request"
+                ):
+                    await later.task(task_id, Captioning)
+            async with AnalyzeSession(
+                Credentials.from_url(emulator.cloudinary_url),
+                settings=quick(on_missing_result="analyze"),
+            ) as latest:
+                assert (await latest.task(task_id, request())).analysis.caption
+
     async def test_a_call_where_a_source_is_attached(self):
         async with connected() as (emulator, session):
             task = session.submit(request(), mode="call")

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloudinary_analyze import MODELS, OtherModel
+from cloudinary_analyze import MODELS, Captioning, OtherModel
 from cloudinary_analyze._wire import codec
+from cloudinary_analyze._wire.protocol import read_response
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
@@ -100,12 +101,22 @@ def test_integers_over_64_bits_can_be_sent() -> None:
     assert json.loads(codec.dumps({"a": 2**70})) == {"a": 2**70}
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_speed_extra_refuses_nothing_that_is_read_without_it(
+    monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    if not fast:
+        monkeypatch.setattr(codec, "orjson", None)
+    body = rb'{"data":{"analysis":{"data":{"caption":"half \ud800"}},"score":NaN}}'
+    response = read_response(Captioning("https://example.com/a.jpg"), body)
+    assert response.analysis.caption == "half \ud800"
+
+
 def test_without_orjson_the_standard_reader_does(monkeypatch: pytest.MonkeyPatch) -> None:
     from cloudinary_analyze import BadRequestError
     from cloudinary_analyze._wire.protocol import read_error
 
     monkeypatch.setattr(codec, "orjson", None)
-    monkeypatch.setattr(codec, "loads", json.loads)
     assert codec.dumps({"a": "ä"}) == '{"a":"ä"}'.encode()
     body = rb'{"error":{"message":"half \ud800","details":{"text":"half \ud800"}}}'
     error = read_error(400, {}, body, now=0)

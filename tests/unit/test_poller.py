@@ -214,6 +214,33 @@ class TestCompleted:
             await clock.advance(2)
             assert wait.entry.answer.error is service.repeat
 
+    async def test_what_nobody_waits_for_any_more_is_not_repeated(self, clock):
+        asked, release = asyncio.Event(), asyncio.Event()
+
+        class Slow(Service):
+            async def get_task_status(self, task_id, **options):
+                status = await super().get_task_status(task_id, **options)
+                asked.set()
+                await release.wait()
+                return status
+
+        service = Slow(clock, state=lambda _: "completed", repeat=RESPONSE)
+        async with resolving(clock, service=service, source=None, on_missing_result="analyze") as (
+            _,
+            resolver,
+        ):
+            wait = await submit(resolver)
+            await clock.advance(2)
+            assert asked.is_set()
+            resolver.table.abandon(wait)
+            release.set()
+            await clock.advance(1)
+            assert service.calls == 1
+            again = resolver.attach("t1")  # its request is known here
+            await clock.advance(2)
+            assert again.entry.answer.response is RESPONSE
+            assert service.calls == 2
+
     async def test_taken_up_by_its_id_it_cannot_be_repeated(self, clock):
         service = Service(clock, state=lambda _: "completed", repeat=RESPONSE)
         async with resolving(clock, service=service, source=None, on_missing_result="analyze") as (
