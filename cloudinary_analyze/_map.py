@@ -289,6 +289,11 @@ class OutcomeStream(Generic[Item, A]):
             raise InvalidRequestError(
                 f"map() takes an iterable or async iterable of items, not {type(items).__name__}."
             )
+        if to_request is not None and not callable(to_request):
+            raise ConfigurationError(
+                f"`to_request` makes a request of an item: Captioning, or a function; not "
+                f"{to_request!r:.80}."
+            )
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
             raise ConfigurationError(f"The window must be a whole number from 1, not {window!r}.")
         self._pump = _Pump(source, to_request, perform, settings, clock, window, ordered, ledgered)

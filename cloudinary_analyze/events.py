@@ -80,6 +80,8 @@ class TaskAccepted:
 class TaskAnswered:
     """A task has its answer.
 
+    A task that was answered for want of a notification is told of again when that comes.
+
     Attributes:
         task_id: The task.
         by: ``"notification"``, ``"poll"``, ``"analyze"`` (repeated as a call), or ``"session"``.

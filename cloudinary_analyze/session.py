@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import re
 import warnings
 import weakref
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping
@@ -48,7 +49,7 @@ CLOSE_PATIENCE: Final = 5.0
 CALL_WINDOW: Final = 2  # times the permits: one half on the wire, one half retrying or waiting
 TASK_WINDOW: Final = 10_000
 
-_NOTIFICATION_SCHEMES: Final = ("https://", "http://", "poll://")
+_NOTIFICATION_URL: Final = re.compile(r"(?:https?|poll)://[^\s/?#][^\s]*", re.IGNORECASE)
 
 Mode = Literal["auto", "task", "call"]
 
@@ -125,11 +126,9 @@ class AnalyzeSession:
                 "Notifications cannot be verified without a secret. Pass "
                 "Credentials(…, notification_secrets=…) beside the OAuth token."
             )
-        if notification_url is not None and not str(notification_url).startswith(
-            _NOTIFICATION_SCHEMES
-        ):
+        if notification_url is not None and not _NOTIFICATION_URL.fullmatch(str(notification_url)):
             raise ConfigurationError(
-                f"The notification URL {notification_url!r} must begin with https:// (or http://)."
+                f"The notification URL {notification_url!r} is no https:// (or http://) URL."
             )
         self._source = notifications
         self._notification_url = notification_url

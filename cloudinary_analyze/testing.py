@@ -1,6 +1,12 @@
-"""For tests of applications: a clock that stands still until it is moved.
+"""For tests of applications: a clock that stands still until it is moved, and pytest fixtures.
 
-Use it as ``AnalyzeSession(…, clock=ManualClock())`` and move it with `ManualClock.advance`.
+Use the clock as ``AnalyzeSession(…, clock=ManualClock())`` and move it with `ManualClock.advance`.
+The fixtures are there once a ``conftest.py`` says
+``pytest_plugins = ["cloudinary_analyze.testing"]``:
+
+* ``cloudinary_emulator``: a running `Emulator`, on a loop and thread of its own, so that it serves
+  synchronous tests as well; ``CLOUDINARY_URL`` leads to it while the test runs.
+* ``manual_clock``: a `ManualClock`.
 """
 
 from __future__ import annotations
@@ -8,15 +14,17 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from functools import partial
 
 import attrs
 
 from cloudinary_analyze._clock import wake
+from cloudinary_analyze.emulator import Emulator
 
-__all__ = ["ManualClock"]
+__all__ = ["ManualClock", "run_emulator"]
 
 
 @attrs.define(eq=False)
@@ -117,3 +125,44 @@ async def _settle() -> None:
     """Let everything that can run on the loop run a few steps."""
     for _ in range(10):
         await asyncio.sleep(0)
+
+
+@contextmanager
+def run_emulator(emulator: Emulator) -> Iterator[Emulator]:
+    """Run an emulator on a loop and thread of its own, for code that brings its own loop.
+
+    Args:
+        emulator: Not started yet. Its counts may be read from the outside.
+    """
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="emulator")
+    thread.start()
+    try:
+        asyncio.run_coroutine_threadsafe(emulator.start(), loop).result()
+        try:
+            yield emulator
+        finally:
+            asyncio.run_coroutine_threadsafe(emulator.stop(), loop).result()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+try:
+    import pytest
+except ImportError:  # the clock is of use without pytest, too
+    pass
+else:
+
+    @pytest.fixture
+    def cloudinary_emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+        """Return a running emulator that ``AnalyzeSession()`` calls."""
+        with run_emulator(Emulator()) as emulator:
+            monkeypatch.setenv("CLOUDINARY_URL", emulator.cloudinary_url)
+            yield emulator
+
+    @pytest.fixture
+    def manual_clock() -> ManualClock:
+        """Return a clock that stands still until it is moved."""
+        return ManualClock()

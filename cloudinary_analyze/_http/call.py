@@ -104,16 +104,6 @@ class Caller:
         meter.calls += 1
         meter.in_flight += 1
         trace = _Trace()
-        if meter.hook is None:
-            try:
-                if deadline is None:
-                    return await self._attempt_analyze(request, body, trace)
-                return await self._analyze_until(deadline, request, body, trace)
-            except AnalyzeError as failure:
-                failure.ambiguous |= trace.ambiguous
-                raise
-            finally:
-                meter.in_flight -= 1
         begun = self.clock.monotonic()
         error: BaseException | None = None
         try:
@@ -127,14 +117,15 @@ class Caller:
             raise
         finally:
             meter.in_flight -= 1
-            meter.tell(
-                CallFinished(
-                    model=request.model,
-                    seconds=self.clock.monotonic() - begun,
-                    attempts=trace.attempts,
-                    error=error,
+            if meter.hook is not None:
+                meter.tell(
+                    CallFinished(
+                        model=request.model,
+                        seconds=self.clock.monotonic() - begun,
+                        attempts=trace.attempts,
+                        error=error,
+                    )
                 )
-            )
 
     async def _analyze_until(
         self, deadline: float, request: AnalyzeRequest[A], body: bytes, trace: _Trace
@@ -142,12 +133,13 @@ class Caller:
         begun = self.clock.monotonic()
         if deadline <= begun:
             raise CallTimeoutError("The time for the whole call was over before it was sent.")
+        scope: asyncio.Timeout | None = None
         try:
-            async with self.clock.timeout_at(deadline):
+            async with self.clock.timeout_at(deadline) as scope:
                 return await self._attempt_analyze(request, body, trace)
         except TimeoutError as error:
-            if isinstance(error, AnalyzeError):
-                raise
+            if isinstance(error, AnalyzeError) or scope is None or not scope.expired():
+                raise  # an attempt's, or the pacer's own
             how = f"{trace.attempts} attempts" if trace.attempts else "queueing for a permit"
             raise CallTimeoutError(
                 f"No answer came within the {deadline - begun:.1f} s for the whole call ({how}).",

@@ -174,7 +174,7 @@ class _Run:
             done=self.feed.skipped_items + self.done,
             failed=self.failed,
             total=self.feed.total_items,
-            quota=self.session.quota,
+            quota={} if self.plan.emulated else self.session.quota,
         )
 
     async def weigh(self) -> Balance | str | None:
@@ -292,7 +292,7 @@ async def _perform(run: _Run) -> ExitCode:
     print_summary(
         console,
         run.tally,
-        quota=run.session.quota,
+        quota={} if plan.emulated else run.session.quota,  # the emulator's never runs down
         stats=run.session.stats,
         skipped=feed.skipped_items,
         place=place,

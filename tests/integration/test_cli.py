@@ -36,7 +36,7 @@ def test_a_run_of_two_models_on_the_gallery_needs_no_account(
     out, err = capfd.readouterr()
     assert out == ""
     assert "synthetic" in err
-    for shown in ("captioning", "coco", "median", "object_detection", "Results: results.jsonl"):
+    for shown in ("captioning", "coco", "median", "Results: results.jsonl"):
         assert shown in err
 
 

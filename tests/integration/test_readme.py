@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ast
-import asyncio
 import inspect
 import re
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import pytest
 import cloudinary_analyze.config
 from cloudinary_analyze import MODELS, AnalyzeError, Settings, errors
 from cloudinary_analyze.emulator import Emulator
+from cloudinary_analyze.testing import run_emulator
 
 README = Path(__file__).parents[2] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
@@ -25,18 +24,8 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 @pytest.fixture(scope="module")
 def emulator_url() -> Iterator[str]:
     """An emulator on a loop and thread of its own, since the README's code brings its own loop."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    emulator = Emulator()
-    try:
-        asyncio.run_coroutine_threadsafe(emulator.__aenter__(), loop).result(10)
+    with run_emulator(Emulator()) as emulator:
         yield emulator.cloudinary_url
-        asyncio.run_coroutine_threadsafe(emulator.__aexit__(None, None, None), loop).result(10)
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
-        loop.close()
 
 
 def describe(block: str) -> str:
