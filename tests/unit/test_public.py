@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pkgutil
 import subprocess
 import sys
@@ -136,11 +137,14 @@ MODULES = [
 
 
 def import_first(module: str, *watched: str) -> subprocess.CompletedProcess[str]:
+    # coverage, started in each subprocess by its variables, imports sqlite3 for itself
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", PROBE, module, *watched],
         capture_output=True,
         text=True,
         check=False,
+        env=bare,
     )
 
 
