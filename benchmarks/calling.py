@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import itertools
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Final
 
 from benchmarks import clients
 from benchmarks.clients import Call, Opener, Workload
-from benchmarks.model import OURS, Cell, Job, Sample, Target
-from benchmarks.server import read_usage
+from benchmarks.model import OURS, Cell, Job, Sample, Samples, Target
+from benchmarks.server import read_usage, run_server
 
 BASELINE: Final = "aiohttp + orjson"
 OPENERS: Final[dict[str, Opener]] = {
@@ -23,11 +25,11 @@ OPENERS: Final[dict[str, Opener]] = {
     "httpx + orjson": clients.open_httpx,
     "vendor's SDK": clients.open_vendor,
 }
+CONTROL: Final = "aiohttp + orjson, again"  # how far two equals seem to differ
+SPEEDUPS: Final = ("aiodns", "brotli", "brotlicffi", "backports.zstd")
 IN_FLIGHT: Final = (1, 16, 64, 256)
-WARM_UP: Final = 0.3  # of the measured time
-LEAST_CALLS: Final = (
-    10  # by each of those in flight: the first are a burst, and cost some clients far more
-)
+WARM_UP: Final = 5  # calls by each caller, before anything is measured
+WAVES: Final = 10
 LATENCY: Final = 0.2
 
 CAPTIONING_TARGET: Final = Target(figure="ratio", most=1.10)
@@ -36,98 +38,109 @@ READ_TARGET: Final = Target(figure="ratio", most=1.60)
 LATENCY_TARGET: Final = Target(figure="ratio", most=1.10)
 
 
-async def _drive(call: Call, *, in_flight: int, seconds: float) -> int:
-    """Keep `in_flight` calls going for a while, some calls each at least; return how many."""
-    numbers = itertools.count()
-    until = time.perf_counter() + seconds
+def _run_loop(*, uvloop: bool) -> asyncio.Runner:
+    if not uvloop:
+        return asyncio.Runner()
+    from uvloop import new_event_loop
 
-    async def keep_calling() -> None:
-        made = 0
-        while made < LEAST_CALLS or time.perf_counter() < until:
-            await call(next(numbers))
-            made += 1
-
-    await asyncio.gather(*[keep_calling() for _ in range(in_flight)])
-    return next(numbers)
+    return asyncio.Runner(loop_factory=new_event_loop)
 
 
-async def _measure(
-    opener: Opener, load: Workload, seconds: float
-) -> tuple[int, float, float, float]:
-    """Return how many calls were made, and CPU, wall and the server's CPU seconds they took."""
-    async with opener(load) as call:
-        # the first calls make the connections and fill caches
-        await _drive(call, in_flight=load.in_flight, seconds=WARM_UP * seconds)
-        gc.collect()
-        served = read_usage(load.url)
-        cpu, wall = time.process_time(), time.perf_counter()
-        calls = await _drive(call, in_flight=load.in_flight, seconds=seconds)
-        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-        return calls, cpu, wall, read_usage(load.url) - served
-
-
-def _measure_calls(
-    opener: Opener,
-    job: Job,
-    *,
-    model: str,
-    read: bool,
-    in_flight: int,
-    uvloop: bool,
-    by_wall: bool,
-) -> Sample:
-    factory: Callable[[], asyncio.AbstractEventLoop] | None = None
-    if uvloop:
-        from uvloop import new_event_loop as factory
+def _measure_cpu(
+    opener: Opener, job: Job, *, model: str, read: bool, in_flight: int, uvloop: bool
+) -> Samples:
+    """Keep that many calls going, and stop the whole event loop between the slices."""
     load = Workload(model=model, read=read, in_flight=in_flight, url=job.url)
-    with asyncio.Runner(loop_factory=factory) as runner:
-        calls, cpu, wall, served = runner.run(_measure(opener, load, job.seconds))
-    per_call = 1e6 / calls
-    return Sample(
-        value=(wall if by_wall else cpu) * per_call,
-        notes={
-            "CPU µs a call": cpu * per_call,
-            "wall µs a call": wall * per_call,
-            "calls": calls,
-            "server busy %": 100 * served / wall,
-        },
-    )
+    done = 0
+
+    async def keep_calling(call: Call, numbers: Iterator[int]) -> None:
+        nonlocal done
+        for number in numbers:
+            await call(number)
+            done += 1
+
+    async def begin(stack: contextlib.AsyncExitStack) -> list[asyncio.Task[None]]:
+        call = await stack.enter_async_context(opener(load))
+        numbers = itertools.count()
+        tasks = [asyncio.create_task(keep_calling(call, numbers)) for _ in range(in_flight)]
+        # the first calls make the connections and fill caches
+        while done < WARM_UP * in_flight:
+            await asyncio.sleep(job.seconds)
+            check(tasks)
+        return tasks
+
+    def check(tasks: list[asyncio.Task[None]]) -> None:
+        for task in tasks:
+            if task.done():
+                task.result()  # raises what ended it
+
+    async def end(tasks: list[asyncio.Task[None]], stack: contextlib.AsyncExitStack) -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await stack.aclose()
+
+    with _run_loop(uvloop=uvloop) as runner:
+        stack = contextlib.AsyncExitStack()
+        tasks = runner.run(begin(stack))
+        try:
+            while True:
+                gc.collect()
+                served, calls = read_usage(job.url), done
+                cpu, wall = time.process_time(), time.perf_counter()
+                runner.run(asyncio.sleep(job.seconds))
+                cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+                calls = done - calls
+                check(tasks)
+                yield Sample(
+                    value=cpu * 1e6 / calls,
+                    notes={
+                        "wall µs a call": wall * 1e6 / calls,
+                        "calls": calls,
+                        "server busy %": 100 * (read_usage(job.url) - served) / wall,
+                    },
+                )
+        finally:
+            runner.run(end(tasks, stack))
 
 
-def _build_cell(
-    name: str,
-    *,
-    model: str,
-    in_flight: int,
-    target: Target | None,
-    read: bool = False,
-    uvloop: bool = False,
-    quick: bool = False,
-    delay: float = 0.0,
+async def _call_in_waves(opener: Opener, load: Workload) -> float:
+    """Return the wall seconds of a call, where each caller makes the same number of them."""
+    async with opener(load) as call:
+
+        async def call_often(times: int) -> None:
+            for number in range(times):
+                await call(number)
+
+        await asyncio.gather(*[call_often(1) for _ in range(load.in_flight)])
+        gc.collect()
+        begun = time.perf_counter()
+        await asyncio.gather(*[call_often(WAVES) for _ in range(load.in_flight)])
+        return (time.perf_counter() - begun) / (WAVES * load.in_flight)
+
+
+def _measure_wall(opener: Opener, job: Job, *, in_flight: int) -> Samples:
+    load = Workload(model="captioning", read=False, in_flight=in_flight, url=job.url)
+    yield Sample(value=1e6 * asyncio.run(_call_in_waves(opener, load)))
+
+
+def _build_cpu_cell(
+    name: str, *, model: str, in_flight: int, target: Target | None, read: bool, uvloop: bool
 ) -> Cell:
-    by_wall = delay > 0
+    measure = partial(_measure_cpu, model=model, read=read, in_flight=in_flight, uvloop=uvloop)
     # the vendor's SDK loses the detections, so it cannot take part where they are read
     openers = {name: opener for name, opener in OPENERS.items() if not (read and "vendor" in name)}
+    if target is not None:
+        openers[CONTROL] = openers[BASELINE]
     return Cell(
         name=name,
-        unit="µs wall a call" if by_wall else "µs CPU a call",
-        contenders={
-            contender: partial(
-                _measure_calls,
-                opener,
-                model=model,
-                read=read,
-                in_flight=in_flight,
-                uvloop=uvloop,
-                by_wall=by_wall,
-            )
-            for contender, opener in openers.items()
-        },
+        unit="µs CPU a call",
+        contenders={name: partial(measure, opener) for name, opener in openers.items()},
         baseline=BASELINE,
         targets=(target,) if target else (),
-        quick=quick,
-        server=True,
-        delay=delay,
+        quick=target is not None,
+        sliced=True,
+        prepare=run_server,
     )
 
 
@@ -141,22 +154,63 @@ def _build_cells() -> Iterator[Cell]:
         for name, model, read, target in kinds:
             for in_flight in IN_FLIGHT:
                 held = in_flight == 64 and not uvloop  # where the targets are set
-                yield _build_cell(
+                yield _build_cpu_cell(
                     f"{name}-{in_flight}{'-uvloop' if uvloop else ''}",
                     model=model,
                     read=read,
                     in_flight=in_flight,
                     uvloop=uvloop,
                     target=target if held else None,
-                    quick=held,
                 )
-    yield _build_cell(
-        "latency-256",
-        model="captioning",
-        in_flight=256,
-        target=LATENCY_TARGET,
-        delay=LATENCY,
+    yield Cell(
+        name="latency-256",
+        unit="µs wall a call",
+        contenders={
+            name: partial(_measure_wall, opener, in_flight=256) for name, opener in OPENERS.items()
+        },
+        baseline=BASELINE,
+        targets=(LATENCY_TARGET,),
+        prepare=partial(run_server, delay=LATENCY),
     )
 
 
-CELLS: Final = tuple(_build_cells())
+def _measure_with_parts(
+    job: Job, *, hidden: Sequence[str], model: str, read: bool, uvloop: bool
+) -> Samples:
+    for name in hidden:
+        sys.modules[name] = None  # type: ignore[assignment]  # as if it were not installed
+    yield from _measure_cpu(
+        clients.open_ours, job, model=model, read=read, in_flight=64, uvloop=uvloop
+    )
+
+
+def _build_speed_cells() -> Iterator[Cell]:
+    parts = {
+        "without any": (("orjson", *SPEEDUPS), False),
+        "aiohttp[speedups]": (("orjson",), False),
+        "orjson": (SPEEDUPS, False),
+        "uvloop": (("orjson", *SPEEDUPS), True),
+        "all of [speed]": ((), True),
+    }
+    for name, model, read in (
+        ("captioning", "captioning", False),
+        ("coco50", "coco", False),
+        ("coco50-read", "coco", True),
+    ):
+        yield Cell(
+            name=f"speed-{name}-64",
+            unit="µs CPU a call",
+            contenders={
+                part: partial(
+                    _measure_with_parts, hidden=hidden, model=model, read=read, uvloop=uvloop
+                )
+                for part, (hidden, uvloop) in parts.items()
+            },
+            baseline="without any",
+            subject="all of [speed]",
+            sliced=True,
+            prepare=run_server,
+        )
+
+
+CELLS: Final = (*_build_cells(), *_build_speed_cells())

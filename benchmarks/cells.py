@@ -7,9 +7,26 @@ from __future__ import annotations
 
 from typing import Final
 
-from benchmarks import calling, decoding, importing, mapping
+from benchmarks import (
+    calling,
+    decoding,
+    delivering,
+    importing,
+    mapping,
+    notifying,
+    pending,
+    resuming,
+)
 from benchmarks.model import Cell
 
-CELLS: Final[dict[str, Cell]] = {
-    cell.name: cell for family in (calling, decoding, importing, mapping) for cell in family.CELLS
-}
+FAMILIES: Final = (
+    calling,
+    decoding,
+    importing,
+    mapping,
+    notifying,
+    delivering,
+    pending,
+    resuming,
+)
+CELLS: Final[dict[str, Cell]] = {cell.name: cell for family in FAMILIES for cell in family.CELLS}

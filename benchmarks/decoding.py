@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Final
 
 from benchmarks.clients import read_typed_detections
-from benchmarks.model import OURS, Cell, Job, Sample
+from benchmarks.model import OURS, Cell, Job, Sample, Samples
 from benchmarks.payloads import ANSWERS, build_image_url, read_plain_detections
 
 BASELINE: Final = "orjson"
@@ -53,20 +53,21 @@ def _measure(
     *,
     model: str,
     read: bool,
-) -> Sample:
+) -> Samples:
     decode = build(model, read=read)
     body = ANSWERS[model]
     for _ in range(BATCH):
         decode(body)
     gc.collect()
-    done = 0
-    until = time.perf_counter() + job.seconds / 2
-    cpu = time.process_time()
-    while time.perf_counter() < until:
-        for _ in range(BATCH):
-            decode(body)
-        done += BATCH
-    return Sample(value=(time.process_time() - cpu) * 1e6 / done)
+    while True:
+        done = 0
+        until = time.perf_counter() + job.seconds
+        cpu = time.process_time()
+        while time.perf_counter() < until:
+            for _ in range(BATCH):
+                decode(body)
+            done += BATCH
+        yield Sample(value=(time.process_time() - cpu) * 1e6 / done)
 
 
 def _build_cells() -> Iterator[Cell]:
@@ -90,6 +91,7 @@ def _build_cells() -> Iterator[Cell]:
                 if not (read and "vendor" in contender)
             },
             baseline=BASELINE,
+            sliced=True,
         )
 
 

@@ -8,17 +8,14 @@ once, or a pool of tasks over a shared iterator where it waits a turn of the eve
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
-import resource
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.model import OURS, Cell, Job, Sample, Target
+from benchmarks.memory import read_peak_memory
+from benchmarks.model import OURS, Cell, Job, Sample, Samples, Target
 from benchmarks.payloads import ANSWERS, build_image_url
 
 BASELINE: Final = "bare loop"
@@ -83,34 +80,23 @@ async def _loop(items: int, perform: Perform, *, workers: int) -> None:
     assert seen == items
 
 
-def _read_peak_memory() -> float:
-    """Return the most memory that the process has held, in MiB."""
-    # Linux lets a child begin with its parent's ru_maxrss, which would hide growth up to there
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
 async def _measure_run(
     run: Callable[[int, Perform], Awaitable[None]], job: Job, *, switch: bool
 ) -> Sample:
     perform = _build_perform(switch=switch)
     await run(WARM_UP_ITEMS, perform)
     gc.collect()
-    peak, cpu = _read_peak_memory(), time.process_time()
+    peak, cpu = read_peak_memory(), time.process_time()
     await run(job.items, perform)
     cpu = time.process_time() - cpu
     return Sample(
         value=cpu * 1e6 / job.items,
-        notes={GROWTH: _read_peak_memory() - peak, "items": job.items},
+        notes={GROWTH: read_peak_memory() - peak, "items": job.items},
     )
 
 
-def _measure(run: Callable[[int, Perform], Awaitable[None]], job: Job, *, switch: bool) -> Sample:
-    return asyncio.run(_measure_run(run, job, switch=switch))
+def _measure(run: Callable[[int, Perform], Awaitable[None]], job: Job, *, switch: bool) -> Samples:
+    yield asyncio.run(_measure_run(run, job, switch=switch))
 
 
 def _build_cell(name: str, *, switch: bool, ordered: bool, quick: bool) -> Cell:

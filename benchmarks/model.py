@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager
 from typing import Final, Literal
 
 import attrs
@@ -11,23 +12,40 @@ OURS: Final = "ours"
 
 
 @attrs.frozen(kw_only=True)
+class Place:
+    """What a cell's workers find ready.
+
+    Attributes:
+        url: Origin of the benchmark server, if there is one.
+        directory: Where prepared files lie, if there are any.
+    """
+
+    url: str = ""
+    directory: str = ""
+
+
+@attrs.frozen(kw_only=True)
 class Job:
     """What one fresh process is to do.
 
     Attributes:
-        url: Origin of the benchmark server; empty for a cell that needs none.
-        seconds: How long to measure, for cells that are measured by time.
+        url: As in `Place`.
+        directory: As in `Place`.
+        seconds: How long to measure for one sample, for cells that are measured by time.
         items: How many items to work on, for cells that are measured by count.
+        started_at: Unix seconds when the process was started.
     """
 
     url: str
+    directory: str
     seconds: float
     items: int
+    started_at: float
 
 
 @attrs.frozen(kw_only=True)
 class Sample:
-    """What one fresh process measured.
+    """What was measured.
 
     Attributes:
         value: The figure that is compared, in the cell's unit.
@@ -38,21 +56,27 @@ class Sample:
     notes: Mapping[str, float] = attrs.field(factory=dict)
 
 
-Measure = Callable[[Job], Sample]
+Samples = Generator[Sample, None, None]
+
+Measure = Callable[[Job], Samples]
+"""Gets ready, then measures whenever the next sample is asked for, and only then."""
+
+Prepare = Callable[[int], AbstractContextManager[Place]]
+"""Makes a cell's place ready, for that many items."""
 
 
 @attrs.frozen(kw_only=True)
 class Target:
-    """A limit on a figure of ours.
+    """A limit on a figure of the cell's subject.
 
     Attributes:
-        figure: ``"ratio"``: our median over the baseline's. ``"excess"``: ours minus the
-            baseline's, in the cell's unit. ``"note"``: the median of the note `note`.
+        figure: ``"ratio"``: to the baseline. ``"excess"``: its median minus the baseline's, in
+            the cell's unit. ``"value"``: its median. ``"note"``: the median of the note `note`.
         most: The limit; more fails the check.
         note: The note's name.
     """
 
-    figure: Literal["ratio", "excess", "note"]
+    figure: Literal["ratio", "excess", "value", "note"]
     most: float
     note: str = ""
 
@@ -64,19 +88,23 @@ class Cell:
     Attributes:
         name: What it is selected by.
         unit: Of the compared value: ``"µs CPU a call"``.
-        contenders: Name to measure, in the order they take turns; `OURS` is one of them.
-        baseline: The contender that ratios are taken against.
-        targets: The limits that ``--check`` holds us to.
+        contenders: Name to measure, in the order they take turns.
+        baseline: The contender that ratios are taken against; the subject, where it is alone.
+        subject: The contender that the targets are set for.
+        targets: The limits that ``--check`` holds the subject to.
         quick: Whether ``--quick`` runs it.
-        server: Whether it needs the benchmark server.
-        delay: How long that server waits before it answers, in seconds.
+        sliced: Whether the contenders of a round take turns slice by slice.
+        prepare: What makes its place ready, if it needs one.
+        program: A program that it cannot do without; it is left out where that is missing.
     """
 
     name: str
     unit: str
     contenders: Mapping[str, Measure]
     baseline: str
+    subject: str = OURS
     targets: tuple[Target, ...] = ()
     quick: bool = False
-    server: bool = False
-    delay: float = 0.0
+    sliced: bool = False
+    prepare: Prepare | None = None
+    program: str = ""

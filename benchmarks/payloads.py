@@ -18,6 +18,11 @@ def build_image_url(number: int) -> str:
     return f"https://res.cloudinary.com/demo/image/upload/v1/folder/{number}.jpg"
 
 
+def build_task_id(number: int) -> str:
+    """Return the id of a task, as long as the service's."""
+    return f"{number:0160x}"
+
+
 def _build_answer(analysis: dict[str, Any]) -> bytes:
     answer = {
         "limits": {

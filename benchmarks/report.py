@@ -21,6 +21,7 @@ PACKAGES: Final = (
     "cloudinary-analysis",
     "httpx",
     "orjson",
+    "redis",
     "sniffio",
     "uvloop",
 )
@@ -30,22 +31,34 @@ BUSY: Final = "server busy %"
 def format_result(result: Result) -> str:
     """Return the lines of a cell: a line per contender, a line per target."""
     cell = result.cell
-    lines = [f"{cell.name}  ({cell.unit}; ratios to {cell.baseline})"]
+    against = f"; ratios to {cell.baseline}" if len(result.samples) > 1 else ""
+    lines = [f"{cell.name}  ({cell.unit}{against})"]
     for contender in result.samples:
         low, high = result.find_range(contender)
         line = (
-            f"  {contender:<18}{result.medians[contender]:9.2f}  [{low:.2f} to {high:.2f}]".ljust(
-                52
+            f"  {contender:<24}{result.medians[contender]:9.2f}  [{low:.2f} to {high:.2f}]".ljust(
+                58
             )
         )
         if contender != cell.baseline:
-            least, most = result.find_ratio_range(contender)
-            line += f"{result.compute_ratio(contender):6.2f}x [{least:.2f} to {most:.2f}]"
+            ratios = result.list_ratios(contender)
+            line += (
+                f"{result.compute_ratio(contender):6.2f}x [{min(ratios):.2f} to {max(ratios):.2f}]"
+            )
         if (busy := result.find_note(contender, BUSY)) is not None:
-            line = f"{line:<78}server {busy:.0f} % busy"
+            line = f"{line:<84}server {busy:.0f} % busy"
         lines.append(line.rstrip())
+    if not cell.sliced:
+        noted = [contender for contender in result.samples if result.samples[contender][0].notes]
+        lines += [_describe_notes(result, contender) for contender in noted]
     lines += [f"  {describe_target(result, target)}" for target in cell.targets]
     return "\n".join(lines)
+
+
+def _describe_notes(result: Result, contender: str) -> str:
+    notes = result.samples[contender][0].notes
+    medians = (f"{note} {result.find_note(contender, note):,.4g}" for note in notes)
+    return f"  {contender}: {', '.join(medians)}"
 
 
 def is_kept(result: Result, target: Target) -> bool:
@@ -56,17 +69,26 @@ def is_kept(result: Result, target: Target) -> bool:
 def describe_target(result: Result, target: Target) -> str:
     """Say in a line whether a target was kept."""
     figure = result.compute_figure(target)
-    unit = {"ratio": "x", "excess": f" {result.cell.unit}", "note": ""}[target.figure]
-    name = {"ratio": "ratio", "excess": "of its own", "note": target.note}[target.figure]
+    unit = {
+        "ratio": "x",
+        "excess": f" {result.cell.unit}",
+        "value": f" {result.cell.unit}",
+        "note": "",
+    }[target.figure]
+    name = {"ratio": "ratio", "excess": "of its own", "value": "", "note": target.note}[
+        target.figure
+    ]
     verdict = "kept" if is_kept(result, target) else "MISSED"
-    return f"target {verdict}: {name} {figure:.2f}{unit}, at most {target.most:g}{unit}"
+    return (
+        f"target {verdict}: {f'{name} {figure:.2f}'.lstrip()}{unit}, at most {target.most:g}{unit}"
+    )
 
 
 def find_caveats(results: list[Result]) -> list[str]:
     """Return what a reader of these results has to know of this environment."""
     on_httpx = {"httpx + orjson", "vendor's SDK"}
     if _find_version("sniffio") is None and any(
-        result.cell.server and on_httpx & set(result.samples) for result in results
+        on_httpx & set(result.samples) for result in results
     ):
         caveat = (
             "sniffio is not installed. httpx then tries to import it again and again, which makes "
@@ -98,6 +120,7 @@ def _build_cell_document(result: Result) -> dict[str, Any]:
             contender: {
                 "median": result.medians[contender],
                 "ratio": result.compute_ratio(contender),
+                "ratios": result.list_ratios(contender),
                 "samples": [attrs.asdict(sample) for sample in samples],
             }
             for contender, samples in result.samples.items()

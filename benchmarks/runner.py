@@ -1,4 +1,4 @@
-"""Runs cells: contenders take turns, round by round, each time in a fresh process."""
+"""Runs cells: contenders take turns, round by round, each time in fresh processes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import Final
 
 import attrs
 
-from benchmarks.model import OURS, Cell, Job, Sample, Target
-from benchmarks.server import ROOT, run_server
+from benchmarks.model import Cell, Job, Place, Sample, Target
+from benchmarks.server import ROOT
+
+END_SECONDS: Final = 30.0
 
 
 @attrs.frozen(kw_only=True)
@@ -22,13 +26,15 @@ class Effort:
     """How much to measure.
 
     Attributes:
-        rounds: Samples of each contender.
-        seconds: Per sample, for cells measured by time.
-        items: Per sample, for cells measured by count.
-        rivals: Whether all contenders run, or ours and the baseline alone.
+        rounds: Samples of each contender, each of a process of its own.
+        slices: Turns that a sample is divided into, in cells that are sliced.
+        seconds: Per slice, for cells measured by time.
+        items: Per slice, for cells measured by count.
+        rivals: Whether all contenders run, or the subject and the baseline alone.
     """
 
     rounds: int
+    slices: int
     seconds: float
     items: int
     rivals: bool
@@ -36,7 +42,7 @@ class Effort:
 
 @attrs.define(slots=False)
 class Result:
-    """What a cell's samples say. Ratios and limits are of medians."""
+    """What a cell's samples say."""
 
     cell: Cell
     samples: Mapping[str, Sequence[Sample]]
@@ -54,15 +60,14 @@ class Result:
         values = [sample.value for sample in self.samples[contender]]
         return min(values), max(values)
 
-    def compute_ratio(self, contender: str) -> float:
-        """Return a contender's median over the baseline's."""
-        return self.medians[contender] / self.medians[self.cell.baseline]
-
-    def find_ratio_range(self, contender: str) -> tuple[float, float]:
-        """Return the least and the greatest ratio among the rounds."""
+    def list_ratios(self, contender: str) -> list[float]:
+        """Return each round's ratio of a contender to the baseline."""
         pairs = zip(self.samples[contender], self.samples[self.cell.baseline], strict=True)
-        ratios = [sample.value / base.value for sample, base in pairs]
-        return min(ratios), max(ratios)
+        return [sample.value / base.value for sample, base in pairs]
+
+    def compute_ratio(self, contender: str) -> float:
+        """Return the median of the rounds' ratios: what slowed a round down, slowed both."""
+        return statistics.median(self.list_ratios(contender))
 
     def find_note(self, contender: str, note: str) -> float | None:
         """Return the median of a note, if the contender makes it."""
@@ -70,12 +75,15 @@ class Result:
         return statistics.median(values) if values else None
 
     def compute_figure(self, target: Target) -> float:
-        """Return the figure of ours that a target limits."""
+        """Return the figure of the subject that a target limits."""
+        subject = self.cell.subject
         if target.figure == "ratio":
-            return self.compute_ratio(OURS)
+            return self.compute_ratio(subject)
         if target.figure == "excess":
-            return self.medians[OURS] - self.medians[self.cell.baseline]
-        noted = self.find_note(OURS, target.note)
+            return self.medians[subject] - self.medians[self.cell.baseline]
+        if target.figure == "value":
+            return self.medians[subject]
+        noted = self.find_note(subject, target.note)
         assert noted is not None, f"{self.cell.name} makes no note {target.note!r}"
         return noted
 
@@ -85,19 +93,37 @@ def run_cell(cell: Cell, effort: Effort) -> Result:
     contenders = [
         contender
         for contender in cell.contenders
-        if effort.rivals or contender in {OURS, cell.baseline}
+        if effort.rivals or contender in {cell.subject, cell.baseline}
     ]
     samples: dict[str, list[Sample]] = {contender: [] for contender in contenders}
     with contextlib.ExitStack() as stack:
-        url = stack.enter_context(run_server(delay=cell.delay)) if cell.server else ""
-        job = Job(url=url, seconds=effort.seconds, items=effort.items)
+        place = stack.enter_context(cell.prepare(effort.items)) if cell.prepare else Place()
         for _ in range(effort.rounds):
-            for contender in contenders:
-                samples[contender].append(_run_worker(cell, contender, job))
+            for contender, sample in _run_round(cell, contenders, place, effort).items():
+                samples[contender].append(sample)
     return Result(cell, samples)
 
 
-def _run_worker(cell: Cell, contender: str, job: Job) -> Sample:
+def _run_round(
+    cell: Cell, contenders: Sequence[str], place: Place, effort: Effort
+) -> dict[str, Sample]:
+    slices: dict[str, list[Sample]] = {contender: [] for contender in contenders}
+    with contextlib.ExitStack() as stack:
+        workers = {
+            contender: stack.enter_context(_run_worker(cell, contender, place, effort))
+            for contender in contenders
+        }
+        for number in range(effort.slices if cell.sliced else 1):
+            # there and back again, so that nobody always comes after the same one
+            for contender in contenders if number % 2 == 0 else reversed(contenders):
+                slices[contender].append(_measure(workers[contender]))
+    return {contender: _combine(taken) for contender, taken in slices.items()}
+
+
+@contextlib.contextmanager
+def _run_worker(
+    cell: Cell, contender: str, place: Place, effort: Effort
+) -> Iterator[subprocess.Popen[str]]:
     # credentials of the machine's user have no business here, nor has asyncio's debug mode
     environment = {
         name: value
@@ -105,19 +131,45 @@ def _run_worker(cell: Cell, contender: str, job: Job) -> Sample:
         if not name.startswith("CLOUDINARY_")
         and name not in {"PYTHONASYNCIODEBUG", "PYTHONDEVMODE"}
     }
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "benchmarks.worker",
-            cell.name,
-            contender,
-            json.dumps(attrs.asdict(job)),
-        ],
+    job = Job(
+        **attrs.asdict(place),
+        seconds=effort.seconds,
+        items=effort.items,
+        started_at=time.time(),
+    )
+    arguments = [cell.name, contender, json.dumps(attrs.asdict(job))]
+    with subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.worker", *arguments],
         cwd=ROOT,
         env=environment,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        check=True,
+    ) as process:
+        assert process.stdin is not None
+        try:
+            yield process
+        finally:
+            process.stdin.close()
+            process.wait(END_SECONDS)
+
+
+def _measure(worker: subprocess.Popen[str]) -> Sample:
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    worker.stdin.write("\n")
+    worker.stdin.flush()
+    line = worker.stdout.readline()
+    if not line:
+        raise RuntimeError("A worker ended without a sample; stderr says why.")
+    return Sample(**json.loads(line))
+
+
+def _combine(slices: Sequence[Sample]) -> Sample:
+    return Sample(
+        value=statistics.median(taken.value for taken in slices),
+        notes={
+            note: statistics.median(taken.notes[note] for taken in slices)
+            for note in slices[0].notes
+        },
     )
-    return Sample(**json.loads(done.stdout.splitlines()[-1]))

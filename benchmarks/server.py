@@ -1,7 +1,7 @@
 """The benchmark server: canned answers over a bare protocol, in a process of its own.
 
-It reads nothing of a request but the model in its path and its Content-Length, so that the
-clients are what is measured. ``GET /usage`` tells the CPU seconds it has used; from these comes
+It reads nothing of a request but the model in its path, its Content-Length, and whether a task is
+asked for, so that the clients are what is measured. Tasks stay in process for ever. ``GET /usage`` tells the CPU seconds it has used; from these comes
 the busy share that is printed.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import subprocess
 import sys
 import time
@@ -18,7 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, cast
 
-from benchmarks.payloads import ANSWERS
+from benchmarks.model import Place
+from benchmarks.payloads import ANSWERS, build_task_id
 
 ROOT: Final = Path(__file__).parent.parent
 _HEAD: Final = (
@@ -38,8 +40,20 @@ def build_answer(body: bytes) -> bytes:
     return _HEAD.format(length=len(body)).encode() + body
 
 
+def build_acceptance(number: int) -> bytes:
+    """Return the bytes of a 202."""
+    task_id = build_task_id(number).encode()
+    task = b'{"data":{"task_id":"%s","status":"pending"},"request_id":"0"}' % task_id
+    return build_answer(task).replace(b" 200 OK", b" 202 Accepted", 1)
+
+
+PROCESSING: Final = build_answer(b'{"data":{"status":"processing"},"request_id":"0"}')
+
+
 class _Answerer(asyncio.Protocol):
     """Answers one connection's requests, one after the other."""
+
+    task_numbers = itertools.count()
 
     def __init__(self, delay: float, answers: dict[bytes, bytes]) -> None:
         self.delay = delay
@@ -59,16 +73,21 @@ class _Answerer(asyncio.Protocol):
                 end += int(head[at + 15 : head.index(b"\r", at)])
             if len(data) < end:
                 break
-            self.answer(head)
+            self.answer(head, as_task=b'"async":true' in data[len(head) : end])
             data = data[end:]
         self.pending = data
 
-    def answer(self, head: bytes) -> None:
+    def answer(self, head: bytes, *, as_task: bool) -> None:
         path = head.split(b" ", 2)[1]
         if path == b"/usage":
             self.transport.write(build_answer(str(time.process_time()).encode()))
             return
-        answer = self.answers[path.rpartition(b"/")[2]]
+        if as_task:
+            answer = build_acceptance(next(self.task_numbers))
+        elif b"/tasks/" in path:
+            answer = PROCESSING
+        else:
+            answer = self.answers[path.rpartition(b"/")[2]]
         if self.delay:
             asyncio.get_running_loop().call_later(self.delay, self.transport.write, answer)
         else:
@@ -88,8 +107,8 @@ async def _serve(delay: float) -> None:
 
 
 @contextlib.contextmanager
-def run_server(*, delay: float) -> Iterator[str]:
-    """Run a server in a process of its own, and give its origin."""
+def run_server(_items: int = 0, *, delay: float = 0.0) -> Iterator[Place]:
+    """Run a server in a process of its own."""
     with subprocess.Popen(
         [sys.executable, "-m", "benchmarks.server", "--delay", str(delay)],
         cwd=ROOT,
@@ -100,7 +119,7 @@ def run_server(*, delay: float) -> Iterator[str]:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            yield process.stdout.readline().strip()
+            yield Place(url=process.stdout.readline().strip())
         finally:
             process.stdin.close()
             process.wait(10)

@@ -1,9 +1,10 @@
-"""One sample, in the fresh process that the runner starts for it; the sample goes to stdout."""
+"""A fresh process of one contender: for each line on stdin it measures a sample, to stdout."""
 
 from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 
 import attrs
 
@@ -12,10 +13,12 @@ from benchmarks.model import Job
 
 
 def main() -> None:
-    """Measure the cell and contender named by the arguments."""
+    """Measure the cell and contender named by the arguments, as often as asked."""
     cell, contender, job = sys.argv[1:]
-    sample = CELLS[cell].contenders[contender](Job(**json.loads(job)))
-    print(json.dumps(attrs.asdict(sample)))
+    measure = CELLS[cell].contenders[contender]
+    with closing(measure(Job(**json.loads(job)))) as samples:
+        for _ in sys.stdin:
+            print(json.dumps(attrs.asdict(next(samples))), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,31 @@
+"""How much memory this process has."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+from pathlib import Path
+
+
+def read_memory() -> float:
+    """Return the MiB that are resident after a collection; where that is untold, the most ever."""
+    gc.collect()
+    return _read_status("VmRSS:") or read_peak_memory()
+
+
+def read_peak_memory() -> float:
+    """Return the most memory that the process has held, in MiB."""
+    # Linux lets a child begin with its parent's ru_maxrss, which would hide growth up to there
+    if (peak := _read_status("VmHWM:")) is not None:
+        return peak
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _read_status(name: str) -> float | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(name)), None)
