@@ -171,6 +171,23 @@ async def test_a_slow_consumer_slows_an_infinite_input_down(
             assert items.pulled == taken + 5
 
 
+@pytest.mark.parametrize("ordered", [False, True])
+async def test_the_window_holds_with_a_consumer_a_hundred_times_slower_than_the_sender(
+    ordered: bool,
+) -> None:
+    """A sender takes one turn of the loop for an item, the consumer a hundred."""
+    items = Pulled()
+    service = Service()
+    service.delay = lambda _: 1
+    async with stream(service, items, window=16, ordered=ordered) as outcomes:
+        for taken in range(1, 200):
+            await anext(outcomes)
+            for _ in range(100):
+                await asyncio.sleep(0)
+                assert items.pulled <= taken + 16
+            assert items.pulled == taken + 16
+
+
 async def test_buffered_outcomes_of_an_ordered_stream_count_in_the_window() -> None:
     items = Pulled()
     service = Service(held=True)
