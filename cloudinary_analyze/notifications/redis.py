@@ -22,6 +22,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
+from urllib.parse import parse_qsl, urlsplit
 
 import attrs
 
@@ -141,7 +142,14 @@ class RedisNotifications(NotificationSource, NotificationSink):
             "protocol": 2,
         }
         try:
+            if "socket_timeout" in dict(parse_qsl(urlsplit(self.url).query)):
+                raise ConfigurationError(
+                    "The Redis URL names a socket_timeout, which can keep a session from closing. "
+                    "Leave it out: every command is bounded already."
+                )
             return Redis.from_pool(BlockingConnectionPool.from_url(self.url, **options))
+        except ConfigurationError:
+            raise
         except (ValueError, TypeError):
             # the library's message may quote the URL, and with it the password
             raise ConfigurationError(

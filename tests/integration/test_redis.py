@@ -91,6 +91,12 @@ def test_what_cannot_be_right_is_refused_at_construction_without_the_password(op
     assert caught.value.__cause__ is None
 
 
+def test_a_socket_timeout_in_the_url_is_refused():
+    """The library's own can swallow a cancellation, and with it the closing of a session."""
+    with pytest.raises(ConfigurationError, match="socket_timeout"):
+        RedisNotifications("redis://localhost/0?db=1&socket_timeout=5")
+
+
 def test_the_password_is_in_no_repr():
     assert "hunter2" not in repr(RedisNotifications("redis://user:hunter2@localhost"))
 
