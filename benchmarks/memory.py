@@ -1,4 +1,4 @@
-"""How much memory this process has."""
+"""How much memory a process has."""
 
 from __future__ import annotations
 
@@ -14,18 +14,23 @@ def read_memory() -> float:
     return _read_status("VmRSS:") or read_peak_memory()
 
 
-def read_peak_memory() -> float:
-    """Return the most memory that the process has held, in MiB."""
+def read_peak_memory(process: int | None = None) -> float:
+    """Return the most memory that a process has held, in MiB.
+
+    Args:
+        process: Its id, on Linux alone. Default: this process.
+    """
     # Linux lets a child begin with its parent's ru_maxrss, which would hide growth up to there
-    if (peak := _read_status("VmHWM:")) is not None:
+    if (peak := _read_status("VmHWM:", process)) is not None:
         return peak
+    assert process is None, "only Linux tells it of another process"
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def _read_status(name: str) -> float | None:
+def _read_status(name: str, process: int | None = None) -> float | None:
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path(f"/proc/{process or 'self'}/status").read_text().splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(name)), None)

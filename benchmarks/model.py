@@ -33,14 +33,12 @@ class Job:
         directory: As in `Place`.
         seconds: How long to measure for one sample, for cells that are measured by time.
         items: How many items to work on, for cells that are measured by count.
-        started_at: Unix seconds when the process was started.
     """
 
     url: str
     directory: str
     seconds: float
     items: int
-    started_at: float
 
 
 @attrs.frozen(kw_only=True)

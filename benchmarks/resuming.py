@@ -1,138 +1,120 @@
 """The cell of resuming a run of a million items of which the last few are not done.
 
-Measures the seconds from the start of the process to the first new call, and the most memory that
-it ever held. The items are skipped as a run does it: each line is read, its key is made and looked
-up beside the items of the run before.
+Measures the command itself, as its user starts it: the seconds from there until its first new call
+reaches the service, and the most memory that it held until then.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import shutil
 import sqlite3
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from benchmarks.memory import read_peak_memory
 from benchmarks.model import OURS, Cell, Job, Place, Sample, Samples, Target
 from benchmarks.payloads import ANSWERS, API_KEY, API_SECRET, CLOUD, build_image_url
-from benchmarks.server import run_server
-
-if TYPE_CHECKING:
-    from cloudinary_analyze import Captioning
-    from cloudinary_analyze.bulk.input import InputLine
-    from cloudinary_analyze.bulk.sqlite import SQLiteLedger
 
 LEFT: Final = 20
 MODEL: Final = "captioning"
 INPUT: Final = "input.txt"
-LEDGER: Final = "run.ledger"
+LEDGER: Final = "killed.ledger"
 PEAK: Final = "peak memory MiB"
 
 
 @contextlib.contextmanager
 def prepare(items: int) -> Iterator[Place]:
-    """Give a server, and the input and the ledger of a run that was killed shortly before its end."""
-    with run_server() as served, tempfile.TemporaryDirectory() as name:
+    """Give the input and the ledger of a run that was killed shortly before its end."""
+    with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         lines = "".join(f"{build_image_url(number)}\n" for number in range(items))
         (directory / INPUT).write_text(lines)
-        _write_ledger(directory / LEDGER, items, served.url)
-        yield Place(url=served.url, directory=name)
+        _write_ledger(directory / LEDGER, items)
+        yield Place(directory=name)
 
 
-def _write_ledger(path: Path, items: int, url: str) -> None:
+def _write_ledger(path: Path, items: int) -> None:
     from cloudinary_analyze import Captioning, Uri
     from cloudinary_analyze._ledgered import KeyMaker
     from cloudinary_analyze.bulk.ledger_file import ANSWERED, create
+    from cloudinary_analyze.bulk.ledger_writer import write_answer, write_item
 
     make_key = KeyMaker(Captioning(build_image_url(0))).make
-
-    def build_rows() -> Iterator[tuple[Any, ...]]:
+    create(path, "", CLOUD)
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("BEGIN")
         for number in range(items):
             source = build_image_url(number)
-            yield number, number + 1, source, MODEL, bytes.fromhex(make_key(Uri(source)))
-
-    create(path, url, CLOUD)
-    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        connection.execute("PRAGMA cache_size = -262144")
-        connection.execute("BEGIN")
-        connection.executemany(
-            "INSERT INTO items (position, line, source, model, key) VALUES (?, ?, ?, ?, ?)",
-            build_rows(),
-        )
-        connection.executemany(
-            "INSERT INTO answers (id, content) VALUES (?, ?)",
-            ((number, ANSWERS[MODEL]) for number in range(items - LEFT)),
-        )
-        connection.execute(
-            "INSERT INTO records (key, state, seconds, answer) "
-            "SELECT key, ?, 0.5, position FROM items WHERE position < ? ORDER BY key",
-            (ANSWERED, items - LEFT),
-        )
+            key = bytes.fromhex(make_key(Uri(source)))
+            write_item(
+                connection,
+                key,
+                position=number,
+                line=number + 1,
+                source=source,
+                model=MODEL,
+                error=None,
+            )
+            if number < items - LEFT:
+                write_answer(connection, key, ANSWERED, ANSWERS[MODEL], 0.5)
         connection.execute("COMMIT")
 
 
-def _forget_last(path: Path, items: int) -> None:
-    """Take the ledger back to where the run was killed, for the next sample."""
-    done = (items - LEFT,)
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute(
-            "DELETE FROM records WHERE key IN (SELECT key FROM items WHERE position >= ?)", done
-        )
-        connection.execute("DELETE FROM answers WHERE id >= ?", done)
-        connection.commit()
+async def _resume(directory: Path) -> tuple[float, float]:
+    """Resume in a directory; return the seconds to the first call, and the MiB held until then."""
+    called: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        if not called.done():
+            called.set_result(time.perf_counter())
+        await reader.read()  # what was begun is never answered
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    address = "{}:{}".format(*server.sockets[0].getsockname())
+    ledger = directory / "results.jsonl.ledger"
+    shutil.copyfile(directory.parent / LEDGER, ledger)
+    with closing(sqlite3.connect(ledger)) as connection, connection:
+        connection.execute("UPDATE owner SET base_url = ?", (f"http://{address}",))
+    begun = time.perf_counter()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "cloudinary_analyze", "run", MODEL),
+        *("--input", str(directory.parent / INPUT), "--output", "results.jsonl"),
+        cwd=directory,
+        env=os.environ | {"CLOUDINARY_URL": _build_environment_url(address)},
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    ended = asyncio.create_task(process.wait())
+    try:
+        either: set[asyncio.Future[Any]] = {called, ended}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        assert called.done(), f"the command ended with {process.returncode}"
+        return called.result() - begun, read_peak_memory(process.pid)
+    finally:
+        if not ended.done():
+            process.kill()
+        await ended
+        server.close()
 
 
-async def _resume(job: Job) -> float:
-    """Run again until everything is done, and return when the first call was begun."""
-    from cloudinary_analyze import AnalyzeSession, Captioning, Credentials, Settings
-    from cloudinary_analyze._ledgered import KeyMaker
-    from cloudinary_analyze.bulk.input import read_input
-    from cloudinary_analyze.bulk.sqlite import SQLiteLedger
-
-    directory = Path(job.directory)
-    begun: list[float] = []
-
-    def build_request(line: InputLine) -> Captioning:
-        begun.append(time.time())
-        assert line.source is not None
-        return Captioning(line.source)
-
-    def find_undone(ledger: SQLiteLedger) -> Iterator[InputLine]:
-        make_key = KeyMaker(Captioning(build_image_url(0))).make
-        with (directory / INPUT).open("rb") as stream, ledger.earlier_items() as earlier:
-            for index, line in enumerate(read_input(stream, input_format="text")):
-                assert line.source is not None
-                if not earlier.is_done(index, make_key(line.source)):
-                    yield line
-
-    credentials = Credentials(CLOUD, API_KEY, API_SECRET)
-    async with (
-        SQLiteLedger(directory / LEDGER) as ledger,
-        AnalyzeSession(credentials, settings=Settings(host=job.url)) as session,
-    ):
-        async with session.map(find_undone(ledger), build_request, ledger=ledger) as outcomes:
-            async for outcome in outcomes:
-                outcome.unwrap()
-    assert len(begun) == LEFT
-    return begun[0]
+def _build_environment_url(address: str) -> str:
+    return f"cloudinary://{API_KEY}:{API_SECRET}@{CLOUD}?upload_prefix=http://{address}"
 
 
 def _measure(job: Job) -> Samples:
-    begun = asyncio.run(_resume(job))
-    path = Path(job.directory) / LEDGER
-    notes = {
-        PEAK: read_peak_memory(),
-        "items": job.items,
-        "ledger MiB": path.stat().st_size / 2**20,
-    }
-    _forget_last(path, job.items)
-    yield Sample(value=begun - job.started_at, notes=notes)
+    with tempfile.TemporaryDirectory(dir=job.directory) as name:
+        seconds, peak = asyncio.run(_resume(Path(name)))
+    size = (Path(job.directory) / LEDGER).stat().st_size / 2**20
+    yield Sample(value=seconds, notes={PEAK: peak, "items": job.items, "ledger MiB": size})
 
 
 CELLS: Final = (

@@ -8,7 +8,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Final
@@ -135,7 +134,6 @@ def _run_worker(
         **attrs.asdict(place),
         seconds=effort.seconds,
         items=effort.items,
-        started_at=time.time(),
     )
     arguments = [cell.name, contender, json.dumps(attrs.asdict(job))]
     with subprocess.Popen(

@@ -17,12 +17,15 @@ from cloudinary_analyze.errors import LedgerError
 
 APPLICATION_ID: Final = 0x434C4441
 VERSION: Final = 1
-SUBMITTED: Final = 0
-ANSWERED: Final = 1
-FAILED: Final = 2
+OPEN: Final = 0  # known as the request of an item alone
+SUBMITTED: Final = 1
+ANSWERED: Final = 2
+FAILED: Final = 3
 LARGEST_CHECKED: Final = 2**30  # bytes of a file that is read through when it is opened
+READ_CACHE: Final = 16  # MiB of pages
 
-# `records` is small, as all of it is searched on resume; what is large is kept apart
+# An item names its record by number, so that reading both in order, as resuming a run does, reads
+# neighbours and searches no keys. What is large is kept apart, in `answers`.
 _SCHEMA: Final = f"""
 PRAGMA journal_mode = DELETE;
 PRAGMA synchronous = FULL;
@@ -31,19 +34,19 @@ PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {VERSION};
 CREATE TABLE owner (base_url TEXT NOT NULL, cloud_name TEXT NOT NULL);
 CREATE TABLE records (
-    key BLOB PRIMARY KEY,
+    id INTEGER PRIMARY KEY,
+    key BLOB NOT NULL UNIQUE,
     state INTEGER NOT NULL,
     task_id TEXT,
-    seconds REAL,
-    answer INTEGER
-) WITHOUT ROWID;
-CREATE TABLE answers (id INTEGER PRIMARY KEY, content BLOB NOT NULL);
+    seconds REAL
+);
+CREATE TABLE answers (record INTEGER PRIMARY KEY REFERENCES records, content BLOB NOT NULL);
 CREATE TABLE items (
     position INTEGER PRIMARY KEY,
     line INTEGER,
     source TEXT NOT NULL,
     model TEXT,
-    key BLOB,
+    record INTEGER REFERENCES records,
     error BLOB
 );
 """
@@ -95,15 +98,12 @@ def _connect(path: Path, options: str, *, any_thread: bool = False) -> sqlite3.C
     )
 
 
-def connect_for_reading(
-    path: Path, *, any_thread: bool = False, cache: int = 16
-) -> sqlite3.Connection:
+def connect_for_reading(path: Path, *, any_thread: bool = False) -> sqlite3.Connection:
     """Open a ledger to read it, while it is being written to or not.
 
     Args:
         path: The ledger.
         any_thread: Whether threads may use the connection one after the other.
-        cache: MiB of pages kept in memory.
 
     Raises:
         LedgerError: There is none, or it cannot be read.
@@ -114,7 +114,7 @@ def connect_for_reading(
         connection = _connect(path, "mode=ro", any_thread=any_thread)
     try:
         with explaining(path):
-            connection.execute(f"PRAGMA cache_size = -{cache * 1024}")
+            connection.execute(f"PRAGMA cache_size = -{READ_CACHE * 1024}")
             _check_kind(connection, path)
     except BaseException:
         connection.close()

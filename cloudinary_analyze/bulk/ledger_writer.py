@@ -7,7 +7,7 @@ import contextlib
 import sqlite3
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ from cloudinary_analyze._clock import wake
 from cloudinary_analyze.bulk.ledger_file import (
     ANSWERED,
     FAILED,
+    OPEN,
     SUBMITTED,
     Witness,
     connect_for_writing,
@@ -35,41 +36,65 @@ Step = Callable[[sqlite3.Connection], object]
 
 def write_task(connection: sqlite3.Connection, key: bytes, task_id: str) -> None:
     """Note a task, unless the key has its final answer."""
-    connection.execute(
-        "INSERT INTO records (key, state, task_id) VALUES (?, ?, ?) ON CONFLICT (key) "
-        "DO UPDATE SET task_id = excluded.task_id WHERE state = excluded.state",
-        (key, SUBMITTED, task_id),
-    )
+    record, state = _take_record(connection, key)
+    if state <= SUBMITTED:
+        connection.execute(
+            "UPDATE records SET state = ?, task_id = ? WHERE id = ?", (SUBMITTED, task_id, record)
+        )
 
 
 def write_answer(
     connection: sqlite3.Connection, key: bytes, state: int, content: bytes, seconds: float
 ) -> None:
     """Note a final answer, unless it is an error and there is a response."""
-    known = connection.execute("SELECT state, answer FROM records WHERE key = ?", (key,)).fetchone()
-    if known is not None and known[0] == ANSWERED and state == FAILED:
+    record, known = _take_record(connection, key)
+    if known == ANSWERED and state == FAILED:
         return
-    if known is not None and known[1] is not None:
-        connection.execute("DELETE FROM answers WHERE id = ?", (known[1],))
-    answer = connection.execute("INSERT INTO answers (content) VALUES (?)", (content,)).lastrowid
     connection.execute(
-        "INSERT INTO records (key, state, seconds, answer) VALUES (?, ?, ?, ?) ON CONFLICT (key) "
-        "DO UPDATE SET state = excluded.state, seconds = excluded.seconds, answer = excluded.answer",
-        (key, state, seconds, answer),
+        "UPDATE records SET state = ?, seconds = ? WHERE id = ?", (state, seconds, record)
+    )
+    connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (record, content))
+
+
+def write_item(
+    connection: sqlite3.Connection,
+    key: bytes | None,
+    *,
+    position: int,
+    line: int | None,
+    source: str,
+    model: str | None,
+    error: bytes | None,
+) -> None:
+    """Note an item of the run."""
+    record = None if key is None else _take_record(connection, key)[0]
+    connection.execute(
+        "INSERT OR REPLACE INTO items VALUES (?, ?, ?, ?, ?, ?)",
+        (position, line, source, model, record, error),
     )
 
 
-def write_item(connection: sqlite3.Connection, row: Sequence[Any]) -> None:
-    """Note an item of the run."""
-    connection.execute("INSERT OR REPLACE INTO items VALUES (?, ?, ?, ?, ?, ?)", row)
+def _take_record(connection: sqlite3.Connection, key: bytes) -> tuple[int, int]:
+    """Return the number and the state of a key's record, which is made if there is none."""
+    query = "SELECT id, state FROM records WHERE key = ?"
+    known: tuple[int, int] | None = connection.execute(query, (key,)).fetchone()
+    if known is not None:
+        return known
+    query = "INSERT INTO records (key, state) VALUES (?, ?)"
+    record = connection.execute(query, (key, OPEN)).lastrowid
+    assert record is not None
+    return record, OPEN
 
 
 def delete_errors(connection: sqlite3.Connection) -> None:
     """Forget the final errors."""
     connection.execute(
-        "DELETE FROM answers WHERE id IN (SELECT answer FROM records WHERE state = ?)", (FAILED,)
+        "DELETE FROM answers WHERE record IN (SELECT id FROM records WHERE state = ?)", (FAILED,)
     )
-    connection.execute("DELETE FROM records WHERE state = ?", (FAILED,))
+    connection.execute(
+        "UPDATE records SET state = ?, task_id = NULL, seconds = NULL WHERE state = ?",
+        (OPEN, FAILED),
+    )
 
 
 @attrs.frozen

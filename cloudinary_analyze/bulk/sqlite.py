@@ -14,6 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self
@@ -24,6 +25,7 @@ from cloudinary_analyze._wire import codec
 from cloudinary_analyze.bulk.ledger_file import (
     ANSWERED,
     FAILED,
+    OPEN,
     SUBMITTED,
     connect_for_reading,
     explaining,
@@ -43,7 +45,6 @@ from cloudinary_analyze.protocols import Ledger, LedgerRecord
 from cloudinary_analyze.responses import JSONObject, Response
 
 BACKLOG: Final = 5000  # items that may wait to be written
-CACHE: Final = 64  # MiB, about the records of a million calls, which are searched at random
 READ_BATCH: Final = 500  # rows; no read lasts longer, as the log cannot be emptied meanwhile
 
 _DONE: Final = frozenset({ANSWERED, FAILED})
@@ -230,28 +231,18 @@ class SQLiteLedger(Ledger):
                 self._read()
                 .execute(
                     "SELECT state, task_id, content, seconds FROM records "
-                    "LEFT JOIN answers ON answers.id = records.answer WHERE key = ?",
+                    "LEFT JOIN answers ON answers.record = records.id WHERE key = ?",
                     (packed,),
                 )
                 .fetchone()
             )
-        if row is None:
+        if row is None or row[0] == OPEN:
             return None
         state, task_id, content, seconds = row
         response, error = self._load(state, content)
         return LedgerRecord(
             key=key, task_id=task_id, response=response, error=error, seconds=seconds
         )
-
-    def is_done(self, key: str) -> bool:
-        """Whether a key has a response or a final error, recorded and durable.
-
-        Raises:
-            LedgerError: The file cannot be read, or the ledger is not open.
-        """
-        self._use()
-        with explaining(self._path):
-            return _is_done(self._read(), _pack(key))
 
     async def record_submitted(self, key: str, task_id: str) -> None:
         """See `Ledger.record_submitted`.
@@ -260,7 +251,7 @@ class SQLiteLedger(Ledger):
             LedgerError: It could not be written.
         """
         packed = _pack(key)
-        await self._record(packed, lambda connection: write_task(connection, packed, task_id))
+        await self._record(packed, partial(write_task, key=packed, task_id=task_id))
 
     async def record_response(self, key: str, response: Response[Any], *, seconds: float) -> None:
         """See `Ledger.record_response`.
@@ -268,10 +259,7 @@ class SQLiteLedger(Ledger):
         Raises:
             LedgerError: It could not be written.
         """
-        packed, content = _pack(key), dump_json(dict(response.raw))
-        await self._record(
-            packed, lambda connection: write_answer(connection, packed, ANSWERED, content, seconds)
-        )
+        await self._record_answer(_pack(key), ANSWERED, dump_json(dict(response.raw)), seconds)
 
     async def record_error(self, key: str, error: AnalyzeError, *, seconds: float) -> None:
         """See `Ledger.record_error`.
@@ -279,10 +267,7 @@ class SQLiteLedger(Ledger):
         Raises:
             LedgerError: It could not be written.
         """
-        packed, content = _pack(key), dump_error(error)
-        await self._record(
-            packed, lambda connection: write_answer(connection, packed, FAILED, content, seconds)
-        )
+        await self._record_answer(_pack(key), FAILED, dump_error(error), seconds)
 
     async def add_item(
         self,
@@ -311,16 +296,17 @@ class SQLiteLedger(Ledger):
         Raises:
             LedgerError: Something could not be written.
         """
-        row = (
-            index,
-            line,
-            source.encode(errors="replace").decode(),
-            model,
-            None if key is None else _pack(key),
-            None if error is None else dump_error(error),
-        )
         writer = self._use()
-        writer.put(Entry(lambda connection: write_item(connection, row)))
+        step = partial(
+            write_item,
+            key=None if key is None else _pack(key),
+            position=index,
+            line=line,
+            source=source.encode(errors="replace").decode(),
+            model=model,
+            error=None if error is None else dump_error(error),
+        )
+        writer.put(Entry(step))
         if writer.backlog > BACKLOG:
             await self.flush()
 
@@ -378,10 +364,10 @@ class SQLiteLedger(Ledger):
         """
         with closing(connect_for_reading(self._path)) as connection:
             query = (
-                "SELECT position, line, source, model, items.key, error, "
+                "SELECT position, line, source, model, key, error, "
                 "state, task_id, content, seconds FROM items "
-                "LEFT JOIN records ON records.key = items.key "
-                "LEFT JOIN answers ON answers.id = records.answer "
+                "LEFT JOIN records ON records.id = items.record "
+                "LEFT JOIN answers ON answers.record = records.id "
             )
             for row in _read_in_order(connection, query, self._path):
                 yield self._build_item(row)
@@ -416,6 +402,10 @@ class SQLiteLedger(Ledger):
                 "from a copy, or move it away and begin anew."
             ) from error
 
+    async def _record_answer(self, key: bytes, state: int, content: bytes, seconds: float) -> None:
+        step = partial(write_answer, key=key, state=state, content=content, seconds=seconds)
+        await self._record(key, step)
+
     async def _record(self, key: bytes, step: Step) -> None:
         await self._use().perform(step, key=key)
 
@@ -444,11 +434,11 @@ class EarlierItems:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._connection = connect_for_reading(path, any_thread=True, cache=CACHE)
+        self._connection = connect_for_reading(path, any_thread=True)
         self._rows = _read_in_order(
             self._connection,
-            "SELECT position, items.key, state, line FROM items "
-            "LEFT JOIN records ON records.key = items.key ",
+            "SELECT position, key, state, line FROM items "
+            "LEFT JOIN records ON records.id = items.record ",
             path,
         )
         self._row: Sequence[Any] | None = next(self._rows, None)
@@ -458,23 +448,6 @@ class EarlierItems:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def is_done(self, index: int, key: str) -> bool:
-        """Whether an item was noted with this key and its answer is recorded, or the key's is.
-
-        Args:
-            index: Its place in the run; never less than in the call before.
-            key: The key of its request.
-
-        Raises:
-            LedgerError: The file cannot be read.
-        """
-        packed = _pack(key)
-        row = self._advance(index)
-        if row is not None and row[0] == index and row[1] == packed:
-            return row[2] in _DONE
-        with explaining(self._path):
-            return _is_done(self._connection, packed)
 
     def compare(
         self, index: int, *, line: int | None, key: str | None
@@ -496,7 +469,7 @@ class EarlierItems:
         row = self._advance(index)
         if row is None or row[0] != index or row[2] not in _DONE:
             return "open"
-        if row[1] != (None if key is None else _pack(key)):
+        if row[1].hex() != key:
             return "displaced"
         return "done" if row[3] == line else "open"
 
@@ -530,8 +503,3 @@ def _read_in_order(
             return
         yield from rows
         following = rows[-1][0] + 1
-
-
-def _is_done(connection: sqlite3.Connection, key: bytes) -> bool:
-    row = connection.execute("SELECT state FROM records WHERE key = ?", (key,)).fetchone()
-    return row is not None and row[0] != SUBMITTED

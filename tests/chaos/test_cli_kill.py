@@ -20,6 +20,7 @@ from cloudinary_analyze.bulk.ledger_file import (
     connect_for_writing,
     create,
 )
+from cloudinary_analyze.bulk.ledger_writer import write_answer, write_item
 from cloudinary_analyze.bulk.sqlite import SQLiteLedger
 from cloudinary_analyze.emulator import Emulator, WebhookPolicy
 
@@ -119,18 +120,23 @@ def build_url(number: int) -> str:
 
 
 def fill(path: Path, emulator: Emulator) -> None:
-    """Make the ledger of a run that did a million items, in a few transactions."""
+    """Make the ledger of a run that did a million items, in one transaction."""
     keys = KeyMaker(Captioning(build_url(0)))
     answer = b'{"data":{"analysis":{"data":{"caption":"A cat"}}}}'
     create(path, emulator.url, emulator.cloud_name)
     with closing(connect_for_writing(path)) as connection:
         connection.execute("BEGIN")
         for number in range(DONE):
-            key = bytes.fromhex(keys.make(Uri(build_url(number))))
-            row = (number, number + 1, build_url(number), "captioning", key, None)
-            connection.execute("INSERT INTO items VALUES (?, ?, ?, ?, ?, ?)", row)
-            connection.execute("INSERT INTO answers VALUES (?, ?)", (number, answer))
-            connection.execute(
-                "INSERT INTO records VALUES (?, ?, ?, ?, ?)", (key, ANSWERED, None, 0.1, number)
+            url = build_url(number)
+            key = bytes.fromhex(keys.make(Uri(url)))
+            write_item(
+                connection,
+                key,
+                position=number,
+                line=number + 1,
+                source=url,
+                model="captioning",
+                error=None,
             )
+            write_answer(connection, key, ANSWERED, answer, 0.1)
         connection.execute("COMMIT")

@@ -58,6 +58,11 @@ async def opened(path, **owner):
         yield ledger
 
 
+async def is_done(ledger, key):
+    record = await ledger.find(key)
+    return record is not None and (record.response is not None or record.error is not None)
+
+
 async def fill(path, count=3):
     async with opened(path) as ledger:
         await asyncio.gather(
@@ -124,6 +129,7 @@ OPERATIONS = st.lists(
         st.tuples(st.just("task"), st.sampled_from(KEYS), st.integers(0, 9)),
         st.tuples(st.just("response"), st.sampled_from(KEYS), st.integers(0, 9)),
         st.tuples(st.just("error"), st.sampled_from(KEYS), st.integers(0, 9)),
+        st.tuples(st.just("item"), st.sampled_from(KEYS), st.integers(0, 9)),
         st.just(("forget errors",)),
         st.just(("reopen",)),
     ),
@@ -146,6 +152,7 @@ def expect(known, operation, number):
 def test_the_last_final_answer_wins_and_no_response_is_ever_lost(operations):
     async def perform(path):
         expected = {}
+        noted = {}
         ledger = SQLiteLedger(path)
         await ledger.open(**OWNER)
         jobs = []
@@ -162,6 +169,10 @@ def test_the_last_final_answer_wins_and_no_response_is_ever_lost(operations):
                 expected = {k: known for k, known in expected.items() if known[1] != "error"}
                 continue
             key, number = rest
+            if name == "item":
+                noted[number] = key
+                await ledger.add_item(number, line=1, source="s", model="coco", key=key)
+                continue
             expected[key] = expect(expected.get(key, (None, None, None)), name, number)
             if name == "task":
                 job = ledger.record_submitted(key, f"task-{number}")
@@ -183,7 +194,12 @@ def test_the_last_final_answer_wins_and_no_response_is_ever_lost(operations):
                 str(number) if state == "error" else None
             )
             assert record.seconds == (number if state else None)
-            assert ledger.is_done(key) == bool(state)
+        await ledger.flush()
+        assert {item.index: item.key for item in ledger.iter_items()} == noted
+        for item in ledger.iter_items():
+            task_id, state, number = expected.get(item.key, (None, None, None))
+            assert (item.task_id, item.done) == (task_id, state is not None)
+            assert item.response == (respond(number).raw if state == "response" else None)
         states = [known[1] for known in expected.values()]
         counts = ledger.counts()
         assert counts.answered == states.count("response")
@@ -204,7 +220,7 @@ async def test_a_record_whose_wait_was_cancelled_is_found_at_once_and_kept(tmp_p
         await asyncio.wait([job])
         assert job.cancelled()
     async with opened(tmp_path / "a.ledger") as ledger:
-        assert ledger.is_done(KEYS[0])
+        assert await is_done(ledger, KEYS[0])
 
 
 # items
@@ -234,20 +250,24 @@ async def test_items_come_in_order_each_once_with_what_became_of_them(tmp_path):
     assert again[7] == items[7]
 
 
-async def test_an_earlier_run_tells_its_done_items_by_place_or_by_key(tmp_path):
+async def test_an_earlier_run_tells_its_done_items_from_open_and_other_ones(tmp_path):
     path = tmp_path / "a.ledger"
     async with opened(path) as ledger:
-        for index, key in enumerate(KEYS):
-            await ledger.add_item(index, line=None, source="s", model="coco", key=key)
+        for index in range(8):
+            key = None if index == 2 else KEYS[index % 4]
+            await ledger.add_item(index, line=index, source="s", model="coco", key=key)
         await ledger.record_response(KEYS[0], respond(0), seconds=0)
         await ledger.record_submitted(KEYS[1], "task-1")
-        await ledger.record_response(KEYS[3], respond(3), seconds=0)
+        await ledger.record_error(KEYS[3], TaskFailedError("m", task_id="t"), seconds=0)
         with ledger.earlier_items() as earlier:
-            assert earlier.is_done(0, KEYS[0])
-            assert not earlier.is_done(1, KEYS[1])
-            assert earlier.is_done(2, KEYS[3])  # the input has changed, the answer is known
-            assert not earlier.is_done(3, KEYS[2])
-            assert earlier.is_done(9, KEYS[0])
+            assert earlier.compare(0, line=0, key=KEYS[0]) == "done"
+            assert earlier.compare(1, line=1, key=KEYS[1]) == "open"
+            assert earlier.compare(2, line=2, key=None) == "open"
+            assert earlier.compare(3, line=3, key=KEYS[3]) == "done"
+            assert earlier.compare(4, line=5, key=KEYS[0]) == "open"  # to be noted anew
+            assert earlier.compare(7, line=7, key=KEYS[0]) == "displaced"
+            assert earlier.compare(8, line=8, key=KEYS[0]) == "open"
+            assert not earlier.goes_on(8)
         await ledger.keep_items(2)
         assert ledger.counts().items == 2
 
@@ -318,8 +338,8 @@ async def test_a_ledger_of_another_host_or_cloud_is_refused_and_left(tmp_path, o
             await ledger.open(**{**OWNER, **owner})
     assert list_bytes(path.parent) == before
     async with opened(path) as ledger:
-        assert ledger.is_done(KEYS[0])
-        assert ledger.is_done(KEYS[3]) == killed
+        assert await is_done(ledger, KEYS[0])
+        assert await is_done(ledger, KEYS[3]) == killed
 
 
 @pytest.mark.parametrize("pages", range(1, 9))
@@ -334,7 +354,7 @@ async def test_a_kill_while_the_log_was_being_emptied_loses_nothing(tmp_path, pa
     assert len(emptied) >= 9 * 4096
     copy.write_bytes(emptied[: pages * 4096] + copy.read_bytes()[pages * 4096 :])
     async with opened(copy) as ledger:
-        assert all(ledger.is_done(key) for key in KEYS)
+        assert [key for key in KEYS if not await is_done(ledger, key)] == []
 
 
 async def test_a_log_without_its_ledger_is_not_taken_for_a_new_one(tmp_path):
@@ -355,7 +375,7 @@ async def test_a_second_writer_is_refused_in_this_process_and_in_another(tmp_pat
         assert "in use by another process" in other.stderr
         await ledger.record_response(KEYS[0], respond(0), seconds=0)
     async with opened(path) as ledger:
-        assert ledger.is_done(KEYS[0])
+        assert await is_done(ledger, KEYS[0])
 
 
 async def test_one_ledger_serves_one_cloud_at_a_time(tmp_path):
@@ -430,7 +450,7 @@ async def check_acknowledged(done, path):
     acknowledged = done.stdout.split()
     assert 3 < len(acknowledged) < 2000
     async with opened(path) as ledger:
-        assert all(ledger.is_done(key) for key in acknowledged)
+        assert [key for key in acknowledged if not await is_done(ledger, key)] == []
         extra = hashlib.sha256(b"extra").hexdigest()
         await ledger.record_response(extra, respond(1), seconds=0)  # and it goes on
 
@@ -457,7 +477,7 @@ async def test_a_directory_that_vanishes_is_told_before_anything_is_acknowledged
         with pytest.raises(LedgerError, match="was removed or replaced"):
             await ledger.find(KEYS[0])
     async with opened(tmp_path / "moved" / "a.ledger") as ledger:
-        assert ledger.is_done(KEYS[0])
+        assert await is_done(ledger, KEYS[0])
 
 
 async def test_a_failure_that_nobody_was_told_of_is_raised_on_closing(tmp_path):
