@@ -20,6 +20,7 @@ from cloudinary_analyze._wire.signature import (
     TIMESTAMP_HEADER,
     compute_signature,
 )
+from cloudinary_analyze.config import Credentials
 from cloudinary_analyze.errors import (
     ConfigurationError,
     InvalidSignatureError,
@@ -61,8 +62,6 @@ def verify_signature(
         StaleNotificationError: It was, but too long ago, or in the future.
         ConfigurationError: There is no secret, or a digest is unknown.
     """
-    if isinstance(body, str):
-        raise TypeError("The body must be the raw bytes as received, not a string.")
     secrets = (secrets,) if isinstance(secrets, str) else tuple(secrets)
     digests = (digests,) if isinstance(digests, str) else tuple(digests)
     if not secrets or not all(secrets):
@@ -70,6 +69,20 @@ def verify_signature(
     for name in digests:
         if name not in DIGESTS:
             raise ConfigurationError(f"Digests are 'sha1' and 'sha256', not {name!r}.")
+    signed_at = _verify(body, timestamp, signature, secrets, digests)
+    _judge_age((time.time() if now is None else now) - signed_at, oldest, newest)
+
+
+def _verify(
+    body: bytes,
+    timestamp: str | None,
+    signature: str | None,
+    secrets: tuple[str, ...],
+    digests: tuple[str, ...],
+) -> int:
+    """Return when it was signed, if it was signed with one of the secrets; else raise."""
+    if isinstance(body, str):
+        raise TypeError("The body must be the raw bytes as received, not a string.")
     if not signature:
         raise InvalidSignatureError("The notification has no signature.")
     if timestamp is None or not _TIMESTAMP.fullmatch(timestamp):
@@ -86,7 +99,10 @@ def verify_signature(
             "or its body was changed on the way, or the account signs with another key or digest "
             "(see Credentials.notification_secrets and .digests)."
         )
-    age = (time.time() if now is None else now) - int(timestamp)
+    return int(timestamp)
+
+
+def _judge_age(age: float, oldest: float | None, newest: float | None) -> None:
     if oldest is not None and age > oldest:
         raise StaleNotificationError(
             f"The notification was signed {age:.0f} s before it arrived; over {oldest:.0f} s "
@@ -121,9 +137,7 @@ def find_header(headers: Mapping[str, str], name: str) -> str | None:
     return value
 
 
-def verify_delivery(
-    delivery: Delivery, secrets: Iterable[str], *, digests: Iterable[str] = ("sha1", "sha256")
-) -> None:
+def verify_delivery(delivery: Delivery, credentials: Credentials) -> None:
     """Return if a delivery was signed with one of the secrets shortly before its first receipt.
 
     A delivery without ``received_at`` was pulled from a store; its age is not judged.
@@ -139,13 +153,12 @@ def verify_delivery(
             "The notification has a v2 signature only, which nobody but the vendor can verify. "
             "Set the trigger's auth_scheme to 'default' or 'legacy_hmac'."
         )
-    verify_signature(
+    signed_at = _verify(
         delivery.body,
         find_header(delivery.headers, TIMESTAMP_HEADER),
         signature,
-        secrets,
-        digests=digests,
-        now=received_at,
-        oldest=None if received_at is None else OLDEST,
-        newest=None if received_at is None else NEWEST,
+        credentials.signing_secrets,
+        credentials.digests,
     )
+    if received_at is not None:
+        _judge_age(received_at - signed_at, OLDEST, NEWEST)

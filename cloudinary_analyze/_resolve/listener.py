@@ -157,9 +157,7 @@ class Listener:
     def take(self, delivery: Delivery) -> str:
         """Verify, read and apply one delivery; return the verdict."""
         try:
-            verify_delivery(
-                delivery, self.credentials.signing_secrets, digests=self.credentials.digests
-            )
+            verify_delivery(delivery, self.credentials)
             notification = parse_notification(delivery.body)
             verdict = self.table.deliver(notification, delivery.body)
         except NotificationError as error:

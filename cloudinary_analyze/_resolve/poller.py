@@ -207,7 +207,7 @@ class Poller:
                 )
             return
         if isinstance(error, NotFoundError):
-            age = self.clock.monotonic() - entry.accepted_at
+            age = self.clock.monotonic() - entry.since
             entry.misses += age >= FIRST_MINUTE
             entry.tell()  # a ledger's run submits anew what the service has forgotten
             if entry.misses >= MISSES and not self.with_source:

@@ -269,7 +269,7 @@ class Resolver:
         ending: set[asyncio.Task[None]] = set(self.poller.stop())
         if self.listener is not None:
             ending.update(self.listener.stop())
-        self.table.timers.close()
+        self.table.timers.clear()
         for task in self._background:
             task.cancel()
         ending |= self._background

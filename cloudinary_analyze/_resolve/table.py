@@ -92,7 +92,7 @@ class Entry:
         task_id: ``None`` until the service accepted it.
         state: The remote state as last heard of.
         answer: ``None`` while it is pending.
-        accepted_at: Monotonic instant of the registration.
+        since: Monotonic instant of its registration, or of its answer once it has one.
         waits: The handles that still wait.
         poll: Its place among the polls to come.
         grace: The timer that ends the wait for a notification that should have come.
@@ -106,7 +106,7 @@ class Entry:
     task_id: str | None = None
     state: str = SUBMITTING
     answer: Answer | None = None
-    accepted_at: float = 0.0
+    since: float = 0.0
     waits: list[Wait] = attrs.field(factory=list)
     poll: Node | None = None
     grace: Node | None = None
@@ -165,7 +165,7 @@ class Table:
     loop: asyncio.AbstractEventLoop | None = None
     forget_poll: Callable[[Node], None] | None = None
     end_grace: Callable[[Entry], None] | None = None
-    _answered: OrderedDict[str, tuple[float, Entry]] = attrs.field(factory=OrderedDict)
+    _answered: OrderedDict[str, Entry] = attrs.field(factory=OrderedDict)
     _parked: OrderedDict[str, tuple[float, bytes]] = attrs.field(factory=OrderedDict)
     _parked_bytes: int = 0
 
@@ -183,7 +183,7 @@ class Table:
         entry = self.pending.get(task_id)
         if entry is None:
             self._expire_answered(self.clock.monotonic())
-            _, entry = self._answered.get(task_id, (0.0, None))
+            entry = self._answered.get(task_id)
         return entry
 
     def register(self, entry: Entry, task_id: str) -> Entry | None:
@@ -196,7 +196,7 @@ class Table:
         if known is not None:
             return self._merge(entry, known)
         entry.task_id = task_id
-        entry.accepted_at = self.clock.monotonic()
+        entry.since = self.clock.monotonic()
         if entry.state == SUBMITTING:
             entry.state = "pending"
         self.pending[task_id] = entry
@@ -296,7 +296,7 @@ class Table:
     def _settle(self, wait: Wait, entry: Entry) -> None:
         """Take a wait's deadline away, as its entry has its answer."""
         if wait.deadline is not None:
-            self.timers.cancel(wait.deadline)
+            self.timers.discard(wait.deadline)
             wait.deadline = None
         if wait.orphaned and entry.answer is not None:
             report_error(entry, entry.answer.error)
@@ -346,7 +346,7 @@ class Table:
             message, task_id=entry.task_id, ambiguous=entry.submission is not None
         )
         if wait.deadline is not None:
-            self.timers.cancel(wait.deadline)
+            self.timers.discard(wait.deadline)
             wait.deadline = None
         entry.waits.remove(wait)
         entry.tell()
@@ -364,7 +364,7 @@ class Table:
 
     def _stop_resting(self, entry: Entry) -> None:
         if entry.grace is not None:
-            self.timers.cancel(entry.grace)
+            self.timers.discard(entry.grace)
             entry.grace = None
 
     def _forget(self, entry: Entry) -> None:
@@ -376,14 +376,14 @@ class Table:
             self.forget_poll(entry.poll)
             entry.poll = None
         if entry.grace is not None:
-            self.timers.cancel(entry.grace)
+            self.timers.discard(entry.grace)
             entry.grace = None
 
     def _keep_answered(self, task_id: str, entry: Entry) -> None:
-        now = self.clock.monotonic()
+        now = entry.since = self.clock.monotonic()
         answered = self._answered
-        answered[task_id] = (now, entry)
-        answered.move_to_end(task_id)
+        answered[task_id] = entry
+        answered.move_to_end(task_id)  # it may correct one that was guessed
         if len(answered) > self.settings.answered_count:
             answered.popitem(last=False)
         self._expire_answered(now)
@@ -391,7 +391,7 @@ class Table:
     def _expire_answered(self, now: float) -> None:
         answered = self._answered
         oldest = now - self.settings.answered_seconds
-        while answered and next(iter(answered.values()))[0] < oldest:
+        while answered and next(iter(answered.values())).since < oldest:
             answered.popitem(last=False)
 
     def _park(self, task_id: str, body: bytes) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, Final, Generic, TypeVar
 
 import attrs
@@ -32,12 +33,15 @@ class Node:
         return self.due < other.due
 
 
+_get_due: Final = attrgetter("due")
+
+
 @attrs.define(eq=False)
 class DueHeap(Generic[T]):
     """Items by the monotonic instant when they are due. Discarding one is cheap."""
 
-    _heap: list[Node] = attrs.field(factory=list)
-    _discarded: int = 0
+    _heap: list[Node] = attrs.field(factory=list, init=False)
+    _discarded: int = attrs.field(default=0, init=False)
 
     def __len__(self) -> int:
         return len(self._heap) - self._discarded
@@ -57,7 +61,7 @@ class DueHeap(Generic[T]):
         # what is discarded must not pile up until it would have been due
         if self._discarded > LEAST_COMPACTED and self._discarded * 2 > len(self._heap):
             self._heap = [kept for kept in self._heap if kept.item is not None]
-            heapq.heapify(self._heap)
+            self._heap.sort(key=_get_due)  # is a heap too, and made without a call of __lt__
             self._discarded = 0
 
     def clear(self) -> None:
@@ -84,7 +88,7 @@ class DueHeap(Generic[T]):
 
 
 @attrs.define(eq=False)
-class Timers(Generic[T]):
+class Timers(DueHeap[T]):
     """Items that one function takes when they are due, behind one timer of the clock.
 
     An item each, not a callback each: closures would double what a pending task costs.
@@ -95,30 +99,22 @@ class Timers(Generic[T]):
 
     clock: Clock
     on_due: Callable[[T], None]
-    _due: DueHeap[T] = attrs.field(factory=DueHeap)
-    _timer: TimerHandle | None = None
-    _timer_at: float | None = None
+    _timer: TimerHandle | None = attrs.field(default=None, init=False)
+    _timer_at: float | None = attrs.field(default=None, init=False)
 
-    def __len__(self) -> int:
-        return len(self._due)
-
-    def push(self, when: float, item: T) -> Node:
-        """Have an item taken at a monotonic instant; return the node to `cancel` it by."""
-        node = self._due.push(when, item)
-        if self._timer_at is None or when < self._timer_at:
-            self._arm(when)
+    def push(self, due: float, item: T) -> Node:
+        """Have an item taken at a monotonic instant; return the node to discard it by."""
+        node = DueHeap.push(self, due, item)
+        if self._timer_at is None or due < self._timer_at:
+            self._arm(due)
         return node
 
-    def cancel(self, node: Node) -> None:
-        """Forget an item; harmless if it was taken."""
-        self._due.discard(node)
-
-    def close(self) -> None:
-        """Forget all items."""
+    def clear(self) -> None:
+        """Discard all items."""
         if self._timer is not None:
             self._timer.cancel()
-        self._due.clear()
         self._timer = self._timer_at = None
+        DueHeap.clear(self)
 
     def _arm(self, when: float) -> None:
         if self._timer is not None:
@@ -131,11 +127,11 @@ class Timers(Generic[T]):
         now = self.clock.monotonic()
         try:
             for _ in range(BURST):
-                due = self._due.next_due()
+                due = self.next_due()
                 if due is None or due > now:
                     break
-                self.on_due(self._due.pop())
+                self.on_due(self.pop())
         finally:
-            due = self._due.next_due()
+            due = self.next_due()
             if due is not None and (self._timer_at is None or due < self._timer_at):
                 self._arm(due)

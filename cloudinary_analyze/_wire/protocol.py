@@ -459,15 +459,15 @@ def read_notification(body: bytes) -> Notification:
             f"The notification is no JSON object but {type(raw).__name__}."
         )
     task_id = raw.get("task_id")
-    kind = raw.get("notification_type")
-    is_answer = isinstance(task_id, str) and task_id and kind in (None, "analyze")
+    if type(task_id) is not str or raw.get("notification_type") not in (None, "analyze"):
+        task_id = None
     status = raw.get("http_status")
     data = raw.get("data")
     failure = raw.get("error")
     if isinstance(failure, str):
         failure = {"message": failure}
     return Notification(
-        task_id if is_answer else None,
+        task_id or None,
         request_id=_string_or_none(raw.get("request_id")),
         http_status=status if type(status) is int else None,
         data=data if isinstance(data, dict) else None,

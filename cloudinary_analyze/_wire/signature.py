@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, Final
 
 SIGNATURE_HEADER: Final = "X-Cld-Signature"
 SIGNATURE_V2_HEADER: Final = "X-Cld-Signature_v2"
 TIMESTAMP_HEADER: Final = "X-Cld-Timestamp"
 
-DIGESTS: Final[Mapping[str, Callable[[bytes], Any]]] = {
-    "sha1": partial(hashlib.sha1, usedforsecurity=False),
-    "sha256": hashlib.sha256,
-}
+DIGESTS: Final[Mapping[str, Callable[..., Any]]] = {"sha1": hashlib.sha1, "sha256": hashlib.sha256}
 
 
 def compute_signature(body: bytes, timestamp: str, secret: str, *, digest: str = "sha1") -> str:
@@ -31,5 +27,6 @@ def compute_signature(body: bytes, timestamp: str, secret: str, *, digest: str =
         secret: The secret that signs the account's notifications.
         digest: ``"sha1"`` (the service's default) or ``"sha256"``.
     """
-    signed: str = DIGESTS[digest](body + timestamp.encode() + secret.encode()).hexdigest()
-    return signed
+    signed = body + timestamp.encode() + secret.encode()
+    signature: str = DIGESTS[digest](signed, usedforsecurity=False).hexdigest()
+    return signature

@@ -117,7 +117,7 @@ def read_answer(delivery: Delivery, credentials: Credentials) -> Notification | 
     Raises:
         NotificationError: It is forged, stale or malformed.
     """
-    verify_delivery(delivery, credentials.signing_secrets, digests=credentials.digests)
+    verify_delivery(delivery, credentials)
     notification = parse_notification(delivery.body)
     if notification.answers_task:
         return notification

@@ -65,9 +65,9 @@ def test_a_message_is_verified_over_its_decoded_bytes_and_its_age_is_not_judged(
     body = build_answer("t1", "?>" * 20 + "x" * length)
     delivery = read_message(build_message(body, padding=padding))
     assert (delivery.body, delivery.received_at) == (body, None)
-    verify_delivery(delivery, CREDENTIALS.signing_secrets)
+    verify_delivery(delivery, CREDENTIALS)
     with pytest.raises(InvalidSignatureError):
-        verify_delivery(attrs.evolve(delivery, body=body + b" "), CREDENTIALS.signing_secrets)
+        verify_delivery(attrs.evolve(delivery, body=body + b" "), CREDENTIALS)
 
 
 def test_messages_are_verified_as_the_vendors_sdk_verifies_them(vectors):
@@ -76,7 +76,8 @@ def test_messages_are_verified_as_the_vendors_sdk_verifies_them(vectors):
         delivery = read_message(case["message"] | {"receipt_handle": "handle"})
         assert delivery.body == case["decoded_body"].encode()
         assert case["pycloudinary_result"] is True
-        verify_delivery(delivery, [case["api_secret"]], digests=[case["algorithm"]])
+        credentials = Credentials("demo", "key", case["api_secret"], digests=[case["algorithm"]])
+        verify_delivery(delivery, credentials)
     assert incomplete["pycloudinary_result"]["raises"] == "ValueError"
     with pytest.raises(ValueError, match="signed_payload"):
         read_message(incomplete["message"] | {"receipt_handle": "handle"})

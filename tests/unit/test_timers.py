@@ -69,7 +69,7 @@ class TestTimers:
         timers, ran = Timers(clock, call), []
         node = timers.push(1, lambda: ran.append("cancelled"))
         timers.push(2, lambda: ran.append("kept"))
-        timers.cancel(node)
+        timers.discard(node)
         await clock.advance(5)
         assert ran == ["kept"]
 
@@ -116,8 +116,8 @@ class TestTimers:
     async def test_close_forgets_everything(self, clock):
         timers, ran = Timers(clock, call), []
         node = timers.push(1, lambda: ran.append("late"))
-        timers.close()
-        timers.cancel(node)
+        timers.clear()
+        timers.discard(node)
         await clock.advance(5)
         assert not ran
         assert clock.next_at is None

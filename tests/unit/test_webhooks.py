@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cloudinary_analyze import (
     ConfigurationError,
+    Credentials,
     Delivery,
     InvalidSignatureError,
     NotificationError,
@@ -24,6 +25,7 @@ from cloudinary_analyze.webhooks import find_header, verify_delivery
 BODY = b'{"task_id":"abc"}'
 NOW = 1_790_000_000
 SECRET = "test-api-secret-Zx9"
+CREDENTIALS = Credentials("demo", "key", SECRET)
 
 
 def sign(
@@ -122,7 +124,7 @@ def test_polled_messages_verify_over_their_decoded_payload(vectors: dict[str, An
             {"X-Cld-Signature": message["signature"], "X-Cld-Timestamp": message["timestamp"]},
             received_at=None,
         )
-        verify_delivery(delivery, [case["api_secret"]])
+        verify_delivery(delivery, Credentials("demo", "key", case["api_secret"]))
         parse_notification(body)
 
 
@@ -197,24 +199,24 @@ def test_an_empty_secret_never_verifies_anything(secrets: Any) -> None:
 @pytest.mark.parametrize("names", [str, str.lower, str.upper])
 def test_headers_are_found_without_regard_to_case(names: Any) -> None:
     headers = {names("X-Cld-Signature"): sign(), names("X-Cld-Timestamp"): str(NOW)}
-    verify_delivery(Delivery(BODY, headers, received_at=NOW), [SECRET])
+    verify_delivery(Delivery(BODY, headers, received_at=NOW), CREDENTIALS)
     assert find_header(headers, "x-cLD-timestamp") == str(NOW)
     assert find_header(headers, "X-Other") is None
 
 
 def test_freshness_is_judged_at_the_first_receipt() -> None:
     headers = {"X-Cld-Signature": sign(), "X-Cld-Timestamp": str(NOW)}
-    verify_delivery(Delivery(BODY, headers, received_at=NOW + 7199), [SECRET])
+    verify_delivery(Delivery(BODY, headers, received_at=NOW + 7199), CREDENTIALS)
     with pytest.raises(StaleNotificationError):
-        verify_delivery(Delivery(BODY, headers, received_at=NOW + 7201), [SECRET])
+        verify_delivery(Delivery(BODY, headers, received_at=NOW + 7201), CREDENTIALS)
     with pytest.raises(StaleNotificationError):
-        verify_delivery(Delivery(BODY, headers, received_at=NOW - 301), [SECRET])
+        verify_delivery(Delivery(BODY, headers, received_at=NOW - 301), CREDENTIALS)
 
 
 def test_a_v2_signature_alone_is_refused_with_the_way_out() -> None:
     headers = {"X-Cld-Signature_v2": "abc", "X-Cld-Timestamp": str(NOW)}
     with pytest.raises(InvalidSignatureError, match="auth_scheme"):
-        verify_delivery(Delivery(BODY, headers, received_at=NOW), [SECRET])
+        verify_delivery(Delivery(BODY, headers, received_at=NOW), CREDENTIALS)
 
 
 def test_no_error_says_what_the_right_signature_is() -> None:
