@@ -182,39 +182,46 @@ class DetectionAnalysis(Analysis):
         return tuple([found for label in self.tags for found in self.tags[label]])
 
 
-@attrs.frozen
 class CldFashionAnalysis(DetectionAnalysis):
     """Garments, with `Detection.attributes`. Model ``cld_fashion``."""
 
+    __slots__ = ()
 
-@attrs.frozen
+
 class CldTextAnalysis(DetectionAnalysis):
     """Blocks of text: where, not what. Model ``cld_text``."""
 
+    __slots__ = ()
 
-@attrs.frozen
+
 class CocoAnalysis(DetectionAnalysis):
     """80 common objects. Model ``coco``."""
 
+    __slots__ = ()
 
-@attrs.frozen
+
 class HumanAnatomyAnalysis(DetectionAnalysis):
     """Parts of the human body. Model ``human_anatomy``."""
 
+    __slots__ = ()
 
-@attrs.frozen
+
 class LvisAnalysis(DetectionAnalysis):
     """Thousands of everyday objects. Model ``lvis``."""
 
+    __slots__ = ()
 
-@attrs.frozen
+
 class ShopClassifierAnalysis(DetectionAnalysis):
     """Whether a product picture was taken in a studio. Model ``shop_classifier``."""
 
+    __slots__ = ()
 
-@attrs.frozen
+
 class UnidetAnalysis(DetectionAnalysis):
     """Objects of several datasets united. Model ``unidet``."""
+
+    __slots__ = ()
 
 
 @attrs.frozen

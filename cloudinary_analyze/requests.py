@@ -292,109 +292,109 @@ class AIVisionTagging(AnalyzeRequest[AIVisionTaggingAnalysis]):
         return {"tag_definitions": [attrs.asdict(tag) for tag in self.tag_definitions]}
 
 
-@attrs.frozen
 class Captioning(AnalyzeRequest[CaptioningAnalysis]):
     """Describe an image in a sentence (``captioning``)."""
 
+    __slots__ = ()
     model_name = "captioning"
     feature = "object_detection"
     analysis_type = CaptioningAnalysis
 
 
-@attrs.frozen
 class CldFashion(AnalyzeRequest[CldFashionAnalysis]):
     """Find garments and their attributes (``cld_fashion``)."""
 
+    __slots__ = ()
     model_name = "cld_fashion"
     feature = "object_detection"
     analysis_type = CldFashionAnalysis
 
 
-@attrs.frozen
 class CldText(AnalyzeRequest[CldTextAnalysis]):
     """Find blocks of text (``cld_text``)."""
 
+    __slots__ = ()
     model_name = "cld_text"
     feature = "object_detection"
     analysis_type = CldTextAnalysis
 
 
-@attrs.frozen
 class Coco(AnalyzeRequest[CocoAnalysis]):
     """Find 80 common objects (``coco``)."""
 
+    __slots__ = ()
     model_name = "coco"
     feature = "object_detection"
     analysis_type = CocoAnalysis
 
 
-@attrs.frozen
 class GoogleLogoDetection(AnalyzeRequest[GoogleLogoDetectionAnalysis]):
     """Find logos of known products (``google_logo_detection``, singular on the wire)."""
 
+    __slots__ = ()
     model_name = "google_logo_detection"
     feature = "google_tagging"
     analysis_type = GoogleLogoDetectionAnalysis
 
 
-@attrs.frozen
 class GoogleTagging(AnalyzeRequest[GoogleTaggingAnalysis]):
     """Label an image by Google's tagging service (``google_tagging``)."""
 
+    __slots__ = ()
     model_name = "google_tagging"
     feature = "google_tagging"
     analysis_type = GoogleTaggingAnalysis
 
 
-@attrs.frozen
 class HumanAnatomy(AnalyzeRequest[HumanAnatomyAnalysis]):
     """Find parts of the human body (``human_anatomy``)."""
 
+    __slots__ = ()
     model_name = "human_anatomy"
     feature = "object_detection"
     analysis_type = HumanAnatomyAnalysis
 
 
-@attrs.frozen
 class ImageQuality(AnalyzeRequest[ImageQualityAnalysis]):
     """Judge the technical quality of an image (``image_quality``)."""
 
+    __slots__ = ()
     model_name = "image_quality"
     feature = "object_detection"
     analysis_type = ImageQualityAnalysis
 
 
-@attrs.frozen
 class Lvis(AnalyzeRequest[LvisAnalysis]):
     """Find everyday objects of more than a thousand kinds (``lvis``)."""
 
+    __slots__ = ()
     model_name = "lvis"
     feature = "object_detection"
     analysis_type = LvisAnalysis
 
 
-@attrs.frozen
 class ShopClassifier(AnalyzeRequest[ShopClassifierAnalysis]):
     """Tell a product picture from the studio from a natural one (``shop_classifier``)."""
 
+    __slots__ = ()
     model_name = "shop_classifier"
     feature = "object_detection"
     analysis_type = ShopClassifierAnalysis
 
 
-@attrs.frozen
 class Unidet(AnalyzeRequest[UnidetAnalysis]):
     """Find objects by a detector united from several datasets (``unidet``)."""
 
+    __slots__ = ()
     model_name = "unidet"
     feature = "object_detection"
     analysis_type = UnidetAnalysis
 
 
-@attrs.frozen
 class WatermarkDetection(AnalyzeRequest[WatermarkDetectionAnalysis]):
     """Find watermarks and banners (``watermark_detection``)."""
 
+    __slots__ = ()
     model_name = "watermark_detection"
     feature = "object_detection"
     analysis_type = WatermarkDetectionAnalysis

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import types
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, Final, Union, get_args, get_origin
 
 import attrs
@@ -207,6 +208,7 @@ def _integer_or_zero(value: Any) -> int:
     return value if type(value) is int else 0
 
 
+@cache
 def _build_converter(*, detailed: bool) -> cattrs.Converter:
     converter = cattrs.Converter(detailed_validation=detailed)
     # attrs classes first: later registrations are looked at earlier
@@ -251,8 +253,6 @@ def _build_converter(*, detailed: bool) -> cattrs.Converter:
     return converter
 
 
-_fast: Final = _build_converter(detailed=False)
-_detailed: Final = _build_converter(detailed=True)
 _readers: Final[dict[type[Any], Callable[[Any, Any], Any]]] = {}
 
 
@@ -264,7 +264,7 @@ def read_analysis(raw: Mapping[str, Any], kind: type[Any]) -> Any:
     """
     read = _readers.get(kind)
     if read is None:
-        read = _readers[kind] = _fast.get_structure_hook(kind)
+        read = _readers[kind] = _build_converter(detailed=False).get_structure_hook(kind)
     try:
         return read(raw, kind)
     except Exception:
@@ -273,7 +273,7 @@ def read_analysis(raw: Mapping[str, Any], kind: type[Any]) -> Any:
 
 def _read_detailed(raw: Mapping[str, Any], kind: type[Any]) -> Any:
     try:
-        return _detailed.structure(raw, kind)
+        return _build_converter(detailed=True).structure(raw, kind)
     except Exception as error:
         path, reason = _locate(error)
         raise CodecError(reason, path) from error
