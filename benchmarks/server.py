@@ -1,8 +1,8 @@
 """The benchmark server: canned answers over a bare protocol, in a process of its own.
 
 It reads nothing of a request but the model in its path, its Content-Length, and whether a task is
-asked for, so that the clients are what is measured. Tasks stay in process for ever. ``GET /usage`` tells the CPU seconds it has used; from these comes
-the busy share that is printed.
+asked for, so that the clients are what is measured. Tasks stay in process for ever.
+``GET /usage`` tells the CPU seconds it has used; from these comes the busy share that is printed.
 """
 
 from __future__ import annotations
