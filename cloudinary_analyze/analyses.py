@@ -182,6 +182,7 @@ class DetectionAnalysis(Analysis):
         return tuple([found for label in self.tags for found in self.tags[label]])
 
 
+# What adds no field is no class of attrs, since each costs 0.3 ms of import; it inherits all of it.
 class CldFashionAnalysis(DetectionAnalysis):
     """Garments, with `Detection.attributes`. Model ``cld_fashion``."""
 

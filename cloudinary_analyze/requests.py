@@ -292,6 +292,7 @@ class AIVisionTagging(AnalyzeRequest[AIVisionTaggingAnalysis]):
         return {"tag_definitions": [attrs.asdict(tag) for tag in self.tag_definitions]}
 
 
+# What adds no field is no class of attrs, since each costs 0.3 ms of import; it inherits all of it.
 class Captioning(AnalyzeRequest[CaptioningAnalysis]):
     """Describe an image in a sentence (``captioning``)."""
 

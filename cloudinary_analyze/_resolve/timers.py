@@ -104,7 +104,7 @@ class Timers(DueHeap[T]):
 
     def push(self, due: float, item: T) -> Node:
         """Have an item taken at a monotonic instant; return the node to discard it by."""
-        node = DueHeap.push(self, due, item)
+        node = super().push(due, item)
         if self._timer_at is None or due < self._timer_at:
             self._arm(due)
         return node
@@ -114,7 +114,7 @@ class Timers(DueHeap[T]):
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self._timer_at = None
-        DueHeap.clear(self)
+        super().clear()
 
     def _arm(self, when: float) -> None:
         if self._timer is not None:

@@ -16,7 +16,7 @@ from typing import Final
 from cloudinary_analyze.errors import LedgerError
 
 APPLICATION_ID: Final = 0x434C4441
-VERSION: Final = 1
+VERSION: Final = 2
 OPEN: Final = 0  # known as the request of an item alone
 SUBMITTED: Final = 1
 ANSWERED: Final = 2

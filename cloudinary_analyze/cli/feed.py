@@ -232,7 +232,7 @@ class ItemFeed:
         lines = items = 0
         try:
             for line in islice(self.source.read(), self.limit):
-                if lines % COUNTED_AT_ONCE == 0:
+                if lines % COUNTED_AT_ONCE == 0 and not self._stopped:
                     # or the loop, and what writes the ledger, would wait 5 ms for each turn
                     time.sleep(COUNTING_PAUSE)
                 lines += 1
