@@ -104,7 +104,7 @@ def restore_response(request: AnalyzeRequest[A], raw: JSONObject) -> Response[A]
 Shared = asyncio.Future[tuple[Response[Any] | None, Exception | None] | None]
 
 
-@attrs.define(eq=False, kw_only=True)
+@attrs.define(eq=False, repr=False, kw_only=True)
 class Ledgered(Generic[Item]):
     """The way of one stream's items through a ledger.
 

@@ -63,7 +63,7 @@ def stops_the_stream(error: Exception, settings: Settings) -> bool:
     return isinstance(error, _STOPPING) or is_over_server_cap(error, settings)
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class _Pump(Generic[Item, A]):
     """The working part of a stream. Holds no reference to it, so a dropped stream can stop it."""
 

@@ -15,17 +15,18 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import attrs
 
+from cloudinary_analyze._value import Value
 from cloudinary_analyze.errors import ConfigurationError
 
 DEFAULT_HOST: Final = "api.cloudinary.com"
 URL_VARIABLE: Final = "CLOUDINARY_URL"
 URL_FORM: Final = "cloudinary://<api_key>:<api_secret>@<cloud_name>"
-_CLOUD_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
-_LOCATION = re.compile(r"[^@/?#]*(?:/[^@?#]*)?(?:\?.*)?", re.DOTALL)
+# compiled by the first use
+_CLOUD_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
+_LOCATION = r"[^@/?#]*(?:/[^@?#]*)?(?:\?(?s:.*))?"
 _QUOTES: Final = ("'", '"')
-_QUOTED = re.compile(r"(['\"])(.*)\1", re.DOTALL)
-_UNPRINTABLE = re.compile(r"[\x00-\x20\x7f]")
-_HOST = re.compile(r"[A-Za-z0-9.-]+(?::\d{1,5})?|\[[0-9A-Fa-f:.]+\](?::\d{1,5})?")
+_UNPRINTABLE = r"[\x00-\x20\x7f]"
+_HOST = r"[A-Za-z0-9.-]+(?::\d{1,5})?|\[[0-9A-Fa-f:.]+\](?::\d{1,5})?"
 
 
 def _clean(value: str | None, name: str) -> str | None:
@@ -35,8 +36,8 @@ def _clean(value: str | None, name: str) -> str | None:
     if not isinstance(value, str):
         raise ConfigurationError(f"{name} must be a string, not {type(value).__name__}.")
     value = value.strip()
-    if quoted := _QUOTED.fullmatch(value):
-        value = quoted[2]
+    if len(value) > 1 and value[0] == value[-1] and value[0] in _QUOTES:
+        value = value[1:-1]
     elif value[:1] in _QUOTES or value[-1:] in _QUOTES:
         raise ConfigurationError(f"{name} has a quotation mark at one end only.")
     if not value:
@@ -45,7 +46,7 @@ def _clean(value: str | None, name: str) -> str | None:
         raise ConfigurationError(
             f"{name} still has angle brackets around it. Leave out the < and the > of the template."
         )
-    if _UNPRINTABLE.search(value):
+    if re.search(_UNPRINTABLE, value):
         raise ConfigurationError(f"{name} contains white space or control characters.")
     return value
 
@@ -83,7 +84,7 @@ def read_base_url(host: str, cloud_name: str) -> str:
     """
     origin = host if "://" in host else f"https://{host}"
     scheme, _, rest = origin.rstrip("/").partition("://")
-    if scheme not in {"http", "https"} or not _HOST.fullmatch(rest):
+    if scheme not in {"http", "https"} or not re.fullmatch(_HOST, rest):
         raise ConfigurationError(
             f"The host {host!r} is neither a host name nor an origin. "
             f"Pass {DEFAULT_HOST!r}, 'api-eu.cloudinary.com' or 'https://host:port'."
@@ -124,8 +125,8 @@ def _read_digests(value: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
     return digests
 
 
-@attrs.frozen
-class Credentials:
+@attrs.frozen(repr=False)
+class Credentials(Value):
     """Who calls: a cloud, and either an API key with its secret or an OAuth token.
 
     One precedence: what is passed explicitly, else ``CLOUDINARY_URL`` alone, else the separate
@@ -167,7 +168,7 @@ class Credentials:
                 "There is no cloud name. It stands on the Console's dashboard; "
                 f"pass Credentials(cloud_name, …) or set {URL_VARIABLE}={URL_FORM}."
             )
-        if not _CLOUD_NAME.fullmatch(self.cloud_name):
+        if not re.fullmatch(_CLOUD_NAME, self.cloud_name):
             raise ConfigurationError(
                 f"The cloud name {self.cloud_name!r} has characters that no cloud name has. "
                 "Only letters, digits, '-', '_' and '.' can be right."
@@ -282,7 +283,7 @@ def _split_userinfo(rest: str) -> tuple[str, str]:
     found = [
         (rest[:index], rest[index + 1 :])
         for index in (match.start() for match in re.finditer("@", rest))
-        if _LOCATION.fullmatch(rest, index + 1)
+        if re.fullmatch(_LOCATION, rest[index + 1 :])
     ]
     if len(found) > 1:
         raise ConfigurationError(
@@ -291,7 +292,7 @@ def _split_userinfo(rest: str) -> tuple[str, str]:
         )
     if found:
         return found[0]
-    if _LOCATION.fullmatch(rest) and "?" in rest:
+    if re.fullmatch(_LOCATION, rest) and "?" in rest:
         return "", rest
     raise ConfigurationError(
         f"The Cloudinary URL has no cloud name behind an '@'; its form is {URL_FORM}."
@@ -337,8 +338,8 @@ def _truth(instance: Any, attribute: Any, value: Any) -> None:
 _maybe_positive: Any = attrs.validators.optional(_positive)
 
 
-@attrs.frozen(kw_only=True)
-class Settings:
+@attrs.frozen(kw_only=True, repr=False)
+class Settings(Value):
     """How a session calls. All times are seconds.
 
     Raises:

@@ -11,9 +11,11 @@ from typing import TypeAlias
 
 import attrs
 
+from cloudinary_analyze._value import Value
 
-@attrs.frozen(kw_only=True)
-class CallFinished:
+
+@attrs.frozen(kw_only=True, repr=False)
+class CallFinished(Value):
     """An analyze call has its answer, or has none after all attempts.
 
     Attributes:
@@ -29,8 +31,8 @@ class CallFinished:
     error: BaseException | None = None
 
 
-@attrs.frozen(kw_only=True)
-class AttemptRetried:
+@attrs.frozen(kw_only=True, repr=False)
+class AttemptRetried(Value):
     """An attempt failed and will be repeated.
 
     Attributes:
@@ -48,8 +50,8 @@ class AttemptRetried:
     error: BaseException
 
 
-@attrs.frozen(kw_only=True)
-class SessionPaused:
+@attrs.frozen(kw_only=True, repr=False)
+class SessionPaused(Value):
     """The service asked to slow down; no new attempt starts for a while.
 
     Attributes:
@@ -63,8 +65,8 @@ class SessionPaused:
     polls: bool = False
 
 
-@attrs.frozen(kw_only=True)
-class TaskAccepted:
+@attrs.frozen(kw_only=True, repr=False)
+class TaskAccepted(Value):
     """The service accepted a task (202).
 
     Attributes:
@@ -76,8 +78,8 @@ class TaskAccepted:
     model: str
 
 
-@attrs.frozen(kw_only=True)
-class TaskAnswered:
+@attrs.frozen(kw_only=True, repr=False)
+class TaskAnswered(Value):
     """A task has its answer.
 
     A task that was answered for want of a notification is told of again when that comes.
@@ -93,8 +95,8 @@ class TaskAnswered:
     error: BaseException | None = None
 
 
-@attrs.frozen(kw_only=True)
-class NotificationSeen:
+@attrs.frozen(kw_only=True, repr=False)
+class NotificationSeen(Value):
     """A delivery was looked at.
 
     Attributes:
@@ -113,8 +115,8 @@ Event: TypeAlias = (
 EventHook: TypeAlias = Callable[[Event], None]
 
 
-@attrs.frozen(kw_only=True)
-class SessionStats:
+@attrs.frozen(kw_only=True, repr=False)
+class SessionStats(Value):
     """A snapshot of a session's counts since it was opened.
 
     Attributes:

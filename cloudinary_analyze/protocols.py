@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import attrs
 
+from cloudinary_analyze._value import Value
 from cloudinary_analyze.errors import AnalyzeError
 from cloudinary_analyze.responses import Delivery, JSONObject, Response
 
@@ -51,8 +52,8 @@ class NotificationSink(Protocol):
         ...
 
 
-@attrs.frozen(kw_only=True)
-class LedgerRecord:
+@attrs.frozen(kw_only=True, repr=False)
+class LedgerRecord(Value):
     """What a ledger knows of one request key.
 
     Attributes:

@@ -10,21 +10,18 @@ import warnings
 import weakref
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from types import MappingProxyType, TracebackType
-from typing import Any, Final, Literal, Self, TypeVar, overload
-
-import aiohttp
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
 
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
-from cloudinary_analyze._http.call import Caller
 from cloudinary_analyze._http.gate import Gate
 from cloudinary_analyze._http.meter import Meter
 from cloudinary_analyze._http.quota import Quota
-from cloudinary_analyze._http.transport import Transport
 from cloudinary_analyze._ledgered import Ledgered, Shared
 from cloudinary_analyze._map import OutcomeStream
 from cloudinary_analyze._resolve.resolver import Resolver
 from cloudinary_analyze._resolve.table import Wait
 from cloudinary_analyze._version import __version__
+from cloudinary_analyze._wire import codec
 from cloudinary_analyze._wire.protocol import Accepted
 from cloudinary_analyze.config import DEFAULT_HOST, Credentials, Settings, read_base_url
 from cloudinary_analyze.errors import (
@@ -42,6 +39,11 @@ from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import Delivery, Limit, Response, TaskStatus
 from cloudinary_analyze.task import AnalysisTask
 
+if TYPE_CHECKING:
+    import aiohttp
+
+    from cloudinary_analyze._http.call import Caller
+
 Item = TypeVar("Item")
 A = TypeVar("A")
 
@@ -49,9 +51,20 @@ CLOSE_PATIENCE: Final = 5.0
 CALL_WINDOW: Final = 2  # times the permits: one half on the wire, one half retrying or waiting
 TASK_WINDOW: Final = 10_000
 
-_NOTIFICATION_URL: Final = re.compile(r"(?:https?|poll)://[^\s/?#][^\s]*", re.IGNORECASE)
+_NOTIFICATION_URL: Final = r"(?i:https?|poll)://[^\s/?#][^\s]*"
 
 Mode = Literal["auto", "task", "call"]
+
+
+def _import_what_sessions_need() -> None:
+    """Import aiohttp and cattrs: with the first session, not with the package, nor with a call.
+
+    Many programs take only names from the package, or may start before they need a session, and
+    the import of both takes several times as long as the rest.
+    """
+    from cloudinary_analyze._http import call, transport  # noqa: F401
+
+    codec.prepare()
 
 
 def _check_arguments(credentials: object, settings: object, on_event: object) -> None:
@@ -79,6 +92,9 @@ class AnalyzeSession:
 
         async with AnalyzeSession() as session:
             response = await session.analyze(Captioning("https://…/a.jpg"))
+
+    The first session that is made imports aiohttp, which takes some tenths of a second: make it
+    while the application starts, not in the request that first needs it.
 
     Args:
         credentials: Who calls. Default: the environment's, see `Credentials.from_environment`.
@@ -126,10 +142,13 @@ class AnalyzeSession:
                 "Notifications cannot be verified without a secret. Pass "
                 "Credentials(…, notification_secrets=…) beside the OAuth token."
             )
-        if notification_url is not None and not _NOTIFICATION_URL.fullmatch(str(notification_url)):
+        if notification_url is not None and not re.fullmatch(
+            _NOTIFICATION_URL, str(notification_url)
+        ):
             raise ConfigurationError(
                 f"The notification URL {notification_url!r} is no https:// (or http://) URL."
             )
+        _import_what_sessions_need()
         self._source = notifications
         self._notification_url = notification_url
         self._credentials = credentials
@@ -160,6 +179,9 @@ class AnalyzeSession:
             raise SessionClosedError("A closed session does not open again; make a new one.")
         if self._caller is not None:
             raise SessionNotOpenError("The session is open already.")
+        from cloudinary_analyze._http.call import Caller
+        from cloudinary_analyze._http.transport import Transport
+
         self._loop = asyncio.get_running_loop()
         self._caller = Caller(
             self._base_url,

@@ -48,7 +48,7 @@ from cloudinary_analyze.responses import Response, TaskStatus
 A = TypeVar("A")
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class _Trace:
     """How far a call has come, for the error when its time runs out."""
 
@@ -58,7 +58,7 @@ class _Trace:
     error: AnalyzeError | None = None
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Caller:
     """Makes calls of one session.
 

@@ -16,7 +16,7 @@ import attrs
 from cloudinary_analyze._clock import Clock, TimerHandle, wake
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Gate:
     """Hands out permits, first come first served.
 

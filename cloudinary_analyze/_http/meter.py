@@ -12,7 +12,7 @@ from cloudinary_analyze.events import Event, EventHook
 logger = logging.getLogger("cloudinary_analyze")
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Meter:
     """The counts behind `AnalyzeSession.stats`, and the one place that calls ``on_event``.
 

@@ -15,13 +15,13 @@ from cloudinary_analyze.responses import Limit
 PROBE_INTERVAL: Final = 300.0
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class _Breaker:
     error: QuotaExceededError
     probe_at: float  # monotonic
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Quota:
     """The lowest remainder seen of each feature, and which features are used up.
 

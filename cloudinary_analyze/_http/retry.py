@@ -1,14 +1,13 @@
 """Which failed attempts are repeated, and when. Pure; the only file that knows backoff.
 
 Of backoff only the wait generators are used: its decorators hold policy at import time, sleep by
-themselves, and their jitter may wait less than the server asked for.
+themselves, and their jitter may wait less than the server asked for. It is imported with the first
+failure, since most programs never see one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-import backoff
 
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
@@ -26,6 +25,8 @@ LEAST_SERVER_JITTER = 0.25  # seconds
 
 def build_waits(settings: Settings) -> Iterator[float]:
     """Yield the waits before jitter, in seconds: doubling, up to the cap."""
+    import backoff
+
     waits = backoff.expo(factor=settings.backoff_first, max_value=settings.backoff_max)
     next(waits)  # backoff's generators yield nothing of use first
     while True:

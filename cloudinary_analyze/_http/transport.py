@@ -27,7 +27,7 @@ from cloudinary_analyze.errors import (
 Answer = tuple[int, CIMultiDictProxy[str], bytes]
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Transport:
     """Sends one attempt at a time on a pooled connection, and reads the whole answer.
 

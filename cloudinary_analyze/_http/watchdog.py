@@ -11,7 +11,7 @@ import asyncio
 import attrs
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Watch:
     """One attempt under watch.
 
@@ -28,7 +28,7 @@ class Watch:
     cancelling: int = 0
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Watchdog:
     """Cancels attempts that take too long, in real time.
 

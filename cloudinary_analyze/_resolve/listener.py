@@ -49,7 +49,7 @@ def has_memory(source: NotificationSource) -> bool:
     return fetch is not None and fetch is not NotificationSource.fetch
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Listener:
     """Reads the source for as long as the session is open.
 

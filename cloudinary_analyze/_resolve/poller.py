@@ -12,12 +12,11 @@ import logging
 import random
 from collections.abc import Callable
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
 from cloudinary_analyze._clock import Clock, TimerHandle, wake
-from cloudinary_analyze._http.call import Caller
 from cloudinary_analyze._resolve.table import Answer, Entry, Table
 from cloudinary_analyze._resolve.timers import DueHeap
 from cloudinary_analyze._wire.protocol import build_task_failure, find_result
@@ -29,6 +28,9 @@ from cloudinary_analyze.errors import (
     PermissionDeniedError,
 )
 from cloudinary_analyze.responses import TaskStatus
+
+if TYPE_CHECKING:
+    from cloudinary_analyze._http.call import Caller
 
 logger = logging.getLogger("cloudinary_analyze")
 
@@ -45,7 +47,7 @@ def compute_interval(previous: float, settings: Settings, *, with_source: bool) 
     return min(previous * GROWTH if previous else first, max(first, longest))
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Poller:
     """Polls what is due, and acts on what it hears.
 

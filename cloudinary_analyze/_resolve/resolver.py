@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from cloudinary_analyze._clock import Clock
-from cloudinary_analyze._http.call import Caller
 from cloudinary_analyze._http.meter import Meter
 from cloudinary_analyze._resolve.listener import Listener
 from cloudinary_analyze._resolve.poller import Poller
@@ -28,8 +27,11 @@ from cloudinary_analyze.protocols import NotificationSource
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import TaskStatus
 
+if TYPE_CHECKING:
+    from cloudinary_analyze._http.call import Caller
 
-@attrs.define(eq=False)
+
+@attrs.define(eq=False, repr=False)
 class Resolver:
     """The tasks of one session. Made on its event loop.
 

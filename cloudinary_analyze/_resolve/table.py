@@ -34,7 +34,7 @@ from cloudinary_analyze.webhooks import parse_notification
 SUBMITTING = "submitting"
 
 
-@attrs.define(eq=False, weakref_slot=False)
+@attrs.define(eq=False, repr=False, weakref_slot=False)
 class Answer:
     """What ended a task: a response, a payload not decoded yet, or an error.
 
@@ -66,7 +66,7 @@ class Answer:
         return isinstance(error, ResultNotDeliveredError)
 
 
-@attrs.define(eq=False, weakref_slot=False)
+@attrs.define(eq=False, repr=False, weakref_slot=False)
 class Wait:
     """One handle's interest in an entry, with a deadline of its own.
 
@@ -83,7 +83,7 @@ class Wait:
     orphaned: bool = False
 
 
-@attrs.define(eq=False, weakref_slot=False)
+@attrs.define(eq=False, repr=False, weakref_slot=False)
 class Entry:
     """What is known of one task.
 
@@ -145,7 +145,7 @@ class Entry:
                 woken.set_result(None)
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Table:
     """The tasks of a session, and what arrived for tasks not known yet.
 

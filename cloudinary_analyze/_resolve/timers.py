@@ -17,7 +17,7 @@ LEAST_COMPACTED: Final = 256
 BURST: Final = 100  # items taken between two turns of the loop
 
 
-@attrs.define(eq=False, weakref_slot=False)
+@attrs.define(eq=False, repr=False, weakref_slot=False)
 class Node:
     """An item's place in a heap; half the size of a list with a tie-breaker.
 
@@ -36,7 +36,7 @@ class Node:
 _get_due: Final = attrgetter("due")
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class DueHeap(Generic[T]):
     """Items by the monotonic instant when they are due. Discarding one is cheap."""
 
@@ -87,7 +87,7 @@ class DueHeap(Generic[T]):
         return item
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Timers(DueHeap[T]):
     """Items that one function takes when they are due, behind one timer of the clock.
 

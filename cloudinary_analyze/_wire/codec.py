@@ -1,39 +1,13 @@
-"""JSON to typed values. The only file that knows cattrs, and the only one that picks a JSON reader.
+"""JSON text to values and back, and the typed analysis of an answer. Picks the JSON library.
 
-Rules of the converter:
-* the wire's names are mapped here, the analyses know only their own;
-* strings and numbers are never coerced into each other;
-* what may be missing may also be null;
-* unknown fields and enum values pass;
-* detections stay raw until they are looked at (`DetectedTags`).
-
-Structuring runs without cattrs' detailed validation; only when it fails it runs again with it,
-for the path in the error.
+The shapes themselves, and cattrs, are in `structure`, which is imported with the first session.
 """
 
 from __future__ import annotations
 
 import json
-import types
 from collections.abc import Callable, Mapping
-from functools import cache
-from typing import Any, Final, Union, get_args, get_origin
-
-import attrs
-import cattrs
-from cattrs.gen import make_dict_structure_fn, override
-
-from cloudinary_analyze.analyses import (
-    Analysis,
-    CaptioningAnalysis,
-    DetectedTags,
-    GoogleLogoDetectionAnalysis,
-    GoogleTaggingAnalysis,
-    Logo,
-    LogoVertex,
-    ModelVersion,
-    OtherAnalysis,
-)
+from typing import Any, Final
 
 try:
     import orjson
@@ -79,220 +53,45 @@ class CodecError(ValueError):
         self.path = path
 
 
-def _read_string(value: Any, _: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"a string, not {_name(value)}")
-    return value
-
-
-def _read_float(value: Any, _: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"a number, not {_name(value)}")
-    return value
-
-
-def _read_integer(value: Any, _: Any) -> int:
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"an integer, not {_name(value)}")
-    return value
-
-
-def _name(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
-
-
-def _read_scalar(value: Any, _: Any) -> ModelVersion:
-    return value if isinstance(value, int | str | float) else None
-
-
-def _read_tags(value: Any, _: Any) -> DetectedTags:
-    return DetectedTags(value if isinstance(value, dict) else {})
-
-
-def _is_optional(hint: Any) -> bool:
-    return get_origin(hint) in {Union, types.UnionType} and type(None) in get_args(hint)
-
-
-def _build_optional(converter: cattrs.Converter, hint: Any) -> Callable[[Any, Any], Any]:
-    (inner,) = [argument for argument in get_args(hint) if argument is not type(None)]
-    read = converter.get_structure_hook(inner)
-
-    def read_optional(value: Any, _: Any) -> Any:
-        # an optional number that is no number is worth less than the paid answer round it
-        try:
-            return None if value is None else read(value, inner)
-        except TypeError:
-            return None
-
-    return read_optional
-
-
-def _is_tuple(hint: Any) -> bool:
-    return get_origin(hint) is tuple and get_args(hint)[1:] == (...,)
-
-
-def _build_tuple(converter: cattrs.Converter, hint: Any) -> Callable[[Any, Any], Any]:
-    inner = get_args(hint)[0]
-    read = converter.get_structure_hook(inner)
-
-    def read_tuple(value: Any, _: Any) -> tuple[Any, ...]:
-        if not isinstance(value, list):
-            raise TypeError(f"an array, not {_name(value)}")
-        return tuple([read(entry, inner) for entry in value])
-
-    def read_tuple_detailed(value: Any, _: Any) -> tuple[Any, ...]:
-        if not isinstance(value, list):
-            raise TypeError(f"an array, not {_name(value)}")
-        entries = []
-        for index, entry in enumerate(value):
-            try:
-                entries.append(read(entry, inner))
-            except Exception as error:
-                error.add_note(f"[{index}]")
-                raise
-        return tuple(entries)
-
-    return read_tuple_detailed if converter.detailed_validation else read_tuple
-
-
-def _build_object(
-    converter: cattrs.Converter, kind: type[Any], **overrides: Any
-) -> Callable[[Any, Any], Any]:
-    read = make_dict_structure_fn(kind, converter, **overrides)
-    if not converter.detailed_validation:
-        return read
-
-    def read_object(value: Any, _: Any) -> Any:
-        if not isinstance(value, dict):
-            raise TypeError(f"an object, not {_name(value)}")
-        return read(value, kind)
-
-    return read_object
-
-
-def _flatten(
-    converter: cattrs.Converter, kind: type[Analysis], outer: str
-) -> Callable[[Any, Any], Any]:
-    """Read a model whose answer lies one object deeper."""
-    read = make_dict_structure_fn(kind, converter)
-
-    def read_flat(value: Mapping[str, Any], _: Any) -> Any:
-        inner = value.get(outer)
-        if not isinstance(inner, dict):
-            error = TypeError(f"an object, not {_name(inner)}")
-            error.add_note(f".{outer}")
-            raise error
-        try:
-            return read({**inner, "model_version": value.get("model_version")}, kind)
-        except Exception as error:
-            error.add_note(f".{outer}")
-            raise
-
-    return read_flat
-
-
-def _read_logo_box(value: Any, _: Any) -> tuple[LogoVertex, ...]:
-    vertices = value.get("vertices") if isinstance(value, dict) else None
-    if not isinstance(vertices, list):
-        return ()
-    return tuple(
-        LogoVertex(_integer_or_zero(vertex.get("x")), _integer_or_zero(vertex.get("y")))
-        for vertex in vertices
-        if isinstance(vertex, dict)
-    )
-
-
-def _integer_or_zero(value: Any) -> int:
-    return value if type(value) is int else 0
-
-
-@cache
-def _build_converter(*, detailed: bool) -> cattrs.Converter:
-    converter = cattrs.Converter(detailed_validation=detailed)
-    # attrs classes first: later registrations are looked at earlier
-    converter.register_structure_hook_factory(
-        attrs.has, lambda kind: _build_object(converter, kind)
-    )
-    converter.register_structure_hook_factory(
-        _is_optional, lambda hint: _build_optional(converter, hint)
-    )
-    converter.register_structure_hook_factory(_is_tuple, lambda hint: _build_tuple(converter, hint))
-    converter.register_structure_hook(str, _read_string)
-    converter.register_structure_hook(float, _read_float)
-    converter.register_structure_hook(int, _read_integer)
-    converter.register_structure_hook(DetectedTags, _read_tags)
-    converter.register_structure_hook_func(lambda hint: hint == ModelVersion, _read_scalar)
-    converter.register_structure_hook(
-        Logo,
-        _build_object(
-            converter,
-            Logo,
-            vertices=override(rename="bounding_poly", struct_hook=_read_logo_box),
-        ),
-    )
-    converter.register_structure_hook(
-        GoogleLogoDetectionAnalysis,
-        _build_object(
-            converter, GoogleLogoDetectionAnalysis, logos=override(rename="logo_annotations")
-        ),
-    )
-    converter.register_structure_hook(
-        CaptioningAnalysis, _flatten(converter, CaptioningAnalysis, "data")
-    )
-    converter.register_structure_hook(
-        GoogleTaggingAnalysis, _flatten(converter, GoogleTaggingAnalysis, "label_annotations")
-    )
-    converter.register_structure_hook(
-        OtherAnalysis,
-        lambda value, _: OtherAnalysis(
-            raw=value, model_version=_read_scalar(value.get("model_version"), None)
-        ),
-    )
-    return converter
-
-
 _readers: Final[dict[type[Any], Callable[[Any, Any], Any]]] = {}
+
+
+def prepare() -> None:
+    """Import what `read_analysis` needs, ahead of the first call."""
+    from cloudinary_analyze._wire import structure
+
+    structure.build_converter(detailed=False)
 
 
 def read_analysis(raw: Mapping[str, Any], kind: type[Any]) -> Any:
     """Return the typed analysis of a ``data.analysis`` object.
+
+    Structuring runs without cattrs' detailed validation; only when it fails it runs again with
+    it, for the path in the error.
 
     Raises:
         CodecError: A field that the model cannot be without is missing or of another type.
     """
     read = _readers.get(kind)
     if read is None:
-        read = _readers[kind] = _build_converter(detailed=False).get_structure_hook(kind)
+        read = _readers[kind] = _build_reader(kind)
     try:
         return read(raw, kind)
     except Exception:
         return _read_detailed(raw, kind)
 
 
+def _build_reader(kind: type[Any]) -> Callable[[Any, Any], Any]:
+    from cloudinary_analyze._wire import structure
+
+    return structure.build_converter(detailed=False).get_structure_hook(kind)
+
+
 def _read_detailed(raw: Mapping[str, Any], kind: type[Any]) -> Any:
+    from cloudinary_analyze._wire import structure
+
     try:
-        return _build_converter(detailed=True).structure(raw, kind)
+        return structure.build_converter(detailed=True).structure(raw, kind)
     except Exception as error:
-        path, reason = _locate(error)
+        path, reason = structure.locate(error)
         raise CodecError(reason, path) from error
-
-
-def _locate(error: BaseException) -> tuple[str, str]:
-    """Return the path of the first leaf of a structuring error, and its reason."""
-    path = ""
-    for note in reversed(getattr(error, "__notes__", [])):
-        if isinstance(note, cattrs.AttributeValidationNote):
-            path += f".{_WIRE_NAMES.get(note.name, note.name)}"
-        elif note[:1] in {".", "["}:
-            path += note
-    if isinstance(error, BaseExceptionGroup):
-        inner_path, reason = _locate(error.exceptions[0])
-        return path + inner_path, reason
-    if isinstance(error, KeyError):
-        return path, "it is missing"
-    return path, f"it should be {error}"
-
-
-_WIRE_NAMES: Final = {"logos": "logo_annotations", "vertices": "bounding_poly"}

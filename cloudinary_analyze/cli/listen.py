@@ -28,8 +28,8 @@ from cloudinary_analyze.cli.console import (
 from cloudinary_analyze.cli.interrupts import handle_interrupts
 from cloudinary_analyze.cli.receiving import Handle, open_redis, serve
 from cloudinary_analyze.cli.service import EMULATOR_ASIDE, read_credentials
-from cloudinary_analyze.notifications import forward
 from cloudinary_analyze.notifications.aiohttp import WebhookReceiver
+from cloudinary_analyze.notifications.forwarding import forward
 from cloudinary_analyze.notifications.pull import PolledNotifications
 from cloudinary_analyze.notifications.receiver import DROPPED
 from cloudinary_analyze.protocols import NotificationSink

@@ -13,6 +13,7 @@ from typing import Final
 import attrs
 
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
+from cloudinary_analyze._value import Value
 from cloudinary_analyze._wire.signature import (
     SIGNATURE_HEADER,
     SIGNATURE_V2_HEADER,
@@ -42,8 +43,8 @@ _TIMESTAMP: Final = re.compile(r"[0-9]{1,15}")
 _SIGNATURE: Final = re.compile(r"[0-9A-Fa-f]{40}|[0-9A-Fa-f]{64}")
 
 
-@attrs.frozen
-class Reply:
+@attrs.frozen(repr=False)
+class Reply(Value):
     """What the sender is told.
 
     Attributes:

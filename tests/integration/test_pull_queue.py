@@ -18,7 +18,7 @@ from cloudinary_analyze import (
 )
 from cloudinary_analyze.emulator import Emulator, FaultPlan, WebhookPolicy
 from cloudinary_analyze.errors import AuthenticationError
-from cloudinary_analyze.notifications import forward
+from cloudinary_analyze.notifications.forwarding import forward
 from cloudinary_analyze.notifications.pull import PolledNotifications, read_message
 from cloudinary_analyze.notifications.redis import RedisNotifications
 from cloudinary_analyze.webhooks import verify_delivery

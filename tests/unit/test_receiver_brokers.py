@@ -11,7 +11,7 @@ from notification_support import CREDENTIALS, SECRET, build_answer, build_delive
 from cloudinary_analyze import AnalyzeSession, Captioning, ConfigurationError, Credentials, Delivery
 from cloudinary_analyze import notifications as room
 from cloudinary_analyze.emulator import Emulator
-from cloudinary_analyze.notifications import forward
+from cloudinary_analyze.notifications.forwarding import forward
 from cloudinary_analyze.notifications.receiver import Intake
 from cloudinary_analyze.protocols import NotificationSource
 
