@@ -47,13 +47,8 @@ class Clock(Protocol):
 class SystemClock:
     """Real time, on the running event loop."""
 
-    def monotonic(self) -> float:
-        """Return `time.monotonic`."""
-        return time.monotonic()
-
-    def wall(self) -> float:
-        """Return `time.time`."""
-        return time.time()
+    monotonic = staticmethod(time.monotonic)
+    wall = staticmethod(time.time)
 
     def call_at(self, when: float, callback: Callable[[], None], /) -> TimerHandle:
         """Schedule on the running loop, whose own clock may have another origin."""

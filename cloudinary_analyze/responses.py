@@ -110,30 +110,53 @@ class Notification(Value):
 
     Attributes:
         task_id: The task that it answers; ``None`` if it is no answer to an analysis task.
-        request_id: The service's id of the original request, if told.
-        http_status: The status that the synchronous call would have had, if told.
-        data: ``{"entity": …, "analysis": {…}}`` on success.
-        error: The error object on failure.
         raw: The JSON object as received.
     """
 
     task_id: str | None
-    request_id: str | None = attrs.field(default=None, kw_only=True)
-    http_status: int | None = attrs.field(default=None, kw_only=True)
-    data: JSONObject | None = attrs.field(default=None, kw_only=True, hash=False)
-    error: JSONObject | None = attrs.field(default=None, kw_only=True, hash=False)
-    raw: JSONObject = attrs.field(factory=dict, kw_only=True, repr=False, hash=False)
+    raw: JSONObject = attrs.field(hash=False)
+
+    @property
+    def request_id(self) -> str | None:
+        """The service's id of the original request, if told."""
+        request_id = self.raw.get("request_id")
+        return request_id if type(request_id) is str else None
+
+    @property
+    def http_status(self) -> int | None:
+        """The status that the synchronous call would have had, if told."""
+        status = self.raw.get("http_status")
+        return status if type(status) is int else None
+
+    @property
+    def data(self) -> JSONObject | None:
+        """``{"entity": …, "analysis": {…}}`` on success."""
+        data = self.raw.get("data")
+        return data if type(data) is dict else None
+
+    @property
+    def error(self) -> JSONObject | None:
+        """The error object on failure."""
+        error = self.raw.get("error")
+        if type(error) is str:
+            return {"message": error}
+        return error if type(error) is dict else None
 
     @property
     def failed(self) -> bool:
         """Whether the task failed, by its error object or by its status."""
-        return self.error is not None or (self.http_status is not None and self.http_status >= 400)
+        status = self.raw.get("http_status")
+        error = self.raw.get("error")
+        return (type(status) is int and status >= 400) or (
+            error is not None and isinstance(error, dict | str)
+        )
 
     @property
     def answers_task(self) -> bool:
         """Whether it ends a task: with an analysis, or with a failure."""
-        if self.task_id is None:
-            return False
-        if self.data is not None and type(self.data.get("analysis")) is dict:
-            return True
-        return self.failed
+        return self.task_id is not None and (self.failed or has_analysis(self.data))
+
+
+def has_analysis(data: JSONObject | None) -> bool:
+    """Whether the ``data`` of a notification carries an analysis."""
+    return data is not None and type(data.get("analysis")) is dict

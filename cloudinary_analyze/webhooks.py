@@ -7,30 +7,32 @@ says. Keep the raw bytes: JSON that was parsed and serialised again never verifi
 from __future__ import annotations
 
 import hmac
-import re
+import math
 import time
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from cloudinary_analyze._wire.protocol import read_notification
+from cloudinary_analyze._wire.codec import loads
 from cloudinary_analyze._wire.signature import (
     DIGESTS,
     SIGNATURE_HEADER,
     SIGNATURE_V2_HEADER,
     TIMESTAMP_HEADER,
     compute_signature,
+    is_timestamp,
 )
 from cloudinary_analyze.config import Credentials
 from cloudinary_analyze.errors import (
     ConfigurationError,
     InvalidSignatureError,
+    MalformedNotificationError,
     StaleNotificationError,
+    shorten,
 )
 from cloudinary_analyze.responses import Delivery, Notification
 
 OLDEST: Final = 7200.0
 NEWEST: Final = 300.0
-_TIMESTAMP = re.compile(r"[0-9]{1,15}")
 _HEX_LENGTHS: Final = {40: "sha1", 64: "sha256"}
 
 
@@ -70,7 +72,11 @@ def verify_signature(
         if name not in DIGESTS:
             raise ConfigurationError(f"Digests are 'sha1' and 'sha256', not {name!r}.")
     signed_at = _verify(body, timestamp, signature, secrets, digests)
-    _judge_age((time.time() if now is None else now) - signed_at, oldest, newest)
+    oldest = math.inf if oldest is None else oldest
+    newest = math.inf if newest is None else newest
+    age = (time.time() if now is None else now) - signed_at
+    if not -newest <= age <= oldest:
+        raise _build_age_error(age, oldest=oldest, newest=newest)
 
 
 def _verify(
@@ -85,7 +91,7 @@ def _verify(
         raise TypeError("The body must be the raw bytes as received, not a string.")
     if not signature:
         raise InvalidSignatureError("The notification has no signature.")
-    if timestamp is None or not _TIMESTAMP.fullmatch(timestamp):
+    if timestamp is None or not is_timestamp(timestamp):
         raise InvalidSignatureError("The notification has no readable timestamp.")
     digest = _HEX_LENGTHS.get(len(signature)) if signature.isascii() else None
     matched = False
@@ -102,17 +108,14 @@ def _verify(
     return int(timestamp)
 
 
-def _judge_age(age: float, oldest: float | None, newest: float | None) -> None:
-    if oldest is not None and age > oldest:
-        raise StaleNotificationError(
-            f"The notification was signed {age:.0f} s before it arrived; over {oldest:.0f} s "
-            "it may be a replay. If many are refused, check this machine's clock."
-        )
-    if newest is not None and -age > newest:
-        raise StaleNotificationError(
-            f"The notification was signed {-age:.0f} s in the future; over {newest:.0f} s "
-            "it may be forged. If many are refused, check this machine's clock."
-        )
+def _build_age_error(age: float, *, oldest: float, newest: float) -> StaleNotificationError:
+    if age < 0:
+        told = f"{-age:.0f} s in the future; over {newest:.0f} s it may be forged"
+    else:
+        told = f"{age:.0f} s before it arrived; over {oldest:.0f} s it may be a replay"
+    return StaleNotificationError(
+        f"The notification was signed {told}. If many are refused, check this machine's clock."
+    )
 
 
 def parse_notification(body: bytes) -> Notification:
@@ -123,7 +126,20 @@ def parse_notification(body: bytes) -> Notification:
     Raises:
         MalformedNotificationError: The body is no JSON object.
     """
-    return read_notification(body)
+    try:
+        raw = loads(body)
+    except (ValueError, RecursionError) as error:
+        raise MalformedNotificationError(
+            f"The notification is no JSON: {shorten(body)!r}"
+        ) from error
+    if type(raw) is not dict:
+        raise MalformedNotificationError(
+            f"The notification is no JSON object but {type(raw).__name__}."
+        )
+    task_id = raw.get("task_id")
+    if type(task_id) is not str or raw.get("notification_type") not in (None, "analyze"):
+        task_id = None
+    return Notification(task_id or None, raw)
 
 
 def find_header(headers: Mapping[str, str], name: str) -> str | None:
@@ -146,19 +162,20 @@ def verify_delivery(delivery: Delivery, credentials: Credentials) -> None:
         InvalidSignatureError: See `verify_signature`.
         StaleNotificationError: See `verify_signature`.
     """
-    received_at = delivery.received_at
-    signature = find_header(delivery.headers, SIGNATURE_HEADER)
-    if signature is None and find_header(delivery.headers, SIGNATURE_V2_HEADER) is not None:
+    headers = delivery.headers
+    signature = headers.get(SIGNATURE_HEADER) or find_header(headers, SIGNATURE_HEADER)
+    if signature is None and find_header(headers, SIGNATURE_V2_HEADER) is not None:
         raise InvalidSignatureError(
             "The notification has a v2 signature only, which nobody but the vendor can verify. "
             "Set the trigger's auth_scheme to 'default' or 'legacy_hmac'."
         )
     signed_at = _verify(
         delivery.body,
-        find_header(delivery.headers, TIMESTAMP_HEADER),
+        headers.get(TIMESTAMP_HEADER) or find_header(headers, TIMESTAMP_HEADER),
         signature,
         credentials.signing_secrets,
         credentials.digests,
     )
-    if received_at is not None:
-        _judge_age(received_at - signed_at, OLDEST, NEWEST)
+    received_at = delivery.received_at
+    if received_at is not None and not -NEWEST <= received_at - signed_at <= OLDEST:
+        raise _build_age_error(received_at - signed_at, oldest=OLDEST, newest=NEWEST)

@@ -28,7 +28,7 @@ from cloudinary_analyze.errors import (
 )
 from cloudinary_analyze.events import NotificationSeen, TaskAnswered
 from cloudinary_analyze.requests import AnalyzeRequest
-from cloudinary_analyze.responses import Notification, Response
+from cloudinary_analyze.responses import Notification, Response, has_analysis
 from cloudinary_analyze.webhooks import parse_notification
 
 SUBMITTING = "submitting"
@@ -139,8 +139,10 @@ class Entry:
 
     def tell(self) -> None:
         """Wake everybody who waits for a change."""
+        if self._waiters is None:
+            return
         waiters, self._waiters = self._waiters, None
-        for woken in waiters or ():
+        for woken in waiters:
             if not woken.done():
                 woken.set_result(None)
 
@@ -243,9 +245,11 @@ class Table:
         task_id = notification.task_id
         if task_id is None:
             return "unrelated"
-        if not notification.answers_task:
+        failed = notification.failed
+        data = notification.data
+        if not failed and not has_analysis(data):
             return "malformed"
-        entry = self.find(task_id)
+        entry = self.pending.get(task_id) or self.find(task_id)
         if entry is None:
             return self._park(task_id, body)
         if entry.answer is not None:
@@ -253,19 +257,21 @@ class Table:
                 return "duplicate"
             # handles keep to what they were told; whoever takes the task up later is told better
             entry = Entry(entry.request, task_id, entry.state)
-        if notification.failed:
+            del self._answered[task_id]
+        if failed:
             error = build_task_failure(task_id, model=entry.model, notification=notification)
             self.answer(entry, Answer("notification", error=error), state="failed")
         else:
-            answer = Answer("notification", data=notification.data, raw=notification.raw)
+            answer = Answer("notification", data=data, raw=notification.raw)
             self.answer(entry, answer, state="completed")
         return "resolved"
 
     def count(self, verdict: str, task_id: str | None = None) -> None:
         """Count a delivery that was looked at."""
-        self.meter.notifications[verdict] += 1
-        if self.meter.hook is not None:
-            self.meter.tell(NotificationSeen(verdict=verdict, task_id=task_id))
+        meter = self.meter
+        meter.notifications[verdict] += 1
+        if meter.hook is not None:
+            meter.tell(NotificationSeen(verdict=verdict, task_id=task_id))
 
     def answer(self, entry: Entry, answer: Answer, *, state: str | None = None) -> bool:
         """End a task, unless it has ended already.
@@ -380,13 +386,10 @@ class Table:
             entry.grace = None
 
     def _keep_answered(self, task_id: str, entry: Entry) -> None:
-        now = entry.since = self.clock.monotonic()
-        answered = self._answered
-        answered[task_id] = entry
-        answered.move_to_end(task_id)  # it may correct one that was guessed
-        if len(answered) > self.settings.answered_count:
-            answered.popitem(last=False)
-        self._expire_answered(now)
+        entry.since = self.clock.monotonic()
+        self._answered[task_id] = entry
+        if len(self._answered) > self.settings.answered_count:
+            self._answered.popitem(last=False)
 
     def _expire_answered(self, now: float) -> None:
         answered = self._answered

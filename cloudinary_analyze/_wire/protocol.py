@@ -20,7 +20,6 @@ from cloudinary_analyze.errors import (
     ApiError,
     AuthenticationError,
     BadRequestError,
-    MalformedNotificationError,
     NotFoundError,
     PermissionDeniedError,
     QuotaExceededError,
@@ -441,40 +440,6 @@ def _quote_error(fields: Mapping[str, Any], body: bytes) -> str:
         said.append(shorten(codec.dumps(fields["details"])))
     quoted = " ".join(said)
     return f"{quoted} (request {fields['request_id']})" if fields["request_id"] else quoted
-
-
-def read_notification(body: bytes) -> Notification:
-    """Read the body of a webhook, whatever notification it is.
-
-    Raises:
-        MalformedNotificationError: It is no JSON object.
-    """
-    try:
-        raw = codec.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise MalformedNotificationError(
-            f"The notification is no JSON: {shorten(body)!r}"
-        ) from error
-    if type(raw) is not dict:
-        raise MalformedNotificationError(
-            f"The notification is no JSON object but {type(raw).__name__}."
-        )
-    task_id = raw.get("task_id")
-    if type(task_id) is not str or raw.get("notification_type") not in (None, "analyze"):
-        task_id = None
-    status = raw.get("http_status")
-    data = raw.get("data")
-    failure = raw.get("error")
-    if isinstance(failure, str):
-        failure = {"message": failure}
-    return Notification(
-        task_id or None,
-        request_id=_string_or_none(raw.get("request_id")),
-        http_status=status if type(status) is int else None,
-        data=data if isinstance(data, dict) else None,
-        error=failure if isinstance(failure, dict) else None,
-        raw=raw,
-    )
 
 
 def build_task_failure(

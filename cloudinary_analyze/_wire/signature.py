@@ -17,6 +17,13 @@ TIMESTAMP_HEADER: Final = "X-Cld-Timestamp"
 
 DIGESTS: Final[Mapping[str, Callable[..., Any]]] = {"sha1": hashlib.sha1, "sha256": hashlib.sha256}
 
+MOST_DIGITS: Final = 15
+
+
+def is_timestamp(text: str) -> bool:
+    """Whether it is Unix seconds in decimal, of a length that can be right."""
+    return text.isdigit() and text.isascii() and len(text) <= MOST_DIGITS
+
 
 def compute_signature(body: bytes, timestamp: str, secret: str, *, digest: str = "sha1") -> str:
     """Return the lower-case hex signature of a webhook.
@@ -27,6 +34,6 @@ def compute_signature(body: bytes, timestamp: str, secret: str, *, digest: str =
         secret: The secret that signs the account's notifications.
         digest: ``"sha1"`` (the service's default) or ``"sha256"``.
     """
-    signed = body + timestamp.encode() + secret.encode()
+    signed = body + (timestamp + secret).encode()
     signature: str = DIGESTS[digest](signed, usedforsecurity=False).hexdigest()
     return signature

@@ -18,6 +18,7 @@ from cloudinary_analyze._wire.signature import (
     SIGNATURE_HEADER,
     SIGNATURE_V2_HEADER,
     TIMESTAMP_HEADER,
+    is_timestamp,
 )
 from cloudinary_analyze.config import Credentials
 from cloudinary_analyze.errors import (
@@ -39,7 +40,6 @@ _KEPT: Final = {
     name.lower(): name for name in (SIGNATURE_HEADER, SIGNATURE_V2_HEADER, TIMESTAMP_HEADER)
 }
 _LENGTH: Final = re.compile(r"[0-9]{1,20}")
-_TIMESTAMP: Final = re.compile(r"[0-9]{1,15}")
 _SIGNATURE: Final = re.compile(r"[0-9A-Fa-f]{40}|[0-9A-Fa-f]{64}")
 
 
@@ -108,7 +108,7 @@ def _check_headers(headers: Mapping[str, str]) -> None:
         raise RefusedError(401, f"There is no {SIGNATURE_HEADER} header.")
     if not _SIGNATURE.fullmatch(signature):
         raise RefusedError(400, f"The {SIGNATURE_HEADER} header is no SHA-1 or SHA-256 in hex.")
-    if not _TIMESTAMP.fullmatch(headers.get(TIMESTAMP_HEADER, "")):
+    if not is_timestamp(headers.get(TIMESTAMP_HEADER, "")):
         raise RefusedError(400, f"The {TIMESTAMP_HEADER} header has no Unix seconds.")
 
 
