@@ -25,7 +25,6 @@ from cloudinary_analyze.cli.console import say
 from cloudinary_analyze.cli.feed import ItemFeed
 from cloudinary_analyze.cli.service import Service
 from cloudinary_analyze.config import DEFAULT_HOST, Settings, read_base_url
-from cloudinary_analyze.emulator.server import CLOUD_NAME_PREFIX
 from cloudinary_analyze.errors import AnalyzeError, LedgerError
 from cloudinary_analyze.outcomes import AnyOutcome
 from cloudinary_analyze.requests import Uri
@@ -172,6 +171,8 @@ def remove_emulated(path: Path) -> bool:
     Raises:
         LedgerError: Another run writes to it.
     """
+    from cloudinary_analyze.emulator.server import CLOUD_NAME_PREFIX
+
     if not path.exists() or not path.stat().st_size:
         return False
     try:

@@ -11,7 +11,6 @@ from rich.console import Console
 
 from cloudinary_analyze.cli.console import CommandError, ExitCode, say, show_logs
 from cloudinary_analyze.cli.interrupts import handle_interrupts
-from cloudinary_analyze.emulator import Emulator
 
 
 @attrs.frozen(kw_only=True)
@@ -68,6 +67,8 @@ async def serve(plan: EmulatorPlan, console: Console) -> ExitCode:
     Raises:
         CommandError: It cannot be started so.
     """
+    from cloudinary_analyze.emulator import Emulator
+
     try:
         emulator = Emulator(
             host=plan.host,

@@ -8,10 +8,9 @@ import sys
 from collections.abc import Coroutine, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
-from aiohttp import web
 from rich.console import Console
 from rich.json import JSON
 from rich.text import Text
@@ -28,13 +27,14 @@ from cloudinary_analyze.cli.console import (
 from cloudinary_analyze.cli.interrupts import handle_interrupts
 from cloudinary_analyze.cli.receiving import Handle, open_redis, serve
 from cloudinary_analyze.cli.service import EMULATOR_ASIDE, read_credentials
-from cloudinary_analyze.notifications.aiohttp import WebhookReceiver
 from cloudinary_analyze.notifications.forwarding import forward
-from cloudinary_analyze.notifications.pull import PolledNotifications
 from cloudinary_analyze.notifications.receiver import DROPPED
 from cloudinary_analyze.protocols import NotificationSink
 from cloudinary_analyze.responses import Delivery, Notification
 from cloudinary_analyze.webhooks import parse_notification
+
+if TYPE_CHECKING:
+    from aiohttp import web
 
 
 @attrs.frozen(kw_only=True)
@@ -110,11 +110,15 @@ async def perform_listen(plan: ListenPlan, console: Console) -> ExitCode:
         printer = _Printer(inner, ended)
         stack.enter_context(handle_interrupts(ended.set, ended.set))
         if plan.pull is None:
+            from cloudinary_analyze.notifications.aiohttp import WebhookReceiver
+
             handle = _tell_refusals(WebhookReceiver(printer, credentials).handle, plan, console)
             origin = await stack.enter_async_context(serve(handle, plan.host, plan.port))
             say(console, f"Listening on {origin}{plan.path} (Ctrl-C ends it).")
             await ended.wait()
         else:
+            from cloudinary_analyze.notifications.pull import PolledNotifications
+
             stack.enter_context(_show_what_is_left(console))
             source = PolledNotifications(plan.pull, credentials=credentials)
             say(
@@ -133,6 +137,7 @@ async def perform_listen(plan: ListenPlan, console: Console) -> ExitCode:
 
 def _tell_refusals(handle: Handle, plan: ListenPlan, console: Console) -> Handle:
     """Return a handler that takes one path, and says what it does not take."""
+    from aiohttp import web
 
     async def take(request: web.Request) -> web.StreamResponse:
         if request.path != plan.path:

@@ -9,22 +9,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import attrs
-from aiohttp import web
 from rich.console import Console
 
 from cloudinary_analyze.cli.console import CommandError, say
 from cloudinary_analyze.cli.service import Service
 from cloudinary_analyze.errors import LedgerError
 from cloudinary_analyze.events import Event, NotificationSeen
-from cloudinary_analyze.notifications.aiohttp import WebhookReceiver
-from cloudinary_analyze.notifications.pull import PolledNotifications
 from cloudinary_analyze.outcomes import AnyOutcome
 from cloudinary_analyze.protocols import NotificationSink, NotificationSource
 from cloudinary_analyze.responses import Delivery
 from cloudinary_analyze.webhooks import parse_notification
+
+if TYPE_CHECKING:
+    from aiohttp import web
 
 WAYS: Final = (
     "--receive HOST:PORT --public-url URL (webhooks come to this process), --pull CHANNEL "
@@ -34,7 +34,7 @@ WAYS: Final = (
 PARKED_SECONDS: Final = 1.0
 STOP_SECONDS: Final = 0.1
 
-Handle = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Handle: TypeAlias = "Callable[[web.Request], Awaitable[web.StreamResponse]]"
 
 
 @attrs.frozen(kw_only=True)
@@ -239,10 +239,14 @@ async def open_line(
         async with open_redis(plan.redis) as notifications:
             yield Line(notifications, plan.public_url)
     elif plan.pull is not None:
+        from cloudinary_analyze.notifications.pull import PolledNotifications
+
         pulled = _Deferring(PolledNotifications(plan.pull, credentials=service.credentials))
         say(console, "The hosted pull queue is experimental; see `run --help`.", style="dim")
         yield Line(pulled, f"poll://{plan.pull}")
     else:
+        from cloudinary_analyze.notifications.aiohttp import WebhookReceiver
+
         waiting = _Waiting()
         handle = WebhookReceiver(waiting, service.credentials).handle
         async with serve(handle, *(plan.receive or ("127.0.0.1", 0))) as origin:
@@ -274,6 +278,8 @@ async def serve(
     Raises:
         CommandError: The port cannot be listened on.
     """
+    from aiohttp import web
+
     app = web.Application()
     app.router.add_route("*", "/{path:.*}" if path is None else path, handle)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=STOP_SECONDS)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import attrs
 from rich.console import Console
 
 from cloudinary_analyze.cli.console import CommandError, say
 from cloudinary_analyze.config import URL_FORM, URL_VARIABLE, Credentials
-from cloudinary_analyze.emulator import Emulator, WebhookPolicy
 from cloudinary_analyze.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from cloudinary_analyze.emulator import Emulator
 
 CLOUD_VARIABLE: Final = "CLOUDINARY_CLOUD_NAME"
 WEBHOOKS: Final = 256
@@ -44,6 +46,8 @@ async def open_service(*, emulated: bool, console: Console) -> AsyncIterator[Ser
     if not emulated:
         yield Service(read_credentials())
         return
+    from cloudinary_analyze.emulator import Emulator, WebhookPolicy
+
     # its webhooks are answered only once their results are kept, so many must be under way
     policy = WebhookPolicy(concurrency=WEBHOOKS)
     async with Emulator(count_sources=False, webhooks=policy) as emulator:

@@ -166,6 +166,11 @@ def test_importing_the_package_imports_nothing_that_a_program_may_never_need() -
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, [], "")
 
 
+def test_the_command_line_shows_its_help_without_a_network_library() -> None:
+    done = import_first("cloudinary_analyze.cli.app", "aiohttp", "cattrs", "redis", "pyarrow")
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, [], "")
+
+
 def test_the_probe_would_see_an_optional_library() -> None:
     assert import_first("rich", *OPTIONAL).stdout.split() == ["rich"]
 

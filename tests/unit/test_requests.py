@@ -173,6 +173,7 @@ def test_a_key_is_the_same_for_ever() -> None:
         "file:///etc/passwd",
         "data:image/png;base64,AAAA",
         "http://",
+        "http\u017f://images.example/a.jpg",  # a long s, which folds to s
         "https:///a.jpg",
         "https://example.com/a b.jpg",
         " https://example.com/a.jpg",
