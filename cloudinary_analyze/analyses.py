@@ -10,7 +10,7 @@ Source: the 200 responses of ``POST /analyze/{model}`` of the Analyze API.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import attrs
 
@@ -19,9 +19,11 @@ from cloudinary_analyze._value import Value
 ModelVersion = int | str | float | None
 
 
-@attrs.frozen(repr=False)
-class BoundingBox(Value):
+# a tuple is made in a third of the time, and every detection of every picture has one
+class BoundingBox(NamedTuple):
     """A rectangle on the analysed image, in its pixels, origin at the top left.
+
+    Unpacks: ``x, y, width, height = detection.bounding_box``.
 
     Attributes:
         x: Left edge.
@@ -94,6 +96,9 @@ def _is_number(value: Any) -> bool:
     return type(value) is float or type(value) is int
 
 
+_new_tuple: Final = tuple.__new__  # without a frame of its own
+
+
 def read_detection(label: str, raw: Any) -> Detection:
     """Read one instance; what is missing or of another shape is ``None`` or empty."""
     if type(raw) is not dict:
@@ -112,7 +117,7 @@ def read_detection(label: str, raw: Any) -> Detection:
             and (type(width) is float or type(width) is int)
             and (type(height) is float or type(height) is int)
         ):
-            box = BoundingBox(x, y, width, height)
+            box = _new_tuple(BoundingBox, corners)
     return Detection(label, confidence, box, raw)
 
 

@@ -168,6 +168,7 @@ def test_every_detection_is_there_with_every_field(sample: Any, model: str) -> N
             assert found.confidence == entry["confidence"]
             assert found.categories == tuple(entry["categories"])
             assert found.bounding_box == (BoundingBox(*box) if box else None)
+            assert type(found.bounding_box) is (BoundingBox if box else type(None))
             assert found.raw == entry
             assert {k: [[v.value, v.score] for v in vs] for k, vs in found.attributes.items()} == (
                 entry.get("attributes", {})
@@ -362,3 +363,13 @@ def test_optional_values_of_another_type_do_not_cost_the_paid_answer() -> None:
     assert (
         read(GoogleLogoDetection(URL), {"logo_annotations": [logo]}).analysis.logos[0].mid is None
     )
+
+
+def test_a_box_unpacks_and_pickles(sample: Any) -> None:
+    analysis = read_response(build("coco"), codec.dumps(sample("coco"))).analysis
+    box = analysis.detections[0].bounding_box
+    x, y, width, height = box
+    assert (x, y, width, height) == (box.x, box.y, box.width, box.height)
+    assert repr(box) == f"BoundingBox(x={x}, y={y}, width={width}, height={height})"
+    copy = pickle.loads(pickle.dumps(box))
+    assert (copy, type(copy)) == (box, BoundingBox)
