@@ -24,7 +24,6 @@ from typing import Any, Generic, Self, TypeVar
 import attrs
 
 from cloudinary_analyze._clock import Clock
-from cloudinary_analyze._http.retry import is_over_server_cap
 from cloudinary_analyze._ledgered import Ledgered
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
@@ -37,6 +36,7 @@ from cloudinary_analyze.errors import (
     QuotaExceededError,
     SessionClosedError,
     SessionNotOpenError,
+    asks_for_more,
 )
 from cloudinary_analyze.outcomes import Outcome
 from cloudinary_analyze.requests import AnalyzeRequest
@@ -60,7 +60,7 @@ _STOPPING = (
 
 def stops_the_stream(error: Exception, settings: Settings) -> bool:
     """Whether an error would fail every further item alike."""
-    return isinstance(error, _STOPPING) or is_over_server_cap(error, settings)
+    return isinstance(error, _STOPPING) or asks_for_more(error, settings.max_server_wait)
 
 
 @attrs.define(eq=False, repr=False)

@@ -1,6 +1,6 @@
 """One typed analysis per model, flat: ``analysis.caption``, not ``analysis.data.caption``.
 
-Values only. The codec fills them, with the wire's names mapped there. Detections are read from
+Values only. `_wire.structure` fills them, and maps the wire's names. Detections are read from
 the raw JSON on first access, because most callers look at few of them; reading one never raises,
 whatever the service sent, and its ``raw`` keeps what was sent.
 
@@ -23,7 +23,8 @@ ModelVersion = int | str | float | None
 class BoundingBox(NamedTuple):
     """A rectangle on the analysed image, in its pixels, origin at the top left.
 
-    Unpacks: ``x, y, width, height = detection.bounding_box``.
+    A named tuple: unpacks as ``x, y, width, height = box``, is an array in JSON, changes with
+    ``box._replace(…)``.
 
     Attributes:
         x: Left edge.

@@ -125,12 +125,6 @@ def _read_digests(value: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
     return digests
 
 
-def _choose_signing_secrets(credentials: Credentials) -> tuple[str, ...]:
-    if credentials.notification_secrets:
-        return credentials.notification_secrets
-    return (credentials.api_secret,) if credentials.api_secret else ()
-
-
 @attrs.frozen(repr=False)
 class Credentials(Value):
     """Who calls: a cloud, and either an API key with its secret or an OAuth token.
@@ -149,8 +143,6 @@ class Credentials(Value):
         digests: The digests that a notification's signature may use. Accounts sign with SHA-1
             unless support switched them to SHA-256; naming one alone refuses the other.
         host: Host or origin of the API, from ``upload_prefix``; `Settings.host` goes before it.
-        signing_secrets: The secrets that a notification may be signed with; empty if there is
-            none. Not an argument.
 
     Raises:
         ConfigurationError: Anything is missing, or cannot be right.
@@ -169,12 +161,6 @@ class Credentials(Value):
         default=("sha1", "sha256"), converter=_read_digests, kw_only=True
     )
     host: str | None = attrs.field(default=None, converter=_clean_host, kw_only=True)
-    signing_secrets: tuple[str, ...] = attrs.field(
-        default=attrs.Factory(_choose_signing_secrets, takes_self=True),
-        init=False,
-        eq=False,
-        repr=False,
-    )
 
     def __attrs_post_init__(self) -> None:
         if not self.cloud_name:
@@ -198,6 +184,13 @@ class Credentials(Value):
                 raise ConfigurationError("The API key has characters that no API key has.")
         if self.host is not None:
             read_base_url(self.host, self.cloud_name)
+
+    @property
+    def signing_secrets(self) -> tuple[str, ...]:
+        """The secrets that a notification may be signed with; empty if there is none."""
+        if self.notification_secrets:
+            return self.notification_secrets
+        return (self.api_secret,) if self.api_secret else ()
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:

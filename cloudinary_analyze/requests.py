@@ -41,8 +41,9 @@ A = TypeVar("A")
 
 KEY_VERSION: Final = "1"
 MOST_PARAMETERS: Final = 10
-_URL = re.compile(r"[Hh][Tt][Tt][Pp][Ss]?://(?![/?#])[^\s\x00-\x1f\x7f]+")
+_ASCII_URL = re.compile(r"[Hh][Tt][Tt][Pp][Ss]?://[!\"$-.0->@-~][!-~]*")  # as nearly all are
 # seldom used, so compiled by the first use
+_URL = r"[Hh][Tt][Tt][Pp][Ss]?://(?![/?#])[^\s\x00-\x1f\x7f]+"
 _ASSET_ID = r"[0-9A-Za-z_-]+"
 _MODEL_NAME = r"[0-9A-Za-z][0-9A-Za-z_.-]*"
 _TAG_NAME = r"[a-z0-9-]+"
@@ -62,9 +63,10 @@ class Uri(Value):
     uri: str
 
     def __attrs_post_init__(self) -> None:
-        if not (isinstance(self.uri, str) and _URL.fullmatch(self.uri) and _is_text(self.uri)):
+        uri = self.uri
+        if not isinstance(uri, str) or not (_ASCII_URL.fullmatch(uri) or _is_url(uri)):
             raise InvalidRequestError(
-                f"{_quote(self.uri)} is no http(s) URL. Pass the full URL of the image "
+                f"{_quote(uri)} is no http(s) URL. Pass the full URL of the image "
                 "(https://res.cloudinary.com/<cloud>/image/upload/<public_id> for one on "
                 "Cloudinary; a public ID alone is not accepted), or Asset(asset_id). "
                 "White space in a URL must be percent-encoded."
@@ -125,6 +127,10 @@ def _read_prompts(values: Iterable[str]) -> tuple[str, ...]:
 
 def _read_questions(values: Iterable[str]) -> tuple[str, ...]:
     return _read_strings(values, "rejection questions")
+
+
+def _is_url(value: str) -> bool:
+    return re.fullmatch(_URL, value) is not None and _is_text(value)
 
 
 def _is_text(value: str) -> bool:

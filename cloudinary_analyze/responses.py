@@ -1,7 +1,7 @@
 """Plain values that came from the service: responses, limits, statuses, deliveries.
 
 Only values enter here: no I/O, no decoding, nothing that knows a model. Hints are resolved
-at run time by the codec, so nothing is imported for type checking only.
+at run time by `_wire.structure`, so nothing is imported for type checking only.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Notification(Value):
     """
 
     task_id: str | None
-    raw: JSONObject = attrs.field(hash=False)
+    raw: JSONObject = attrs.field(repr=False, hash=False)
 
     @property
     def request_id(self) -> str | None:
@@ -146,10 +146,9 @@ class Notification(Value):
     def failed(self) -> bool:
         """Whether the task failed, by its error object or by its status."""
         status = self.raw.get("http_status")
-        error = self.raw.get("error")
-        return (type(status) is int and status >= 400) or (
-            error is not None and isinstance(error, dict | str)
-        )
+        if type(status) is int and status >= 400:
+            return True
+        return "error" in self.raw and self.error is not None
 
     @property
     def answers_task(self) -> bool:

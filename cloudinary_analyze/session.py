@@ -51,16 +51,16 @@ CLOSE_PATIENCE: Final = 5.0
 CALL_WINDOW: Final = 2  # times the permits: one half on the wire, one half retrying or waiting
 TASK_WINDOW: Final = 10_000
 
-_NOTIFICATION_URL: Final = r"(?i:https?|poll)://[^\s/?#][^\s]*"
+_NOTIFICATION_URL: Final = r"(?ai:https?|poll)://[^\s/?#][^\s]*"
 
 Mode = Literal["auto", "task", "call"]
 
 
 def _import_what_sessions_need() -> None:
-    """Import aiohttp and cattrs: with the first session, not with the package, nor with a call.
+    """Import aiohttp, cattrs and backoff: with the first session, not with the package or a call.
 
-    Many programs take only names from the package, or may start before they need a session, and
-    the import of both takes several times as long as the rest.
+    Many programs take only names from the package, and these imports take twice as long as all
+    the rest. During a call they would stop the loop, or fail where files are short.
     """
     from cloudinary_analyze._http import call, transport  # noqa: F401
 

@@ -145,11 +145,13 @@ def parse_notification(body: bytes) -> Notification:
 def find_header(headers: Mapping[str, str], name: str) -> str | None:
     """Return a header's value; names are compared without regard to case."""
     value = headers.get(name)
+    return _search_header(headers, name.lower()) if value is None else value
+
+
+def _search_header(headers: Mapping[str, str], folded: str) -> str | None:
+    value = headers.get(folded)
     if value is None:
-        folded = name.lower()
-        value = headers.get(folded)
-        if value is None:
-            value = next((v for k, v in headers.items() if k.lower() == folded), None)
+        value = next((v for k, v in headers.items() if k.lower() == folded), None)
     return value
 
 
@@ -163,7 +165,7 @@ def verify_delivery(delivery: Delivery, credentials: Credentials) -> None:
         StaleNotificationError: See `verify_signature`.
     """
     headers = delivery.headers
-    signature = headers.get(SIGNATURE_HEADER) or find_header(headers, SIGNATURE_HEADER)
+    signature = find_header(headers, SIGNATURE_HEADER)
     if signature is None and find_header(headers, SIGNATURE_V2_HEADER) is not None:
         raise InvalidSignatureError(
             "The notification has a v2 signature only, which nobody but the vendor can verify. "
@@ -171,7 +173,7 @@ def verify_delivery(delivery: Delivery, credentials: Credentials) -> None:
         )
     signed_at = _verify(
         delivery.body,
-        headers.get(TIMESTAMP_HEADER) or find_header(headers, TIMESTAMP_HEADER),
+        find_header(headers, TIMESTAMP_HEADER),
         signature,
         credentials.signing_secrets,
         credentials.digests,

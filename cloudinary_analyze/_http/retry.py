@@ -1,13 +1,14 @@
 """Which failed attempts are repeated, and when. Pure; the only file that knows backoff.
 
 Of backoff only the wait generators are used: its decorators hold policy at import time, sleep by
-themselves, and their jitter may wait less than the server asked for. It is imported with the first
-failure, since most programs never see one.
+themselves, and their jitter may wait less than the server asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+
+import backoff
 
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
@@ -17,6 +18,7 @@ from cloudinary_analyze.errors import (
     RateLimitedError,
     ServerError,
     TransportError,
+    asks_for_more,
 )
 
 SERVER_JITTER = 0.1  # of the wait that the server asked for, on top of it
@@ -25,8 +27,6 @@ LEAST_SERVER_JITTER = 0.25  # seconds
 
 def build_waits(settings: Settings) -> Iterator[float]:
     """Yield the waits before jitter, in seconds: doubling, up to the cap."""
-    import backoff
-
     waits = backoff.expo(factor=settings.backoff_first, max_value=settings.backoff_max)
     next(waits)  # backoff's generators yield nothing of use first
     while True:
@@ -72,15 +72,6 @@ def compute_wait(own_wait: float, retry_after: float | None, *, chance: float) -
     return max(retry_after + jitter, wait)
 
 
-def is_over_server_cap(error: Exception, settings: Settings) -> bool:
-    """Whether the server asks for a longer wait than the settings allow."""
-    return (
-        isinstance(error, ApiError)
-        and error.retry_after is not None
-        and error.retry_after > settings.max_server_wait
-    )
-
-
 def decide_wait(
     error: AnalyzeError,
     attempt: int,
@@ -98,7 +89,7 @@ def decide_wait(
         own_wait: From `build_waits`.
         chance: From 0 to 1, evenly.
     """
-    if attempt >= settings.attempts or is_over_server_cap(error, settings):
+    if attempt >= settings.attempts or asks_for_more(error, settings.max_server_wait):
         return None
     if not is_retriable(error, retry_ambiguous=settings.retry_ambiguous):
         return None

@@ -39,7 +39,7 @@ class Watchdog:
 
     seconds: float
     loop: asyncio.AbstractEventLoop
-    _watched: dict[int, Watch] = attrs.field(factory=dict)
+    _watched: dict[Watch, None] = attrs.field(factory=dict)
     _timer: asyncio.TimerHandle | None = None
 
     def begin(self) -> Watch:
@@ -47,23 +47,23 @@ class Watchdog:
         task = asyncio.current_task(self.loop)
         assert task is not None
         watch = Watch(task, self.loop.time() + self.seconds)
-        self._watched[id(watch)] = watch
+        self._watched[watch] = None
         if self._timer is None:
             self._timer = self.loop.call_at(watch.deadline, self._sweep)
         return watch
 
     def end(self, watch: Watch) -> None:
         """Forget an attempt."""
-        self._watched.pop(id(watch), None)
+        self._watched.pop(watch, None)
 
     def _sweep(self) -> None:
         self._timer = None
         now = self.loop.time()
-        for watch in list(self._watched.values()):
+        for watch in list(self._watched):
             if watch.deadline > now:
                 self._timer = self.loop.call_at(watch.deadline, self._sweep)
                 break
-            del self._watched[id(watch)]
+            del self._watched[watch]
             watch.expired = True
             watch.cancelling = watch.task.cancelling()
             watch.task.cancel()

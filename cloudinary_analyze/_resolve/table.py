@@ -168,6 +168,7 @@ class Table:
     forget_poll: Callable[[Node], None] | None = None
     end_grace: Callable[[Entry], None] | None = None
     _answered: OrderedDict[str, Entry] = attrs.field(factory=OrderedDict)
+    _looks_at: float = 0.0  # monotonic instant when the oldest of them may expire
     _parked: OrderedDict[str, tuple[float, bytes]] = attrs.field(factory=OrderedDict)
     _parked_bytes: int = 0
 
@@ -182,11 +183,11 @@ class Table:
 
     def find(self, task_id: str) -> Entry | None:
         """Return the entry of a task, pending or lately answered."""
-        entry = self.pending.get(task_id)
-        if entry is None:
-            self._expire_answered(self.clock.monotonic())
-            entry = self._answered.get(task_id)
-        return entry
+        return self.pending.get(task_id) or self._find_answered(task_id)
+
+    def _find_answered(self, task_id: str) -> Entry | None:
+        self._expire_answered(self.clock.monotonic())
+        return self._answered.get(task_id)
 
     def register(self, entry: Entry, task_id: str) -> Entry | None:
         """Take in an accepted task; what is parked for it answers it at once.
@@ -249,7 +250,7 @@ class Table:
         data = notification.data
         if not failed and not has_analysis(data):
             return "malformed"
-        entry = self.pending.get(task_id) or self.find(task_id)
+        entry = self.pending.get(task_id) or self._find_answered(task_id)
         if entry is None:
             return self._park(task_id, body)
         if entry.answer is not None:
@@ -257,7 +258,7 @@ class Table:
                 return "duplicate"
             # handles keep to what they were told; whoever takes the task up later is told better
             entry = Entry(entry.request, task_id, entry.state)
-            del self._answered[task_id]
+            self._answered.move_to_end(task_id)
         if failed:
             error = build_task_failure(task_id, model=entry.model, notification=notification)
             self.answer(entry, Answer("notification", error=error), state="failed")
@@ -386,15 +387,22 @@ class Table:
             entry.grace = None
 
     def _keep_answered(self, task_id: str, entry: Entry) -> None:
-        entry.since = self.clock.monotonic()
+        now = entry.since = self.clock.monotonic()
         self._answered[task_id] = entry
         if len(self._answered) > self.settings.answered_count:
             self._answered.popitem(last=False)
+        if now > self._looks_at:
+            self._expire_answered(now)
 
     def _expire_answered(self, now: float) -> None:
         answered = self._answered
-        oldest = now - self.settings.answered_seconds
-        while answered and next(iter(answered.values())).since < oldest:
+        kept = self.settings.answered_seconds
+        self._looks_at = now + kept
+        while answered:
+            expires_at = next(iter(answered.values())).since + kept
+            if expires_at >= now:
+                self._looks_at = expires_at
+                break
             answered.popitem(last=False)
 
     def _park(self, task_id: str, body: bytes) -> str:

@@ -7,7 +7,7 @@ your account before you rely on it. Where they are, no public address is needed.
 A message that was fetched is hidden for a while and comes again unless it is acknowledged, and
 only what resolved a task here, or was stored, is acknowledged. So what belongs to others is left
 to them, and a channel of its own spares everybody the detour. With several processes let one
-alone pull, and feed the rest: ``forward(PolledNotifications(…), RedisNotifications(…), …)``.
+alone pull, and feed the rest: ``forwarding.forward(PolledNotifications(…), RedisNotifications(…), …)``.
 """
 
 from __future__ import annotations

@@ -83,6 +83,7 @@ class TestRefused:
             (Delivery(build_result("t1"), {"X-Cld-Signature_v2": "v2"}), "forged"),
             (sign(build_result("t1", "wrong"), at=NOW - 3 * HOUR), "stale"),
             (sign(build_result("t1", "wrong"), at=NOW + 600), "stale"),
+            (sign(build_result("t1", "wrong"), received_at=float("nan")), "stale"),
             (sign(b'{"task_id": "t1", '), "malformed"),
             (sign(b"[]"), "malformed"),
             (sign(b"\xff\xfe"), "malformed"),

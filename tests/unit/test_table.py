@@ -148,6 +148,28 @@ class TestAnsweredAreKept:
         clock.now = 3600.1
         assert table.find("t1") is None
 
+    def test_what_is_too_old_goes_also_while_nobody_looks_for_it(self, clock):
+        table = build_table(clock, answered_seconds=10)
+        for index in range(100):
+            accept(table, f"t{index}")
+        for index in range(100):
+            deliver(table, build_result(f"t{index}"))
+            clock.now += 5
+        assert len(table._answered) == 3
+
+    def test_a_corrected_guess_is_as_young_as_its_correction(self, clock):
+        table = build_table(clock, answered_seconds=10)
+        for task_id in ("t1", "t2"):
+            entry, _ = accept(table, task_id)
+            failure = build_task_failure(task_id, model="captioning")
+            table.answer(entry, Answer("poll", error=failure), state="failed")
+        clock.now = 8
+        assert deliver(table, build_result("t1")) == "resolved"
+        clock.now = 12
+        assert table.find("t1").answer.error is None
+        assert table.find("t2") is None
+        assert list(table._answered) == ["t1"]
+
     def test_by_count_and_the_oldest_go_first(self, clock):
         table = build_table(clock, answered_count=3)
         for index in range(5):

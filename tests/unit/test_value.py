@@ -8,7 +8,14 @@ from typing import Any, Generic, TypeVar
 
 import attrs
 
-from cloudinary_analyze import BoundingBox, Captioning, Coco, CocoAnalysis, Response
+from cloudinary_analyze import (
+    BoundingBox,
+    Captioning,
+    Coco,
+    CocoAnalysis,
+    Notification,
+    Response,
+)
 from cloudinary_analyze._value import Value
 
 T = TypeVar("T")
@@ -48,6 +55,10 @@ def test_a_class_without_fields_of_its_own_shows_those_it_inherits() -> None:
         "request_id=None, limits=())"
     )
     assert repr(Coco(url)).startswith("Coco(")
+
+
+def test_a_notification_shows_whose_it_is_and_not_its_whole_body() -> None:
+    assert repr(Notification("t1", {"public_id": "private"})) == "Notification(task_id='t1')"
 
 
 def test_a_value_inside_of_itself_is_shown_once() -> None:
