@@ -51,6 +51,7 @@ def format_result(result: Result) -> str:
     if not cell.sliced:
         noted = [contender for contender in result.samples if result.samples[contender][0].notes]
         lines += [_describe_notes(result, contender) for contender in noted]
+    lines += [f"  {rival}: broke, and is left out; stderr says why" for rival in result.broken]
     lines += [f"  {describe_target(result, target)}" for target in cell.targets]
     return "\n".join(lines)
 
@@ -116,6 +117,7 @@ def _build_cell_document(result: Result) -> dict[str, Any]:
     return {
         "unit": cell.unit,
         "baseline": cell.baseline,
+        "broken": list(result.broken),
         "contenders": {
             contender: {
                 "median": result.medians[contender],

@@ -39,12 +39,23 @@ class Effort:
     rivals: bool
 
 
+class WorkerEndedError(RuntimeError):
+    """A worker ended without a sample; its stderr says why."""
+
+
 @attrs.define(slots=False)
 class Result:
-    """What a cell's samples say."""
+    """What a cell's samples say.
+
+    Attributes:
+        cell: What was measured.
+        samples: Contender to its samples, one a round.
+        broken: The rivals that broke on the way, and have no samples therefore.
+    """
 
     cell: Cell
     samples: Mapping[str, Sequence[Sample]]
+    broken: Sequence[str] = ()
 
     @cached_property
     def medians(self) -> dict[str, float]:
@@ -88,19 +99,28 @@ class Result:
 
 
 def run_cell(cell: Cell, effort: Effort) -> Result:
-    """Run one cell."""
-    contenders = [
-        contender
+    """Run one cell. A rival that breaks is left out of it, and does not end a long run.
+
+    Raises:
+        WorkerEndedError: The subject or the baseline broke.
+    """
+    samples: dict[str, list[Sample]] = {
+        contender: []
         for contender in cell.contenders
         if effort.rivals or contender in {cell.subject, cell.baseline}
-    ]
-    samples: dict[str, list[Sample]] = {contender: [] for contender in contenders}
+    }
+    broken = []
     with contextlib.ExitStack() as stack:
         place = stack.enter_context(cell.prepare(effort.items)) if cell.prepare else Place()
         for _ in range(effort.rounds):
-            for contender, sample in _run_round(cell, contenders, place, effort).items():
-                samples[contender].append(sample)
-    return Result(cell, samples)
+            taken = _run_round(cell, list(samples), place, effort)
+            for contender in list(samples):
+                if contender in taken:
+                    samples[contender].append(taken[contender])
+                else:
+                    del samples[contender]
+                    broken.append(contender)
+    return Result(cell, samples, broken)
 
 
 def _run_round(
@@ -114,8 +134,13 @@ def _run_round(
         }
         for number in range(effort.slices if cell.sliced else 1):
             # there and back again, so that nobody always comes after the same one
-            for contender in contenders if number % 2 == 0 else reversed(contenders):
-                slices[contender].append(_measure(workers[contender]))
+            for contender in list(workers) if number % 2 == 0 else reversed(list(workers)):
+                try:
+                    slices[contender].append(_measure(workers[contender]))
+                except WorkerEndedError:
+                    if contender in {cell.subject, cell.baseline}:
+                        raise
+                    del workers[contender], slices[contender]
     return {contender: _combine(taken) for contender, taken in slices.items()}
 
 
@@ -148,18 +173,20 @@ def _run_worker(
         try:
             yield process
         finally:
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
             process.wait(END_SECONDS)
 
 
 def _measure(worker: subprocess.Popen[str]) -> Sample:
     assert worker.stdin is not None
     assert worker.stdout is not None
-    worker.stdin.write("\n")
-    worker.stdin.flush()
+    with contextlib.suppress(BrokenPipeError):  # then there is no line either
+        worker.stdin.write("\n")
+        worker.stdin.flush()
     line = worker.stdout.readline()
     if not line:
-        raise RuntimeError("A worker ended without a sample; stderr says why.")
+        raise WorkerEndedError("A worker ended without a sample; stderr says why.")
     return Sample(**json.loads(line))
 
 
