@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Final, Literal, Protocol, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -185,7 +186,7 @@ class Credentials(Value):
         if self.host is not None:
             read_base_url(self.host, self.cloud_name)
 
-    @property
+    @cached_property
     def signing_secrets(self) -> tuple[str, ...]:
         """The secrets that a notification may be signed with; empty if there is none."""
         if self.notification_secrets:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 
 import attrs
 
@@ -27,7 +26,7 @@ class Meter:
     pauses: int = 0
     in_flight: int = 0
     polls: int = 0
-    notifications: Counter[str] = attrs.field(factory=Counter)
+    notifications: dict[str, int] = attrs.field(factory=dict)
 
     def tell(self, event: Event) -> None:
         """Tell the hook of an event; what the hook raises is logged and goes no further."""

@@ -153,7 +153,7 @@ class Poller:
         """Act on what a poll says of a pending task."""
         entry.misses = 0
         if (data := find_result(status)) is not None:
-            answer = Answer("poll", data=data, raw=status.raw)
+            answer = Answer("poll", data, status.raw)
             self.table.answer(entry, answer, state=status.state)
             return
         changed = entry.state != status.state

@@ -40,16 +40,16 @@ class Answer:
 
     Attributes:
         by: See `TaskAnswered`.
-        response: Of a call.
         data: ``{"entity": …, "analysis": …}`` of a notification; decoded by each handle.
         raw: Its envelope.
+        response: Of a call.
         error: Why there is none of these.
     """
 
     by: str
-    response: Response[Any] | None = None
     data: Mapping[str, Any] | None = None
     raw: Mapping[str, Any] | None = None
+    response: Response[Any] | None = None
     error: Exception | None = None
 
     @property
@@ -263,14 +263,14 @@ class Table:
             error = build_task_failure(task_id, model=entry.model, notification=notification)
             self.answer(entry, Answer("notification", error=error), state="failed")
         else:
-            answer = Answer("notification", data=data, raw=notification.raw)
+            answer = Answer("notification", data, notification.raw)
             self.answer(entry, answer, state="completed")
         return "resolved"
 
     def count(self, verdict: str, task_id: str | None = None) -> None:
         """Count a delivery that was looked at."""
         meter = self.meter
-        meter.notifications[verdict] += 1
+        meter.notifications[verdict] = meter.notifications.get(verdict, 0) + 1
         if meter.hook is not None:
             meter.tell(NotificationSeen(verdict=verdict, task_id=task_id))
 
