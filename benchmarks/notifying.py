@@ -64,10 +64,10 @@ async def _resolve_with_ours(deliveries: list[Delivery], task_ids: list[str]) ->
         notifications=queue,
     ) as session:
         tasks = [session.task(task_id, kind) for task_id in task_ids]
-        resolver = session._resolver  # noqa: SLF001
-        assert resolver is not None
-        for entry in resolver.table.pending.values():
-            resolver.poller.schedule(entry)  # as if accepted just now, not taken up: no poll is due
+        tracker = session._tracker  # noqa: SLF001
+        assert tracker is not None
+        for entry in tracker.table.pending.values():
+            tracker.poller.schedule(entry)  # as if accepted just now, not taken up: no poll is due
         gc.collect()
         for delivery in deliveries:
             queue.put_nowait(delivery)

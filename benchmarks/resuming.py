@@ -43,11 +43,11 @@ def prepare(items: int) -> Iterator[Place]:
 
 def _write_ledger(path: Path, items: int) -> None:
     from cloudinary_analyze import Captioning, Uri
-    from cloudinary_analyze._ledgered import KeyMaker
-    from cloudinary_analyze.bulk.ledger_file import ANSWERED, create
-    from cloudinary_analyze.bulk.ledger_writer import write_answer, write_item
+    from cloudinary_analyze.ledger.file import ANSWERED, create
+    from cloudinary_analyze.ledger.writer import write_answer, write_item
+    from cloudinary_analyze.requests import KeyBuilder
 
-    make_key = KeyMaker(Captioning(build_image_url(0))).make
+    make_key = KeyBuilder(Captioning(build_image_url(0))).build
     create(path, "", CLOUD)
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("BEGIN")

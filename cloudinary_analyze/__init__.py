@@ -3,7 +3,8 @@
 Open an `AnalyzeSession`, and pass it requests: ``await session.analyze(Captioning(url))``.
 """
 
-from cloudinary_analyze._map import OutcomeStream
+from cloudinary_analyze._stream import OutcomeStream
+from cloudinary_analyze._tasks.handle import AnalysisTask
 from cloudinary_analyze._version import __version__
 from cloudinary_analyze.analyses import (
     AIVisionGeneralAnalysis,
@@ -95,7 +96,6 @@ from cloudinary_analyze.requests import (
 )
 from cloudinary_analyze.responses import Delivery, Limit, Notification, Response, TaskStatus
 from cloudinary_analyze.session import AnalyzeSession
-from cloudinary_analyze.task import AnalysisTask
 from cloudinary_analyze.webhooks import parse_notification, verify_signature
 
 __all__ = [

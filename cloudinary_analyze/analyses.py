@@ -14,8 +14,6 @@ from typing import Any, Final, NamedTuple
 
 import attrs
 
-from cloudinary_analyze._value import Value
-
 ModelVersion = int | str | float | None
 
 
@@ -39,8 +37,8 @@ class BoundingBox(NamedTuple):
     height: float
 
 
-@attrs.frozen(repr=False)
-class AttributeValue(Value):
+@attrs.frozen
+class AttributeValue:
     """One value of a garment's attribute, such as ``midi`` for ``skirt length``.
 
     Attributes:
@@ -52,8 +50,8 @@ class AttributeValue(Value):
     score: float | None = None
 
 
-@attrs.frozen(repr=False)
-class Detection(Value):
+@attrs.frozen
+class Detection:
     """One found instance of a label.
 
     Attributes:
@@ -163,8 +161,8 @@ class DetectedTags(Mapping[str, tuple[Detection, ...]]):
         return DetectedTags, (self.raw,)
 
 
-@attrs.frozen(kw_only=True, repr=False)
-class Analysis(Value):
+@attrs.frozen(kw_only=True)
+class Analysis:
     """What every analysis has.
 
     Attributes:
@@ -174,7 +172,7 @@ class Analysis(Value):
     model_version: ModelVersion = None
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen
 class DetectionAnalysis(Analysis):
     """What the models that detect or classify have in common.
 
@@ -233,8 +231,8 @@ class UnidetAnalysis(DetectionAnalysis):
     __slots__ = ()
 
 
-@attrs.frozen(repr=False)
-class VisionAnswer(Value):
+@attrs.frozen
+class VisionAnswer:
     """The answer to one prompt.
 
     Attributes:
@@ -244,7 +242,7 @@ class VisionAnswer(Value):
     value: str
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen
 class AIVisionGeneralAnalysis(Analysis):
     """Answers to prompts, as many and in the order of the prompts. Model ``ai_vision_general``."""
 
@@ -256,8 +254,8 @@ class AIVisionGeneralAnalysis(Analysis):
         return tuple([response.value for response in self.responses])
 
 
-@attrs.frozen(repr=False)
-class ModerationAnswer(Value):
+@attrs.frozen
+class ModerationAnswer:
     """The answer to one rejection question.
 
     Attributes:
@@ -269,7 +267,7 @@ class ModerationAnswer(Value):
     prompt: str | None = None
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen
 class AIVisionModerationAnalysis(Analysis):
     """Answers to rejection questions. Model ``ai_vision_moderation``."""
 
@@ -281,8 +279,8 @@ class AIVisionModerationAnalysis(Analysis):
         return any(response.value.strip().lower() == "yes" for response in self.responses)
 
 
-@attrs.frozen(repr=False)
-class VisionTag(Value):
+@attrs.frozen
+class VisionTag:
     """A tag whose description fits the image.
 
     Attributes:
@@ -292,7 +290,7 @@ class VisionTag(Value):
     name: str
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen
 class AIVisionTaggingAnalysis(Analysis):
     """The defined tags that fit; empty if none does. Model ``ai_vision_tagging``."""
 
@@ -304,23 +302,23 @@ class AIVisionTaggingAnalysis(Analysis):
         return tuple([tag.name for tag in self.tags])
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen
 class CaptioningAnalysis(Analysis):
     """A sentence on what the image shows. Model ``captioning``."""
 
     caption: str
 
 
-@attrs.frozen(repr=False)
-class LogoVertex(Value):
+@attrs.frozen
+class LogoVertex:
     """A corner of the polygon round a logo, in pixels; what is not sent is 0."""
 
     x: int = 0
     y: int = 0
 
 
-@attrs.frozen(repr=False)
-class Logo(Value):
+@attrs.frozen
+class Logo:
     """A logo that was found.
 
     Attributes:
@@ -336,15 +334,15 @@ class Logo(Value):
     mid: str | None = None
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen
 class GoogleLogoDetectionAnalysis(Analysis):
     """Logos of known products. Model ``google_logo_detection``."""
 
     logos: tuple[Logo, ...]
 
 
-@attrs.frozen(repr=False)
-class GoogleLabel(Value):
+@attrs.frozen
+class GoogleLabel:
     """A label that fits the image.
 
     Attributes:
@@ -356,14 +354,14 @@ class GoogleLabel(Value):
     score: float | None = None
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen
 class GoogleTaggingAnalysis(Analysis):
     """Labels by Google's tagging service. Model ``google_tagging``."""
 
     labels: tuple[GoogleLabel, ...]
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen
 class ImageQualityAnalysis(Analysis):
     """How good the picture is, technically. Model ``image_quality``.
 
@@ -378,8 +376,8 @@ class ImageQualityAnalysis(Analysis):
     confidence: float | None = None
 
 
-@attrs.frozen(repr=False)
-class Watermark(Value):
+@attrs.frozen
+class Watermark:
     """What was found in place of a watermark.
 
     Attributes:
@@ -391,14 +389,14 @@ class Watermark(Value):
     confidence: float | None = None
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen
 class WatermarkDetectionAnalysis(Analysis):
     """Watermarks and banners; may be empty. Model ``watermark_detection``."""
 
     detections: tuple[Watermark, ...]
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen
 class OtherAnalysis(Analysis):
     """The analysis of a model that this package does not know, as received.
 

@@ -16,7 +16,6 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import attrs
 
-from cloudinary_analyze._value import Value
 from cloudinary_analyze.errors import ConfigurationError
 
 DEFAULT_HOST: Final = "api.cloudinary.com"
@@ -126,8 +125,8 @@ def _read_digests(value: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
     return digests
 
 
-@attrs.frozen(repr=False)
-class Credentials(Value):
+@attrs.frozen
+class Credentials:
     """Who calls: a cloud, and either an API key with its secret or an OAuth token.
 
     One precedence: what is passed explicitly, else ``CLOUDINARY_URL`` alone, else the separate
@@ -339,8 +338,8 @@ def _truth(instance: Any, attribute: Any, value: Any) -> None:
 _maybe_positive: Any = attrs.validators.optional(_positive)
 
 
-@attrs.frozen(kw_only=True, repr=False)
-class Settings(Value):
+@attrs.frozen(kw_only=True)
+class Settings:
     """How a session calls. All times are seconds.
 
     Raises:

@@ -289,15 +289,6 @@ class LedgerError(AnalyzeError):
     """The ledger cannot be read or written, or belongs to something else."""
 
 
-def asks_for_more(error: Exception, seconds: float) -> bool:
-    """Whether the service asks for a longer wait than that."""
-    return (
-        isinstance(error, ApiError)
-        and error.retry_after is not None
-        and error.retry_after > seconds
-    )
-
-
 def shorten(body: bytes, length: int = SHOWN_BODY) -> str:
     """Return the beginning of a raw body as text fit for a message."""
     text = body[: 4 * length].decode("utf-8", "replace")

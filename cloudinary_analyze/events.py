@@ -6,16 +6,17 @@ it raises is logged and never disturbs a call. No event holds a secret or a sour
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import attrs
 
-from cloudinary_analyze._value import Value
+logger = logging.getLogger("cloudinary_analyze")
 
 
-@attrs.frozen(kw_only=True, repr=False)
-class CallFinished(Value):
+@attrs.frozen(kw_only=True)
+class CallFinished:
     """An analyze call has its answer, or has none after all attempts.
 
     Attributes:
@@ -31,8 +32,8 @@ class CallFinished(Value):
     error: BaseException | None = None
 
 
-@attrs.frozen(kw_only=True, repr=False)
-class AttemptRetried(Value):
+@attrs.frozen(kw_only=True)
+class AttemptRetried:
     """An attempt failed and will be repeated.
 
     Attributes:
@@ -50,8 +51,8 @@ class AttemptRetried(Value):
     error: BaseException
 
 
-@attrs.frozen(kw_only=True, repr=False)
-class SessionPaused(Value):
+@attrs.frozen(kw_only=True)
+class SessionPaused:
     """The service asked to slow down; no new attempt starts for a while.
 
     Attributes:
@@ -65,8 +66,8 @@ class SessionPaused(Value):
     polls: bool = False
 
 
-@attrs.frozen(kw_only=True, repr=False)
-class TaskAccepted(Value):
+@attrs.frozen(kw_only=True)
+class TaskAccepted:
     """The service accepted a task (202).
 
     Attributes:
@@ -78,8 +79,8 @@ class TaskAccepted(Value):
     model: str
 
 
-@attrs.frozen(kw_only=True, repr=False)
-class TaskAnswered(Value):
+@attrs.frozen(kw_only=True)
+class TaskAnswered:
     """A task has its answer.
 
     A task that was answered for want of a notification is told of again when that comes.
@@ -95,8 +96,8 @@ class TaskAnswered(Value):
     error: BaseException | None = None
 
 
-@attrs.frozen(kw_only=True, repr=False)
-class NotificationSeen(Value):
+@attrs.frozen(kw_only=True)
+class NotificationSeen:
     """A delivery was looked at.
 
     Attributes:
@@ -115,8 +116,8 @@ Event: TypeAlias = (
 EventHook: TypeAlias = Callable[[Event], None]
 
 
-@attrs.frozen(kw_only=True, repr=False)
-class SessionStats(Value):
+@attrs.frozen(kw_only=True)
+class SessionStats:
     """A snapshot of a session's counts since it was opened.
 
     Attributes:
@@ -148,3 +149,30 @@ class SessionStats(Value):
     pending: int = 0
     parked: int = 0
     notifications: Mapping[str, int] = attrs.field(factory=dict)
+
+
+@attrs.define(eq=False, repr=False)
+class Meter:
+    """The counts behind `AnalyzeSession.stats`, and the one place that calls ``on_event``.
+
+    Callers test `hook` before they build an event: without one the happy path builds none.
+    """
+
+    hook: EventHook | None = None
+    calls: int = 0
+    attempts: int = 0
+    retries: int = 0
+    ambiguous_retries: int = 0
+    pauses: int = 0
+    in_flight: int = 0
+    polls: int = 0
+    notifications: dict[str, int] = attrs.field(factory=dict)
+
+    def tell(self, event: Event) -> None:
+        """Tell the hook of an event; what the hook raises is logged and goes no further."""
+        if self.hook is None:
+            return
+        try:
+            self.hook(event)
+        except Exception:
+            logger.exception("The on_event hook failed on %s.", type(event).__name__)

@@ -6,7 +6,6 @@ from typing import Any, Generic, TypeVar
 
 import attrs
 
-from cloudinary_analyze._value import Value
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import Response
 
@@ -14,8 +13,8 @@ Item = TypeVar("Item")
 A = TypeVar("A")
 
 
-@attrs.frozen(kw_only=True, repr=False)
-class Outcome(Value, Generic[Item, A]):
+@attrs.frozen(kw_only=True)
+class Outcome(Generic[Item, A]):
     """What became of one item: a response or an error, never both, never neither.
 
     Attributes:

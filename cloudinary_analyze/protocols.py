@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import attrs
 
-from cloudinary_analyze._value import Value
 from cloudinary_analyze.errors import AnalyzeError
 from cloudinary_analyze.responses import Delivery, JSONObject, Response
 
@@ -52,8 +51,8 @@ class NotificationSink(Protocol):
         ...
 
 
-@attrs.frozen(kw_only=True, repr=False)
-class LedgerRecord(Value):
+@attrs.frozen(kw_only=True)
+class LedgerRecord:
     """What a ledger knows of one request key.
 
     Attributes:

@@ -11,12 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Final, Generic, TypeVar, cast
 
 import attrs
 
-from cloudinary_analyze._value import Value
 from cloudinary_analyze.analyses import (
     AIVisionGeneralAnalysis,
     AIVisionModerationAnalysis,
@@ -49,8 +48,8 @@ _MODEL_NAME = r"[0-9A-Za-z][0-9A-Za-z_.-]*"
 _TAG_NAME = r"[a-z0-9-]+"
 
 
-@attrs.frozen(repr=False)
-class Uri(Value):
+@attrs.frozen
+class Uri:
     """A publicly reachable http(s) URL of an image, on Cloudinary or anywhere else.
 
     Attributes:
@@ -76,8 +75,8 @@ class Uri(Value):
         return self.uri
 
 
-@attrs.frozen(repr=False)
-class Asset(Value):
+@attrs.frozen
+class Asset:
     """An asset of the same product environment, by its immutable asset id.
 
     Attributes:
@@ -154,8 +153,8 @@ def _check_count(values: tuple[Any, ...], noun: str) -> None:
         )
 
 
-@attrs.frozen(repr=False)
-class AnalyzeRequest(Value, Generic[A]):
+@attrs.frozen
+class AnalyzeRequest(Generic[A]):
     """What every request has. Not made itself: use the class of a model.
 
     Attributes:
@@ -187,25 +186,43 @@ class AnalyzeRequest(Value, Generic[A]):
 
         64 hexadecimal digits: SHA-256 of a version, the wire model, the source, the parameters.
         """
-        source = self.source
-        canonical = json.dumps(
-            [
-                KEY_VERSION,
-                self.model,
-                ["uri", source.uri] if isinstance(source, Uri) else ["asset_id", source.asset_id],
-                self.parameters,
-            ],
-            ensure_ascii=True,
-            sort_keys=True,
-            separators=(",", ":"),
-        )
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return KeyBuilder(self).build(self.source)
 
 
 _NO_PARAMETERS: Final[Mapping[str, Any]] = {}
+_encode_string: Final[Callable[[str], str]] = json.encoder.encode_basestring_ascii
 
 
-@attrs.frozen(repr=False)
+class KeyBuilder:
+    """Builds the ledger keys of requests that differ only in their source.
+
+    The model and the parameters are encoded once; a key then costs one hash.
+
+    Args:
+        example: Any of these requests.
+    """
+
+    def __init__(self, example: AnalyzeRequest[Any]) -> None:
+        parameters = json.dumps(example.parameters, sort_keys=True, separators=(",", ":"))
+        self._head = f"[{_encode_string(KEY_VERSION)},{_encode_string(example.model)},["
+        self._tail = f"],{parameters}]"
+
+    def build(self, source: Uri | Asset) -> str:
+        """Return `AnalyzeRequest.key` of the request with this source."""
+        if isinstance(source, Uri):
+            return self._hash("uri", source.uri)
+        return self._hash("asset_id", source.asset_id)
+
+    def build_named(self, name: str) -> str:
+        """Return the key of the request with a name in place of its source."""
+        return self._hash("key", name)
+
+    def _hash(self, kind: str, text: str) -> str:
+        canonical = f'{self._head}"{kind}",{_encode_string(text)}{self._tail}'
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+@attrs.frozen
 class AIVisionGeneral(AnalyzeRequest[AIVisionGeneralAnalysis]):
     """Ask free questions about an image (``ai_vision_general``). Costs AI Vision tokens.
 
@@ -225,7 +242,7 @@ class AIVisionGeneral(AnalyzeRequest[AIVisionGeneralAnalysis]):
         return {"prompts": list(self.prompts)}
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen
 class AIVisionModeration(AnalyzeRequest[AIVisionModerationAnalysis]):
     """Ask yes/no questions about an image (``ai_vision_moderation``). Costs AI Vision tokens.
 
@@ -245,8 +262,8 @@ class AIVisionModeration(AnalyzeRequest[AIVisionModerationAnalysis]):
         return {"rejection_questions": list(self.rejection_questions)}
 
 
-@attrs.frozen(repr=False)
-class TagDefinition(Value):
+@attrs.frozen
+class TagDefinition:
     """A tag and when it fits.
 
     Attributes:
@@ -281,7 +298,7 @@ def _read_definitions(
     return definitions
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen
 class AIVisionTagging(AnalyzeRequest[AIVisionTaggingAnalysis]):
     """Find which of your own tags fit an image (``ai_vision_tagging``). Costs AI Vision tokens.
 
@@ -486,7 +503,7 @@ def _check_model_name(name: str) -> str:
     return read_model_name(name)
 
 
-@attrs.frozen(init=False, repr=False)
+@attrs.frozen(init=False)
 class OtherModel(AnalyzeRequest[OtherAnalysis]):
     """A model that this package does not know; its analysis stays as received.
 

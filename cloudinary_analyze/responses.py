@@ -13,15 +13,13 @@ from typing import Any, Generic, TypeVar
 
 import attrs
 
-from cloudinary_analyze._value import Value
-
 A_co = TypeVar("A_co", covariant=True)
 
 JSONObject = Mapping[str, Any]
 
 
-@attrs.frozen(repr=False)
-class Limit(Value):
+@attrs.frozen
+class Limit:
     """One entry of an answer's ``limits``: how much of an add-on's quota is left.
 
     The service has sent three shapes of ``limits`` over time; all three are read into this one.
@@ -41,8 +39,8 @@ class Limit(Value):
     reset_time: datetime | None = attrs.field(default=None, kw_only=True)
 
 
-@attrs.frozen(repr=False)
-class Response(Value, Generic[A_co]):
+@attrs.frozen
+class Response(Generic[A_co]):
     """The answer to one analysis: the typed analysis and the envelope it came in.
 
     Attributes:
@@ -62,8 +60,8 @@ class Response(Value, Generic[A_co]):
     raw: JSONObject = attrs.field(factory=dict, kw_only=True, repr=False, hash=False)
 
 
-@attrs.frozen(repr=False)
-class TaskStatus(Value):
+@attrs.frozen
+class TaskStatus:
     """What ``GET /tasks/{id}`` says of a task. It never carries the result.
 
     Attributes:
@@ -85,8 +83,8 @@ class TaskStatus(Value):
         return self.state in {"completed", "failed"}
 
 
-@attrs.frozen(repr=False)
-class Delivery(Value):
+@attrs.frozen
+class Delivery:
     """The raw bytes and headers of a webhook, with the instant it was first received.
 
     A delivery is not trusted: it becomes a :class:`Notification` when its signature was verified.
@@ -104,8 +102,8 @@ class Delivery(Value):
     received_at: float | None = attrs.field(factory=time.time, kw_only=True)
 
 
-@attrs.frozen(repr=False)
-class Notification(Value):
+@attrs.frozen
+class Notification:
     """A delivery whose signature was verified and whose body was read.
 
     Attributes:

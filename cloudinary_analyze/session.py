@@ -12,14 +12,14 @@ from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
 
+from cloudinary_analyze import _policy
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
-from cloudinary_analyze._http.gate import Gate
-from cloudinary_analyze._http.meter import Meter
+from cloudinary_analyze._http.permits import Permits
 from cloudinary_analyze._http.quota import Quota
-from cloudinary_analyze._ledgered import Ledgered, Shared
-from cloudinary_analyze._map import OutcomeStream
-from cloudinary_analyze._resolve.resolver import Resolver
-from cloudinary_analyze._resolve.table import Wait
+from cloudinary_analyze._recording import Recording, Shared
+from cloudinary_analyze._stream import OutcomeStream
+from cloudinary_analyze._tasks.handle import AnalysisTask, follow
+from cloudinary_analyze._tasks.tracker import Tracker
 from cloudinary_analyze._version import __version__
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze._wire.protocol import Accepted
@@ -31,13 +31,12 @@ from cloudinary_analyze.errors import (
     SessionClosedError,
     SessionNotOpenError,
 )
-from cloudinary_analyze.events import EventHook, SessionStats
+from cloudinary_analyze.events import EventHook, Meter, SessionStats
 from cloudinary_analyze.notifications import QueueSource
 from cloudinary_analyze.outcomes import Outcome
 from cloudinary_analyze.protocols import Ledger, NotificationSource
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import Delivery, Limit, Response, TaskStatus
-from cloudinary_analyze.task import AnalysisTask
 
 if TYPE_CHECKING:
     import aiohttp
@@ -65,6 +64,7 @@ def _import_what_sessions_need() -> None:
     from cloudinary_analyze._http import call, transport  # noqa: F401
 
     codec.prepare()
+    _policy.prepare()
 
 
 def _check_arguments(credentials: object, settings: object, on_event: object) -> None:
@@ -159,7 +159,7 @@ class AnalyzeSession:
         self._quota = Quota(clock)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._caller: Caller | None = None
-        self._resolver: Resolver | None = None
+        self._tracker: Tracker | None = None
         self._warned_of_tasks = False
         self._closed = False
         self._under_way: dict[tuple[int, str], Shared] = {}
@@ -191,10 +191,10 @@ class AnalyzeSession:
             Transport.open(self._credentials, self._settings, version=__version__, http=self._http),
             self._meter,
             self._quota,
-            Gate(self._settings.permits, self._clock),
-            Gate(self._settings.poll_permits, self._clock),
+            Permits(self._settings.permits, self._clock),
+            Permits(self._settings.poll_permits, self._clock),
         )
-        self._resolver = Resolver.start(
+        self._tracker = Tracker.start(
             self._caller,
             self._credentials,
             self._settings,
@@ -278,22 +278,18 @@ class AnalyzeSession:
         self, task_id: str, request: AnalyzeRequest[A], deadline: float | None
     ) -> Response[A]:
         """Await the task that the service made of a call."""
-        assert self._resolver is not None
+        assert self._tracker is not None
         if deadline is None:
             deadline = self._build_deadline(None, self._settings.task_timeout)
-        wait = self._resolver.attach(task_id, request=request, deadline=deadline)
-        return await self._join(request, wait)
-
-    async def _join(self, request: AnalyzeRequest[A], wait: Wait) -> Response[A]:
-        """Await a task that nobody else has a handle on; cancelling leaves nothing behind."""
-        assert self._resolver is not None
-        try:
-            return await AnalysisTask(
-                request.model, request.analysis_type, self._resolver.table, wait
-            )
-        except asyncio.CancelledError:
-            self._resolver.withdraw(wait)
-            raise
+        task = self._tracker.attach(
+            task_id,
+            request.model,
+            request.analysis_type,
+            request=request,
+            just_accepted=True,
+            deadline=deadline,
+        )
+        return await follow(task)
 
     def submit(
         self, request: AnalyzeRequest[A], *, mode: Mode = "auto", timeout: float | None = None
@@ -315,20 +311,15 @@ class AnalyzeSession:
         Warns:
             UserWarning: Once, on ``mode="task"`` without a notification source.
         """
-        wait = self._submit(request, mode=mode, timeout=timeout)
-        assert self._resolver is not None
-        return AnalysisTask(request.model, request.analysis_type, self._resolver.table, wait)
-
-    def _submit(self, request: AnalyzeRequest[Any], *, mode: Mode, timeout: float | None) -> Wait:
         self._use()
-        assert self._resolver is not None
+        assert self._tracker is not None
         if not isinstance(request, AnalyzeRequest):
             raise _build_no_request_error(request)
         as_task = self._is_for_tasks(mode)
         if as_task and self._source is None:
-            self._warn_of_tasks(stacklevel=4)
+            self._warn_of_tasks(stacklevel=3)
         deadline = self._build_deadline(timeout, self._settings.task_timeout)
-        return self._resolver.submit(request, as_task=as_task, deadline=deadline)
+        return self._tracker.submit(request, as_task=as_task, deadline=deadline)
 
     def _is_for_tasks(self, mode: Mode) -> bool:
         if mode not in {"auto", "task", "call"}:
@@ -388,12 +379,15 @@ class AnalyzeSession:
                 "Pass the class of a model (Coco), or for other models the request itself: "
                 "session.task(task_id, OtherModel(name, source))."
             )
-        assert self._resolver is not None
+        assert self._tracker is not None
         deadline = self._build_deadline(timeout, self._settings.task_timeout)
-        wait = self._resolver.attach(task_id, deadline=deadline)
-        if wait.entry.request is None and not isinstance(request_type, type):
-            wait.entry.request = request_type
-        return AnalysisTask(model, request_type.analysis_type, self._resolver.table, wait)
+        return self._tracker.attach(
+            task_id,
+            model,
+            request_type.analysis_type,
+            request=None if isinstance(request_type, type) else request_type,
+            deadline=deadline,
+        )
 
     def _build_deadline(self, timeout: float | None, default: float | None) -> float | None:
         timeout = default if timeout is None else timeout
@@ -495,14 +489,14 @@ class AnalyzeSession:
             clock=self._clock,
             window=window,
             ordered=ordered,
-            ledgered=self._attach_ledger(ledger, key, as_tasks=as_tasks),
+            recording=self._attach_ledger(ledger, key, as_tasks=as_tasks),
         )
         self._streams.add(stream)
         return stream
 
     def _attach_ledger(
         self, ledger: Ledger | None, name: Callable[[Any], str] | None, *, as_tasks: bool
-    ) -> Ledgered[Any] | None:
+    ) -> Recording[Any] | None:
         if ledger is None:
             if name is not None:
                 raise ConfigurationError("`key` names items in a ledger: pass `ledger` too.")
@@ -511,19 +505,19 @@ class AnalyzeSession:
             raise ConfigurationError(f"{ledger!r:.80} is no ledger. Pass SQLiteLedger(path), say.")
         if as_tasks and self._source is None:
             self._warn_of_tasks(stacklevel=4)
-        assert self._resolver is not None
-        return Ledgered(
+        assert self._tracker is not None
+        return Recording(
             ledger=ledger,
             name=name,
             as_tasks=as_tasks,
-            resolver=self._resolver,
+            tracker=self._tracker,
             settings=self._settings,
             clock=self._clock,
             shared=self._under_way,
         )
 
     async def _perform_task(self, request: AnalyzeRequest[A]) -> Response[A]:
-        return await self._join(request, self._submit(request, mode="task", timeout=None))
+        return await follow(self.submit(request, mode="task"))
 
     async def analyze_all(
         self, requests: Iterable[AnalyzeRequest[A]]
@@ -566,8 +560,8 @@ class AnalyzeSession:
             permits_allowed=gate.allowed if gate else self._settings.permits,
             waiting=gate.waiting if gate else 0,
             polls=meter.polls,
-            pending=len(self._resolver.table.pending) if self._resolver else 0,
-            parked=self._resolver.table.parked if self._resolver else 0,
+            pending=len(self._tracker.table.pending) if self._tracker else 0,
+            parked=self._tracker.table.parked if self._tracker else 0,
             notifications=MappingProxyType(dict(meter.notifications)),
         )
 
@@ -584,11 +578,11 @@ class AnalyzeSession:
         """
         if self._closed:
             return
-        caller, resolver = self._caller, self._resolver
+        caller, tracker = self._caller, self._tracker
         if caller is not None and asyncio.get_running_loop() is not self._loop:
             raise SessionNotOpenError("A session must be closed on the event loop that opened it.")
         self._closed = True
-        if caller is None or resolver is None:
+        if caller is None or tracker is None:
             return
         caller.close(SessionClosedError("The session was closed while this call was waiting."))
         try:
@@ -596,11 +590,11 @@ class AnalyzeSession:
             for stream in list(self._streams):
                 await stream.aclose()
             if drain > 0:
-                await resolver.drain(drain)
+                await tracker.drain(drain)
         finally:
             caller.close_polls()
             try:
-                await resolver.stop()
+                await tracker.stop()
             finally:
                 await caller.transport.close()
 

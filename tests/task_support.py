@@ -11,9 +11,15 @@ from typing import Any
 
 import attrs
 
-from cloudinary_analyze import AnalyzeSession, Captioning, Credentials, Delivery, Settings
-from cloudinary_analyze._http.meter import Meter
-from cloudinary_analyze._resolve.resolver import Resolver
+from cloudinary_analyze import (
+    AnalyzeSession,
+    Captioning,
+    CaptioningAnalysis,
+    Credentials,
+    Delivery,
+    Settings,
+)
+from cloudinary_analyze._tasks.tracker import Tracker
 from cloudinary_analyze._wire.protocol import Accepted
 from cloudinary_analyze._wire.signature import (
     SIGNATURE_HEADER,
@@ -21,6 +27,7 @@ from cloudinary_analyze._wire.signature import (
     compute_signature,
 )
 from cloudinary_analyze.emulator import Emulator
+from cloudinary_analyze.events import Meter
 from cloudinary_analyze.notifications import QueueSource
 from cloudinary_analyze.responses import TaskStatus
 from cloudinary_analyze.testing import ManualClock
@@ -185,12 +192,12 @@ class Service:
 @contextlib.asynccontextmanager
 async def resolving(
     clock: ManualClock, *, source: Any = True, service: Service | None = None, **settings: Any
-) -> AsyncIterator[tuple[Service, Resolver]]:
-    """Run a resolver over a service that is none, with a queue as source or another or none."""
+) -> AsyncIterator[tuple[Service, Tracker]]:
+    """Run a tracker over a service that is none, with a queue as source or another or none."""
     service = service or Service(clock)
     if source is True:
         source = QueueSource(asyncio.Queue())
-    resolver = Resolver.start(
+    tracker = Tracker.start(
         service,  # type: ignore[arg-type]
         Credentials("demo", "key", SECRET),
         Settings(**settings),
@@ -200,14 +207,31 @@ async def resolving(
         notification_url=None,
     )
     try:
-        yield service, resolver
+        yield service, tracker
     finally:
-        await resolver.stop()
+        await tracker.stop()
 
 
-async def submit(resolver: Resolver, *, deadline: float | None = None) -> Any:
+_held: list[Any] = []
+
+
+def hold(task: Any) -> Any:
+    """Keep a handle alive and return its wait."""
+    _held.append(task)
+    return task._wait
+
+
+def attach(tracker: Tracker, task_id: str, *, request: Any = None, **options: Any) -> Any:
+    """Re-attach a captioning and return its wait."""
+    return hold(
+        tracker.attach(task_id, "captioning", CaptioningAnalysis, request=request, **options)
+    )
+
+
+async def submit(tracker: Tracker, *, deadline: float | None = None) -> Any:
     """Submit a task and return its wait once it was accepted."""
-    wait = resolver.submit(Captioning(URL), as_task=True, deadline=deadline)
+    task = tracker.submit(Captioning(URL), as_task=True, deadline=deadline)
+    wait = hold(task)
     while wait.entry.task_id is None and wait.entry.answer is None:
         await asyncio.sleep(0)
     return wait

@@ -16,11 +16,10 @@ import attrs
 from yarl import URL
 
 from cloudinary_analyze._clock import Clock, wake
-from cloudinary_analyze._http.gate import Gate
-from cloudinary_analyze._http.meter import Meter
+from cloudinary_analyze._http.permits import Permits
 from cloudinary_analyze._http.quota import Quota
-from cloudinary_analyze._http.retry import build_waits, decide_wait, is_throttle
 from cloudinary_analyze._http.transport import Answer, Transport
+from cloudinary_analyze._policy import build_waits, decide_wait, is_throttle
 from cloudinary_analyze._wire.protocol import (
     Accepted,
     build_analyze_url,
@@ -41,7 +40,7 @@ from cloudinary_analyze.errors import (
     ResponseDecodeError,
     TransportError,
 )
-from cloudinary_analyze.events import AttemptRetried, CallFinished, SessionPaused
+from cloudinary_analyze.events import AttemptRetried, CallFinished, Meter, SessionPaused
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import Response, TaskStatus
 
@@ -74,8 +73,8 @@ class Caller:
     transport: Transport
     meter: Meter
     quota: Quota
-    gate: Gate
-    poll_gate: Gate
+    gate: Permits
+    poll_gate: Permits
     _urls: dict[str, URL] = attrs.field(factory=dict, init=False)
     _sleepers: set[asyncio.Future[None]] = attrs.field(factory=set, init=False)
     _closed: AnalyzeError | None = attrs.field(default=None, init=False)
@@ -272,7 +271,7 @@ class Caller:
         self,
         error: AnalyzeError,
         attempt: int,
-        gate: Gate,
+        gate: Permits,
         generation: int,
         own_wait: float,
         *,
@@ -308,7 +307,9 @@ class Caller:
                 )
         return wait
 
-    def _throttle(self, error: AnalyzeError, gate: Gate, generation: int, seconds: float) -> None:
+    def _throttle(
+        self, error: AnalyzeError, gate: Permits, generation: int, seconds: float
+    ) -> None:
         if isinstance(error, ApiError) and error.retry_after is not None:
             seconds = max(seconds, min(error.retry_after, self.settings.max_server_wait))
         if gate.throttle(generation, seconds):

@@ -14,7 +14,6 @@ from urllib.parse import quote
 
 import attrs
 
-from cloudinary_analyze._value import Value
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze.errors import (
     ApiError,
@@ -39,8 +38,8 @@ PASSING_STATUSES: Final = frozenset({408, 423})  # the fault is of the moment
 AMBIGUOUS_STATUSES: Final = frozenset({500, 502, 504})
 
 
-@attrs.frozen(repr=False)
-class Accepted(Value):
+@attrs.frozen
+class Accepted:
     """A 202: the analysis was accepted as a task.
 
     Attributes:

@@ -11,11 +11,10 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 from cloudinary_analyze._version import __version__
-from cloudinary_analyze.bulk.export import ExportFormat
-from cloudinary_analyze.bulk.input import InputFormat, read_source
 from cloudinary_analyze.cli.choices import Parameters, choose_models
 from cloudinary_analyze.cli.console import CommandError, ExitCode, build_console, say
 from cloudinary_analyze.cli.emulate import EmulatorPlan, read_latency, read_quotas, serve
+from cloudinary_analyze.cli.input import InputFormat, read_source
 from cloudinary_analyze.cli.listen import ListenPlan, perform_listen
 from cloudinary_analyze.cli.listing import print_models
 from cloudinary_analyze.cli.receiving import WAYS, plan_receiving
@@ -32,6 +31,7 @@ from cloudinary_analyze.cli.sources import open_source
 from cloudinary_analyze.cli.status import perform_status
 from cloudinary_analyze.cli.tables import export_ledger, report_results
 from cloudinary_analyze.errors import AnalyzeError
+from cloudinary_analyze.results.export import ExportFormat
 
 DEFAULT_SAMPLES: Final = 300
 EXIT_CODES: Final = """Exit codes:

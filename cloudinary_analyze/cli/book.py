@@ -10,24 +10,23 @@ from typing import Final
 import attrs
 from rich.console import Console
 
-from cloudinary_analyze._ledgered import KeyMaker, is_final
-from cloudinary_analyze._map import stops_the_stream
-from cloudinary_analyze.bulk.input import InputItem
-from cloudinary_analyze.bulk.ledger_file import (
-    connect_for_reading,
-    explaining,
-    find_companion,
-    lock,
-)
-from cloudinary_analyze.bulk.sqlite import EarlierItems, SQLiteLedger
+from cloudinary_analyze._policy import is_final, stops_the_stream
 from cloudinary_analyze.cli.choices import BuildRequest
 from cloudinary_analyze.cli.console import say
 from cloudinary_analyze.cli.feed import ItemFeed
 from cloudinary_analyze.cli.service import Service
 from cloudinary_analyze.config import DEFAULT_HOST, Settings, read_base_url
 from cloudinary_analyze.errors import AnalyzeError, LedgerError
+from cloudinary_analyze.ledger.file import (
+    connect_for_reading,
+    explaining,
+    find_companion,
+    lock,
+)
+from cloudinary_analyze.ledger.sqlite import EarlierItems, SQLiteLedger
 from cloudinary_analyze.outcomes import AnyOutcome
-from cloudinary_analyze.requests import Uri
+from cloudinary_analyze.requests import KeyBuilder, Uri
+from cloudinary_analyze.results.records import InputItem
 
 _ANY_SOURCE: Final = Uri("https://example.com/")
 
@@ -46,7 +45,7 @@ class Book:
     ledger: SQLiteLedger
     begun_before: bool
     displaced: bool = attrs.field(default=False, init=False)
-    _makers: Mapping[str, KeyMaker]
+    _makers: Mapping[str, KeyBuilder]
 
     def make_key(self, item: InputItem) -> str | None:
         """Return the key of an item's request; ``None`` for a bad line."""
@@ -54,7 +53,7 @@ class Book:
         if line.source is None or item.model is None:
             return None
         maker = self._makers[item.model]
-        return maker.make(line.source) if line.name is None else maker.make_named(line.name)
+        return maker.build(line.source) if line.name is None else maker.build_named(line.name)
 
     @contextmanager
     def open_earlier(self) -> Iterator[Earlier]:
@@ -161,7 +160,7 @@ async def open_book(
             begun_before = begun_before or next(items, None) is not None
         if retry_failed:
             await ledger.forget_errors()
-        makers = {model: KeyMaker(build(_ANY_SOURCE)) for model, build in builders.items()}
+        makers = {model: KeyBuilder(build(_ANY_SOURCE)) for model, build in builders.items()}
         yield Book(ledger, begun_before, makers)
 
 

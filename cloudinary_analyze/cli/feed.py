@@ -18,7 +18,7 @@ from typing import Final, Protocol
 
 import attrs
 
-from cloudinary_analyze.bulk.input import InputItem, InputLine
+from cloudinary_analyze.results.records import InputItem, InputLine
 
 READ_AHEAD: Final = 1000  # lines
 COUNTING_SECONDS: Final = 5.0

@@ -17,12 +17,12 @@ from typing import Any, Final, Self
 
 import attrs
 
-from cloudinary_analyze.bulk.export import ExportFormat, export_results
-from cloudinary_analyze.bulk.records import build_ledger_record, dump_record
-from cloudinary_analyze.bulk.report import write_report
-from cloudinary_analyze.bulk.sqlite import SQLiteLedger
 from cloudinary_analyze.cli.console import CommandError, ExitCode
 from cloudinary_analyze.cli.summary import Tally
+from cloudinary_analyze.ledger.sqlite import SQLiteLedger
+from cloudinary_analyze.results.export import ExportFormat, export_results
+from cloudinary_analyze.results.records import build_ledger_record, dump_record
+from cloudinary_analyze.results.report import write_report
 
 STANDARD: Final = "-"
 LEDGER_SUFFIX: Final = ".ledger"

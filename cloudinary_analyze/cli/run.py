@@ -11,9 +11,7 @@ from typing import Any, Final, Literal
 import attrs
 from rich.console import Console
 
-from cloudinary_analyze._map import stops_the_stream
-from cloudinary_analyze.bulk.input import InputItem
-from cloudinary_analyze.bulk.records import build_record, dump_record
+from cloudinary_analyze._policy import stops_the_stream
 from cloudinary_analyze.cli.book import Book, open_book
 from cloudinary_analyze.cli.choices import BuildRequest
 from cloudinary_analyze.cli.console import CommandError, ExitCode, is_interactive, say, show_logs
@@ -30,6 +28,7 @@ from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import AnalyzeError, ConfigurationError, ResultNotDeliveredError
 from cloudinary_analyze.outcomes import AnyOutcome
 from cloudinary_analyze.requests import AnalyzeRequest
+from cloudinary_analyze.results.records import InputItem, build_record, dump_record
 from cloudinary_analyze.session import AnalyzeSession
 
 SHOWN_BAD_LINES: Final = 10

@@ -9,12 +9,12 @@ from typing import Final
 
 from rich.console import Console
 
-from cloudinary_analyze.bulk.export import ExportFormat, export_results, write_records
-from cloudinary_analyze.bulk.records import dump_record
-from cloudinary_analyze.bulk.report import write_report
-from cloudinary_analyze.bulk.sqlite import SQLiteLedger
 from cloudinary_analyze.cli.console import CommandError, ExitCode, say
 from cloudinary_analyze.cli.results import STANDARD, LedgerExport, is_stream
+from cloudinary_analyze.ledger.sqlite import SQLiteLedger
+from cloudinary_analyze.results.export import ExportFormat, export_results, write_records
+from cloudinary_analyze.results.records import dump_record
+from cloudinary_analyze.results.report import write_report
 
 _SQLITE: Final = b"SQLite format 3\0"
 

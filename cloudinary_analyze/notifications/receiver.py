@@ -13,7 +13,6 @@ from typing import Final
 import attrs
 
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
-from cloudinary_analyze._value import Value
 from cloudinary_analyze._wire.signature import (
     SIGNATURE_HEADER,
     SIGNATURE_V2_HEADER,
@@ -43,8 +42,8 @@ _LENGTH: Final = re.compile(r"[0-9]{1,20}")
 _SIGNATURE: Final = re.compile(r"[0-9A-Fa-f]{40}|[0-9A-Fa-f]{64}")
 
 
-@attrs.frozen(repr=False)
-class Reply(Value):
+@attrs.frozen
+class Reply:
     """What the sender is told.
 
     Attributes:

@@ -9,8 +9,8 @@ from collections import Counter
 from aiohttp import web
 
 from cloudinary_analyze import AnalyzeSession, Captioning, Credentials, Delivery, Settings
-from cloudinary_analyze.bulk.sqlite import SQLiteLedger
 from cloudinary_analyze.emulator import Emulator, WebhookPolicy
+from cloudinary_analyze.ledger.sqlite import SQLiteLedger
 
 ITEMS = 20_000
 

@@ -12,17 +12,17 @@ import pytest
 from cli_support import build_urls, end, find_free_port, read_records, start, until, write_urls
 
 from cloudinary_analyze import Captioning, Uri
-from cloudinary_analyze._ledgered import KeyMaker
-from cloudinary_analyze.bulk.ledger_file import (
+from cloudinary_analyze.emulator import Emulator, WebhookPolicy
+from cloudinary_analyze.ledger.file import (
     ANSWERED,
     SUBMITTED,
     connect_for_reading,
     connect_for_writing,
     create,
 )
-from cloudinary_analyze.bulk.ledger_writer import write_answer, write_item
-from cloudinary_analyze.bulk.sqlite import SQLiteLedger
-from cloudinary_analyze.emulator import Emulator, WebhookPolicy
+from cloudinary_analyze.ledger.sqlite import SQLiteLedger
+from cloudinary_analyze.ledger.writer import write_answer, write_item
+from cloudinary_analyze.requests import KeyBuilder
 
 pytestmark = pytest.mark.slow
 
@@ -121,14 +121,14 @@ def build_url(number: int) -> str:
 
 def fill(path: Path, emulator: Emulator) -> None:
     """Make the ledger of a run that did a million items, in one transaction."""
-    keys = KeyMaker(Captioning(build_url(0)))
+    keys = KeyBuilder(Captioning(build_url(0)))
     answer = b'{"data":{"analysis":{"data":{"caption":"A cat"}}}}'
     create(path, emulator.url, emulator.cloud_name)
     with closing(connect_for_writing(path)) as connection:
         connection.execute("BEGIN")
         for number in range(DONE):
             url = build_url(number)
-            key = bytes.fromhex(keys.make(Uri(url)))
+            key = bytes.fromhex(keys.build(Uri(url)))
             write_item(
                 connection,
                 key,

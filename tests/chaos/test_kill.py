@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cloudinary_analyze import Captioning
-from cloudinary_analyze.bulk.ledger_file import ANSWERED, SUBMITTED, connect_for_reading
+from cloudinary_analyze.ledger.file import ANSWERED, SUBMITTED, connect_for_reading
 from tests.chaos.kill_support import ITEMS, build_urls
 
 KILLS = 20

@@ -74,10 +74,10 @@ def check_response(outcome, index):
 async def check_quiet(session):
     """Nothing is left behind: no task, permit, poll or timer."""
     assert idle(session) == (0, 0, 0, 0)
-    resolver = session._resolver
-    assert resolver.poller.scheduled == 0
-    assert len(resolver.table.timers) == 0
-    assert not resolver._background
+    tracker = session._tracker
+    assert tracker.poller.scheduled == 0
+    assert len(tracker.table.timers) == 0
+    assert not tracker._background
 
 
 @pytest.mark.parametrize("count", COUNTS)

@@ -23,12 +23,12 @@ from cli_support import (
     write_urls,
 )
 
-from cloudinary_analyze.bulk.sqlite import SQLiteLedger
 from cloudinary_analyze.cli import main
 from cloudinary_analyze.cli.console import CommandError
 from cloudinary_analyze.cli.results import LedgerExport, plan_places
 from cloudinary_analyze.emulator import Emulator, FaultPlan
 from cloudinary_analyze.errors import AnalyzeError
+from cloudinary_analyze.ledger.sqlite import SQLiteLedger
 
 cli_folder, start_emulator = cli_support.cli_folder, cli_support.start_emulator
 pytestmark = pytest.mark.usefixtures("cli_folder")

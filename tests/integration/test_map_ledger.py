@@ -22,7 +22,7 @@ from cloudinary_analyze import (
     ServerError,
     TaskFailedError,
 )
-from cloudinary_analyze.bulk.sqlite import SQLiteLedger
+from cloudinary_analyze.ledger.sqlite import SQLiteLedger
 from cloudinary_analyze.protocols import Ledger, LedgerRecord
 from cloudinary_analyze.testing import ManualClock
 from tests.scripted import CAPTION, SECRET, ScriptedServer, answer, until, wind

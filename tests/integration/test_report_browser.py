@@ -15,10 +15,10 @@ import pytest
 pytest.importorskip("jinja2")
 
 from cloudinary_analyze import AnalyzeSession, Captioning, Coco, Credentials
-from cloudinary_analyze.bulk.records import build_record, dump_record
-from cloudinary_analyze.bulk.report import write_report
 from cloudinary_analyze.emulator import Emulator
 from cloudinary_analyze.emulator.gallery import COLOURS, build_gallery_scene
+from cloudinary_analyze.results.records import build_record, dump_record
+from cloudinary_analyze.results.report import write_report
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -13,8 +13,8 @@ from cloudinary_analyze import (
     Credentials,
     PermissionDeniedError,
 )
-from cloudinary_analyze.bulk.sqlite import SQLiteLedger
 from cloudinary_analyze.emulator import Emulator
+from cloudinary_analyze.ledger.sqlite import SQLiteLedger
 from tests.scripted import CAPTION, ScriptedServer, answer, busy, until
 
 MODERATION = answer(sample="ai_vision_moderation")

@@ -7,7 +7,7 @@ from scripted import ScriptedServer, Suspensions, answer, busy, until
 from task_support import build_result, connected, library_tasks, quick, resolving, sign, submit
 
 from cloudinary_analyze import AnalyzeSession, Captioning, Credentials, NotificationSource
-from cloudinary_analyze._resolve.table import Entry
+from cloudinary_analyze._tasks.table import Entry
 from cloudinary_analyze.emulator import Emulator
 from cloudinary_analyze.errors import SessionClosedError
 
@@ -49,7 +49,7 @@ class TestEverySuspension:
             async def check(_):
                 await until(lambda: busy(session.stats) == (0, 0, 0))
                 await until(lambda: session.stats.pending == 0)
-                assert not session._resolver._background
+                assert not session._tracker._background
 
             assert await cancel_everywhere(act, check, late=late) > 2
             assert session.stats.notifications["resolved"] == len(emulator.tasks)
@@ -57,15 +57,15 @@ class TestEverySuspension:
     async def test_of_the_submission_in_the_background(self, late):
         """Whoever waits is told that the task may have been accepted."""
         async with connected(quick(permits=1), task_seconds=0.01) as (_, session):
-            resolver = session._resolver
+            tracker = session._tracker
             entries = []
 
             async def act():
                 entry = Entry(request())
                 entries.append(entry)
-                wait = resolver.table.watch(entry, None)
+                wait = tracker.table.watch(entry, None)
                 deadline = session._clock.monotonic() + 10
-                await resolver._submit(entry, wait, request(), as_task=True, deadline=deadline)
+                await tracker._submit(entry, wait, request(), as_task=True, deadline=deadline)
 
             async def check(_):
                 await until(lambda: busy(session.stats) == (0, 0, 0))
@@ -75,7 +75,7 @@ class TestEverySuspension:
                     assert isinstance(answer.error, SessionClosedError)
                     assert answer.error.ambiguous
                 assert not entries[-1].waits
-                assert len(resolver.table.timers) == 0
+                assert len(tracker.table.timers) == 0
 
             assert await cancel_everywhere(act, check, late=late) > 2
             assert entries[-1].answer.error is None
@@ -98,18 +98,18 @@ class TestEverySuspension:
 
         async with ScriptedServer(follow) as server:
             async with server.session(poll_first=0.01, poll_longest=0.02) as session:
-                resolver = session._resolver
+                tracker = session._tracker
 
                 async def act():
                     return await session.analyze(request())
 
                 async def check(_):
                     await until(lambda: busy(session.stats) == (0, 0, 0))
-                    await until(lambda: resolver.caller.poll_gate.in_use == 0)
-                    assert resolver.poller.scheduled == 0
-                    pending = resolver.table.pending.values()
+                    await until(lambda: tracker.caller.poll_gate.in_use == 0)
+                    assert tracker.poller.scheduled == 0
+                    pending = tracker.table.pending.values()
                     assert not any(entry.waits or entry.poll for entry in pending)
-                    assert not resolver._background
+                    assert not tracker._background
 
                 assert await cancel_everywhere(act, check, late=late) > 2
 
@@ -127,8 +127,8 @@ class TestEverySuspension:
             async def check(_):
                 await until(lambda: busy(session.stats) == (0, 0, 0))
                 await until(lambda: session.stats.pending == 0)
-                await until(lambda: session._resolver.caller.poll_gate.in_use == 0)
-                assert session._resolver.caller.poll_gate.waiting == 0
+                await until(lambda: session._tracker.caller.poll_gate.in_use == 0)
+                assert session._tracker.caller.poll_gate.waiting == 0
 
             assert await cancel_everywhere(act, check, late=late) > 3
 
@@ -146,9 +146,9 @@ class TestEverySuspension:
 
             async def check(_):
                 await until(lambda: busy(session.stats) == (0, 0, 0))
-                resolver = session._resolver
-                await until(lambda: not resolver._background)
-                pending = resolver.table.pending.values()
+                tracker = session._tracker
+                await until(lambda: not tracker._background)
+                pending = tracker.table.pending.values()
                 assert not any(entry.waits or entry.poll for entry in pending)
 
             assert await cancel_everywhere(act, check, late=late) > 3
@@ -197,9 +197,9 @@ class TestListening:
         for n in range(1, 12):
             closed.clear()
             suspensions = Suspensions(n, late=late)
-            async with resolving(clock, source=Source()) as (_, resolver):
-                await submit(resolver)
-                listening = asyncio.create_task(suspensions.drive(resolver.listener._listen()))
+            async with resolving(clock, source=Source()) as (_, tracker):
+                await submit(tracker)
+                listening = asyncio.create_task(suspensions.drive(tracker.listener._listen()))
                 await asyncio.wait([listening], timeout=5)
                 assert listening.done()
             assert closed

@@ -229,9 +229,9 @@ class TestMap:
                     await asyncio.wait([waiting])
                 await until(lambda: busy(session.stats) == (0, 0, 0))
                 release.set()
-                await until(lambda: not session._resolver._background)
+                await until(lambda: not session._tracker._background)
                 assert len(server.seen) == 2
-                assert not session._resolver.table.pending
+                assert not session._tracker.table.pending
 
     async def test_leaving_it_stops_the_polls_of_what_was_accepted(self):
         settings = quick(poll_first=0.01, poll_longest=0.01)
@@ -241,12 +241,12 @@ class TestMap:
                 await until(lambda: session.stats.pending == 20 and session.stats.polls > 20)
                 waiting.cancel()
                 await asyncio.wait([waiting])
-            resolver = session._resolver
-            await until(lambda: resolver.caller.poll_gate.in_use == 0)
+            tracker = session._tracker
+            await until(lambda: tracker.caller.poll_gate.in_use == 0)
             polls = emulator.counts.total_polls
             await asyncio.sleep(0.05)
             assert emulator.counts.total_polls == polls
-            assert resolver.poller.scheduled == 0
+            assert tracker.poller.scheduled == 0
 
     async def test_an_item_whose_task_failed_is_an_outcome_and_stops_nothing(self):
         queue = QueueSource(asyncio.Queue())

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloudinary_analyze import ConfigurationError
-from cloudinary_analyze.bulk.export import COLUMNS, build_row, export_results, read_records
+from cloudinary_analyze.results.export import COLUMNS, build_row, export_results, read_records
 
 MODELS = (
     "ai_vision_general", "ai_vision_moderation", "ai_vision_tagging", "captioning", "cld_fashion",

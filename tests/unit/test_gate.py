@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloudinary_analyze import SessionClosedError
-from cloudinary_analyze._http.gate import Gate
+from cloudinary_analyze._http.permits import Permits
 from cloudinary_analyze.testing import ManualClock
 
 
@@ -21,7 +21,7 @@ async def settle() -> None:
 
 
 async def test_permits_bound_what_is_out_and_go_first_come_first_served(clock: ManualClock) -> None:
-    gate = Gate(2, clock)
+    gate = Permits(2, clock)
     order: list[int] = []
 
     async def use(number: int) -> None:
@@ -43,7 +43,7 @@ async def test_permits_bound_what_is_out_and_go_first_come_first_served(clock: M
 
 
 async def test_sixty_four_throttles_of_one_generation_are_one_cut(clock: ManualClock) -> None:
-    gate = Gate(64, clock)
+    gate = Permits(64, clock)
     generation = gate.generation
     assert [gate.throttle(generation, 5) for _ in range(64)] == [True] + [False] * 63
     assert gate.allowed == 32
@@ -52,14 +52,14 @@ async def test_sixty_four_throttles_of_one_generation_are_one_cut(clock: ManualC
 
 
 async def test_permits_never_fall_below_one(clock: ManualClock) -> None:
-    gate = Gate(3, clock)
+    gate = Permits(3, clock)
     for _ in range(5):
         gate.throttle(gate.generation, 1)
     assert gate.allowed == 1
 
 
 async def test_permits_grow_back_by_one_for_each_window_of_successes(clock: ManualClock) -> None:
-    gate = Gate(8, clock)
+    gate = Permits(8, clock)
     gate.throttle(gate.generation, 0.1)
     assert gate.allowed == 4
     seen = []
@@ -74,7 +74,7 @@ async def test_permits_grow_back_by_one_for_each_window_of_successes(clock: Manu
 async def test_nobody_passes_during_a_pause_and_all_that_may_pass_after_it(
     clock: ManualClock,
 ) -> None:
-    gate = Gate(4, clock)
+    gate = Permits(4, clock)
     gate.throttle(gate.generation, 10)
     passed = []
 
@@ -93,7 +93,7 @@ async def test_nobody_passes_during_a_pause_and_all_that_may_pass_after_it(
 
 
 async def test_a_pause_is_lengthened_but_never_shortened(clock: ManualClock) -> None:
-    gate = Gate(4, clock)
+    gate = Permits(4, clock)
     generation = gate.generation
     gate.throttle(generation, 10)
     gate.throttle(generation, 3)
@@ -110,7 +110,7 @@ async def test_a_pause_is_lengthened_but_never_shortened(clock: ManualClock) -> 
 async def test_the_pause_is_looked_at_again_after_the_permit_was_handed_out(
     clock: ManualClock,
 ) -> None:
-    gate = Gate(1, clock)
+    gate = Permits(1, clock)
     await gate.acquire()
     first = asyncio.create_task(gate.acquire())
     second = asyncio.create_task(gate.acquire())
@@ -132,7 +132,7 @@ async def test_the_pause_is_looked_at_again_after_the_permit_was_handed_out(
 async def test_cancelling_in_the_queue_leaves_no_trace(
     clock: ManualClock, handed_out: bool
 ) -> None:
-    gate = Gate(1, clock)
+    gate = Permits(1, clock)
     await gate.acquire()
     victim = asyncio.create_task(gate.acquire())
     heir = asyncio.create_task(gate.acquire())
@@ -150,7 +150,7 @@ async def test_cancelling_in_the_queue_leaves_no_trace(
 
 
 async def test_closing_fails_all_that_queue_and_all_that_come_later(clock: ManualClock) -> None:
-    gate = Gate(1, clock)
+    gate = Permits(1, clock)
     await gate.acquire()
     gate.throttle(gate.generation, 60)
     queueing = [asyncio.create_task(gate.acquire()) for _ in range(3)]
@@ -174,7 +174,7 @@ def test_no_mix_of_cancels_pauses_and_successes_leaks_or_overdraws_a_permit(
 
     async def run() -> None:
         clock = ManualClock()
-        gate = Gate(permits, clock)
+        gate = Permits(permits, clock)
 
         async def use() -> None:
             if gate.idle:

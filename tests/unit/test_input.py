@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloudinary_analyze.bulk.input import (
+from cloudinary_analyze.cli.input import (
     LONGEST_LINE,
     InputFormat,
     InputLine,

@@ -17,10 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloudinary_analyze import errors as error_tree
-from cloudinary_analyze._ledgered import KeyMaker, is_final
+from cloudinary_analyze._policy import is_final
 from cloudinary_analyze._wire.protocol import read_error
-from cloudinary_analyze.bulk.sqlite import SQLiteLedger
-from cloudinary_analyze.bulk.stored_errors import dump_error, load_error
 from cloudinary_analyze.errors import (
     AnalyzeError,
     BadRequestError,
@@ -31,12 +29,15 @@ from cloudinary_analyze.errors import (
     ResultNotDeliveredError,
     TaskFailedError,
 )
+from cloudinary_analyze.ledger.encoding import dump_error, load_error
+from cloudinary_analyze.ledger.sqlite import SQLiteLedger
 from cloudinary_analyze.requests import (
     AIVisionGeneral,
     AIVisionTagging,
     Asset,
     Captioning,
     Coco,
+    KeyBuilder,
     OtherModel,
     TagDefinition,
     Uri,
@@ -409,7 +410,7 @@ async def test_a_dropped_ledger_warns_and_lets_go_of_the_file(tmp_path):
 SCRIPT = """
 import asyncio, resource, shutil, signal, sys
 from tests.unit.test_ledger import KEYS, OWNER, respond
-from cloudinary_analyze.bulk.sqlite import SQLiteLedger
+from cloudinary_analyze.ledger.sqlite import SQLiteLedger
 from cloudinary_analyze.errors import LedgerError
 import hashlib
 
@@ -530,15 +531,15 @@ async def test_an_unwritable_ledger_is_told_and_left():
     ids=lambda request: request.model,
 )
 def test_a_key_made_without_a_request_is_the_requests(request_):
-    assert KeyMaker(request_).make(request_.source) == request_.key
+    assert KeyBuilder(request_).build(request_.source) == request_.key
 
 
 @given(st.text(min_size=1), st.text(min_size=1))
 def test_named_keys_differ_with_the_name_the_model_and_from_sources(one, other):
-    captioning, coco = KeyMaker(Captioning("https://a.b")), KeyMaker(Coco("https://a.b"))
-    assert (captioning.make_named(one) == captioning.make_named(other)) == (one == other)
-    assert captioning.make_named(one) != coco.make_named(one)
-    assert captioning.make_named("https://a.b") != captioning.make(Uri("https://a.b"))
+    captioning, coco = KeyBuilder(Captioning("https://a.b")), KeyBuilder(Coco("https://a.b"))
+    assert (captioning.build_named(one) == captioning.build_named(other)) == (one == other)
+    assert captioning.build_named(one) != coco.build_named(one)
+    assert captioning.build_named("https://a.b") != captioning.build(Uri("https://a.b"))
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,21 @@ import asyncio
 import itertools
 
 import pytest
-from task_support import NOW, SECRET, Service, build_failure, build_result, resolving, sign, submit
+from task_support import (
+    NOW,
+    SECRET,
+    Service,
+    attach,
+    build_failure,
+    build_result,
+    hold,
+    resolving,
+    sign,
+    submit,
+)
 
 from cloudinary_analyze import Delivery, NotificationSource
-from cloudinary_analyze._resolve.listener import BURST, FETCH_BATCH
+from cloudinary_analyze._tasks.listener import BURST, FETCH_BATCH
 from cloudinary_analyze.errors import NotificationSourceError
 from cloudinary_analyze.notifications import QueueSource
 
@@ -68,8 +79,8 @@ async def settled():
         await asyncio.sleep(0)
 
 
-def verdicts(resolver):
-    return dict(resolver.meter.notifications)
+def verdicts(tracker):
+    return dict(tracker.meter.notifications)
 
 
 class TestRefused:
@@ -96,14 +107,14 @@ class TestRefused:
     )
     async def test_verdict(self, clock, delivery, verdict):
         source = Recorder()
-        async with resolving(clock, source=source) as (_, resolver):
-            wait = await submit(resolver)
+        async with resolving(clock, source=source) as (_, tracker):
+            wait = await submit(tracker)
             source.send(delivery)
             await settled()
-            assert verdicts(resolver) == {verdict: 1}
+            assert verdicts(tracker) == {verdict: 1}
             assert wait.entry.answer is None
             assert not source.settled
-            other = await submit(resolver)
+            other = await submit(tracker)
             genuine = sign(build_result(other.entry.task_id))
             source.send(genuine)
             await settled()
@@ -125,21 +136,21 @@ class TestRefused:
 class TestSettle:
     async def test_what_answered_a_task_is_settled_and_nothing_else(self, clock):
         source = Recorder()
-        async with resolving(clock, source=source) as (_, resolver):
-            await submit(resolver)
+        async with resolving(clock, source=source) as (_, tracker):
+            await submit(tracker)
             result, again = sign(build_result("t1")), sign(build_result("t1"))
             foreign = sign(build_result("someone-elses"))
             for delivery in (result, again, foreign, foreign):
                 source.send(delivery)
             await settled()
             assert source.settled == [result, again]
-            assert verdicts(resolver) == {"resolved": 1, "duplicate": 1, "parked": 2}
+            assert verdicts(tracker) == {"resolved": 1, "duplicate": 1, "parked": 2}
 
     async def test_a_settle_that_raises_does_not_stop_the_listening(self, clock, caplog):
         source = Recorder()
         source.settle = lambda _: 1 / 0
-        async with resolving(clock, source=source) as (_, resolver):
-            waits = [await submit(resolver) for _ in range(3)]
+        async with resolving(clock, source=source) as (_, tracker):
+            waits = [await submit(tracker) for _ in range(3)]
             for wait in waits:
                 source.send(sign(build_result(wait.entry.task_id)))
             await settled()
@@ -153,8 +164,8 @@ class TestReceipt:
 
     async def test_one_that_was_stored_for_hours_is_fresh(self, clock):
         source = Recorder()
-        async with resolving(clock, source=source) as (_, resolver):
-            wait = await submit(resolver)
+        async with resolving(clock, source=source) as (_, tracker):
+            wait = await submit(tracker)
             stored = NOW - 1000 * HOUR
             source.send(sign(build_result("t1"), at=stored, received_at=stored + 60))
             await settled()
@@ -162,19 +173,19 @@ class TestReceipt:
 
     async def test_one_that_was_old_when_received_stays_stale(self, clock):
         source = Recorder()
-        async with resolving(clock, source=source) as (_, resolver):
-            await submit(resolver)
+        async with resolving(clock, source=source) as (_, tracker):
+            await submit(tracker)
             source.send(sign(build_result("t1"), at=NOW - 3 * HOUR, received_at=NOW))
             await settled()
-            assert verdicts(resolver) == {"stale": 1}
+            assert verdicts(tracker) == {"stale": 1}
 
     async def test_without_a_receipt_only_the_digest_counts(self, clock):
         source = Recorder()
-        async with resolving(clock, source=source) as (_, resolver):
-            wait = await submit(resolver)
+        async with resolving(clock, source=source) as (_, tracker):
+            wait = await submit(tracker)
             source.send(sign(build_result("t1"), at=1, received_at=None, secret="another"))
             await settled()
-            assert verdicts(resolver) == {"forged": 1}
+            assert verdicts(tracker) == {"forged": 1}
             source.send(sign(build_result("t1"), at=1, received_at=None))
             await settled()
             assert wait.entry.answer.data is not None
@@ -184,21 +195,21 @@ class TestGrace:
     async def test_the_notification_of_a_failed_task_brings_the_reason_in_time(self, clock):
         source = Recorder()
         service = Service(clock, state=lambda _: "failed")
-        async with resolving(clock, source=source, service=service) as (_, resolver):
-            wait = await submit(resolver)
+        async with resolving(clock, source=source, service=service) as (_, tracker):
+            wait = await submit(tracker)
             await clock.advance(7)
             assert wait.entry.state == "failed"
             source.send(sign(build_failure("t1", "too dark")))
             await settled()
             assert wait.entry.answer.error.cause_known
             await clock.advance(1000)
-            assert verdicts(resolver) == {"resolved": 1}
+            assert verdicts(tracker) == {"resolved": 1}
 
     async def test_the_notification_of_a_completed_task_arrives_in_time(self, clock):
         source = Recorder()
         service = Service(clock, state=lambda _: "completed")
-        async with resolving(clock, source=source, service=service) as (_, resolver):
-            wait = await submit(resolver)
+        async with resolving(clock, source=source, service=service) as (_, tracker):
+            wait = await submit(tracker)
             await clock.advance(1100)
             source.send(sign(build_result("t1")))
             await settled()
@@ -222,8 +233,8 @@ class TestYield:
 class TestSourceEnds:
     async def test_what_is_pending_fails_with_the_cause(self, clock):
         over = asyncio.Event()
-        async with resolving(clock, source=Brittle(over)) as (service, resolver):
-            waits = [await submit(resolver) for _ in range(3)]
+        async with resolving(clock, source=Brittle(over)) as (service, tracker):
+            waits = [await submit(tracker) for _ in range(3)]
             over.set()
             await settled()
             for wait in waits:
@@ -232,12 +243,12 @@ class TestSourceEnds:
                 assert error.task_id == wait.entry.task_id
                 assert "ended" in str(error)
                 assert error.__cause__ is not None
-            assert not resolver.table.pending
+            assert not tracker.table.pending
 
             paid = service.calls
-            late = resolver.submit(waits[0].entry.request, as_task=True, deadline=None)
+            late = hold(tracker.submit(waits[0].entry.request, as_task=True, deadline=None))
             assert isinstance(late.entry.answer.error, NotificationSourceError)
-            assert isinstance(resolver.attach("t9").entry.answer.error, NotificationSourceError)
+            assert isinstance(attach(tracker, "t9").entry.answer.error, NotificationSourceError)
             await settled()
             assert service.calls == paid  # its result could not arrive, so it was not sent
 
@@ -270,8 +281,8 @@ class TestSourceBreaks:
 
     async def test_cancelled_from_inside_it_is_resumed_too(self, clock):
         source = Brittle(asyncio.CancelledError(), [sign(build_result("t1"))])
-        async with resolving(clock, source=source) as (_, resolver):
-            wait = await submit(resolver)
+        async with resolving(clock, source=source) as (_, tracker):
+            wait = await submit(tracker)
             await clock.advance(1)
             assert wait.entry.answer.data is not None
 
@@ -288,8 +299,8 @@ class TestSourceBreaks:
                 yield
 
         source = Breaking()
-        async with resolving(clock, source=source) as (_, resolver):
-            waits = [await submit(resolver) for _ in range(5)]
+        async with resolving(clock, source=source) as (_, tracker):
+            waits = [await submit(tracker) for _ in range(5)]
             await settled()
             assert list(itertools.chain(*source.asked)) == [f"t{number}" for number in range(1, 6)]
             source.kept = {"t3": sign(build_result("t3"))}  # while nobody was listening
@@ -308,15 +319,15 @@ class TestMemory:
         source = Mailbox()
         long_ago = NOW - 10 * HOUR
         source.kept["t7"] = sign(build_result("t7"), at=long_ago, received_at=long_ago)
-        async with resolving(clock, source=source) as (_, resolver):
-            wait = resolver.attach("t7")
+        async with resolving(clock, source=source) as (_, tracker):
+            wait = attach(tracker, "t7")
             await settled()
             assert wait.entry.answer.data is not None
 
     async def test_a_lost_wake_up_is_made_good_every_half_minute(self, clock):
         source = Mailbox()
-        async with resolving(clock, source=source) as (_, resolver):
-            wait = await submit(resolver)
+        async with resolving(clock, source=source) as (_, tracker):
+            wait = await submit(tracker)
             await settled()
             source.kept["t1"] = sign(build_result("t1"))
             await clock.advance(29)
@@ -328,8 +339,8 @@ class TestMemory:
         source = Mailbox()
         source.failures = [ConnectionError("gone"), asyncio.CancelledError()]
         source.kept["t1"] = sign(build_result("t1"))
-        async with resolving(clock, source=source) as (_, resolver):
-            wait = await submit(resolver)
+        async with resolving(clock, source=source) as (_, tracker):
+            wait = await submit(tracker)
             await clock.advance(0.4)
             assert wait.entry.answer is None
             await clock.advance(2)
@@ -338,8 +349,8 @@ class TestMemory:
 
     async def test_thousands_are_fetched_in_batches(self, clock):
         source = Mailbox()
-        async with resolving(clock, source=source) as (_, resolver):
+        async with resolving(clock, source=source) as (_, tracker):
             for index in range(2 * FETCH_BATCH + 1):
-                resolver.attach(f"t{index}")
+                attach(tracker, f"t{index}")
             await settled()
             assert [len(batch) for batch in source.asked] == [FETCH_BATCH, FETCH_BATCH, 1]

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 
 import pytest
-from task_support import Service, resolving, submit
+from task_support import Service, attach, resolving, submit
 
 from cloudinary_analyze import (
     Captioning,
@@ -15,7 +15,7 @@ from cloudinary_analyze import (
     TaskFailedError,
     TaskTimeoutError,
 )
-from cloudinary_analyze._resolve.poller import compute_interval
+from cloudinary_analyze._tasks.poller import compute_interval
 from cloudinary_analyze.errors import (
     AuthenticationError,
     NotFoundError,
@@ -58,9 +58,9 @@ class TestIntervals:
     async def test_are_jittered_within_a_fifth(self, clock):
         async with resolving(
             clock, source=None, poll_first=10, poll_longest=10, polls_per_second=100_000
-        ) as (service, resolver):
+        ) as (service, tracker):
             for _ in range(100):
-                await submit(resolver)
+                await submit(tracker)
             await clock.advance(12.1)
             first = [service.when(f"t{number}")[0] for number in range(1, 101)]
             assert all(8 <= at <= 12.01 for at in first)
@@ -69,14 +69,12 @@ class TestIntervals:
 
 class TestPace:
     async def test_the_rate_holds_with_thousands_pending_and_the_oldest_due_go_first(self, clock):
-        async with resolving(clock, polls_per_second=20, poll_first=5) as (service, resolver):
+        async with resolving(clock, polls_per_second=20, poll_first=5) as (service, tracker):
             for _ in range(3000):
-                resolver.submit(
-                    Captioning("https://example.com/a.jpg"), as_task=True, deadline=None
-                )
-            while len(resolver.table.pending) < 3000:
+                tracker.submit(Captioning("https://example.com/a.jpg"), as_task=True, deadline=None)
+            while len(tracker.table.pending) < 3000:
                 await asyncio.sleep(0)
-            due = {entry.task_id: entry.poll.due for entry in resolver.table.pending.values()}
+            due = {entry.task_id: entry.poll.due for entry in tracker.table.pending.values()}
             await clock.advance(100)
             instants = [at for at, _ in service.polls]
             assert 20 * 95 <= len(instants) <= 20 * 97
@@ -88,9 +86,9 @@ class TestPace:
         service = Service(clock, hold=asyncio.Event())
         async with resolving(
             clock, service=service, poll_permits=3, polls_per_second=1000, poll_first=1
-        ) as (_, resolver):
+        ) as (_, tracker):
             for _ in range(20):
-                await submit(resolver)
+                await submit(tracker)
             await clock.advance(10)
             assert service.most_on_the_wire == len(service.polls) == 3
             service.hold.set()
@@ -99,45 +97,45 @@ class TestPace:
             assert service.most_on_the_wire == 3
 
     async def test_a_task_that_is_due_sooner_is_not_kept_waiting_by_another(self, clock):
-        async with resolving(clock, poll_first=100) as (service, resolver):
-            await submit(resolver)
+        async with resolving(clock, poll_first=100) as (service, tracker):
+            await submit(tracker)
             await clock.advance(1)  # now the poller sleeps until that one is due
-            resolver.attach("known-elsewhere")
+            attach(tracker, "known-elsewhere")
             await clock.advance(0)
             assert service.when("known-elsewhere") == [1]
             assert service.when("t1") == []
 
     async def test_an_answered_task_is_polled_no_more(self, clock):
-        async with resolving(clock, poll_first=1) as (service, resolver):
-            wait = await submit(resolver)
+        async with resolving(clock, poll_first=1) as (service, tracker):
+            wait = await submit(tracker)
             await clock.advance(2)
             made = len(service.polls)
-            resolver._fail_for_source(wait.entry, NotificationSourceError("ended"))
+            tracker._fail_for_source(wait.entry, NotificationSourceError("ended"))
             await clock.advance(1000)
             assert len(service.polls) == made
-            assert resolver.poller.scheduled == 0
+            assert tracker.poller.scheduled == 0
 
     async def test_taken_up_while_a_poll_is_under_way_it_is_polled_in_one_rhythm(self, clock):
         service = Service(clock, hold=asyncio.Event())
         async with resolving(clock, service=service, poll_first=10, poll_longest=10) as (
             _,
-            resolver,
+            tracker,
         ):
-            wait = await submit(resolver)
+            wait = await submit(tracker)
             await clock.advance(12)
-            resolver.table.abandon(wait)  # while the poll is on the wire
-            resolver.attach("t1")
+            tracker.table.abandon(wait)  # while the poll is on the wire
+            attach(tracker, "t1")
             service.hold.set()
             await clock.advance(300)
             assert len(service.polls) <= 2 + 300 / 8
-            assert resolver.poller.scheduled == 1
+            assert tracker.poller.scheduled == 1
 
 
 class TestCompleted:
     async def test_with_a_source_the_notification_has_the_grace_to_come(self, clock):
         service = Service(clock, state=lambda _: "completed")
-        async with resolving(clock, service=service) as (_, resolver):
-            wait = await submit(resolver, deadline=None)
+        async with resolving(clock, service=service) as (_, tracker):
+            wait = await submit(tracker, deadline=None)
             await clock.advance(6)
             assert wait.entry.state == "completed"
             polled_at = service.polls[0][0]
@@ -159,9 +157,9 @@ class TestCompleted:
         service = Service(clock, state=lambda _: "completed")
         async with resolving(clock, service=service, source=source, result_grace=grace) as (
             _,
-            resolver,
+            tracker,
         ):
-            wait = await submit(resolver)
+            wait = await submit(tracker)
             await clock.advance(6)
             assert isinstance(wait.entry.answer.error, ResultNotDeliveredError)
             assert "mode='call'" in str(wait.entry.answer.error) or source
@@ -170,9 +168,9 @@ class TestCompleted:
         service = Service(clock, state=lambda _: "completed", repeat=RESPONSE)
         async with resolving(clock, service=service, source=None, on_missing_result="analyze") as (
             _,
-            resolver,
+            tracker,
         ):
-            wait = await submit(resolver)
+            wait = await submit(tracker)
             await clock.advance(2)
             assert wait.entry.answer.response is RESPONSE
             assert wait.entry.answer.by == "analyze"
@@ -191,12 +189,12 @@ class TestCompleted:
         service = Slow(clock, state=lambda _: "completed", repeat=RESPONSE)
         async with resolving(clock, service=service, source=None, on_missing_result="analyze") as (
             _,
-            resolver,
+            tracker,
         ):
-            wait = await submit(resolver)
+            wait = await submit(tracker)
             await clock.advance(2)
-            resolver.table.abandon(wait)
-            again = resolver.attach("t1")
+            tracker.table.abandon(wait)
+            again = attach(tracker, "t1")
             await clock.advance(60)
             release.set()
             await clock.advance(1)
@@ -208,9 +206,9 @@ class TestCompleted:
         service = Service(clock, state=lambda _: "completed", repeat=ServerError("broken"))
         async with resolving(clock, service=service, source=None, on_missing_result="analyze") as (
             _,
-            resolver,
+            tracker,
         ):
-            wait = await submit(resolver)
+            wait = await submit(tracker)
             await clock.advance(2)
             assert wait.entry.answer.error is service.repeat
 
@@ -227,16 +225,16 @@ class TestCompleted:
         service = Slow(clock, state=lambda _: "completed", repeat=RESPONSE)
         async with resolving(clock, service=service, source=None, on_missing_result="analyze") as (
             _,
-            resolver,
+            tracker,
         ):
-            wait = await submit(resolver)
+            wait = await submit(tracker)
             await clock.advance(2)
             assert asked.is_set()
-            resolver.table.abandon(wait)
+            tracker.table.abandon(wait)
             release.set()
             await clock.advance(1)
             assert service.calls == 1
-            again = resolver.attach("t1")  # its request is known here
+            again = attach(tracker, "t1")  # its request is known here
             await clock.advance(2)
             assert again.entry.answer.response is RESPONSE
             assert service.calls == 2
@@ -245,9 +243,9 @@ class TestCompleted:
         service = Service(clock, state=lambda _: "completed", repeat=RESPONSE)
         async with resolving(clock, service=service, source=None, on_missing_result="analyze") as (
             _,
-            resolver,
+            tracker,
         ):
-            wait = resolver.attach("t1")
+            wait = attach(tracker, "t1")
             await clock.advance(2)
             assert isinstance(wait.entry.answer.error, ResultNotDeliveredError)
             assert service.calls == 0
@@ -263,8 +261,8 @@ class TestCompleted:
     async def test_an_analysis_in_the_status_is_used(self, clock, data):
         status = TaskStatus("t1", "completed", raw={"data": data})
         service = Service(clock, state=lambda _: status)
-        async with resolving(clock, service=service) as (_, resolver):
-            wait = await submit(resolver)
+        async with resolving(clock, service=service) as (_, tracker):
+            wait = await submit(tracker)
             await clock.advance(6)
             assert wait.entry.answer.by == "poll"
             assert "caption" in wait.entry.answer.data["analysis"]["data"]
@@ -273,8 +271,8 @@ class TestCompleted:
 class TestFailed:
     async def test_the_notification_with_the_reason_has_its_grace(self, clock):
         service = Service(clock, state=lambda _: "failed")
-        async with resolving(clock, service=service) as (_, resolver):
-            wait = await submit(resolver)
+        async with resolving(clock, service=service) as (_, tracker):
+            wait = await submit(tracker)
             await clock.advance(6)
             at = service.polls[0][0]
             await clock.advance(at + 15 - clock.now - 0.01)
@@ -287,8 +285,8 @@ class TestFailed:
 
     async def test_without_a_source_it_fails_at_once(self, clock):
         service = Service(clock, state=lambda _: "failed")
-        async with resolving(clock, service=service, source=None) as (_, resolver):
-            wait = await submit(resolver)
+        async with resolving(clock, service=service, source=None) as (_, tracker):
+            wait = await submit(tracker)
             await clock.advance(2)
             assert not wait.entry.answer.error.cause_known
 
@@ -306,8 +304,8 @@ class TestPollsThatFail:
     @pytest.mark.parametrize("source", [True, None])
     async def test_of_the_moment_are_made_again(self, clock, error, source):
         service = Service(clock, state=lambda _: error)
-        async with resolving(clock, service=service, source=source) as (_, resolver):
-            wait = await submit(resolver)
+        async with resolving(clock, service=service, source=source) as (_, tracker):
+            wait = await submit(tracker)
             await clock.advance(3600)
             assert wait.entry.answer is None
             assert len(service.polls) > 10
@@ -315,24 +313,24 @@ class TestPollsThatFail:
     @pytest.mark.parametrize("kind", [AuthenticationError, PermissionDeniedError])
     async def test_refused_they_stop_with_one_warning_and_fail_nothing(self, clock, kind, caplog):
         service = Service(clock, state=lambda _: kind("no", status=403))
-        async with resolving(clock, service=service) as (_, resolver):
-            waits = [await submit(resolver) for _ in range(50)]
+        async with resolving(clock, service=service) as (_, tracker):
+            waits = [await submit(tracker) for _ in range(50)]
             await clock.advance(60)
-            waits.append(await submit(resolver))
+            waits.append(await submit(tracker))
             await clock.advance(3600)
             assert 1 <= len(service.polls) <= 4  # those that were under way
             assert all(wait.entry.answer is None for wait in waits)
             warnings = [r for r in caplog.records if r.levelname == "WARNING"]
             assert len(warnings) == 1
             assert "query_analysis_tasks" in caplog.text
-            resolver.table.abandon(waits[0])
+            tracker.table.abandon(waits[0])
 
     @pytest.mark.parametrize("kind", [AuthenticationError, PermissionDeniedError])
     async def test_refused_without_a_source_they_fail_the_task(self, clock, kind):
         error = kind("no", status=403)
         service = Service(clock, state=lambda _: error)
-        async with resolving(clock, service=service, source=None) as (_, resolver):
-            wait = await submit(resolver)
+        async with resolving(clock, service=service, source=None) as (_, tracker):
+            wait = await submit(tracker)
             await clock.advance(2)
             assert wait.entry.answer.error is error
 
@@ -341,8 +339,8 @@ class TestPollsThatFail:
         service = Service(clock, state=lambda _: error)
         async with resolving(
             clock, service=service, source=None, poll_first=10, poll_longest=10
-        ) as (_, resolver):
-            wait = await submit(resolver)
+        ) as (_, tracker):
+            wait = await submit(tracker)
             while wait.entry.answer is None:
                 assert wait.entry.misses == sum(at >= 60 for at in service.when()) < 2
                 await clock.advance(1)
@@ -355,24 +353,24 @@ class TestPollsThatFail:
         service = Service(clock, state=lambda _: next(answers))
         async with resolving(
             clock, service=service, source=None, poll_first=100, poll_longest=100
-        ) as (_, resolver):
-            wait = await submit(resolver)
+        ) as (_, tracker):
+            wait = await submit(tracker)
             await clock.advance(1000)
             assert len(service.polls) > 6
             assert wait.entry.answer is None
 
     async def test_not_found_never_fails_a_task_with_a_source(self, clock):
         service = Service(clock, state=lambda _: NotFoundError("unknown", status=404))
-        async with resolving(clock, service=service) as (_, resolver):
-            wait = await submit(resolver)
+        async with resolving(clock, service=service) as (_, tracker):
+            wait = await submit(tracker)
             await clock.advance(20_000)
             assert wait.entry.misses > 2
             assert wait.entry.answer is None
 
     async def test_an_unknown_state_warns_once_and_counts_as_running(self, clock, caplog):
         service = Service(clock, state=lambda _: "queued_for_gpu")
-        async with resolving(clock, service=service, source=None) as (_, resolver):
-            waits = [await submit(resolver) for _ in range(3)]
+        async with resolving(clock, service=service, source=None) as (_, tracker):
+            waits = [await submit(tracker) for _ in range(3)]
             await clock.advance(100)
             assert all(wait.entry.state == "queued_for_gpu" for wait in waits)
             assert all(wait.entry.answer is None for wait in waits)
@@ -382,8 +380,8 @@ class TestPollsThatFail:
 
 class TestTimeouts:
     async def test_end_the_handle_alone_and_its_polls(self, clock):
-        async with resolving(clock) as (service, resolver):
-            wait = await submit(resolver, deadline=100)
+        async with resolving(clock) as (service, tracker):
+            wait = await submit(tracker, deadline=100)
             await clock.advance(100)
             assert isinstance(wait.ended, TaskTimeoutError)
             assert wait.ended.task_id == "t1"
@@ -391,7 +389,7 @@ class TestTimeouts:
             made = len(service.polls)
             await clock.advance(500)
             assert len(service.polls) == made
-            again = resolver.attach("t1")
+            again = attach(tracker, "t1")
             assert again.entry is wait.entry
             await clock.advance(0.1)
             assert len(service.polls) == made + 1  # it may be over by now

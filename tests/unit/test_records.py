@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 
 from cloudinary_analyze._wire.protocol import read_error, read_response
-from cloudinary_analyze.bulk.input import InputItem, InputLine
-from cloudinary_analyze.bulk.records import build_record, dump_record
 from cloudinary_analyze.errors import InvalidRequestError, TransportError
 from cloudinary_analyze.outcomes import Outcome
 from cloudinary_analyze.requests import MODELS, Asset, Coco, Uri
+from cloudinary_analyze.results.records import InputItem, InputLine, build_record, dump_record
 
 URL = "https://example.com/a.jpg?token=x"
 FIELDS = [

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloudinary_analyze import ConfigurationError
-from cloudinary_analyze.bulk.report.findings import NOTHING, Findings, Mark, read_findings
-from cloudinary_analyze.bulk.report.gallery import Gallery, embed_json, find_address
-from cloudinary_analyze.bulk.report.statistics import Durations, Statistics, build_axis
+from cloudinary_analyze.results.report.findings import NOTHING, Findings, Mark, read_findings
+from cloudinary_analyze.results.report.gallery import Gallery, embed_json, find_address
+from cloudinary_analyze.results.report.statistics import Durations, Statistics, build_axis
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
@@ -213,7 +213,7 @@ class Elements(HTMLParser):
 
 def write(path, *records):
     pytest.importorskip("jinja2")
-    from cloudinary_analyze.bulk.report import write_report
+    from cloudinary_analyze.results.report import write_report
 
     lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
     return write_report(lines, path), path.read_text("utf-8")
@@ -283,7 +283,7 @@ def test_half_a_surrogate_pair_does_not_stop_the_page(tmp_path):
 
 
 def test_without_the_extra_a_sentence_says_what_to_install(monkeypatch, tmp_path):
-    from cloudinary_analyze.bulk.report import write_report
+    from cloudinary_analyze.results.report import write_report
 
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ConfigurationError, match=r"pip install 'cloudinary-analyze\[report\]'"):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloudinary_analyze import AnalyzeError, AttemptTimeoutError, Settings, TransportError
-from cloudinary_analyze._http.retry import (
+from cloudinary_analyze._policy import (
     build_waits,
     compute_wait,
     decide_wait,

@@ -7,10 +7,10 @@ import pytest
 from task_support import build_failure, build_result
 
 from cloudinary_analyze import Captioning, Settings, TaskFailedError, TaskTimeoutError
-from cloudinary_analyze._http.meter import Meter
-from cloudinary_analyze._resolve.table import Answer, Entry, Table
+from cloudinary_analyze._tasks.table import Answer, Entry, Table
 from cloudinary_analyze._wire.protocol import build_task_failure
 from cloudinary_analyze.errors import NotFoundError, ResultNotDeliveredError, SessionClosedError
+from cloudinary_analyze.events import Meter
 from cloudinary_analyze.webhooks import parse_notification
 
 REQUEST = Captioning("https://example.com/a.jpg")

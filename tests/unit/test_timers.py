@@ -6,7 +6,7 @@ import random
 import pytest
 
 from cloudinary_analyze._clock import SYSTEM_CLOCK
-from cloudinary_analyze._resolve.timers import BURST, DueHeap, Timers
+from cloudinary_analyze._tasks.timers import BURST, DueHeap, Timers
 
 
 def call(callback):

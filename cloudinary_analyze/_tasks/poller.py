@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from cloudinary_analyze._clock import Clock, TimerHandle, wake
-from cloudinary_analyze._resolve.table import Answer, Entry, Table
-from cloudinary_analyze._resolve.timers import DueHeap
+from cloudinary_analyze._tasks.handle import MISSES
+from cloudinary_analyze._tasks.table import Answer, Entry, Table
+from cloudinary_analyze._tasks.timers import DueHeap
 from cloudinary_analyze._wire.protocol import build_task_failure, find_result
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
@@ -37,7 +38,6 @@ logger = logging.getLogger("cloudinary_analyze")
 GROWTH: Final = 1.6
 RUNNING: Final = frozenset({"pending", "processing"})
 FIRST_MINUTE: Final = 60.0  # a task may be unknown to the service for a while
-MISSES: Final = 2
 
 
 def compute_interval(previous: float, settings: Settings, *, with_source: bool) -> float:

@@ -15,8 +15,7 @@ from typing import Any
 import attrs
 
 from cloudinary_analyze._clock import Clock
-from cloudinary_analyze._http.meter import Meter
-from cloudinary_analyze._resolve.timers import Node, Timers
+from cloudinary_analyze._tasks.timers import Node, Timers
 from cloudinary_analyze._wire.protocol import build_task_failure
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
@@ -26,7 +25,7 @@ from cloudinary_analyze.errors import (
     TaskFailedError,
     TaskTimeoutError,
 )
-from cloudinary_analyze.events import NotificationSeen, TaskAnswered
+from cloudinary_analyze.events import Meter, NotificationSeen, TaskAnswered
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import Notification, Response, has_analysis
 from cloudinary_analyze.webhooks import parse_notification

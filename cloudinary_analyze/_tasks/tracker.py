@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
 from cloudinary_analyze._clock import Clock
-from cloudinary_analyze._http.meter import Meter
-from cloudinary_analyze._resolve.listener import Listener
-from cloudinary_analyze._resolve.poller import Poller
-from cloudinary_analyze._resolve.table import Answer, Entry, Table, Wait
+from cloudinary_analyze._tasks.handle import AnalysisTask
+from cloudinary_analyze._tasks.listener import Listener
+from cloudinary_analyze._tasks.poller import Poller
+from cloudinary_analyze._tasks.table import Answer, Entry, Table, Wait
 from cloudinary_analyze._wire.protocol import Accepted
 from cloudinary_analyze.config import Credentials, Settings
 from cloudinary_analyze.errors import (
@@ -22,7 +22,7 @@ from cloudinary_analyze.errors import (
     SessionClosedError,
     TaskTimeoutError,
 )
-from cloudinary_analyze.events import TaskAccepted
+from cloudinary_analyze.events import Meter, TaskAccepted
 from cloudinary_analyze.protocols import NotificationSource
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import TaskStatus
@@ -30,9 +30,11 @@ from cloudinary_analyze.responses import TaskStatus
 if TYPE_CHECKING:
     from cloudinary_analyze._http.call import Caller
 
+A = TypeVar("A")
+
 
 @attrs.define(eq=False, repr=False)
-class Resolver:
+class Tracker:
     """The tasks of one session. Made on its event loop.
 
     Attributes:
@@ -61,37 +63,38 @@ class Resolver:
         meter: Meter,
         source: NotificationSource | None,
         notification_url: str | None,
-    ) -> Resolver:
+    ) -> Tracker:
         """Wire the parts together and begin to listen."""
         table = Table(settings, clock, meter, asyncio.get_running_loop())
-        resolver: Resolver
+        tracker: Tracker
         poller = Poller(
             table,
             caller,
             settings,
             clock,
             source is not None,
-            lambda entry: resolver.take_missing(entry),  # noqa: PLW0108 -- made below
+            lambda entry: tracker.take_missing(entry),  # noqa: PLW0108 -- made below
         )
-        resolver = cls(caller, settings, clock, meter, notification_url, table, poller)
+        tracker = cls(caller, settings, clock, meter, notification_url, table, poller)
         if source is not None:
-            resolver.listener = Listener(source, credentials, table, clock, resolver._end_source)
-            resolver.listener.start()
-        return resolver
+            tracker.listener = Listener(source, credentials, table, clock, tracker._end_source)
+            tracker.listener.start()
+        return tracker
 
     def submit(
-        self, request: AnalyzeRequest[Any], *, as_task: bool, deadline: float | None
-    ) -> Wait:
-        """Send a request in the background and return the wait for it at once."""
+        self, request: AnalyzeRequest[A], *, as_task: bool, deadline: float | None
+    ) -> AnalysisTask[A]:
+        """Send a request in the background and return its handle at once."""
         entry = Entry(request)
         wait = self.table.watch(entry, None)
+        task = AnalysisTask(request.model, request.analysis_type, self, wait)
         if as_task and self._source_error is not None:
             self._fail_for_source(entry, self._source_error)  # paid for and never told: not sent
-            return wait
+            return task
         work = self._submit(entry, wait, request, as_task=as_task, deadline=deadline)
         entry.submission = asyncio.create_task(work)
         self._keep(entry.submission)
-        return wait
+        return task
 
     def withdraw(self, wait: Wait) -> None:
         """End a wait, and the call that submits its task if that was not accepted yet."""
@@ -162,17 +165,37 @@ class Resolver:
     def attach(
         self,
         task_id: str,
+        model: str,
+        analysis_type: type[A],
         *,
-        request: AnalyzeRequest[Any] | None = None,
+        request: AnalyzeRequest[A] | None = None,
+        just_accepted: bool = False,
         deadline: float | None = None,
-    ) -> Wait:
-        """Return a wait for an accepted task, whether it is known here or not.
+    ) -> AnalysisTask[A]:
+        """Return a handle on an accepted task, whether it is known here or not.
 
         Args:
             task_id: The task.
-            request: What was asked, if it was accepted just now.
+            model: The model's wire name, for messages.
+            analysis_type: How to read the result.
+            request: The request, if it is known: for messages, and to repeat it where the
+                settings ask for that.
+            just_accepted: The service accepted the task just now, as the response to a call.
             deadline: Monotonic instant when the wait ends.
         """
+        wait = self._watch(task_id, request, just_accepted=just_accepted, deadline=deadline)
+        if wait.entry.request is None:
+            wait.entry.request = request
+        return AnalysisTask(model, analysis_type, self, wait)
+
+    def _watch(
+        self,
+        task_id: str,
+        request: AnalyzeRequest[Any] | None,
+        *,
+        just_accepted: bool,
+        deadline: float | None,
+    ) -> Wait:
         entry = self.table.find(task_id)
         if entry is not None:
             resumed = entry.answer is None and not entry.waits
@@ -182,7 +205,7 @@ class Resolver:
             return wait
         entry = Entry(request, state="pending")
         wait = self.table.watch(entry, deadline)
-        if request is not None:
+        if just_accepted:
             self._accept(entry, task_id)
         else:
             self._enter(entry, task_id, at_once=True)  # it may well be finished by now

@@ -7,26 +7,41 @@ themselves, and their jitter may wait less than the server asked for.
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-import backoff
+from typing import Final
 
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
     AnalyzeError,
     ApiError,
+    AuthenticationError,
+    BadRequestError,
+    ConfigurationError,
+    LedgerError,
+    NotFoundError,
+    PermissionDeniedError,
     QuotaExceededError,
     RateLimitedError,
     ServerError,
+    SessionClosedError,
+    SessionNotOpenError,
+    TaskFailedError,
     TransportError,
-    asks_for_more,
 )
 
+FINAL_STATUSES: Final = frozenset({400, 413, 415, 422})
 SERVER_JITTER = 0.1  # of the wait that the server asked for, on top of it
 LEAST_SERVER_JITTER = 0.25  # seconds
 
 
+def prepare() -> None:
+    """Import backoff ahead of the first failure, when file descriptors may be short."""
+    import backoff  # noqa: F401
+
+
 def build_waits(settings: Settings) -> Iterator[float]:
     """Yield the waits before jitter, in seconds: doubling, up to the cap."""
+    import backoff
+
     waits = backoff.expo(factor=settings.backoff_first, max_value=settings.backoff_max)
     next(waits)  # backoff's generators yield nothing of use first
     while True:
@@ -96,3 +111,41 @@ def decide_wait(
     retry_after = error.retry_after if isinstance(error, ApiError) else None
     wait = compute_wait(own_wait, retry_after, chance=chance)
     return wait if retry_after is None else min(wait, settings.max_server_wait)
+
+
+def asks_for_more(error: Exception, seconds: float) -> bool:
+    """Whether the service asks for a longer wait than that."""
+    return (
+        isinstance(error, ApiError)
+        and error.retry_after is not None
+        and error.retry_after > seconds
+    )
+
+
+def is_final(error: AnalyzeError) -> bool:
+    """Whether the same request would fail alike at any later time, so that it is recorded.
+
+    A 404 counts if it answers an analyze call in the service's own words: a proxy may say 404
+    for reasons of the moment, and a status poll's tells of a task.
+    """
+    if isinstance(error, BadRequestError):
+        return error.status in FINAL_STATUSES
+    if isinstance(error, NotFoundError):
+        return error.model is not None and bool(error.api_message or error.code or error.details)
+    return isinstance(error, TaskFailedError)
+
+
+_STOPPING = (
+    AuthenticationError,
+    PermissionDeniedError,
+    QuotaExceededError,
+    SessionClosedError,
+    SessionNotOpenError,
+    ConfigurationError,
+    LedgerError,
+)
+
+
+def stops_the_stream(error: Exception, settings: Settings) -> bool:
+    """Whether an error would fail every further item alike."""
+    return isinstance(error, _STOPPING) or asks_for_more(error, settings.max_server_wait)

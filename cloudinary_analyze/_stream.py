@@ -24,19 +24,13 @@ from typing import Any, Generic, Self, TypeVar
 import attrs
 
 from cloudinary_analyze._clock import Clock
-from cloudinary_analyze._ledgered import Ledgered
+from cloudinary_analyze._policy import stops_the_stream
+from cloudinary_analyze._recording import Recording
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
-    AuthenticationError,
     BulkStoppedError,
     ConfigurationError,
     InvalidRequestError,
-    LedgerError,
-    PermissionDeniedError,
-    QuotaExceededError,
-    SessionClosedError,
-    SessionNotOpenError,
-    asks_for_more,
 )
 from cloudinary_analyze.outcomes import Outcome
 from cloudinary_analyze.requests import AnalyzeRequest
@@ -46,21 +40,6 @@ Item = TypeVar("Item")
 A = TypeVar("A")
 
 Perform = Callable[[AnalyzeRequest[A]], Awaitable[Response[A]]]
-
-_STOPPING = (
-    AuthenticationError,
-    PermissionDeniedError,
-    QuotaExceededError,
-    SessionClosedError,
-    SessionNotOpenError,
-    ConfigurationError,
-    LedgerError,
-)
-
-
-def stops_the_stream(error: Exception, settings: Settings) -> bool:
-    """Whether an error would fail every further item alike."""
-    return isinstance(error, _STOPPING) or asks_for_more(error, settings.max_server_wait)
 
 
 @attrs.define(eq=False, repr=False)
@@ -74,7 +53,7 @@ class _Pump(Generic[Item, A]):
     clock: Clock
     window: int
     ordered: bool
-    ledgered: Ledgered[Item] | None = None
+    recording: Recording[Item] | None = None
     ready: deque[Outcome[Item, A]] = attrs.field(factory=deque)
     early: dict[int, Outcome[Item, A]] = attrs.field(factory=dict)
     pulled: int = 0
@@ -100,9 +79,9 @@ class _Pump(Generic[Item, A]):
             self._wake(self.consumers, everybody=True)
 
     async def _work(self) -> None:
-        if self.ledgered is not None and not self.pulled:
+        if self.recording is not None and not self.pulled:
             try:
-                await self.ledgered.open()
+                await self.recording.open()
             except Exception as error:
                 self.stop(error)
         asynchronous = isinstance(self.source, AsyncIterator)
@@ -155,10 +134,10 @@ class _Pump(Generic[Item, A]):
         begun = self.clock.monotonic()
         try:
             request = self._build_request(item)
-            if self.ledgered is None:
+            if self.recording is None:
                 response = await self.perform(request)
             else:
-                response = await self.ledgered.perform(item, request)
+                response = await self.recording.perform(item, request)
         except Exception as error:
             failure = error
             if stops_the_stream(error, self.settings):
@@ -278,7 +257,7 @@ class OutcomeStream(Generic[Item, A]):
         clock: Clock,
         window: int,
         ordered: bool,
-        ledgered: Ledgered[Item] | None = None,
+        recording: Recording[Item] | None = None,
     ) -> None:
         source: Iterator[Item] | AsyncIterator[Item]
         if isinstance(items, AsyncIterable):
@@ -296,7 +275,7 @@ class OutcomeStream(Generic[Item, A]):
             )
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
             raise ConfigurationError(f"The window must be a whole number from 1, not {window!r}.")
-        self._pump = _Pump(source, to_request, perform, settings, clock, window, ordered, ledgered)
+        self._pump = _Pump(source, to_request, perform, settings, clock, window, ordered, recording)
         self._started = False
         # a stage before this one would else stay open until it is collected
         self._stage = source if isinstance(source, AsyncGenerator | OutcomeStream) else None

@@ -18,6 +18,7 @@ import attrs
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze.errors import ConfigurationError, InvalidRequestError
 from cloudinary_analyze.requests import Asset, Uri
+from cloudinary_analyze.results.records import InputLine
 
 InputFormat = Literal["text", "csv", "jsonl"]
 
@@ -49,40 +50,6 @@ _BINARY_STARTS: Final = (
 )
 _CUT: Final = "\0"  # ends a line that was cut short; no URL, id or JSON can hold it
 _UNDECODED = re.compile("[\ud800-\udfff]")
-
-
-@attrs.frozen
-class InputLine:
-    """One line or record of the input: a source, or the reason why it is none.
-
-    Attributes:
-        number: The line in the file where it begins, from 1.
-        text: What stands there for the source; the beginning of it, if it is bad.
-        source: What to analyse; ``None`` if the line is bad.
-        error: Why the line is bad.
-        name: What the item is known by instead of its source, where the input names it.
-    """
-
-    number: int
-    text: str
-    source: Uri | Asset | None = None
-    error: InvalidRequestError | None = None
-    name: str | None = None
-
-
-@attrs.frozen
-class InputItem:
-    """An item of a run: a line, and the model that analyses it.
-
-    Attributes:
-        line: The line.
-        model: The model's wire name; ``None`` for a bad line, which no model sees.
-        index: Its place among the items of the run, from 0, where that is counted.
-    """
-
-    line: InputLine
-    model: str | None = None
-    index: int | None = None
 
 
 def detect_format(name: str) -> InputFormat:

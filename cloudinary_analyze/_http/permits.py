@@ -17,7 +17,7 @@ from cloudinary_analyze._clock import Clock, TimerHandle, wake
 
 
 @attrs.define(eq=False, repr=False)
-class Gate:
+class Permits:
     """Hands out permits, first come first served.
 
     Where `idle` is true, a caller may take a permit by counting `in_use` up itself, which saves

@@ -16,11 +16,11 @@ from typing import Any, Final
 
 import attrs
 
-from cloudinary_analyze.bulk.report.findings import NOTHING, read_findings
-from cloudinary_analyze.bulk.report.gallery import MOST_PICTURES, Gallery
-from cloudinary_analyze.bulk.report.results import open_replacement, read_records
-from cloudinary_analyze.bulk.report.statistics import Statistics, build_axis, format_seconds
 from cloudinary_analyze.errors import ConfigurationError
+from cloudinary_analyze.results.report.findings import NOTHING, read_findings
+from cloudinary_analyze.results.report.gallery import MOST_PICTURES, Gallery
+from cloudinary_analyze.results.report.results import open_replacement, read_records
+from cloudinary_analyze.results.report.statistics import Statistics, build_axis, format_seconds
 
 __all__ = ["MOST_PICTURES", "WrittenReport", "write_report"]
 
@@ -88,7 +88,7 @@ def _load_template() -> Any:
             "pip install 'cloudinary-analyze[report]'"
         ) from None
     environment = Environment(
-        loader=PackageLoader("cloudinary_analyze.bulk.report"),
+        loader=PackageLoader("cloudinary_analyze.results.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator
-from typing import Any, Final, Generic, TypeVar
+from collections.abc import Awaitable, Callable, Generator
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
-from cloudinary_analyze._resolve.table import Answer, Table, Wait, report_error
+from cloudinary_analyze._tasks.table import Answer, Wait, report_error
 from cloudinary_analyze._wire.protocol import read_analysis_data
 from cloudinary_analyze.errors import SessionNotOpenError
 from cloudinary_analyze.responses import Response, TaskStatus
 
+if TYPE_CHECKING:
+    from cloudinary_analyze._tasks.tracker import Tracker
+
 A = TypeVar("A")
 
+MISSES: Final = 2
 FINISHED: Final = frozenset({"completed", "failed"})
 
 
@@ -34,14 +38,14 @@ class AnalysisTask(Generic[A]):
         "_model",
         "_response",
         "_retrieved",
-        "_table",
+        "_tracker",
         "_wait",
     )
 
-    def __init__(self, model: str, analysis_type: type[A], table: Table, wait: Wait) -> None:
+    def __init__(self, model: str, analysis_type: type[A], tracker: Tracker, wait: Wait) -> None:
         self._model = model
         self._analysis_type = analysis_type
-        self._table = table
+        self._tracker = tracker
         self._wait = wait
         self._response: Response[A] | None = None
         self._future: asyncio.Task[Response[A]] | None = None
@@ -73,7 +77,7 @@ class AnalysisTask(Generic[A]):
         return self.result()
 
     async def _change(self) -> None:
-        if asyncio.get_running_loop() is not self._table.loop:
+        if asyncio.get_running_loop() is not self._tracker.table.loop:
             raise SessionNotOpenError(
                 "A task can be awaited only on the event loop of its session. Open one session "
                 "per loop, and pass the task id on: session.task(task_id, …)."
@@ -157,6 +161,14 @@ class AnalysisTask(Generic[A]):
         self._retrieved = True
         return TaskStatus(self.task_id or "", self.status)
 
+    async def is_known(self) -> bool:
+        """Wait until the task is done, or until the service twice did not know it."""
+        while not self.done():
+            if self._wait.entry.misses >= MISSES:
+                return False
+            await self._change()
+        return True
+
     def abandon(self) -> None:
         """Stop waiting: every waiter on this handle gets a `TaskTimeoutError`.
 
@@ -164,7 +176,12 @@ class AnalysisTask(Generic[A]):
         same task are not disturbed.
         """
         self._retrieved = True
-        self._table.abandon(self._wait)
+        self._tracker.table.abandon(self._wait)
+
+    def withdraw(self) -> None:
+        """Stop waiting, and cancel the submission if the service has not accepted it yet."""
+        self._retrieved = True
+        self._tracker.withdraw(self._wait)
 
     def as_future(self) -> asyncio.Future[Response[A]]:
         """Return a real `asyncio.Future`, for ``asyncio.wait``.
@@ -194,3 +211,21 @@ class AnalysisTask(Generic[A]):
             wait.orphaned = True  # the table reports it, should it fail
             return
         report_error(wait.entry, wait.ended or (answer and answer.error))
+
+
+async def follow(
+    task: AnalysisTask[A], *, on_accepted: Callable[[str], Awaitable[None]] | None = None
+) -> Response[A]:
+    """Await a task that has no other holder; leaving early withdraws it.
+
+    Args:
+        task: The handle.
+        on_accepted: Called once with the task id, before the result is awaited.
+    """
+    try:
+        if on_accepted is not None and (task_id := await task.accepted()) is not None:
+            await on_accepted(task_id)
+        return await task
+    except BaseException:
+        task.withdraw()
+        raise

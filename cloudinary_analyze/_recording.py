@@ -1,38 +1,33 @@
 """Bulk work with a ledger: what is known is not asked again, what is learned is recorded first.
 
-Stands between the windowed stream and the session's calls. `is_final` decides, `KeyMaker` names;
-`Ledgered` does the steps in the order that makes a kill at any moment harmless.
+Stands between the windowed stream and the session's calls. `is_final` decides; `Recording` does the steps in the order that makes a kill at any moment harmless.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Awaitable, Callable
-from hashlib import sha256
+from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
 import attrs
 
 from cloudinary_analyze._clock import Clock
-from cloudinary_analyze._resolve.poller import MISSES
-from cloudinary_analyze._resolve.resolver import Resolver
-from cloudinary_analyze._resolve.table import Wait
+from cloudinary_analyze._policy import is_final
+from cloudinary_analyze._tasks.handle import AnalysisTask, follow
+from cloudinary_analyze._tasks.tracker import Tracker
 from cloudinary_analyze._wire.protocol import Accepted, find_result, read_analysis_data
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
     AnalyzeError,
-    BadRequestError,
     InvalidRequestError,
     LedgerError,
     NotFoundError,
-    TaskFailedError,
 )
 from cloudinary_analyze.protocols import Ledger, LedgerRecord
-from cloudinary_analyze.requests import KEY_VERSION, AnalyzeRequest, Asset, Uri
+from cloudinary_analyze.requests import AnalyzeRequest, KeyBuilder
 from cloudinary_analyze.responses import JSONObject, Response, TaskStatus
-from cloudinary_analyze.task import AnalysisTask
 
 Item = TypeVar("Item")
 A = TypeVar("A")
@@ -40,52 +35,9 @@ T = TypeVar("T")
 
 logger = logging.getLogger("cloudinary_analyze")
 
-FINAL_STATUSES: Final = frozenset({400, 413, 415, 422})
 SENDING: Final = 2  # times the permits: one half on the wire, one half retrying or waiting
 POST_PATIENCE: Final = 5.0  # seconds for submissions on the wire when the stream is left
 BURST: Final = 64  # answers from the ledger between two yields to the loop
-
-_encode_string: Final[Callable[[str], str]] = json.encoder.encode_basestring_ascii
-
-
-class KeyMaker:
-    """Makes the keys of requests that differ in their source alone, without making the requests.
-
-    Args:
-        example: Any of these requests.
-    """
-
-    def __init__(self, example: AnalyzeRequest[Any]) -> None:
-        parameters = json.dumps(example.parameters, sort_keys=True, separators=(",", ":"))
-        self._head = f"[{_encode_string(KEY_VERSION)},{_encode_string(example.model)},["
-        self._tail = f"],{parameters}]"
-
-    def make(self, source: Uri | Asset) -> str:
-        """Return `AnalyzeRequest.key` of the request with this source."""
-        if isinstance(source, Uri):
-            return self._hash("uri", source.uri)
-        return self._hash("asset_id", source.asset_id)
-
-    def make_named(self, name: str) -> str:
-        """Return the key of the request with a name in the place of its source."""
-        return self._hash("key", name)
-
-    def _hash(self, kind: str, text: str) -> str:
-        canonical = f'{self._head}"{kind}",{_encode_string(text)}{self._tail}'
-        return sha256(canonical.encode()).hexdigest()
-
-
-def is_final(error: AnalyzeError) -> bool:
-    """Whether the same request would fail alike at any later time, so that it is recorded.
-
-    A 404 counts if it answers an analyze call in the service's own words: a proxy may say 404
-    for reasons of the moment, and a status poll's tells of a task.
-    """
-    if isinstance(error, BadRequestError):
-        return error.status in FINAL_STATUSES
-    if isinstance(error, NotFoundError):
-        return error.model is not None and bool(error.api_message or error.code or error.details)
-    return isinstance(error, TaskFailedError)
 
 
 def restore_response(request: AnalyzeRequest[A], raw: JSONObject) -> Response[A]:
@@ -105,14 +57,14 @@ Shared = asyncio.Future[tuple[Response[Any] | None, Exception | None] | None]
 
 
 @attrs.define(eq=False, repr=False, kw_only=True)
-class Ledgered(Generic[Item]):
+class Recording(Generic[Item]):
     """The way of one stream's items through a ledger.
 
     Attributes:
         ledger: What remembers.
         name: The name of an item, which stands in its key for the source; ``None``: the source.
         as_tasks: Whether requests are submitted as tasks, or made as calls.
-        resolver: Sends them, and brings tasks to their answer.
+        tracker: Sends them, and brings tasks to their answer.
         settings: How to call.
         clock: For the deadlines.
         shared: The requests under way in the session, by ledger and key.
@@ -122,7 +74,7 @@ class Ledgered(Generic[Item]):
     ledger: Ledger
     name: Callable[[Item], str] | None
     as_tasks: bool
-    resolver: Resolver
+    tracker: Tracker
     settings: Settings
     clock: Clock
     shared: dict[tuple[int, str], Shared]
@@ -140,7 +92,7 @@ class Ledgered(Generic[Item]):
         Raises:
             LedgerError: It cannot be.
         """
-        caller = self.resolver.caller
+        caller = self.tracker.caller
         await self._ask(self.ledger.open(base_url=caller.base_url, cloud_name=caller.cloud_name))
 
     async def perform(self, item: Item, request: AnalyzeRequest[A]) -> Response[A]:
@@ -184,7 +136,7 @@ class Ledgered(Generic[Item]):
             raise InvalidRequestError(
                 f"`key` must return a non-empty string for each item, not {name!r:.80}."
             )
-        return KeyMaker(request).make_named(name)
+        return KeyBuilder(request).build_named(name)
 
     async def _settle(self, key: str, request: AnalyzeRequest[A]) -> Response[A]:
         record = await self._ask(self.ledger.find(key))
@@ -221,29 +173,32 @@ class Ledgered(Generic[Item]):
             return await self._submit(key, request)
         async with self._sending:
             self._check()
-            answer = await self.resolver.caller.analyze(
+            answer = await self.tracker.caller.analyze(
                 request, deadline=self._deadline(self.settings.call_timeout)
             )
         if not isinstance(answer, Accepted):
             return answer
-        return await self._take_up(answer.task_id, request, key=key)
+        task = self._attach(answer.task_id, request, just_accepted=True)
+        return await follow(task, on_accepted=partial(self._record_submitted, key))
 
     async def _submit(self, key: str, request: AnalyzeRequest[A]) -> Response[A]:
         async with self._sending:
             self._check()
-            wait = self.resolver.submit(
+            task = self.tracker.submit(
                 request, as_task=True, deadline=self._deadline(self.settings.task_timeout)
             )
-            task = self._hold(request, wait)
             try:
                 await task.accepted()
             except asyncio.CancelledError:
-                await self._await_acceptance(key, task, wait)
+                await self._await_acceptance(key, task)
                 raise
-        return await self._join(task, wait, key=key)
+        return await follow(task, on_accepted=partial(self._record_submitted, key))
 
-    async def _await_acceptance(self, key: str, task: AnalysisTask[Any], wait: Wait) -> None:
-        """Let a submission on the wire answer, since its task is paid for."""
+    async def _record_submitted(self, key: str, task_id: str) -> None:
+        await self._ask(self.ledger.record_submitted(key, task_id))
+
+    async def _await_acceptance(self, key: str, task: AnalysisTask[Any]) -> None:
+        """Let a submission in flight finish, because its task is paid for."""
         try:
             async with self.clock.timeout_at(self.clock.monotonic() + POST_PATIENCE):
                 task_id = await task.accepted()
@@ -252,57 +207,34 @@ class Ledgered(Generic[Item]):
         except Exception as error:
             logger.debug("A submission was given up: %r", error)
         finally:
-            self._leave(task, wait)
+            task.withdraw()
 
     async def _resume(self, task_id: str, request: AnalyzeRequest[A]) -> Response[A]:
-        """Take up a task of an earlier run, unless the service has forgotten it.
+        """Re-attach a task of an earlier run, unless the service has forgotten it.
 
         Raises:
-            NotFoundError: It has; whatever it answered was lost, and only asking anew helps.
+            NotFoundError: It has. Its result is lost, and only a new request helps.
         """
-        task, wait = self._attach(task_id, request)
+        task = self._attach(task_id, request)
         try:
-            while not task.done() and wait.entry.misses < MISSES:
-                await wait.entry.change()
-        except asyncio.CancelledError:
-            self._leave(task, wait)
+            if not await task.is_known():
+                raise NotFoundError(f"The service does not know the task {task_id}.")
+        except BaseException:
+            task.withdraw()
             raise
-        if not task.done():
-            self._leave(task, wait)
-            raise NotFoundError(f"The service does not know the task {task_id} any more.")
-        return task.result()
+        return await follow(task)
 
-    async def _take_up(
-        self, task_id: str, request: AnalyzeRequest[A], *, key: str | None = None
-    ) -> Response[A]:
-        task, wait = self._attach(task_id, request)
-        return await self._join(task, wait, key=key)
-
-    def _attach(self, task_id: str, request: AnalyzeRequest[A]) -> tuple[AnalysisTask[A], Wait]:
-        deadline = self._deadline(self.settings.task_timeout)
-        wait = self.resolver.attach(task_id, deadline=deadline)
-        if wait.entry.request is None:
-            wait.entry.request = request  # for messages, and to repeat it where that is wished
-        return self._hold(request, wait), wait
-
-    async def _join(
-        self, task: AnalysisTask[A], wait: Wait, *, key: str | None = None
-    ) -> Response[A]:
-        """Await a task, once its id is recorded; leaving it leaves nothing behind."""
-        try:
-            if key is not None and task.task_id is not None:
-                await self._ask(self.ledger.record_submitted(key, task.task_id))
-            return await task
-        except (asyncio.CancelledError, LedgerError):
-            self._leave(task, wait)
-            raise
-
-    def _leave(self, task: AnalysisTask[Any], wait: Wait) -> None:
-        task.abandon()
-        self.resolver.withdraw(wait)
-
-    def _hold(self, request: AnalyzeRequest[A], wait: Wait) -> AnalysisTask[A]:
-        return AnalysisTask(request.model, request.analysis_type, self.resolver.table, wait)
+    def _attach(
+        self, task_id: str, request: AnalyzeRequest[A], *, just_accepted: bool = False
+    ) -> AnalysisTask[A]:
+        return self.tracker.attach(
+            task_id,
+            request.model,
+            request.analysis_type,
+            request=request,
+            just_accepted=just_accepted,
+            deadline=self._deadline(self.settings.task_timeout),
+        )
 
     def _deadline(self, seconds: float | None) -> float | None:
         return None if seconds is None else self.clock.monotonic() + seconds

@@ -9,13 +9,49 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import attrs
+
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze._wire.protocol import find_result, read_limits
-from cloudinary_analyze.bulk.input import InputItem
-from cloudinary_analyze.bulk.sqlite import LedgerItem
-from cloudinary_analyze.errors import AnalyzeError
+from cloudinary_analyze.errors import AnalyzeError, InvalidRequestError
+from cloudinary_analyze.ledger.sqlite import LedgerItem
 from cloudinary_analyze.outcomes import AnyOutcome
+from cloudinary_analyze.requests import Asset, Uri
 from cloudinary_analyze.responses import JSONObject, Limit, TaskStatus
+
+
+@attrs.frozen
+class InputLine:
+    """One line or record of the input: a source, or the reason why it is none.
+
+    Attributes:
+        number: The line in the file where it begins, from 1.
+        text: What stands there for the source; the beginning of it, if it is bad.
+        source: What to analyse; ``None`` if the line is bad.
+        error: Why the line is bad.
+        name: What the item is known by instead of its source, where the input names it.
+    """
+
+    number: int
+    text: str
+    source: Uri | Asset | None = None
+    error: InvalidRequestError | None = None
+    name: str | None = None
+
+
+@attrs.frozen
+class InputItem:
+    """An item of a run: a line, and the model that analyses it.
+
+    Attributes:
+        line: The line.
+        model: The model's wire name; ``None`` for a bad line, which no model sees.
+        index: Its place among the items of the run, from 0, where that is counted.
+    """
+
+    line: InputLine
+    model: str | None = None
+    index: int | None = None
 
 
 def build_record(outcome: AnyOutcome) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from typing import Any, Final
 import attrs
 
 from cloudinary_analyze._clock import wake
-from cloudinary_analyze.bulk.ledger_file import (
+from cloudinary_analyze.errors import LedgerError
+from cloudinary_analyze.ledger.file import (
     ANSWERED,
     FAILED,
     OPEN,
@@ -27,7 +28,6 @@ from cloudinary_analyze.bulk.ledger_file import (
     lock,
     verify,
 )
-from cloudinary_analyze.errors import LedgerError
 
 GATHERING: Final = 0.02  # seconds that a commit waits for further records
 

@@ -15,7 +15,7 @@ from typing import Final
 import attrs
 
 from cloudinary_analyze._clock import Clock, wake
-from cloudinary_analyze._resolve.table import Table
+from cloudinary_analyze._tasks.table import Table
 from cloudinary_analyze.config import Credentials
 from cloudinary_analyze.errors import (
     InvalidSignatureError,

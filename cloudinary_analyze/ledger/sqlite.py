@@ -22,7 +22,9 @@ from typing import Any, Final, Literal, Self
 import attrs
 
 from cloudinary_analyze._wire import codec
-from cloudinary_analyze.bulk.ledger_file import (
+from cloudinary_analyze.errors import AnalyzeError, LedgerError
+from cloudinary_analyze.ledger.encoding import dump_error, dump_json, load_error
+from cloudinary_analyze.ledger.file import (
     ANSWERED,
     FAILED,
     OPEN,
@@ -30,7 +32,7 @@ from cloudinary_analyze.bulk.ledger_file import (
     connect_for_reading,
     explaining,
 )
-from cloudinary_analyze.bulk.ledger_writer import (
+from cloudinary_analyze.ledger.writer import (
     Entry,
     Step,
     Writer,
@@ -39,8 +41,6 @@ from cloudinary_analyze.bulk.ledger_writer import (
     write_item,
     write_task,
 )
-from cloudinary_analyze.bulk.stored_errors import dump_error, dump_json, load_error
-from cloudinary_analyze.errors import AnalyzeError, LedgerError
 from cloudinary_analyze.protocols import Ledger, LedgerRecord
 from cloudinary_analyze.responses import JSONObject, Response
 

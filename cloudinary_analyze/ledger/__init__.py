@@ -1,0 +1,5 @@
+"""Ledgers: durable stores of what bulk work submitted and received."""
+
+from cloudinary_analyze.ledger.sqlite import SQLiteLedger
+
+__all__ = ["SQLiteLedger"]
