@@ -50,7 +50,7 @@ CLOSE_PATIENCE: Final = 5.0
 CALL_WINDOW: Final = 2  # times the permits: one half on the wire, one half retrying or waiting
 TASK_WINDOW: Final = 10_000
 
-_NOTIFICATION_URL: Final = r"(?ai:https?|poll)://[^\s/?#][^\s]*"
+_NOTIFICATION_URL: Final = r"(?ai:https?)://[^\s/?#][^\s]*"
 
 Mode = Literal["auto", "task", "call"]
 

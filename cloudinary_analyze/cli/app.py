@@ -182,14 +182,6 @@ def run(
             help="The URL that leads to --receive, or to the receiver that fills --redis.",
         ),
     ] = None,
-    pull: Annotated[
-        str | None,
-        Parameter(
-            name="--pull",
-            help="With --mode task: a channel of the hosted pull queue. Experimental: that the "
-            "results of analyses are routed there is unverified.",
-        ),
-    ] = None,
     redis: Annotated[
         str | None,
         Parameter(
@@ -231,7 +223,7 @@ def run(
     if retry_failed and places.ledger is None:
         raise CommandError("--retry-failed goes by the ledger, and there is none: add --ledger.")
     receiving = plan_receiving(
-        mode, receive=receive, public_url=public_url, pull=pull, redis=redis, emulated=emulated
+        mode, receive=receive, public_url=public_url, redis=redis, emulated=emulated
     )
     plan = RunPlan(
         models=builders,
@@ -280,10 +272,6 @@ def listen(
     host: Annotated[str, Parameter(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, Parameter(help="The port to listen on; 0 takes a free one.")] = 8080,
     path: Annotated[str, Parameter(help="The path to take notifications at.")] = "/",
-    pull: Annotated[
-        str | None,
-        Parameter(help="Take them from this channel of the hosted pull queue instead."),
-    ] = None,
     redis: Annotated[
         str | None, Parameter(help="Put them into this Redis, too, which feeds all workers.")
     ] = None,
@@ -291,12 +279,11 @@ def listen(
     """Receive notifications and show those that are verified, until Ctrl-C.
 
     They are shown for reading on a terminal, else as JSON Lines; what is refused is told on stderr.
-    With --redis they are stored there before their sender is told so; with --pull and --redis this
-    is the pump that feeds all workers. A message that is shown or stored is taken from the queue.
+    With --redis they are also stored there, before the sender gets its response.
     """
     if not path.startswith("/"):
         raise CommandError(f"--path begins with a slash; {path!r} does not.")
-    plan = ListenPlan(host=host, port=port, path=path, pull=pull, redis=redis)
+    plan = ListenPlan(host=host, port=port, path=path, redis=redis)
     return _perform(perform_listen(plan, build_console()))
 
 

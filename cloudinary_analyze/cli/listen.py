@@ -1,14 +1,12 @@
-"""``cloudinary-analyze listen``: a development receiver, and the pump that feeds all workers."""
+"""``cloudinary-analyze listen``: a development receiver, which can also store into Redis."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import sys
-from collections.abc import Coroutine, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 from rich.console import Console
@@ -18,7 +16,6 @@ from rich.text import Text
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze.cli.console import (
     CommandError,
-    ConsoleHandler,
     ExitCode,
     is_interactive,
     say,
@@ -27,7 +24,6 @@ from cloudinary_analyze.cli.console import (
 from cloudinary_analyze.cli.interrupts import handle_interrupts
 from cloudinary_analyze.cli.receiving import Handle, open_redis, serve
 from cloudinary_analyze.cli.service import EMULATOR_ASIDE, read_credentials
-from cloudinary_analyze.notifications.forwarding import forward
 from cloudinary_analyze.notifications.receiver import DROPPED
 from cloudinary_analyze.protocols import NotificationSink
 from cloudinary_analyze.responses import Delivery, Notification
@@ -45,14 +41,12 @@ class ListenPlan:
         host: The address to listen on.
         port: The port to listen on; 0 takes a free one.
         path: The path that notifications are taken at.
-        pull: A channel of the hosted pull queue, instead of listening.
         redis: The URL of a Redis to put them into, too.
     """
 
     host: str
     port: int
     path: str
-    pull: str | None
     redis: str | None = attrs.field(repr=False)
 
 
@@ -109,24 +103,12 @@ async def perform_listen(plan: ListenPlan, console: Console) -> ExitCode:
             inner = await stack.enter_async_context(open_redis(plan.redis))
         printer = _Printer(inner, ended)
         stack.enter_context(handle_interrupts(ended.set, ended.set))
-        if plan.pull is None:
-            from cloudinary_analyze.notifications.aiohttp import WebhookReceiver
+        from cloudinary_analyze.notifications.aiohttp import WebhookReceiver
 
-            handle = _tell_refusals(WebhookReceiver(printer, credentials).handle, plan, console)
-            origin = await stack.enter_async_context(serve(handle, plan.host, plan.port))
-            say(console, f"Listening on {origin}{plan.path} (Ctrl-C ends it).")
-            await ended.wait()
-        else:
-            from cloudinary_analyze.notifications.pull import PolledNotifications
-
-            stack.enter_context(_show_what_is_left(console))
-            source = PolledNotifications(plan.pull, credentials=credentials)
-            say(
-                console,
-                f"Taking notifications from the channel {plan.pull} (experimental); what is "
-                "shown is taken from the queue. Ctrl-C ends it.",
-            )
-            await _run_until(ended, forward(source, printer, credentials))
+        handle = _tell_refusals(WebhookReceiver(printer, credentials).handle, plan, console)
+        origin = await stack.enter_async_context(serve(handle, plan.host, plan.port))
+        say(console, f"Listening on {origin}{plan.path} (Ctrl-C ends it).")
+        await ended.wait()
     if printer.cut_off:
         sys.stdout = None  # or the interpreter flushes it, and fails
         raise CommandError(
@@ -155,33 +137,3 @@ def _tell_refusals(handle: Handle, plan: ListenPlan, console: Console) -> Handle
         return response
 
     return take
-
-
-@contextmanager
-def _show_what_is_left(console: Console) -> Iterator[None]:
-    """Show why messages are left in the queue, which is logged as information only."""
-    logger = logging.getLogger("cloudinary_analyze")
-    handler = ConsoleHandler(console)
-    handler.addFilter(lambda record: record.levelno == logging.INFO)
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-        logger.removeHandler(handler)
-
-
-async def _run_until(ended: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
-    """Do some work until it ends, or until an event."""
-    working = asyncio.create_task(work)
-    waiting = asyncio.create_task(ended.wait())
-    try:
-        await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in (working, waiting):
-            task.cancel()
-        await asyncio.wait({working, waiting})
-    if not working.cancelled():
-        working.result()

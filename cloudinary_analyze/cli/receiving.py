@@ -1,7 +1,7 @@
-"""How the results of a run's tasks come in: a receiver in this process, the pull queue, Redis.
+"""How the results of a run's tasks come in: a receiver in this process, or Redis.
 
-A task's webhook is answered, or its message acknowledged, only once its result is kept for good:
-whoever sent it sends it again if this process is killed before.
+A task's webhook is answered only once its result is kept for good: the sender sends it again if
+this process is killed before.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from aiohttp import web
 
 WAYS: Final = (
-    "--receive HOST:PORT --public-url URL (webhooks come to this process), --pull CHANNEL "
-    "(Cloudinary's hosted pull queue, experimental) or --redis URL (a receiver elsewhere puts "
-    "them into Redis)"
+    "--receive HOST:PORT --public-url URL (webhooks come to this process) or --redis URL "
+    "(a receiver elsewhere puts them into Redis)"
 )
 PARKED_SECONDS: Final = 1.0
 STOP_SECONDS: Final = 0.1
@@ -44,13 +43,11 @@ class ReceivingPlan:
     Attributes:
         receive: Address and port to take webhooks in at.
         public_url: Where the service is to send them; ``None``: where the account says.
-        pull: A channel of the hosted pull queue.
         redis: The URL of a Redis that a receiver elsewhere fills.
     """
 
     receive: tuple[str, int] | None = None
     public_url: str | None = None
-    pull: str | None = None
     redis: str | None = attrs.field(default=None, repr=False)
 
 
@@ -71,7 +68,6 @@ def plan_receiving(
     *,
     receive: str | None,
     public_url: str | None,
-    pull: str | None,
     redis: str | None,
     emulated: bool,
 ) -> ReceivingPlan | None:
@@ -80,7 +76,7 @@ def plan_receiving(
     Raises:
         CommandError: The options do not fit together.
     """
-    options = {"--receive": receive, "--pull": pull, "--redis": redis}
+    options = {"--receive": receive, "--redis": redis}
     given = [name for name, value in options.items() if value is not None]
     named = given + ([] if public_url is None else ["--public-url"])
     if mode == "call":
@@ -104,24 +100,11 @@ def plan_receiving(
             "--receive needs --public-url with the address that leads there from outside: the "
             "service must be told where to send its webhooks."
         )
-    if pull is not None and public_url is not None:
-        raise CommandError("--public-url is for webhooks, and --pull takes none.")
     return ReceivingPlan(
         receive=None if receive is None else read_address(receive),
         public_url=public_url,
-        pull=pull,
         redis=redis,
     )
-
-
-class _Acknowledging(NotificationSource):
-    """A source whose deliveries are acknowledged once their results are kept."""
-
-    def release(self, task_id: str) -> None:
-        """Have what came for a task acknowledged."""
-
-    def park(self, task_id: str) -> None:
-        """Be told that what came is for a task that is not known here, or not yet."""
 
 
 @attrs.define(eq=False)
@@ -139,7 +122,7 @@ class Line:
     def hear(self, event: Event) -> None:
         """Be told what happens in the session."""
         source = self.source
-        if not isinstance(source, _Acknowledging) or not isinstance(event, NotificationSeen):
+        if not isinstance(source, _Waiting) or not isinstance(event, NotificationSeen):
             return
         if event.task_id is None or event.verdict == "resolved":
             return  # what is resolved is yet to be kept
@@ -151,7 +134,7 @@ class Line:
 
     def take_note(self, outcome: AnyOutcome) -> None:
         """Be told of an outcome that is kept for good, unless the ledger broke."""
-        if isinstance(outcome.error, LedgerError) or not isinstance(self.source, _Acknowledging):
+        if isinstance(outcome.error, LedgerError) or not isinstance(self.source, _Waiting):
             return
         task_id = getattr(outcome.error, "task_id", None)
         if outcome.response is not None:
@@ -165,7 +148,7 @@ class UnknownTaskError(Exception):
 
 
 @attrs.define(eq=False)
-class _Waiting(_Acknowledging, NotificationSink):
+class _Waiting(NotificationSource, NotificationSink):
     """A queue whose `put` returns once the result that it was given is kept."""
 
     queue: asyncio.Queue[Delivery] = attrs.field(factory=asyncio.Queue)
@@ -189,6 +172,7 @@ class _Waiting(_Acknowledging, NotificationSink):
             yield await self.queue.get()
 
     def release(self, task_id: str) -> None:
+        """Answer the webhooks of a task whose result is kept."""
         for kept in self.held.get(task_id, ()):
             if not kept.done():
                 kept.set_result(None)
@@ -201,25 +185,6 @@ class _Waiting(_Acknowledging, NotificationSink):
         for kept in self.held.get(task_id, ()):
             if not kept.done():
                 kept.set_exception(UnknownTaskError("no task of that id is known here"))
-
-
-@attrs.define(eq=False)
-class _Deferring(_Acknowledging):
-    """A source that acknowledges what resolved a task only once the result is kept."""
-
-    inner: NotificationSource
-    held: dict[str, list[Delivery]] = attrs.field(factory=dict)
-
-    def listen(self) -> AsyncIterator[Delivery]:
-        return self.inner.listen()
-
-    def settle(self, delivery: Delivery) -> None:
-        task_id = parse_notification(delivery.body).task_id or ""
-        self.held.setdefault(task_id, []).append(delivery)
-
-    def release(self, task_id: str) -> None:
-        for delivery in self.held.pop(task_id, ()):
-            self.inner.settle(delivery)
 
 
 @asynccontextmanager
@@ -238,12 +203,6 @@ async def open_line(
     elif plan.redis is not None:
         async with open_redis(plan.redis) as notifications:
             yield Line(notifications, plan.public_url)
-    elif plan.pull is not None:
-        from cloudinary_analyze.notifications.pull import PolledNotifications
-
-        pulled = _Deferring(PolledNotifications(plan.pull, credentials=service.credentials))
-        say(console, "The hosted pull queue is experimental; see `run --help`.", style="dim")
-        yield Line(pulled, f"poll://{plan.pull}")
     else:
         from cloudinary_analyze.notifications.aiohttp import WebhookReceiver
 

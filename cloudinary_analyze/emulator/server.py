@@ -34,7 +34,6 @@ from cloudinary_analyze.emulator.gallery import (
 )
 from cloudinary_analyze.emulator.models import FREE_PLAN, PATH_NAMES, Model
 from cloudinary_analyze.emulator.notices import EmulatedTask, build_result
-from cloudinary_analyze.emulator.pull_queue import PullQueue, read_pull_request
 from cloudinary_analyze.emulator.quotas import Charge, QuotaBook, QuotaExhausted
 from cloudinary_analyze.emulator.scheduler import Scheduler
 from cloudinary_analyze.emulator.tasks import TaskDesk
@@ -43,7 +42,6 @@ from cloudinary_analyze.emulator.validation import (
     AnalyzeRequest,
     Refusal,
     read_analyze_request,
-    read_receipt_handles,
     refuse_invalid,
     refuse_unfetchable,
 )
@@ -148,7 +146,6 @@ class Emulator:
     _quota_book: QuotaBook = attrs.field(init=False, repr=False)
     _fault_desk: FaultDesk = attrs.field(init=False, repr=False)
     _credentials: frozenset[str] = attrs.field(init=False, repr=False)
-    _pull_queue: PullQueue = attrs.field(factory=PullQueue, init=False, repr=False)
     _desk: TaskDesk = attrs.field(init=False, repr=False)
     _runner: web.AppRunner | None = attrs.field(default=None, init=False, repr=False)
     _url: str | None = attrs.field(default=None, init=False, repr=False)
@@ -198,7 +195,6 @@ class Emulator:
         Raises:
             OSError: The port is taken.
         """
-        self._pull_queue = PullQueue()
         self._desk = self._build_desk(Scheduler(asyncio.get_running_loop()))
         runner = web.AppRunner(self._build_app(), access_log=None, shutdown_timeout=_STOP_SECONDS)
         await runner.setup()
@@ -217,7 +213,6 @@ class Emulator:
         if runner is None:
             return
         self._desk.scheduler.close()
-        self._pull_queue.close()
         await self._desk.sender.close()
         await runner.cleanup()
 
@@ -240,7 +235,6 @@ class Emulator:
             self._quota_book,
             scheduler,
             self.counts,
-            self._pull_queue,
             self.on_delivery,
         )
         delay = self.faults.delay_seconds if self.faults is not None else 0.0
@@ -250,8 +244,6 @@ class Emulator:
         app = web.Application(client_max_size=_MAX_BODY)
         app.router.add_post("/v2/analysis/{cloud}/analyze/{model}", self._analyze)
         app.router.add_get("/v2/analysis/{cloud}/tasks/{task_id}", self._get_status)
-        app.router.add_get("/v2/notifications/{cloud}/messages", self._pull_messages)
-        app.router.add_post("/v2/notifications/{cloud}/messages/ack", self._acknowledge)
         app.router.add_get("/samples/", self._list_samples)
         app.router.add_get("/samples/{name}", self._get_sample)
         app.router.add_route("*", "/{path:.*}", self._refuse_path)
@@ -342,22 +334,6 @@ class Emulator:
         if self.results_in_status and status == "completed":
             data |= build_result(task)
         return _build_json(200, {"data": data, "request_id": token_hex(16)})
-
-    async def _pull_messages(self, request: web.Request) -> web.Response:
-        try:
-            self._authorise(request)
-            messages = await self._pull_queue.fetch(read_pull_request(request.query))
-        except Refusal as refusal:
-            return self._build_refusal(refusal)
-        # The service leaves the key out when there is nothing.
-        return _build_json(200, {"messages": messages} if messages else {})
-
-    async def _acknowledge(self, request: web.Request) -> web.Response:
-        try:
-            handles = read_receipt_handles(await self._read_call(request))
-        except Refusal as refusal:
-            return self._build_refusal(refusal)
-        return _build_json(200, {"acknowledged": self._pull_queue.acknowledge(handles)})
 
     def _charge(self, request: AnalyzeRequest) -> Charge:
         charge = self._quota_book.charge(request.model.feature, compute_cost(request))

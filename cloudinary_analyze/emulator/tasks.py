@@ -98,16 +98,8 @@ class TaskDesk:
         return ("genuine", "duplicate") if "duplicated" in task.faults else ("genuine",)
 
     def _list_places(self, task: EmulatedTask) -> list[str | None]:
-        """Return where notifications go: URLs, poll URLs, and ``None`` for the hook."""
+        """Return where notifications go: a URL, ``None`` for the hook, or nowhere."""
+        if self.sender.on_delivery is not None:
+            return [None]
         url = task.request.notification_url or self.sender.policy.default_notification_url
-        places: list[str | None] = []
-        if url is not None and url.startswith("poll://"):
-            places.append(url)
-        elif self.sender.on_delivery is not None:
-            places.append(None)
-        elif url is not None:
-            places.append(url)
-        channel = self.sender.policy.pull_channel
-        if channel is not None and f"poll://{channel}" not in places:
-            places.append(f"poll://{channel}")
-        return places
+        return [] if url is None else [url]

@@ -23,7 +23,6 @@ UNPUBLISHED: Final = "MA_00000"
 _TAG_NAME: Final = re.compile(r"[a-z0-9-]+")
 _TAG_RULE: Final = "Tag names can only contain lower-case alphanumeric characters or hyphens"
 _HTTP_URL: Final = re.compile(r"https?://[^\s/?#]+(?:[/?#]\S*)?", re.IGNORECASE)
-_POLL_URL: Final = re.compile(r"poll://[A-Za-z0-9_.-]+")
 
 
 class Refusal(Exception):
@@ -121,23 +120,6 @@ def read_analyze_request(model: Model, body: bytes) -> AnalyzeRequest:
     )
 
 
-def read_receipt_handles(body: bytes) -> list[str]:
-    """Return the handles that a body of the pull queue acknowledges.
-
-    Raises:
-        Refusal: The body is no JSON object with 1 to 100 handles.
-    """
-    content = _read_object(body)
-    if "receipt_handles" not in content:
-        raise refuse_missing("receipt_handles")
-    handles = content["receipt_handles"]
-    if not isinstance(handles, list) or not all(isinstance(handle, str) for handle in handles):
-        raise refuse_invalid("receipt_handles must be a list of strings")
-    if not 1 <= len(handles) <= 100:
-        raise refuse_invalid("receipt_handles must have 1 to 100 items")
-    return handles
-
-
 def _read_object(body: bytes) -> dict[str, Any]:
     try:
         content = load_json(body)
@@ -194,6 +176,6 @@ def _read_notification_url(content: dict[str, Any]) -> str | None:
     if "notification_url" not in content:
         return None
     url = content["notification_url"]
-    if isinstance(url, str) and (_HTTP_URL.fullmatch(url) or _POLL_URL.fullmatch(url)):
+    if isinstance(url, str) and _HTTP_URL.fullmatch(url):
         return url
-    raise refuse_invalid("notification_url must be an http, https or poll URL")
+    raise refuse_invalid("notification_url must be an http or https URL")

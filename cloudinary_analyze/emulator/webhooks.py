@@ -19,7 +19,6 @@ from cloudinary_analyze._wire.signature import (
 )
 from cloudinary_analyze.emulator.counts import Counts
 from cloudinary_analyze.emulator.notices import EmulatedTask, compose_notification
-from cloudinary_analyze.emulator.pull_queue import Message, PullQueue
 from cloudinary_analyze.emulator.quotas import QuotaBook
 from cloudinary_analyze.emulator.scheduler import Scheduler
 from cloudinary_analyze.responses import Delivery
@@ -27,7 +26,6 @@ from cloudinary_analyze.responses import Delivery
 _RETRY_DELAYS: Final = (180.0, 360.0, 540.0)
 _STALE_AGE: Final = 3 * 3600
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=10)
-_POLL: Final = "poll://"
 
 _logger = logging.getLogger(__name__)
 
@@ -38,7 +36,6 @@ class WebhookPolicy:
 
     Attributes:
         default_notification_url: The account's own URL, for requests that name none.
-        pull_channel: A channel of the pull queue that gets every notification as well.
         digest: The digest of the signatures.
         retry_scale: A delivery that is not answered 200 is repeated after 180, 360 and 540
             seconds times this.
@@ -46,7 +43,6 @@ class WebhookPolicy:
     """
 
     default_notification_url: str | None = None
-    pull_channel: str | None = None
     digest: Literal["sha1", "sha256"] = attrs.field(
         default="sha1", validator=attrs.validators.in_(("sha1", "sha256"))
     )
@@ -62,7 +58,7 @@ class Envelope:
 
     Attributes:
         task: The task.
-        place: A URL, a ``poll://`` URL, or ``None`` for the hook.
+        place: A URL, or ``None`` for the hook.
         kinds: What to send, in order.
         attempt: How often it was tried before.
     """
@@ -82,7 +78,6 @@ class WebhookSender:
     quota_book: QuotaBook
     scheduler: Scheduler
     counts: Counts
-    pull_queue: PullQueue
     on_delivery: Callable[[Delivery], None] | None
     _waiting: deque[Envelope] = attrs.field(factory=deque, init=False)
     _workers: set[asyncio.Task[None]] = attrs.field(factory=set, init=False)
@@ -93,7 +88,7 @@ class WebhookSender:
         """Have an envelope delivered; returns at once."""
         if self._closed:
             return
-        if _is_local(envelope.place):
+        if envelope.place is None:
             for kind in envelope.kinds:
                 self._settle(envelope, kind, self._hand_over(envelope, kind))
             return
@@ -105,7 +100,7 @@ class WebhookSender:
 
     async def deliver(self, envelope: Envelope) -> None:
         """Deliver an envelope; returns when every notification in it was answered or failed."""
-        if _is_local(envelope.place):
+        if envelope.place is None:
             self.send(envelope)
             return
         for kind in envelope.kinds:
@@ -138,12 +133,8 @@ class WebhookSender:
             self.scheduler.push(delay, self.send, again)
 
     def _hand_over(self, envelope: Envelope, kind: str) -> bool:
-        """Deliver within this process: to the hook or to the pull queue."""
+        """Pass a notification to the hook."""
         body, headers = self._prepare(envelope, kind)
-        if envelope.place is not None:
-            message = Message(body, headers[TIMESTAMP_HEADER], headers[SIGNATURE_HEADER])
-            self.pull_queue.put(envelope.place.removeprefix(_POLL), message)
-            return True
         if self.on_delivery is None:
             return False
         try:
@@ -189,7 +180,3 @@ class WebhookSender:
             TIMESTAMP_HEADER: timestamp,
             SIGNATURE_HEADER: compute_signature(body, timestamp, secret, digest=self.policy.digest),
         }
-
-
-def _is_local(place: str | None) -> bool:
-    return place is None or place.startswith(_POLL)

@@ -1,7 +1,7 @@
 '''Where deliveries come from and go to: the in-process queue here, the others in files of their own.
 
 Receivers (`asgi`, `aiohttp`) take webhooks in and put them into a sink; a session reads a source.
-`redis` is both, `pull` is a source, and `forwarding` leads any source into any sink.
+`redis` is both, and `forwarding` leads any source into any sink.
 
 Another broker takes a file. NATS JetStream, say, with a stream named ``analyses`` that stores the
 subjects ``analyses.*``, is both sink and source, and has a memory::

@@ -26,7 +26,7 @@ async def forward(
     *,
     clock: Clock = SYSTEM_CLOCK,
 ) -> None:
-    """Lead a source into a sink, until the source ends: one process pulls, all others are fed.
+    """Lead a source into a sink, until the source ends: one process receives for many.
 
     Each answer to an analysis task is verified, stored, and only then settled with the source.
     What is forged, malformed or no such answer is left with the source. A source that breaks is

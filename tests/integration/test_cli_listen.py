@@ -1,4 +1,4 @@
-"""The development receiver, and the pump from the pull queue into Redis."""
+"""The development receiver."""
 
 from __future__ import annotations
 
@@ -9,22 +9,10 @@ import time
 from pathlib import Path
 
 import aiohttp
-import pytest
 from cli_support import end, see, start, until
-from notification_support import SECRET, RedisServer, build_answer, sign, start_redis
+from notification_support import SECRET, build_answer, sign
 
-from cloudinary_analyze import AnalyzeSession, Captioning, Credentials
-from cloudinary_analyze.emulator import Emulator, WebhookPolicy
-from cloudinary_analyze.notifications.redis import RedisNotifications
-
-URL = "https://example.com/a.jpg"
-
-
-@pytest.fixture
-def redis_server(tmp_path: Path):
-    server = start_redis(tmp_path)
-    yield server
-    server.kill()
+from cloudinary_analyze.emulator import Emulator
 
 
 async def test_listen_shows_what_is_genuine_and_refuses_the_rest(tmp_path: Path):
@@ -67,27 +55,6 @@ async def test_listen_shows_what_is_genuine_and_refuses_the_rest(tmp_path: Path)
     assert "Not an answer to an analysis" in err
     assert SECRET not in err
     assert "guessed" not in err
-
-
-async def test_listen_pumps_the_pull_queue_into_redis(tmp_path: Path, redis_server: RedisServer):
-    arguments = ("listen", "--pull", "mine", "--redis", redis_server.url)
-    policy = WebhookPolicy(pull_channel="mine")
-    async with (
-        Emulator(webhooks=policy) as emulator,
-        start(*arguments, folder=tmp_path, emulator=emulator) as process,
-        RedisNotifications(redis_server.url) as notifications,
-        AnalyzeSession(
-            Credentials.from_url(emulator.cloudinary_url), notifications=notifications
-        ) as session,
-    ):
-        await see(process, "Ctrl-C ends it")
-        response = await session.submit(Captioning(URL), timeout=20)
-        assert response.analysis.caption
-        process.send_signal(signal.SIGINT)
-        code, out, err = await end(process)
-    assert code == 0, err
-    (line,) = out.splitlines()
-    assert json.loads(line)["data"]["entity"] == URL
 
 
 async def test_listen_ends_when_its_reader_goes_away(tmp_path: Path):

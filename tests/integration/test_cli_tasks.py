@@ -61,12 +61,11 @@ def test_tasks_of_the_emulator_need_nothing_else(capfd: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("options", "sentences"),
     [
-        ("", ("--receive", "--pull", "--redis", "--emulator")),
+        ("", ("--receive", "--redis", "--emulator")),
         ("--receive 127.0.0.1:8080", ("--public-url",)),
         ("--receive 8080 --public-url https://x.example/", ("HOST:PORT",)),
-        ("--pull a --redis redis://127.0.0.1", ("one of these alone",)),
-        ("--pull a --public-url https://x.example/", ("--public-url",)),
-        ("--pull a --emulator", ("leave --pull out",)),
+        ("--receive 127.0.0.1:1 --redis redis://127.0.0.1", ("one of these alone",)),
+        ("--redis redis://127.0.0.1 --emulator", ("leave --redis out",)),
         ("--redis nonsense://", ("Redis URL",)),
         ("--receive 127.0.0.1:8080 --public-url ftp://x.example/", ("notification URL",)),
     ],
@@ -125,18 +124,6 @@ async def test_tasks_under_way_are_taken_up_again_and_not_submitted_again(tmp_pa
             code, _, err = await end(process)
         assert code == 0, err
         assert emulator.counts.total_received == 30
-    check_results(30)
-
-
-async def test_the_hosted_pull_queue_brings_results_and_gets_them_acknowledged(tmp_path: Path):
-    write_urls(tmp_path, 30)
-    async with (
-        Emulator() as emulator,
-        start(*RUN, "--pull", "mine", folder=tmp_path, emulator=emulator) as process,
-    ):
-        code, _, err = await end(process)
-        assert code == 0, err
-        assert not any(c.ready or c.hidden for c in emulator._pull_queue._channels.values())
     check_results(30)
 
 

@@ -128,6 +128,12 @@ def tags(*names):
         ("captioning", {"source": {"asset_id": ""}}, "MA_00003", "not empty"),
         ("captioning", {"source": {"uri": URI}, "async": "yes"}, "MA_00003", "boolean"),
         ("captioning", {"source": {"uri": URI}, "notification_url": "ftp://x"}, "MA_00003", "http"),
+        (
+            "captioning",
+            {"source": {"uri": URI}, "notification_url": "poll://x"},
+            "MA_00003",
+            "http",
+        ),
         ("ai_vision_general", {"source": {"uri": URI}, "prompts": []}, "MA_00003", "1 to 10"),
         (
             "ai_vision_moderation",

@@ -1,7 +1,6 @@
 """Tasks of the emulator: their life, their notifications, and everything that goes wrong there."""
 
 import asyncio
-import base64
 import contextlib
 import gc
 import json
@@ -297,76 +296,6 @@ async def test_a_source_that_cannot_be_fetched_fails_the_task_and_is_not_charged
     assert emulator.counts.total_done == 0
 
 
-async def pull(client, emulator, **query):
-    url = f"{emulator.url}/v2/notifications/{emulator.cloud_name}/messages"
-    async with client.get(url, params=query) as response:
-        return response.status, await response.json()
-
-
-async def acknowledge(client, emulator, handles):
-    url = f"{emulator.url}/v2/notifications/{emulator.cloud_name}/messages/ack"
-    async with client.post(url, json={"receipt_handles": handles}) as response:
-        return response.status, await response.json()
-
-
-async def test_a_pulled_message_comes_again_unless_it_is_acknowledged():
-    policy = WebhookPolicy(pull_channel="results")
-    async with (
-        Emulator(task_seconds=0, webhooks=policy) as emulator,
-        open_client(emulator) as client,
-    ):
-        task_id = (await submit(client, emulator))["data"]["task_id"]
-        _, first = await pull(client, emulator, channel="results", visibility_timeout=1)
-        (message,) = first["messages"]
-        body = base64.urlsafe_b64decode(message["signed_payload"])
-        expected = compute_signature(body, message["timestamp"], emulator.api_secret)
-        assert message["signature"] == expected
-        assert message["payload"] == json.loads(body)
-        assert message["payload"]["task_id"] == task_id
-
-        _, empty = await pull(client, emulator, channel="results", wait_seconds=0)
-        assert empty == {}
-        started = time.monotonic()
-        _, again = await pull(client, emulator, channel="results", wait_seconds=30)
-        assert 0.5 < time.monotonic() - started < 20
-        assert again["messages"][0]["signed_payload"] == message["signed_payload"]
-
-        gone = message["receipt_handle"]
-        assert await acknowledge(client, emulator, [gone]) == (200, {"acknowledged": 0})
-        handle = again["messages"][0]["receipt_handle"]
-        assert await acknowledge(client, emulator, [handle]) == (200, {"acknowledged": 1})
-        _, nothing = await pull(client, emulator, channel="results", wait_seconds=0)
-        assert nothing == {}
-
-
-async def test_a_long_poll_ends_as_soon_as_a_message_arrives():
-    async with Emulator(task_seconds=0.1) as emulator, open_client(emulator) as client:
-        waiting = asyncio.create_task(pull(client, emulator, channel="mine", wait_seconds=60))
-        other = asyncio.create_task(pull(client, emulator, channel="other", wait_seconds=1))
-        await submit(client, emulator, notification_url="poll://mine")
-        started = time.monotonic()
-        _, body = await waiting
-        assert time.monotonic() - started < 20
-        assert len(body["messages"]) == 1
-        assert await other == (200, {})
-
-
-async def test_bad_requests_to_the_pull_queue_are_refused():
-    async with Emulator() as emulator, open_client(emulator) as client:
-        for query in [
-            {},
-            {"channel": "a", "batch_id": "b"},
-            {"channel": "a", "max_messages": "0"},
-            {"channel": "a", "wait_seconds": "61"},
-            {"channel": "a", "visibility_timeout": "x"},
-        ]:
-            assert (await pull(client, emulator, **query))[0] == 400
-        for handles in [[], ["a"] * 101, [1], "a"]:
-            assert (await acknowledge(client, emulator, handles))[0] == 400
-        async with aiohttp.ClientSession() as stranger:
-            assert (await pull(stranger, emulator, channel="a"))[0] == 401
-
-
 async def test_many_sleeping_tasks_cost_little_and_no_asyncio_task():
     async with Emulator(task_seconds=3600) as emulator, open_client(emulator) as client:
         before = len(asyncio.all_tasks())
@@ -393,14 +322,10 @@ async def test_stopping_leaves_nothing_behind_with_notifications_outstanding():
         async with Emulator(task_seconds=0) as emulator, open_client(emulator) as client:
             for _ in range(40):
                 await submit(client, emulator, notification_url=url)
-            poll = asyncio.create_task(pull(client, emulator, channel="c", wait_seconds=60))
             await until(lambda: emulator.counts.webhooks["genuine"] == 16)
-            await until(lambda: emulator._pull_queue._channels)
             started = time.monotonic()
             await emulator.stop()
             assert time.monotonic() - started < 8
-            with contextlib.suppress(aiohttp.ClientError):
-                assert await poll == (200, {})
     finally:
         release.set()
         await runner.cleanup()

@@ -225,6 +225,7 @@ async def test_a_misuse_is_told_where_it_is_made(
         {"settings": {"permits": 2}},
         {"notifications": object()},
         {"notification_url": "hooks.example.com/cloudinary"},
+        {"notification_url": "poll://results"},
         {"notification_url": "http\u017f://hooks.example.com/cloudinary"},  # a long s
         {"on_event": "print"},
     ],

@@ -54,21 +54,6 @@ async def test_notifications_verify(configure, digest):
     assert not utils.verify_notification_signature(body + " ", stamp, signature)
 
 
-async def test_messages_are_pulled_verified_and_acknowledged(configure):
-    async with Emulator(task_seconds=0.1) as emulator:
-        configure(emulator)
-        task_id = await submit(emulator, notification_url="poll://results")
-        answer = await asyncio.to_thread(
-            api.notifications, channel="results", max_messages=5, wait_seconds=5
-        )
-        (message,) = answer["messages"]
-        assert message["payload"]["task_id"] == task_id
-        assert utils.verify_notification(message)
-        await asyncio.to_thread(api.ack_notifications, message["receipt_handle"])
-        empty = await asyncio.to_thread(api.notifications, channel="results", wait_seconds=0)
-        assert "messages" not in empty
-
-
 async def test_the_path_of_the_first_schema_is_not_served(configure):
     async with Emulator() as emulator:
         configure(emulator)
