@@ -68,7 +68,7 @@ from cloudinary_analyze.errors import (
     TransportError,
 )
 from cloudinary_analyze.events import SessionStats
-from cloudinary_analyze.outcomes import Outcome
+from cloudinary_analyze.outcomes import Answered, Failed, Outcome
 from cloudinary_analyze.protocols import NotificationSink, NotificationSource
 from cloudinary_analyze.requests import (
     MODELS,
@@ -111,6 +111,7 @@ __all__ = [
     "AnalyzeError",
     "AnalyzeRequest",
     "AnalyzeSession",
+    "Answered",
     "ApiError",
     "Asset",
     "AttemptTimeoutError",
@@ -134,6 +135,7 @@ __all__ = [
     "DetectedTags",
     "Detection",
     "DetectionAnalysis",
+    "Failed",
     "GoogleLabel",
     "GoogleLogoDetection",
     "GoogleLogoDetectionAnalysis",

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import attrs
 
-logger = logging.getLogger("cloudinary_analyze")
+logger: logging.Logger = logging.getLogger("cloudinary_analyze")
 
 
 @attrs.frozen(kw_only=True)
