@@ -47,6 +47,7 @@ from cloudinary_analyze.errors import (
     BulkStoppedError,
     CallTimeoutError,
     ConfigurationError,
+    ForeignCancellationError,
     InvalidRequestError,
     InvalidSignatureError,
     LedgerError,
@@ -60,15 +61,18 @@ from cloudinary_analyze.errors import (
     ResponseDecodeError,
     ResultNotDeliveredError,
     ServerError,
+    SessionAlreadyOpenError,
     SessionClosedError,
     SessionNotOpenError,
+    SessionStateError,
     StaleNotificationError,
     TaskFailedError,
     TaskTimeoutError,
     TransportError,
+    WrongEventLoopError,
 )
 from cloudinary_analyze.events import SessionStats
-from cloudinary_analyze.outcomes import Answered, Failed, Outcome
+from cloudinary_analyze.outcomes import Outcome
 from cloudinary_analyze.protocols import NotificationSink, NotificationSource
 from cloudinary_analyze.requests import (
     MODELS,
@@ -111,7 +115,6 @@ __all__ = [
     "AnalyzeError",
     "AnalyzeRequest",
     "AnalyzeSession",
-    "Answered",
     "ApiError",
     "Asset",
     "AttemptTimeoutError",
@@ -135,7 +138,7 @@ __all__ = [
     "DetectedTags",
     "Detection",
     "DetectionAnalysis",
-    "Failed",
+    "ForeignCancellationError",
     "GoogleLabel",
     "GoogleLogoDetection",
     "GoogleLogoDetectionAnalysis",
@@ -172,8 +175,10 @@ __all__ = [
     "ResponseDecodeError",
     "ResultNotDeliveredError",
     "ServerError",
+    "SessionAlreadyOpenError",
     "SessionClosedError",
     "SessionNotOpenError",
+    "SessionStateError",
     "SessionStats",
     "Settings",
     "ShopClassifier",
@@ -192,6 +197,7 @@ __all__ = [
     "Watermark",
     "WatermarkDetection",
     "WatermarkDetectionAnalysis",
+    "WrongEventLoopError",
     "__version__",
     "find_request_type",
     "parse_notification",

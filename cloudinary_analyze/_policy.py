@@ -22,8 +22,7 @@ from cloudinary_analyze.errors import (
     QuotaExceededError,
     RateLimitedError,
     ServerError,
-    SessionClosedError,
-    SessionNotOpenError,
+    SessionStateError,
     TaskFailedError,
     TransportError,
 )
@@ -139,8 +138,7 @@ _STOPPING = (
     AuthenticationError,
     PermissionDeniedError,
     QuotaExceededError,
-    SessionClosedError,
-    SessionNotOpenError,
+    SessionStateError,
     ConfigurationError,
     LedgerError,
 )

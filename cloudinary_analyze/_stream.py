@@ -32,14 +32,12 @@ from cloudinary_analyze.errors import (
     ConfigurationError,
     InvalidRequestError,
 )
-from cloudinary_analyze.outcomes import Answered, Failed, Outcome
+from cloudinary_analyze.outcomes import Outcome
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import Response
 
 Item = TypeVar("Item")
 A = TypeVar("A")
-Item_co = TypeVar("Item_co", covariant=True)
-A_co = TypeVar("A_co", covariant=True)
 
 Perform = Callable[[AnalyzeRequest[A]], Awaitable[Response[A]]]
 
@@ -131,7 +129,8 @@ class _Pump(Generic[Item, A]):
 
     async def _answer(self, index: int, item: Item) -> None:
         request: AnalyzeRequest[A] | None = None
-        outcome: Outcome[Item, A]
+        response: Response[A] | None = None
+        failure: Exception | None = None
         begun = self.clock.monotonic()
         try:
             request = self._build_request(item)
@@ -140,16 +139,19 @@ class _Pump(Generic[Item, A]):
             else:
                 response = await self.recording.perform(item, request)
         except Exception as error:
-            seconds = self.clock.monotonic() - begun
-            outcome = Failed(item=item, index=index, request=request, error=error, seconds=seconds)
+            failure = error
             if stops_the_stream(error, self.settings):
                 self._stop_for(error)
-        else:
-            seconds = self.clock.monotonic() - begun
-            outcome = Answered(
-                item=item, index=index, request=request, response=response, seconds=seconds
+        self._keep(
+            Outcome(
+                item=item,
+                index=index,
+                request=request,
+                response=response,
+                error=failure,
+                seconds=self.clock.monotonic() - begun,
             )
-        self._keep(outcome)
+        )
 
     def _build_request(self, item: Item) -> AnalyzeRequest[A]:
         request: Any = item if self.to_request is None else self.to_request(item)
@@ -236,7 +238,7 @@ class _Pump(Generic[Item, A]):
             worker.cancel()
 
 
-class OutcomeStream(Generic[Item_co, A_co]):
+class OutcomeStream(Generic[Item, A]):
     """The outcomes of `AnalyzeSession.map`: an async iterator and async context manager.
 
     Iterate it, best inside of ``async with``: leaving that cancels the calls in flight and waits
@@ -247,17 +249,17 @@ class OutcomeStream(Generic[Item_co, A_co]):
 
     def __init__(
         self,
-        items: Iterable[Item_co] | AsyncIterable[Item_co],
-        to_request: Callable[[Item_co], AnalyzeRequest[A_co]] | None,
-        perform: Perform[A_co],
+        items: Iterable[Item] | AsyncIterable[Item],
+        to_request: Callable[[Item], AnalyzeRequest[A]] | None,
+        perform: Perform[A],
         *,
         settings: Settings,
         clock: Clock,
         window: int,
         ordered: bool,
-        recording: Recording[Item_co] | None = None,
+        recording: Recording[Item] | None = None,
     ) -> None:
-        source: Iterator[Item_co] | AsyncIterator[Item_co]
+        source: Iterator[Item] | AsyncIterator[Item]
         if isinstance(items, AsyncIterable):
             source = aiter(items)
         elif isinstance(items, Iterable) and not isinstance(items, str | bytes):
@@ -281,7 +283,7 @@ class OutcomeStream(Generic[Item_co, A_co]):
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Outcome[Item_co, A_co]:
+    async def __anext__(self) -> Outcome[Item, A]:
         """Return the next outcome.
 
         Raises:

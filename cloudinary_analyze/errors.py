@@ -57,11 +57,31 @@ class InvalidRequestError(AnalyzeError, ValueError):
     """A request cannot be right as it was built. Nothing was sent."""
 
 
-class SessionNotOpenError(AnalyzeError, RuntimeError):
-    """The session was used before ``async with`` opened it, or from another event loop."""
+class ForeignCancellationError(AnalyzeError):
+    """Code that was passed in raised `asyncio.CancelledError`, but nobody cancelled this work.
+
+    For example, an input or a pacer awaited a future that was cancelled. ``__cause__`` is the
+    original error.
+    """
 
 
-class SessionClosedError(AnalyzeError, RuntimeError):
+class SessionStateError(AnalyzeError, RuntimeError):
+    """The session cannot be used now, or not from here. See the subclasses."""
+
+
+class SessionNotOpenError(SessionStateError):
+    """The session was used before ``async with`` opened it."""
+
+
+class SessionAlreadyOpenError(SessionStateError):
+    """A session that is open was opened again."""
+
+
+class WrongEventLoopError(SessionStateError):
+    """The session, or a handle of it, was used outside the event loop that opened the session."""
+
+
+class SessionClosedError(SessionStateError):
     """The session was closed: before this call, or while this task was pending.
 
     Attributes:

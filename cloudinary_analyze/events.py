@@ -6,13 +6,14 @@ it raises is logged and never disturbs a call. No event holds a secret or a sour
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import attrs
 
-logger: logging.Logger = logging.getLogger("cloudinary_analyze")
+logger = logging.getLogger("cloudinary_analyze")
 
 
 @attrs.frozen(kw_only=True)
@@ -174,5 +175,5 @@ class Meter:
             return
         try:
             self.hook(event)
-        except Exception:
+        except (Exception, asyncio.CancelledError):  # no cancellation of ours: hooks cannot await
             logger.exception("The on_event hook failed on %s.", type(event).__name__)

@@ -36,7 +36,7 @@ from cloudinary_analyze.analyses import (
 )
 from cloudinary_analyze.errors import InvalidRequestError
 
-A_co = TypeVar("A_co", covariant=True)
+A = TypeVar("A")
 
 KEY_VERSION: Final = "1"
 MOST_PARAMETERS: Final = 10
@@ -154,7 +154,7 @@ def _check_count(values: tuple[Any, ...], noun: str) -> None:
 
 
 @attrs.frozen
-class AnalyzeRequest(Generic[A_co]):
+class AnalyzeRequest(Generic[A]):
     """What every request has. Not made itself: use the class of a model.
 
     Attributes:
@@ -233,7 +233,7 @@ class AIVisionGeneral(AnalyzeRequest[AIVisionGeneralAnalysis]):
     prompts: tuple[str, ...] = attrs.field(kw_only=True, converter=_read_prompts)
 
     model_name = "ai_vision_general"
-    feature: ClassVar[str | None] = "ai_vision"
+    feature = "ai_vision"
     analysis_type = AIVisionGeneralAnalysis
 
     @property
@@ -253,7 +253,7 @@ class AIVisionModeration(AnalyzeRequest[AIVisionModerationAnalysis]):
     rejection_questions: tuple[str, ...] = attrs.field(kw_only=True, converter=_read_questions)
 
     model_name = "ai_vision_moderation"
-    feature: ClassVar[str | None] = "ai_vision"
+    feature = "ai_vision"
     analysis_type = AIVisionModerationAnalysis
 
     @property
@@ -311,7 +311,7 @@ class AIVisionTagging(AnalyzeRequest[AIVisionTaggingAnalysis]):
     )
 
     model_name = "ai_vision_tagging"
-    feature: ClassVar[str | None] = "ai_vision"
+    feature = "ai_vision"
     analysis_type = AIVisionTaggingAnalysis
 
     @property
@@ -326,7 +326,7 @@ class Captioning(AnalyzeRequest[CaptioningAnalysis]):
 
     __slots__ = ()
     model_name = "captioning"
-    feature: ClassVar[str | None] = "object_detection"
+    feature = "object_detection"
     analysis_type = CaptioningAnalysis
 
 
@@ -335,7 +335,7 @@ class CldFashion(AnalyzeRequest[CldFashionAnalysis]):
 
     __slots__ = ()
     model_name = "cld_fashion"
-    feature: ClassVar[str | None] = "object_detection"
+    feature = "object_detection"
     analysis_type = CldFashionAnalysis
 
 
@@ -344,7 +344,7 @@ class CldText(AnalyzeRequest[CldTextAnalysis]):
 
     __slots__ = ()
     model_name = "cld_text"
-    feature: ClassVar[str | None] = "object_detection"
+    feature = "object_detection"
     analysis_type = CldTextAnalysis
 
 
@@ -353,7 +353,7 @@ class Coco(AnalyzeRequest[CocoAnalysis]):
 
     __slots__ = ()
     model_name = "coco"
-    feature: ClassVar[str | None] = "object_detection"
+    feature = "object_detection"
     analysis_type = CocoAnalysis
 
 
@@ -362,7 +362,7 @@ class GoogleLogoDetection(AnalyzeRequest[GoogleLogoDetectionAnalysis]):
 
     __slots__ = ()
     model_name = "google_logo_detection"
-    feature: ClassVar[str | None] = "google_tagging"
+    feature = "google_tagging"
     analysis_type = GoogleLogoDetectionAnalysis
 
 
@@ -371,7 +371,7 @@ class GoogleTagging(AnalyzeRequest[GoogleTaggingAnalysis]):
 
     __slots__ = ()
     model_name = "google_tagging"
-    feature: ClassVar[str | None] = "google_tagging"
+    feature = "google_tagging"
     analysis_type = GoogleTaggingAnalysis
 
 
@@ -380,7 +380,7 @@ class HumanAnatomy(AnalyzeRequest[HumanAnatomyAnalysis]):
 
     __slots__ = ()
     model_name = "human_anatomy"
-    feature: ClassVar[str | None] = "object_detection"
+    feature = "object_detection"
     analysis_type = HumanAnatomyAnalysis
 
 
@@ -389,7 +389,7 @@ class ImageQuality(AnalyzeRequest[ImageQualityAnalysis]):
 
     __slots__ = ()
     model_name = "image_quality"
-    feature: ClassVar[str | None] = "object_detection"
+    feature = "object_detection"
     analysis_type = ImageQualityAnalysis
 
 
@@ -398,7 +398,7 @@ class Lvis(AnalyzeRequest[LvisAnalysis]):
 
     __slots__ = ()
     model_name = "lvis"
-    feature: ClassVar[str | None] = "object_detection"
+    feature = "object_detection"
     analysis_type = LvisAnalysis
 
 
@@ -407,7 +407,7 @@ class ShopClassifier(AnalyzeRequest[ShopClassifierAnalysis]):
 
     __slots__ = ()
     model_name = "shop_classifier"
-    feature: ClassVar[str | None] = "object_detection"
+    feature = "object_detection"
     analysis_type = ShopClassifierAnalysis
 
 
@@ -416,7 +416,7 @@ class Unidet(AnalyzeRequest[UnidetAnalysis]):
 
     __slots__ = ()
     model_name = "unidet"
-    feature: ClassVar[str | None] = "object_detection"
+    feature = "object_detection"
     analysis_type = UnidetAnalysis
 
 
@@ -425,7 +425,7 @@ class WatermarkDetection(AnalyzeRequest[WatermarkDetectionAnalysis]):
 
     __slots__ = ()
     model_name = "watermark_detection"
-    feature: ClassVar[str | None] = "object_detection"
+    feature = "object_detection"
     analysis_type = WatermarkDetectionAnalysis
 
 

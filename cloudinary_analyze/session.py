@@ -28,12 +28,14 @@ from cloudinary_analyze.errors import (
     BulkStoppedError,
     ConfigurationError,
     InvalidRequestError,
+    SessionAlreadyOpenError,
     SessionClosedError,
     SessionNotOpenError,
+    WrongEventLoopError,
 )
 from cloudinary_analyze.events import EventHook, Meter, SessionStats
 from cloudinary_analyze.notifications import QueueSource
-from cloudinary_analyze.outcomes import Failed, Outcome
+from cloudinary_analyze.outcomes import Outcome
 from cloudinary_analyze.protocols import Ledger, NotificationSource
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import Delivery, Limit, Response, TaskStatus
@@ -178,7 +180,7 @@ class AnalyzeSession:
         if self._closed:
             raise SessionClosedError("A closed session does not open again; make a new one.")
         if self._caller is not None:
-            raise SessionNotOpenError("The session is open already.")
+            raise SessionAlreadyOpenError("The session is already open.")
         from cloudinary_analyze._http.call import Caller
         from cloudinary_analyze._http.transport import Transport
 
@@ -240,7 +242,7 @@ class AnalyzeSession:
         except RuntimeError:  # a thread without one
             loop = None
         if loop is not self._loop:
-            raise SessionNotOpenError(
+            raise WrongEventLoopError(
                 "The session was opened on another event loop. Open one session per loop, inside "
                 "of the coroutine that asyncio.run() runs."
             )
@@ -536,7 +538,7 @@ class AnalyzeSession:
         except BulkStoppedError as error:
             for index in range(len(outcomes), len(requests)):
                 request = requests[index]
-                outcomes.append(Failed(item=request, index=index, request=request, error=error))
+                outcomes.append(Outcome(item=request, index=index, request=request, error=error))
         return outcomes
 
     @property
@@ -548,7 +550,7 @@ class AnalyzeSession:
     def stats(self) -> SessionStats:
         """A snapshot of the counts since the session was opened."""
         meter = self._meter
-        gate = self._caller.gate if self._caller is not None else None
+        gate = self._caller.permits if self._caller is not None else None
         return SessionStats(
             calls=meter.calls,
             attempts=meter.attempts,
@@ -580,7 +582,7 @@ class AnalyzeSession:
             return
         caller, tracker = self._caller, self._tracker
         if caller is not None and asyncio.get_running_loop() is not self._loop:
-            raise SessionNotOpenError("A session must be closed on the event loop that opened it.")
+            raise WrongEventLoopError("A session must be closed on the event loop that opened it.")
         self._closed = True
         if caller is None or tracker is None:
             return
@@ -602,4 +604,4 @@ class AnalyzeSession:
         """Wait until nothing is on the wire any more, but not for long."""
         with contextlib.suppress(TimeoutError):
             async with self._clock.timeout_at(self._clock.monotonic() + CLOSE_PATIENCE):
-                await caller.gate.wait_empty()
+                await caller.permits.wait_empty()

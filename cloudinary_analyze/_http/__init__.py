@@ -1,5 +1,5 @@
-"""One call over the network: `call` repeats attempts, each under a permit of the `gate`.
+"""Calls over the network: `call` repeats attempts, each under a permit.
 
-The order is retry(permit(one attempt)): a permit is never held while sleeping. `retry` and
-`quota` decide, `transport` is the only file that knows aiohttp's client.
+The order is retry(permit(one attempt)). `_policy` and `quota` decide, `permits` admits, and
+`transport` is the only module that uses aiohttp's client.
 """

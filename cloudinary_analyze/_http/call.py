@@ -1,13 +1,15 @@
 """Calls: attempts, repeated as the policy says, each under a permit.
 
-A thin shell. `retry` decides, `gate` admits, `transport` sends, the wire room reads.
+One loop serves analyze calls and status polls. The policy decides, `Permits` admits, `Transport`
+sends, `_wire` reads. A permit covers exactly one attempt: it is given back before any wait, and
+only after the attempt's outcome was reported.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from functools import partial
 from typing import TypeVar
@@ -15,10 +17,11 @@ from typing import TypeVar
 import attrs
 from yarl import URL
 
+from cloudinary_analyze._cancellation import Sections, get_task
 from cloudinary_analyze._clock import Clock, wake
 from cloudinary_analyze._http.permits import Permits
 from cloudinary_analyze._http.quota import Quota
-from cloudinary_analyze._http.transport import Answer, Transport
+from cloudinary_analyze._http.transport import Answer, Body, Transport
 from cloudinary_analyze._policy import build_waits, decide_wait, is_throttle
 from cloudinary_analyze._wire.protocol import (
     Accepted,
@@ -30,11 +33,12 @@ from cloudinary_analyze._wire.protocol import (
     read_response,
     read_task_status,
 )
-from cloudinary_analyze.config import Settings
+from cloudinary_analyze.config import Pacer, Settings
 from cloudinary_analyze.errors import (
     AnalyzeError,
     ApiError,
     CallTimeoutError,
+    ForeignCancellationError,
     InvalidRequestError,
     QuotaExceededError,
     ResponseDecodeError,
@@ -45,16 +49,42 @@ from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import Response, TaskStatus
 
 A = TypeVar("A")
+T = TypeVar("T")
 
 
 @attrs.define(eq=False, repr=False)
-class _Trace:
-    """How far a call has come, for the error when its time runs out."""
+class _Call:
+    """One call: what it sends, and how far it has come.
 
+    Attributes:
+        url: Where to.
+        permits: What its attempts need.
+        limit: Attempts at most.
+        model: The model's wire name; ``None`` for a status poll.
+        feature: The add-on feature that it is charged to.
+        content: The JSON to POST; ``None``: a GET.
+        deadline: Monotonic instant when it gives up.
+        attempts: Attempts begun.
+        sending: The body of the attempt in flight.
+        ambiguous: Whether an earlier attempt may have been charged.
+        error: Why the last attempt failed.
+        waits: Our own waits between attempts, once there was a failure.
+        probing: Whether this call tests if a used up quota was renewed.
+    """
+
+    url: URL
+    permits: Permits
+    limit: int
+    model: str | None = None
+    feature: str = ""
+    content: bytes | None = None
+    deadline: float | None = None
     attempts: int = 0
-    on_the_wire: bool = False
+    sending: Body | None = None
     ambiguous: bool = False
     error: AnalyzeError | None = None
+    waits: Iterator[float] | None = None
+    probing: bool = False
 
 
 @attrs.define(eq=False, repr=False)
@@ -73,10 +103,11 @@ class Caller:
     transport: Transport
     meter: Meter
     quota: Quota
-    gate: Permits
-    poll_gate: Permits
+    permits: Permits
+    poll_permits: Permits
     _urls: dict[str, URL] = attrs.field(factory=dict, init=False)
     _sleepers: set[asyncio.Future[None]] = attrs.field(factory=set, init=False)
+    _pacing: Sections = attrs.field(factory=Sections, init=False)
     _closed: AnalyzeError | None = attrs.field(default=None, init=False)
 
     async def analyze(
@@ -87,7 +118,7 @@ class Caller:
         as_task: bool = False,
         notification_url: str | None = None,
     ) -> Response[A] | Accepted:
-        """Make an analyze call, whatever the service answers it with.
+        """Make an analyze call and return the response, or the task that the service made of it.
 
         Args:
             request: What to analyse.
@@ -98,224 +129,265 @@ class Caller:
         Raises:
             AnalyzeError: See `AnalyzeSession.analyze`.
         """
-        body = build_body(request, as_task=as_task, notification_url=notification_url)
+        model = request.model
+        call = _Call(
+            self._urls.get(model) or self._build_url(model),
+            self.permits,
+            self.settings.attempts,
+            model,
+            request.feature or model,
+            build_body(request, as_task=as_task, notification_url=notification_url),
+            deadline,
+        )
         meter = self.meter
         meter.calls += 1
         meter.in_flight += 1
-        trace = _Trace()
         begun = self.clock.monotonic()
         error: BaseException | None = None
         try:
+            read = partial(self._read_analysis, request)
             if deadline is None:
-                return await self._attempt_analyze(request, body, trace)
-            return await self._analyze_until(deadline, request, body, trace)
+                return await self._repeat(call, read)
+            return await self._repeat_until(deadline, call, read)
         except BaseException as raised:
             error = raised
             if isinstance(raised, AnalyzeError):
-                raised.ambiguous |= trace.ambiguous
+                raised.ambiguous |= call.ambiguous
             raise
         finally:
             meter.in_flight -= 1
             if meter.hook is not None:
                 meter.tell(
                     CallFinished(
-                        model=request.model,
+                        model=model,
                         seconds=self.clock.monotonic() - begun,
-                        attempts=trace.attempts,
+                        attempts=call.attempts,
                         error=error,
                     )
                 )
-
-    async def _analyze_until(
-        self, deadline: float, request: AnalyzeRequest[A], body: bytes, trace: _Trace
-    ) -> Response[A] | Accepted:
-        begun = self.clock.monotonic()
-        if deadline <= begun:
-            raise CallTimeoutError("The time for the whole call was over before it was sent.")
-        scope: asyncio.Timeout | None = None
-        try:
-            async with self.clock.timeout_at(deadline) as scope:
-                return await self._attempt_analyze(request, body, trace)
-        except TimeoutError as error:
-            if isinstance(error, AnalyzeError) or scope is None or not scope.expired():
-                raise  # an attempt's, or the pacer's own
-            how = f"{trace.attempts} attempts" if trace.attempts else "queueing for a permit"
-            raise CallTimeoutError(
-                f"No answer came within the {deadline - begun:.1f} s for the whole call ({how}).",
-                attempts=trace.attempts,
-                ambiguous=trace.on_the_wire or trace.ambiguous,
-            ) from trace.error
-
-    async def _attempt_analyze(
-        self, request: AnalyzeRequest[A], body: bytes, trace: _Trace
-    ) -> Response[A] | Accepted:
-        gate = self.gate
-        quota = self.quota
-        pacer = self.settings.pacer
-        model = request.model
-        feature = request.feature or model
-        url = self._urls.get(model)
-        if url is None:
-            if not model:
-                raise InvalidRequestError("AnalyzeRequest itself names no model; use a subclass.")
-            url = URL(build_analyze_url(self.base_url, self.cloud_name, model), encoded=True)
-            self._urls[model] = url
-        waits: Iterator[float] | None = None
-        probing = False
-        while True:
-            if quota.breakers and not probing:
-                probing = quota.check(feature)
-            if pacer is not None:
-                await pacer.acquire()
-            if gate.idle:
-                gate.in_use += 1
-            else:
-                await gate.acquire()
-            generation = gate.generation
-            error: AnalyzeError
-            try:
-                if quota.breakers and not probing:
-                    probing = quota.check(feature)  # it may have tripped while this one queued
-                trace.attempts += 1
-                trace.on_the_wire = True
-                self.meter.attempts += 1
-                answer = await self.transport.post(url, body)
-            except TransportError as raised:
-                error = raised
-            except ResponseDecodeError as raised:
-                raised.model = model
-                raise
-            else:
-                if answer[0] == 200:
-                    gate.succeed()
-                    response = read_response(request, answer[2])
-                    if response.limits:
-                        quota.learn(response.limits)
-                    if probing:
-                        quota.reset(feature)
-                    return response
-                if answer[0] == 202:
-                    gate.succeed()
-                    if probing:
-                        quota.reset(feature)
-                    return read_accepted(answer[2], model=model)
-                error = self._read_error(answer, model=model, feature=request.feature)
-            finally:
-                gate.release()
-            trace.on_the_wire = False
-            trace.error = error
-            trace.ambiguous |= error.ambiguous
-            if waits is None:
-                waits = build_waits(self.settings)
-            wait = self._judge(error, trace.attempts, gate, generation, next(waits), model=model)
-            if isinstance(error, ApiError):
-                quota.learn(error.limits)
-            if isinstance(error, QuotaExceededError):
-                quota.trip(feature, error)
-            if wait is None:
-                raise error
-            await self._sleep(wait)
 
     async def get_task_status(self, task_id: str, *, attempts: int | None = None) -> TaskStatus:
         """Ask for a task's status, under the permits for polls.
 
         Args:
             task_id: The task.
-            attempts: Attempts at the most; default: the settings'.
+            attempts: Attempts at most; default: the settings'.
 
         Raises:
             AnalyzeError: No status could be had.
         """
-        attempts = self.settings.attempts if attempts is None else attempts
-        url = URL(build_task_url(self.base_url, self.cloud_name, task_id), encoded=True)
-        waits = build_waits(self.settings)
-        made = 0
+        call = _Call(
+            URL(build_task_url(self.base_url, self.cloud_name, task_id), encoded=True),
+            self.poll_permits,
+            self.settings.attempts if attempts is None else attempts,
+        )
+        return await self._repeat(call, partial(self._read_status, task_id))
+
+    def _build_url(self, model: str) -> URL:
+        if not model:
+            raise InvalidRequestError("AnalyzeRequest itself names no model; use a subclass.")
+        url = URL(build_analyze_url(self.base_url, self.cloud_name, model), encoded=True)
+        self._urls[model] = url
+        return url
+
+    async def _repeat_until(
+        self, deadline: float, call: _Call, read: Callable[[_Call, Answer], T]
+    ) -> T:
+        begun = self.clock.monotonic()
+        if deadline <= begun:
+            raise CallTimeoutError("The time for the whole call was over before it was sent.")
+        scope: asyncio.Timeout | None = None
+        try:
+            async with self.clock.timeout_at(deadline) as scope:
+                return await self._repeat(call, read)
+        except TimeoutError as error:
+            if isinstance(error, AnalyzeError) or scope is None or not scope.expired():
+                raise  # an attempt's, or the pacer's own
+            how = f"{call.attempts} attempts" if call.attempts else "queueing for a permit"
+            raise CallTimeoutError(
+                f"No response arrived within the {deadline - begun:.1f} s for the whole call "
+                f"({how}).",
+                attempts=call.attempts,
+                ambiguous=call.ambiguous or (call.sending is not None and call.sending.sent),
+            ) from call.error
+
+    async def _repeat(self, call: _Call, read: Callable[[_Call, Answer], T]) -> T:
+        """Attempt a call until it has a response or an error that the policy calls final."""
+        permits = call.permits
+        quota = self.quota
+        pacer = None if call.model is None else self.settings.pacer
         while True:
-            await self.poll_gate.acquire()
-            generation = self.poll_gate.generation
-            made += 1
-            self.meter.polls += 1
-            error: AnalyzeError
-            try:
-                answer = await self.transport.get(url)
-            except TransportError as raised:
-                raised.ambiguous = False  # asking again costs nothing
-                error = raised
+            if quota.breakers and call.model is not None and not call.probing:
+                call.probing = quota.check(call.feature)
+            if pacer is not None:
+                await self._await_pacer(pacer)
+            if permits.idle:
+                permits.in_use += 1
             else:
-                if answer[0] == 200:
-                    self.poll_gate.succeed()
-                    return read_task_status(task_id, answer[2])
-                error = self._read_error(answer, model=None, feature=None)
+                await permits.acquire()
+            generation = permits.generation
+            try:
+                self._begin(call)
+                try:
+                    result = read(call, await self.transport.send(call.url, call.sending))
+                except (ApiError, TransportError) as error:
+                    wait = self._judge(call, error, generation)
+                    if wait is None:
+                        raise
+                except ResponseDecodeError as error:
+                    error.model = call.model
+                    error.ambiguous &= call.model is not None
+                    raise
+                else:
+                    permits.succeed()
+                    return result
             finally:
-                self.poll_gate.release()
-            wait = self._judge(
-                error,
-                made,
-                self.poll_gate,
-                generation,
-                next(waits),
-                model=None,
-                last=made >= attempts,
-            )
-            if wait is None:
-                raise error
+                permits.release()
             await self._sleep(wait)
 
-    def _read_error(self, answer: Answer, *, model: str | None, feature: str | None) -> ApiError:
+    def _begin(self, call: _Call) -> None:
+        """Check that an attempt may still be sent, and count it."""
+        if call.deadline is not None and self.clock.monotonic() >= call.deadline:
+            # the loop was late: the permit came before the timer, which is due by now
+            raise CallTimeoutError(
+                "The time for the whole call ran out while it was waiting.",
+                attempts=call.attempts,
+            ) from call.error
+        if call.content is None:
+            self.meter.polls += 1
+        else:
+            if self.quota.breakers and not call.probing:
+                call.probing = self.quota.check(call.feature)  # it may have tripped meanwhile
+            call.sending = Body(call.content)
+            self.meter.attempts += 1
+        call.attempts += 1
+
+    async def _await_pacer(self, pacer: Pacer) -> None:
+        """Wait for the user's pacer; closing the session ends the wait."""
+        task = get_task()
+        cancelling = task.cancelling()
+        self._pacing.inside[task] = 0.0
+        cause: BaseException | None = None
+        try:
+            await pacer.acquire()
+        except asyncio.CancelledError as error:
+            interrupted = self._pacing.leave(task)
+            if task.cancelling() > cancelling:
+                raise
+            if not interrupted:
+                cause = error
+        finally:
+            self._pacing.leave(task)
+        if self._closed is not None:
+            raise copy(self._closed) from cause
+        if cause is not None:
+            raise ForeignCancellationError(
+                "The pacer (Settings.pacer) raised CancelledError, but nothing cancelled this "
+                "call. Nothing was sent."
+            ) from cause
+
+    def _read_analysis(
+        self, request: AnalyzeRequest[A], call: _Call, answer: Answer
+    ) -> Response[A] | Accepted:
+        """Read the response to an analyze call.
+
+        Raises:
+            ApiError: It is an error.
+            ResponseDecodeError: It cannot be read.
+        """
         status, headers, body = answer
-        return read_error(
-            status, headers, body, now=self.clock.wall(), model=model, feature=feature
-        )
+        call.sending = None
+        if status == 200:
+            response = read_response(request, body)
+            if response.limits:
+                self.quota.learn(response.limits)
+            result: Response[A] | Accepted = response
+        elif status == 202:
+            result = read_accepted(body, model=request.model)
+        else:
+            raise read_error(
+                status,
+                headers,
+                body,
+                now=self.clock.wall(),
+                model=request.model,
+                feature=request.feature,
+            )
+        if call.probing:
+            self.quota.reset(call.feature)
+        return result
+
+    def _read_status(self, task_id: str, _: _Call, answer: Answer) -> TaskStatus:
+        """Read the response to a status poll; raises as `_read_analysis` does."""
+        status, headers, body = answer
+        if status == 200:
+            return read_task_status(task_id, body)
+        raise read_error(status, headers, body, now=self.clock.wall(), model=None, feature=None)
 
     def _judge(
-        self,
-        error: AnalyzeError,
-        attempt: int,
-        gate: Permits,
-        generation: int,
-        own_wait: float,
-        *,
-        model: str | None,
-        last: bool = False,
+        self, call: _Call, error: ApiError | TransportError, generation: int
     ) -> float | None:
-        """Decide on a failed attempt; pause everybody where the service asked for it."""
+        """Report a failed attempt to those whom it concerns, and decide on the call.
+
+        Returns:
+            The seconds until the next attempt; ``None`` if the error is final.
+
+        Raises:
+            SessionClosedError: The session was closed meanwhile.
+        """
+        if call.model is None:
+            error.ambiguous = False  # asking for a status costs nothing
+        call.sending = None
+        call.error = error
+        call.ambiguous |= error.ambiguous
+        error.attempts = call.attempts
         if self._closed is not None:
             closed = copy(self._closed)
             closed.ambiguous = error.ambiguous
             raise closed from error
-        if isinstance(error, ApiError | TransportError):
-            error.attempts = attempt
+        if call.waits is None:
+            call.waits = build_waits(self.settings)
+        own_wait = next(call.waits)
         wait = None
-        if not last:
+        if call.attempts < call.limit:
             wait = decide_wait(
-                error, attempt, self.settings, own_wait=own_wait, chance=random.random()
+                error, call.attempts, self.settings, own_wait=own_wait, chance=random.random()
             )
         if is_throttle(error):
-            self._throttle(error, gate, generation, own_wait if wait is None else wait)
+            self._throttle(call.permits, error, generation, own_wait if wait is None else wait)
+        if call.model is not None and isinstance(error, ApiError):
+            self.quota.learn(error.limits)
+            if isinstance(error, QuotaExceededError):
+                self.quota.trip(call.feature, error)
         if wait is not None:
-            self.meter.retries += 1
-            self.meter.ambiguous_retries += error.ambiguous
-            if self.meter.hook is not None:
-                self.meter.tell(
-                    AttemptRetried(
-                        model=model,
-                        attempt=attempt,
-                        wait=wait,
-                        ambiguous=error.ambiguous,
-                        error=error,
-                    )
-                )
+            self._count_retry(call, error, wait)
         return wait
 
+    def _count_retry(self, call: _Call, error: AnalyzeError, wait: float) -> None:
+        self.meter.retries += 1
+        self.meter.ambiguous_retries += error.ambiguous
+        if self.meter.hook is not None:
+            self.meter.tell(
+                AttemptRetried(
+                    model=call.model,
+                    attempt=call.attempts,
+                    wait=wait,
+                    ambiguous=error.ambiguous,
+                    error=error,
+                )
+            )
+
     def _throttle(
-        self, error: AnalyzeError, gate: Permits, generation: int, seconds: float
+        self, permits: Permits, error: AnalyzeError, generation: int, seconds: float
     ) -> None:
         if isinstance(error, ApiError) and error.retry_after is not None:
             seconds = max(seconds, min(error.retry_after, self.settings.max_server_wait))
-        if gate.throttle(generation, seconds):
+        if permits.throttle(generation, seconds):
             self.meter.pauses += 1
             self.meter.tell(
-                SessionPaused(seconds=seconds, permits=gate.allowed, polls=gate is self.poll_gate)
+                SessionPaused(
+                    seconds=seconds, permits=permits.allowed, polls=permits is self.poll_permits
+                )
             )
 
     async def _sleep(self, seconds: float) -> None:
@@ -334,7 +406,8 @@ class Caller:
     def close(self, error: AnalyzeError) -> None:
         """Fail everything that queues or sleeps, and all that comes later."""
         self._closed = error
-        self.gate.close(error)
+        self.permits.close(error)
+        self._pacing.interrupt_all()
         for woken in self._sleepers:
             if not woken.done():
                 woken.set_exception(copy(error))
@@ -342,4 +415,4 @@ class Caller:
     def close_polls(self) -> None:
         """Fail the status polls that queue, and all that come later."""
         if self._closed is not None:
-            self.poll_gate.close(self._closed)
+            self.poll_permits.close(self._closed)

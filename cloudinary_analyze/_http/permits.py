@@ -68,9 +68,12 @@ class Permits:
         if self.idle:
             self.in_use += 1
             return
-        granted = asyncio.get_running_loop().create_future()
-        self._waiters[granted] = None
+        at_head = False
         while True:
+            granted = asyncio.get_running_loop().create_future()
+            self._waiters[granted] = None
+            if at_head:
+                self._waiters.move_to_end(granted, last=False)
             try:
                 await granted
             except BaseException:
@@ -79,13 +82,14 @@ class Permits:
                 else:
                     self._waiters.pop(granted, None)
                 raise
+            # a close or a pause may have begun between the hand-out and now
+            if self._closed is not None:
+                self.release()
+                raise copy(self._closed)
             if self.resume_at is None:
                 return
-            # a pause began between the hand-out and now: back to the head of the queue
-            self.in_use -= 1
-            granted = asyncio.get_running_loop().create_future()
-            self._waiters[granted] = None
-            self._waiters.move_to_end(granted, last=False)
+            self.release()
+            at_head = True
 
     def release(self) -> None:
         """Give a permit back."""

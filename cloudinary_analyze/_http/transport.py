@@ -1,4 +1,4 @@
-"""One attempt over the network. The only file that knows aiohttp's client."""
+"""One attempt over the network, with its timeouts. The only file that knows aiohttp's client."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import base64
 import platform
 import ssl
-from collections.abc import Coroutine
 from typing import Any, Final
 
 import aiohttp
@@ -14,7 +13,7 @@ import attrs
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
-from cloudinary_analyze._http.watchdog import Watchdog
+from cloudinary_analyze._cancellation import Sections, get_task
 from cloudinary_analyze.config import Credentials, Settings
 from cloudinary_analyze.errors import (
     AttemptTimeoutError,
@@ -24,12 +23,31 @@ from cloudinary_analyze.errors import (
     shorten,
 )
 
-Answer = tuple[int, CIMultiDictProxy[str], bytes]
+Answer = tuple[int, CIMultiDictProxy[str], bytes]  # status, headers, body
+
+
+class Body(aiohttp.BytesPayload):
+    """The body of one attempt, which knows whether any of it was sent.
+
+    Attributes:
+        sent: Whether a connection was open and the body handed to it. Until then the service
+            cannot have acted on the request.
+    """
+
+    sent = False
+
+    async def write_with_length(self, writer: Any, content_length: int | None) -> None:
+        """Write the body to the connection; called by aiohttp."""
+        self.sent = True
+        await super().write_with_length(writer, content_length)
 
 
 @attrs.define(eq=False, repr=False)
 class Transport:
-    """Sends one attempt at a time on a pooled connection, and reads the whole answer.
+    """Sends one attempt at a time on a pooled connection, and reads the whole response.
+
+    All attempts have the same read timeout, so the oldest expires first, and one timer for the
+    oldest is enough. A timer for each attempt, ours or aiohttp's, costs several times as much.
 
     Attributes:
         settings: For timeouts and the longest body.
@@ -41,7 +59,10 @@ class Transport:
     _http: aiohttp.ClientSession
     _headers: CIMultiDict[str] | None = attrs.field(repr=False)
     _timeout: aiohttp.ClientTimeout
-    _watchdog: Watchdog
+    _loop: asyncio.AbstractEventLoop
+    _attempts: Sections = attrs.field(factory=Sections)
+    _timer: asyncio.TimerHandle | None = None
+    _closed: bool = False
 
     @classmethod
     def open(
@@ -58,12 +79,12 @@ class Transport:
             ConfigurationError: The given session would get in the way.
         """
         headers = build_headers(credentials, version=version)
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout)
-        watchdog = Watchdog(settings.read_timeout, asyncio.get_running_loop())
+        timeout = aiohttp.ClientTimeout(total=None, connect=settings.connect_timeout)
+        loop = asyncio.get_running_loop()
         if http is not None:
             check_client_session(http, settings)
-            return cls(settings, False, http, headers, timeout, watchdog)
-        # our own gates bound what is in flight, so the pool need not
+            return cls(settings, False, http, headers, timeout, loop)
+        # our own permits bound what is in flight, so the pool need not
         connector = aiohttp.TCPConnector(limit=0)
         own = aiohttp.ClientSession(
             connector=connector,
@@ -71,36 +92,37 @@ class Transport:
             timeout=timeout,
             cookie_jar=aiohttp.DummyCookieJar(),
         )
-        return cls(settings, True, own, None, timeout, watchdog)
+        return cls(settings, True, own, None, timeout, loop)
 
     async def close(self) -> None:
-        """Close the pool if it is ours."""
-        self._watchdog.close()
+        """Interrupt the attempts that are still in flight, and close the pool if it is ours."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._attempts.interrupt_all()
         if self.owned:
             await self._http.close()
 
-    def post(self, url: URL, body: bytes) -> Coroutine[Any, Any, Answer]:
-        """POST JSON and return (status, headers, body). Redirects are not followed.
+    async def send(self, url: URL, body: Body | None) -> Answer:
+        """POST a JSON body, or GET without one. Redirects are not followed.
 
-        Cancelling closes the connection; whether the service got the request is then unknown.
+        Cancelling closes the connection; `Body.sent` says whether the service may have the request.
 
         Raises:
-            TransportError: No answer; `ambiguous` says whether the request had been sent.
+            TransportError: No response; `ambiguous` says whether the request had been sent.
             ResponseDecodeError: The body is longer than the settings allow.
             ConfigurationError: The aiohttp session that was passed in is closed.
         """
-        return self._send("POST", url, body)
-
-    def get(self, url: URL) -> Coroutine[Any, Any, Answer]:
-        """GET and return (status, headers, body); otherwise as `post`."""
-        return self._send("GET", url, None)
-
-    async def _send(self, method: str, url: URL, body: bytes | None) -> Answer:
-        watch = self._watchdog.begin()
-        cause: Exception | None = None
+        task = get_task()
+        cancelling = task.cancelling()
+        deadline = self._loop.time() + self.settings.read_timeout
+        self._attempts.inside[task] = deadline
+        if self._timer is None:
+            self._timer = self._loop.call_at(deadline, self._end_overdue)
+        cause: BaseException | None = None
         try:
             response = await self._http.request(
-                method,
+                "GET" if body is None else "POST",
                 url,
                 data=body,
                 headers=self._headers,
@@ -116,25 +138,30 @@ class Transport:
             except BaseException:
                 response.close()
                 raise
-        except asyncio.CancelledError:
-            if not watch.expired or watch.task.uncancel() > watch.cancelling:
+        except asyncio.CancelledError as error:
+            interrupted = self._attempts.leave(task)
+            if task.cancelling() > cancelling:
                 raise
-            failure: TransportError = AttemptTimeoutError(
-                f"No whole answer came within {self.settings.read_timeout} s "
-                "(Settings.read_timeout).",
-                ambiguous=True,
-            )
+            if interrupted:
+                failure = self._build_interruption()
+            else:
+                failure = TransportError("The HTTP session cancelled the attempt by itself.")
+                cause = error
         except (aiohttp.ClientError, OSError) as error:
             failure = build_transport_error(error, self.settings)
             if not isinstance(error, aiohttp.ClientResponseError):
                 cause = error  # that one's repr holds the request's headers, credentials and all
-        except RuntimeError as error:
-            if self.owned or not self._http.closed:
-                raise
-            raise ConfigurationError(
-                "The aiohttp session passed as `http` was closed. Keep it open until this session "
-                "is closed."
-            ) from error
+        except Exception as error:
+            if not self.owned and self._http.closed:
+                raise ConfigurationError(
+                    "The aiohttp session passed as `http` was closed. Keep it open until this "
+                    "session is closed."
+                ) from error
+            reason = shorten(str(error).encode())
+            failure = TransportError(
+                f"The HTTP session failed with {type(error).__name__}: {reason}.", permanent=True
+            )
+            cause = error
         else:
             if len(payload) <= self.settings.max_response_bytes:
                 return response.status, response.headers, payload
@@ -145,10 +172,30 @@ class Transport:
                 "the rest was not read.",
                 status=response.status,
                 raw_body=payload[:4096],
+                ambiguous=response.status == 200,
             )
         finally:
-            self._watchdog.end(watch)
+            self._attempts.leave(task)
+        failure.ambiguous = body is not None and body.sent
         raise failure from cause
+
+    def _end_overdue(self) -> None:
+        """Interrupt the attempts whose time is over, and set the timer for the next one."""
+        self._timer = None
+        now = self._loop.time()
+        for task, deadline in list(self._attempts.inside.items()):
+            if deadline > now:
+                self._timer = self._loop.call_at(deadline, self._end_overdue)
+                break
+            self._attempts.interrupt(task)
+
+    def _build_interruption(self) -> TransportError:
+        if self._closed:
+            return TransportError("The session was closed before the response was complete.")
+        return AttemptTimeoutError(
+            f"No complete response arrived within {self.settings.read_timeout} s "
+            "(Settings.read_timeout)."
+        )
 
     async def _read_rest(self, content: aiohttp.StreamReader, first: bytes) -> bytes:
         """Read a body of several chunks, but not much more of it than is allowed."""
@@ -160,14 +207,13 @@ class Transport:
         return b"".join(chunks)
 
 
-_UNSENT: Final = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 _CERTIFICATE: Final = (aiohttp.ClientConnectorCertificateError, ssl.SSLCertVerificationError)
 
 
 def build_transport_error(
     error: aiohttp.ClientError | OSError, settings: Settings
 ) -> TransportError:
-    """Say what became of an attempt without an answer."""
+    """Say why an attempt has no response."""
     if isinstance(error, _CERTIFICATE):
         return TransportError(
             f"The server's certificate is not trusted, so nothing was sent: {error}.",
@@ -175,20 +221,16 @@ def build_transport_error(
         )
     if isinstance(error, aiohttp.ConnectionTimeoutError):
         return AttemptTimeoutError(
-            f"No connection stood within {settings.connect_timeout} s "
+            f"Could not connect within {settings.connect_timeout} s "
             "(Settings.connect_timeout); nothing was sent."
         )
-    if isinstance(error, _UNSENT):
-        return TransportError(f"No connection could be made, so nothing was sent: {error}.")
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return TransportError(f"Could not connect, so nothing was sent: {error}.")
     if isinstance(error, aiohttp.ClientResponseError):
-        return TransportError(
-            f"The answer is no valid HTTP: {shorten(str(error.message or error.status).encode())}.",
-            ambiguous=True,
-        )
+        reason = shorten(str(error.message or error.status).encode())
+        return TransportError(f"The response is not valid HTTP: {reason}.")
     reason = shorten(str(error).encode()) or type(error).__name__
-    return TransportError(
-        f"The connection broke before the whole answer was there: {reason}.", ambiguous=True
-    )
+    return TransportError(f"The connection was lost before the response was complete: {reason}.")
 
 
 def build_headers(credentials: Credentials, *, version: str) -> CIMultiDict[str]:

@@ -8,20 +8,19 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from cloudinary_analyze._tasks.table import Answer, Wait, report_error
 from cloudinary_analyze._wire.protocol import read_analysis_data
-from cloudinary_analyze.errors import SessionNotOpenError
+from cloudinary_analyze.errors import WrongEventLoopError
 from cloudinary_analyze.responses import Response, TaskStatus
 
 if TYPE_CHECKING:
     from cloudinary_analyze._tasks.tracker import Tracker
 
 A = TypeVar("A")
-A_co = TypeVar("A_co", covariant=True)
 
 MISSES: Final = 2
 FINISHED: Final = frozenset({"completed", "failed"})
 
 
-class AnalysisTask(Generic[A_co]):
+class AnalysisTask(Generic[A]):
     """A handle on one analysis, from `AnalyzeSession.submit` or `AnalyzeSession.task`.
 
     ``await task`` gives the response or raises; any number of waiters may do so, at any time,
@@ -43,13 +42,13 @@ class AnalysisTask(Generic[A_co]):
         "_wait",
     )
 
-    def __init__(self, model: str, analysis_type: type[A_co], tracker: Tracker, wait: Wait) -> None:
+    def __init__(self, model: str, analysis_type: type[A], tracker: Tracker, wait: Wait) -> None:
         self._model = model
         self._analysis_type = analysis_type
         self._tracker = tracker
         self._wait = wait
-        self._response: Response[A_co] | None = None
-        self._future: asyncio.Task[Response[A_co]] | None = None
+        self._response: Response[A] | None = None
+        self._future: asyncio.Task[Response[A]] | None = None
         self._retrieved = False
 
     def __repr__(self) -> str:
@@ -69,23 +68,23 @@ class AnalysisTask(Generic[A_co]):
         """Whether `result` would return or raise the outcome."""
         return self._wait.entry.answer is not None or self._wait.ended is not None
 
-    def __await__(self) -> Generator[Any, None, Response[A_co]]:
+    def __await__(self) -> Generator[Any, None, Response[A]]:
         return self._join().__await__()
 
-    async def _join(self) -> Response[A_co]:
+    async def _join(self) -> Response[A]:
         while not self.done():
             await self._change()
         return self.result()
 
     async def _change(self) -> None:
         if asyncio.get_running_loop() is not self._tracker.table.loop:
-            raise SessionNotOpenError(
+            raise WrongEventLoopError(
                 "A task can be awaited only on the event loop of its session. Open one session "
                 "per loop, and pass the task id on: session.task(task_id, …)."
             )
         await self._wait.entry.change()
 
-    def result(self) -> Response[A_co]:
+    def result(self) -> Response[A]:
         """Return the response, or raise what ``await`` would raise.
 
         Raises:
@@ -110,9 +109,9 @@ class AnalysisTask(Generic[A_co]):
             self._response = self._read(answer)
         return self._response
 
-    def _read(self, answer: Answer) -> Response[A_co]:
+    def _read(self, answer: Answer) -> Response[A]:
         if answer.response is not None and answer.response.model == self._model:
-            response: Response[A_co] = answer.response
+            response: Response[A] = answer.response
             return response
         raw = answer.raw if answer.response is None else answer.response.raw
         assert raw is not None
@@ -184,7 +183,7 @@ class AnalysisTask(Generic[A_co]):
         self._retrieved = True
         self._tracker.withdraw(self._wait)
 
-    def as_future(self) -> asyncio.Future[Response[A_co]]:
+    def as_future(self) -> asyncio.Future[Response[A]]:
         """Return a real `asyncio.Future`, for ``asyncio.wait``.
 
         The same one each time. Cancelling it disturbs no other waiter and nothing remote.
@@ -193,10 +192,10 @@ class AnalysisTask(Generic[A_co]):
             self._future = asyncio.ensure_future(self._join())
         return self._future
 
-    def add_done_callback(self, callback: Callable[[AnalysisTask[A_co]], object]) -> None:
+    def add_done_callback(self, callback: Callable[[AnalysisTask[A]], object]) -> None:
         """Call a function with this handle, soon after it is done."""
 
-        def call(future: asyncio.Future[Response[A_co]]) -> None:
+        def call(future: asyncio.Future[Response[A]]) -> None:
             if not future.cancelled():
                 future.exception()  # the callback is told by the handle
                 callback(self)

@@ -13,7 +13,7 @@ from cloudinary_analyze.notifications.receiver import check_secrets, read_answer
 from cloudinary_analyze.protocols import NotificationSink, NotificationSource
 from cloudinary_analyze.responses import Delivery
 
-logger: logging.Logger = logging.getLogger("cloudinary_analyze")
+logger = logging.getLogger("cloudinary_analyze")
 
 FIRST_PAUSE: Final = 0.5
 LONGEST_PAUSE: Final = 30.0

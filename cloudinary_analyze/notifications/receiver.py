@@ -29,7 +29,7 @@ from cloudinary_analyze.protocols import NotificationSink
 from cloudinary_analyze.responses import Delivery, Notification
 from cloudinary_analyze.webhooks import parse_notification, verify_delivery
 
-logger: logging.Logger = logging.getLogger("cloudinary_analyze")
+logger = logging.getLogger("cloudinary_analyze")
 
 MAX_BODY: Final = 2**20  # bytes
 BODY_SECONDS: Final = 10.0
@@ -60,7 +60,7 @@ class RefusedError(Exception):
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
-        self.reply: Reply = Reply(status, text)
+        self.reply = Reply(status, text)
 
 
 TOO_LONG: Final = Reply(413, f"A notification has {MAX_BODY} bytes at most.")

@@ -45,12 +45,12 @@ try:
     from redis.asyncio import BlockingConnectionPool, Redis
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
-except ImportError as _missing:
+except ImportError as missing:
     raise ImportError(
         "Notifications over Redis need the redis library: pip install 'cloudinary-analyze[redis]'."
-    ) from _missing
+    ) from missing
 
-logger: logging.Logger = logging.getLogger("cloudinary_analyze")
+logger = logging.getLogger("cloudinary_analyze")
 
 CONNECTIONS: Final = 16
 CONNECT_SECONDS: Final = 5.0

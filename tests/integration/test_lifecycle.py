@@ -30,9 +30,11 @@ from cloudinary_analyze import (
     Captioning,
     ConfigurationError,
     Credentials,
+    SessionAlreadyOpenError,
     SessionClosedError,
     SessionNotOpenError,
     Settings,
+    WrongEventLoopError,
 )
 
 DEMO = Credentials("demo", KEY, SECRET)
@@ -84,7 +86,7 @@ async def test_a_closed_session_stays_closed() -> None:
 
 async def test_a_session_opens_once() -> None:
     async with AnalyzeSession(DEMO) as session:
-        with pytest.raises(SessionNotOpenError, match="open already"):
+        with pytest.raises(SessionAlreadyOpenError, match="already open"):
             await session.__aenter__()
 
 
@@ -101,13 +103,13 @@ def test_another_event_loop_is_one_clear_error() -> None:
         session = first.run_until_complete(AnalyzeSession(DEMO).__aenter__())
 
         async def use() -> None:
-            with pytest.raises(SessionNotOpenError, match="one session per loop"):
+            with pytest.raises(WrongEventLoopError, match="one session per loop"):
                 await session.analyze(Captioning(URL))
-            with pytest.raises(SessionNotOpenError, match="one session per loop"):
+            with pytest.raises(WrongEventLoopError, match="one session per loop"):
                 session.map([Captioning(URL)])
 
         second.run_until_complete(use())
-        with pytest.raises(SessionNotOpenError, match="one session per loop"):
+        with pytest.raises(WrongEventLoopError, match="one session per loop"):
             session.submit(Captioning(URL))  # on no loop at all
         first.run_until_complete(session.aclose())
     finally:
@@ -123,7 +125,7 @@ def test_a_refused_close_on_another_loop_can_still_be_done_on_the_right_one() ->
     transport = session._caller.transport
 
     async def close_wrongly() -> None:
-        with pytest.raises(SessionNotOpenError):
+        with pytest.raises(WrongEventLoopError):
             await session.aclose()
 
     try:

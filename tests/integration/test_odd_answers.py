@@ -111,22 +111,24 @@ CASES: dict[str, Case] = {
         "400",
     ),
     "413": Case(answer(413, body=b""), BadRequestError, "413"),
-    "no answer at all": Case(hang_up(), TransportError, "broke", calls=3, ambiguous=True),
-    "no HTTP": broken(b"SSH-2.0-OpenSSH_9.6\r\n\r\n", "no valid HTTP"),
-    "a body shorter than its length": broken(head(len(GOOD) + 10) + GOOD, "broke"),
+    "no answer at all": Case(
+        hang_up(), TransportError, "connection was lost", calls=3, ambiguous=True
+    ),
+    "no HTTP": broken(b"SSH-2.0-OpenSSH_9.6\r\n\r\n", "not valid HTTP"),
+    "a body shorter than its length": broken(head(len(GOOD) + 10) + GOOD, "connection was lost"),
     "a length that is no number": broken(
-        head(None, b"Content-Length: many") + GOOD, "no valid HTTP"
+        head(None, b"Content-Length: many") + GOOD, "not valid HTTP"
     ),
     "chunks that break off": broken(
-        head(None, b"Transfer-Encoding: chunked") + b'5\r\n{"dat\r\n', "broke"
+        head(None, b"Transfer-Encoding: chunked") + b'5\r\n{"dat\r\n', "connection was lost"
     ),
     "chunks that are none": broken(
-        head(None, b"Transfer-Encoding: chunked") + b"zz\r\nhello\r\n", "no valid HTTP|broke"
+        head(None, b"Transfer-Encoding: chunked") + b"zz\r\nhello\r\n", "not valid HTTP|lost"
     ),
     "gzip that is none": broken(
-        head(len(GOOD), b"Content-Encoding: gzip") + GOOD, "no valid HTTP|broke"
+        head(len(GOOD), b"Content-Encoding: gzip") + GOOD, "not valid HTTP|lost"
     ),
-    "a body longer than its length": broken(head(len(GOOD)) + GOOD + b"more", "no valid HTTP"),
+    "a body longer than its length": broken(head(len(GOOD)) + GOOD + b"more", "not valid HTTP"),
 }
 
 

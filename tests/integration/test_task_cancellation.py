@@ -105,7 +105,7 @@ class TestEverySuspension:
 
                 async def check(_):
                     await until(lambda: busy(session.stats) == (0, 0, 0))
-                    await until(lambda: tracker.caller.poll_gate.in_use == 0)
+                    await until(lambda: tracker.caller.poll_permits.in_use == 0)
                     assert tracker.poller.scheduled == 0
                     pending = tracker.table.pending.values()
                     assert not any(entry.waits or entry.poll for entry in pending)
@@ -127,8 +127,8 @@ class TestEverySuspension:
             async def check(_):
                 await until(lambda: busy(session.stats) == (0, 0, 0))
                 await until(lambda: session.stats.pending == 0)
-                await until(lambda: session._tracker.caller.poll_gate.in_use == 0)
-                assert session._tracker.caller.poll_gate.waiting == 0
+                await until(lambda: session._tracker.caller.poll_permits.in_use == 0)
+                assert session._tracker.caller.poll_permits.waiting == 0
 
             assert await cancel_everywhere(act, check, late=late) > 3
 

@@ -15,6 +15,7 @@ from cloudinary_analyze import (
     ResultNotDeliveredError,
     SessionNotOpenError,
     Settings,
+    WrongEventLoopError,
 )
 from cloudinary_analyze.errors import ConfigurationError, TaskTimeoutError
 from cloudinary_analyze.notifications import QueueSource
@@ -242,7 +243,7 @@ class TestMap:
                 waiting.cancel()
                 await asyncio.wait([waiting])
             tracker = session._tracker
-            await until(lambda: tracker.caller.poll_gate.in_use == 0)
+            await until(lambda: tracker.caller.poll_permits.in_use == 0)
             polls = emulator.counts.total_polls
             await asyncio.sleep(0.05)
             assert emulator.counts.total_polls == polls
@@ -282,7 +283,7 @@ def test_a_handle_awaited_on_another_loop_says_so():
         )
         first.run_until_complete(session.__aenter__())
         task = first.run_until_complete(submit(session))
-        with pytest.raises(SessionNotOpenError, match="event loop"):
+        with pytest.raises(WrongEventLoopError, match="event loop"):
             second.run_until_complete(wait_for(task))
         task.abandon()
         first.run_until_complete(session.aclose())

@@ -1,0 +1,61 @@
+"""Cancellations: ours, those of others, and those of code that only looks cancelled.
+
+Three things arrive as the same `asyncio.CancelledError`, also in one turn of the loop: we interrupt
+a section of a task (a timeout, a close), somebody cancels the task, or code that we await raises
+the error by itself. Only `asyncio.Task.cancelling` tells them apart, counted from before the await.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import attrs
+
+
+def get_task() -> asyncio.Task[object]:
+    """Return the running task.
+
+    Raises:
+        RuntimeError: No task is running; asyncio itself cannot bound or cancel such code.
+    """
+    task = asyncio.current_task()
+    if task is None:
+        raise RuntimeError("This coroutine must run in an asyncio task.")
+    return task
+
+
+@attrs.define(eq=False, repr=False)
+class Sections:
+    """Parts of tasks that we may interrupt, by cancelling them.
+
+    A task is outside, inside (from `enter` on) or interrupted (from `interrupt` on); `leave` takes
+    it outside again. Whoever leaves raises its own error if it was interrupted and the task's
+    count of cancellations is what it was before.
+
+    Attributes:
+        inside: Task to the loop's time when its section has taken too long; oldest first if all
+            sections may last equally long.
+    """
+
+    inside: dict[asyncio.Task[object], float] = attrs.field(factory=dict)
+    _interrupted: set[asyncio.Task[object]] = attrs.field(factory=set)
+
+    def interrupt(self, task: asyncio.Task[object]) -> None:
+        """Interrupt a task that is inside."""
+        del self.inside[task]
+        self._interrupted.add(task)
+        task.cancel()
+
+    def interrupt_all(self) -> None:
+        """Interrupt every task that is inside."""
+        for task in list(self.inside):
+            self.interrupt(task)
+
+    def leave(self, task: asyncio.Task[object]) -> bool:
+        """End a task's section and take back our cancellation; return whether there was one."""
+        self.inside.pop(task, None)
+        if task not in self._interrupted:
+            return False
+        self._interrupted.remove(task)
+        task.uncancel()
+        return True
