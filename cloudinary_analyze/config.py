@@ -1,21 +1,23 @@
 """Who calls (`Credentials`) and how (`Settings`): frozen, validated when they are made.
 
-A wrong value is refused here, with a sentence, because it would surface much later elsewhere.
+An invalid value raises `ConfigurationError` here, before any request is sent. No message quotes a
+credential, a host or any part of a Cloudinary URL: after a typo, each may hold the secret.
 """
 
 from __future__ import annotations
 
 import ipaddress
-import math
 import os
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, Final, Literal, Protocol, Self
+from typing import Any, Final, Literal, Protocol, Self, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import attrs
 
+from cloudinary_analyze._values import URLObject, quote, read_url
 from cloudinary_analyze.errors import ConfigurationError
 
 DEFAULT_HOST: Final = "api.cloudinary.com"
@@ -29,13 +31,13 @@ _UNPRINTABLE = r"[\x00-\x20\x7f]"
 _HOST = r"[A-Za-z0-9.-]+(?::\d{1,5})?|\[[0-9A-Fa-f:.]+\](?::\d{1,5})?"
 
 
-def _clean(value: str | None, name: str) -> str | None:
+def _clean(given: Any, name: str) -> str | None:
     """Strip what pasting leaves behind, and refuse what cannot be part of a credential."""
-    if value is None:
+    if given is None:
         return None
-    if not isinstance(value, str):
-        raise ConfigurationError(f"{name} must be a string, not {type(value).__name__}.")
-    value = value.strip()
+    if not isinstance(given, str):
+        raise ConfigurationError(f"{name} must be a string, not {type(given).__name__}.")
+    value = str.__str__(given).strip()  # of a string enum: its value
     if len(value) > 1 and value[0] == value[-1] and value[0] in _QUOTES:
         value = value[1:-1]
     elif value[:1] in _QUOTES or value[-1:] in _QUOTES:
@@ -44,10 +46,12 @@ def _clean(value: str | None, name: str) -> str | None:
         return None
     if value.startswith("<") and value.endswith(">"):
         raise ConfigurationError(
-            f"{name} still has angle brackets around it. Leave out the < and the > of the template."
+            f"{name} is still in the angle brackets of the template. Remove the < and the >."
         )
     if re.search(_UNPRINTABLE, value):
         raise ConfigurationError(f"{name} contains white space or control characters.")
+    if re.search("[\ud800-\udfff]", value):
+        raise ConfigurationError(f"{name} contains an unpaired surrogate. UTF-8 cannot encode it.")
     return value
 
 
@@ -67,8 +71,8 @@ def _clean_oauth_token(value: str | None) -> str | None:
     return _clean(value, "The OAuth token")
 
 
-def _clean_host(value: str | None) -> str | None:
-    return _clean(value, "The host")
+def _clean_host(value: str | URLObject | None) -> str | None:
+    return _clean(read_url(value), "The host")
 
 
 def read_base_url(host: str, cloud_name: str) -> str:
@@ -77,28 +81,37 @@ def read_base_url(host: str, cloud_name: str) -> str:
     Args:
         host: A host name (``api-eu.cloudinary.com``) or an origin (``https://…``).
         cloud_name: Plain http is refused unless the host is this machine or the cloud is an
-            emulator's, since the credentials would be readable on the way.
+            emulator's, because the credentials would be readable in transit.
 
     Raises:
         ConfigurationError: It is neither, or plain http would leave the machine.
     """
+    scheme, rest, name = _split_host(host)
+    if scheme == "http" and not cloud_name.startswith("emulator-") and not _is_loopback(name):
+        raise ConfigurationError(
+            "The host is plain http. The credentials could be read in transit. Use https."
+        )
+    return f"{scheme}://{rest}"
+
+
+def _split_host(host: str) -> tuple[str, str, str]:
+    """Return the scheme, the host with its port, and the bare host name."""
     origin = host if "://" in host else f"https://{host}"
     scheme, _, rest = origin.rstrip("/").partition("://")
+    invalid = ConfigurationError(
+        "The host must be a host name or an origin, without user, path or query: "
+        f"{DEFAULT_HOST!r}, 'api-eu.cloudinary.com' or 'https://host:port'."
+    )
     if scheme not in {"http", "https"} or not re.fullmatch(_HOST, rest):
-        raise ConfigurationError(
-            f"The host {host!r} is neither a host name nor an origin. "
-            f"Pass {DEFAULT_HOST!r}, 'api-eu.cloudinary.com' or 'https://host:port'."
-        )
+        raise invalid
     try:
         parts = urlsplit(f"//{rest}")
         name, _ = parts.hostname or "", parts.port
-    except ValueError as error:
-        raise ConfigurationError(f"The host {host!r} cannot be right: {error}.") from None
-    if scheme == "http" and not cloud_name.startswith("emulator-") and not _is_loopback(name):
-        raise ConfigurationError(
-            f"The host {host!r} is plain http: the credentials could be read on the way. Use https."
-        )
-    return f"{scheme}://{rest}"
+    except ValueError:  # its text quotes the host
+        name = ""
+    if not name.strip("."):
+        raise invalid
+    return scheme, rest, name
 
 
 def _is_loopback(name: str) -> bool:
@@ -110,42 +123,56 @@ def _is_loopback(name: str) -> bool:
         return False
 
 
+def _read_tuple(value: Any, name: str) -> tuple[Any, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, tuple | list):
+        raise ConfigurationError(
+            f"{name} must be a string or a tuple of strings, not {type(value).__name__}."
+        )
+    return tuple(value)
+
+
 def _read_secrets(value: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
-    secrets = (value,) if isinstance(value, str) else tuple(value)
-    cleaned = tuple(_clean(secret, "A notification secret") for secret in secrets)
+    secrets = _read_tuple(value, "notification_secrets")
+    cleaned = [_clean(secret, "A notification secret") for secret in secrets]
     if None in cleaned:
         raise ConfigurationError("A notification secret is empty.")
     return tuple(secret for secret in cleaned if secret)
 
 
 def _read_digests(value: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
-    digests = (value,) if isinstance(value, str) else tuple(value)
-    if not digests or not set(digests) <= {"sha1", "sha256"}:
-        raise ConfigurationError(f"digests must be of 'sha1' and 'sha256', not {digests!r}.")
+    digests = _read_tuple(value, "digests")
+    if not digests or not all(digest in ("sha1", "sha256") for digest in digests):
+        raise ConfigurationError("digests must be 'sha1', 'sha256' or both, as a tuple.")
     return digests
+
+
+C = TypeVar("C", bound="Credentials")
 
 
 @attrs.frozen
 class Credentials:
     """Who calls: a cloud, and either an API key with its secret or an OAuth token.
 
-    One precedence: what is passed explicitly, else ``CLOUDINARY_URL`` alone, else the separate
-    variables. A variable that is set but wrong is refused, never passed over.
+    Explicit arguments come first, then ``CLOUDINARY_URL`` alone, then the separate variables. An
+    invalid variable is an error; it is never skipped.
 
     Attributes:
         cloud_name: The product environment. Required before anything is sent.
         api_key: The API key.
         api_secret: Its secret. Also signs notifications, unless `notification_secrets` are given.
         oauth_token: An OAuth access token (scopes ``media_analysis``, ``query_analysis_tasks``).
-            Goes before key and secret where both are given.
+            Used instead of key and secret if both are given.
         notification_secrets: The secrets that may sign notifications, several while one is
             rotated. Default: the API secret.
         digests: The digests that a notification's signature may use. Accounts sign with SHA-1
             unless support switched them to SHA-256; naming one alone refuses the other.
-        host: Host or origin of the API, from ``upload_prefix``; `Settings.host` goes before it.
+        host: Host or origin of the API, from ``upload_prefix``; `Settings.host` overrides it. A URL
+            object is accepted.
 
     Raises:
-        ConfigurationError: Anything is missing, or cannot be right.
+        ConfigurationError: A value is missing or invalid.
     """
 
     cloud_name: str = attrs.field(converter=_clean_cloud_name)
@@ -165,23 +192,22 @@ class Credentials:
     def __attrs_post_init__(self) -> None:
         if not self.cloud_name:
             raise ConfigurationError(
-                "There is no cloud name. It stands on the Console's dashboard; "
+                "Missing cloud name. The Console's dashboard shows it; "
                 f"pass Credentials(cloud_name, …) or set {URL_VARIABLE}={URL_FORM}."
             )
         if not re.fullmatch(_CLOUD_NAME, self.cloud_name):
             raise ConfigurationError(
-                f"The cloud name {self.cloud_name!r} has characters that no cloud name has. "
-                "Only letters, digits, '-', '_' and '.' can be right."
+                "The cloud name has invalid characters. "
+                "It consists of letters, digits, '-', '_' and '.'."
             )
         if self.oauth_token is None:
             if self.api_key is None or self.api_secret is None:
                 missing = "API key" if self.api_key is None else "API secret"
                 raise ConfigurationError(
-                    f"There is no {missing} for the cloud {self.cloud_name!r}. "
-                    "Pass api_key and api_secret, or an oauth_token."
+                    f"Missing {missing}. Pass api_key and api_secret, or an oauth_token."
                 )
             if re.search("[:<>/?#@&=]", self.api_key):
-                raise ConfigurationError("The API key has characters that no API key has.")
+                raise ConfigurationError("The API key has invalid characters.")
         if self.host is not None:
             read_base_url(self.host, self.cloud_name)
 
@@ -204,73 +230,111 @@ class Credentials:
             environment: Default: the process's.
 
         Raises:
-            ConfigurationError: Nothing is set, or it cannot be right.
+            ConfigurationError: No variable is set, or one is invalid.
         """
-        environment = os.environ if environment is None else environment
-        if url := environment.get(URL_VARIABLE, "").strip():
-            return cls.from_url(url)
-        if not environment.get("CLOUDINARY_CLOUD_NAME", "").strip():
-            raise ConfigurationError(
-                f"There are no credentials. Set {URL_VARIABLE}={URL_FORM} "
-                "(the Console's dashboard shows it), or CLOUDINARY_CLOUD_NAME, CLOUDINARY_API_KEY "
-                "and CLOUDINARY_API_SECRET, or pass Credentials(…)."
-            )
-        return cls(
-            environment["CLOUDINARY_CLOUD_NAME"],
-            environment.get("CLOUDINARY_API_KEY"),
-            environment.get("CLOUDINARY_API_SECRET"),
-            oauth_token=environment.get("CLOUDINARY_OAUTH_TOKEN")
-            or environment.get("CLOUDINARY_O_AUTH2"),
-            host=environment.get("CLOUDINARY_UPLOAD_PREFIX"),
-        )
+        read = _try(_read_environment, cls, os.environ if environment is None else environment)
+        del environment  # tools that log a traceback with its variables must not log the secret
+        if isinstance(read, ConfigurationError):
+            raise read
+        return read
 
     @classmethod
     def from_url(cls, url: str) -> Self:
         """Read ``cloudinary://<api_key>:<api_secret>@<cloud_name>[?upload_prefix=…]``.
 
         The secret may hold any character, percent-encoded or not. Of the parameters,
-        ``upload_prefix``, ``oauth_token`` and ``signature_algorithm`` are heeded; a private CDN
-        after the cloud name is passed over.
+        ``upload_prefix``, ``oauth_token`` and ``signature_algorithm`` are used; a private CDN
+        after the cloud name is ignored.
 
         Raises:
-            ConfigurationError: It is no such URL; the sentence never quotes the secret.
+            ConfigurationError: The URL is invalid. The message quotes no part of it.
         """
-        text = url.strip().strip("'\"").strip()
-        if text[: len(URL_VARIABLE) + 1].upper() == f"{URL_VARIABLE}=":
-            text = text[len(URL_VARIABLE) + 1 :].strip().strip("'\"").strip()
-        scheme, separator, rest = text.partition("://")
-        if scheme.lower() != "cloudinary" or not separator:
-            raise ConfigurationError(f"The Cloudinary URL must have the form {URL_FORM}.")
-        # a secret may hold '/', '#', '?' and '@', which the generic URL grammar would cut at
-        userinfo, location = _split_userinfo(rest)
-        key, colon, secret = userinfo.partition(":")
-        cloud_name, _, query = location.partition("?")
-        cloud_name = cloud_name.partition("/")[0]
-        options: dict[str, str] = {}
-        try:
-            for name, value in parse_qsl(query, errors="strict"):
-                options.setdefault(name, value)
-            key, secret, cloud_name = _decode(key), _decode(secret), _decode(cloud_name)
-        except UnicodeDecodeError:
-            raise ConfigurationError(
-                "The Cloudinary URL has a percent-encoding that is no UTF-8. Write '%' as %25."
-            ) from None
-        if not colon and "oauth_token" not in options:
-            raise ConfigurationError(
-                f"The Cloudinary URL has no ':' between API key and secret; its form is {URL_FORM}."
-            )
-        try:
-            algorithm = options.get("signature_algorithm", "").lower()
-            return cls(
-                cloud_name,
-                key,
-                secret,
-                oauth_token=options.get("oauth_token"),
-                digests=(algorithm,) if algorithm else ("sha1", "sha256"),
-                host=options.get("upload_prefix"),
-            )
-        except ConfigurationError as error:
-            raise ConfigurationError(f"The Cloudinary URL cannot be right: {error}") from None
+        read = _try(_read_cloudinary_url, cls, url)
+        del url  # see from_environment
+        if isinstance(read, ConfigurationError):
+            raise read
+        return read
+
+
+def _try(read: Callable[[type[C], Any], C], kind: type[C], text: Any) -> C | ConfigurationError:
+    """Return the error of a reader instead of raising it, without the frames that hold secrets."""
+    try:
+        return read(kind, text)
+    except ConfigurationError as error:
+        message = error.message
+    return ConfigurationError(message)
+
+
+def _read_environment(kind: type[C], environment: Any) -> C:
+    if not isinstance(environment, Mapping):
+        raise ConfigurationError(
+            f"The environment must be a mapping, not {type(environment).__name__}."
+        )
+    for name in (URL_VARIABLE, "CLOUDINARY_CLOUD_NAME"):
+        if not isinstance(environment.get(name, ""), str):
+            raise ConfigurationError(f"{name} must be a string.")
+    if (url := environment.get(URL_VARIABLE, "")).strip():
+        return _read_cloudinary_url(kind, url)
+    if not environment.get("CLOUDINARY_CLOUD_NAME", "").strip():
+        raise ConfigurationError(
+            f"Missing credentials. Set {URL_VARIABLE}={URL_FORM} "
+            "(the Console's dashboard shows it), or CLOUDINARY_CLOUD_NAME, CLOUDINARY_API_KEY "
+            "and CLOUDINARY_API_SECRET, or pass Credentials(…)."
+        )
+    return kind(
+        environment["CLOUDINARY_CLOUD_NAME"],
+        environment.get("CLOUDINARY_API_KEY"),
+        environment.get("CLOUDINARY_API_SECRET"),
+        oauth_token=environment.get("CLOUDINARY_OAUTH_TOKEN")
+        or environment.get("CLOUDINARY_O_AUTH2"),
+        host=environment.get("CLOUDINARY_UPLOAD_PREFIX"),
+    )
+
+
+def _read_cloudinary_url(kind: type[C], url: Any) -> C:
+    if not isinstance(url, str):
+        raise ConfigurationError(f"The Cloudinary URL must be a string, not {type(url).__name__}.")
+    text = url.strip().strip("'\"").strip()
+    if text[: len(URL_VARIABLE) + 1].upper() == f"{URL_VARIABLE}=":
+        text = text[len(URL_VARIABLE) + 1 :].strip().strip("'\"").strip()
+    scheme, separator, rest = text.partition("://")
+    if scheme.lower() != "cloudinary" or not separator:
+        raise ConfigurationError(f"The Cloudinary URL must have the form {URL_FORM}.")
+    # a secret may hold '/', '#', '?' and '@', which the generic URL grammar would cut at
+    userinfo, location = _split_userinfo(rest)
+    key, colon, secret = userinfo.partition(":")
+    cloud_name, _, query = location.partition("?")
+    cloud_name = cloud_name.partition("/")[0]
+    options: dict[str, str] = {}
+    try:
+        for name, value in parse_qsl(query, errors="strict"):
+            options.setdefault(name, value)
+        key, secret, cloud_name = _decode(key), _decode(secret), _decode(cloud_name)
+    except UnicodeError:
+        raise ConfigurationError(
+            "The Cloudinary URL has a percent-encoding that is not UTF-8. Write '%' as %25."
+        ) from None
+    except ValueError:  # more parameters than urllib reads
+        raise ConfigurationError("The Cloudinary URL has too many parameters.") from None
+    if not colon and "oauth_token" not in options:
+        raise ConfigurationError(
+            "The Cloudinary URL is missing the ':' between API key and secret. "
+            f"Its form is {URL_FORM}."
+        )
+    algorithm = options.get("signature_algorithm", "").lower()
+    try:
+        return kind(
+            cloud_name,
+            key,
+            secret,
+            oauth_token=options.get("oauth_token"),
+            digests=(algorithm,) if algorithm else ("sha1", "sha256"),
+            host=options.get("upload_prefix"),
+        )
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"The Cloudinary URL is invalid: {error.message} Its form is {URL_FORM}."
+        ) from None
 
 
 def _decode(part: str) -> str:
@@ -287,15 +351,15 @@ def _split_userinfo(rest: str) -> tuple[str, str]:
     ]
     if len(found) > 1:
         raise ConfigurationError(
-            "The Cloudinary URL can be read in two ways. Write '@' as %40 and '?' as %3F inside "
-            "of the secret and of the parameters."
+            "The Cloudinary URL is ambiguous. Write '@' as %40 and '?' as %3F inside "
+            "the secret and the parameters."
         )
     if found:
         return found[0]
     if re.fullmatch(_LOCATION, rest) and "?" in rest:
         return "", rest
     raise ConfigurationError(
-        f"The Cloudinary URL has no cloud name behind an '@'; its form is {URL_FORM}."
+        f"The Cloudinary URL is missing '@' and a cloud name. Its form is {URL_FORM}."
     )
 
 
@@ -306,36 +370,38 @@ class Pacer(Protocol):
         """Return when one more attempt may start."""
 
 
-def _positive(instance: Any, attribute: Any, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigurationError(
-            f"{type(instance).__name__}.{attribute.name} must be a positive number, not {value!r}."
-        )
+def _build_validator(what: str, accepts: Callable[[Any], bool]) -> Any:
+    def validate(_: Any, attribute: Any, value: Any) -> None:
+        if not accepts(value):
+            raise ConfigurationError(
+                f"Settings.{attribute.name} must be {what}, not {quote(value)}."
+            )
+
+    return validate
 
 
-def _count(instance: Any, attribute: Any, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(
-            f"{type(instance).__name__}.{attribute.name} must be a whole number from 1, "
-            f"not {value!r}."
-        )
+def _is_number(value: Any) -> bool:
+    # the upper bound is that of a float: larger integers cannot be added to an instant
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) <= _LARGEST
 
 
-def _not_negative(instance: Any, attribute: Any, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ConfigurationError(
-            f"{type(instance).__name__}.{attribute.name} must be a number from 0, not {value!r}."
-        )
+_LARGEST: Final = sys.float_info.max
+_positive = _build_validator("a positive number", lambda value: _is_number(value) and value > 0)
+_maybe_positive = _build_validator(
+    "a positive number or None", lambda value: value is None or (_is_number(value) and value > 0)
+)
+_not_negative = _build_validator("0 or more", lambda value: _is_number(value) and value >= 0)
+_count = _build_validator(
+    "a whole number from 1",
+    lambda value: isinstance(value, int) and type(value) is not bool and value >= 1,
+)
+_truth = _build_validator("True or False", lambda value: type(value) is bool)
 
 
-def _truth(instance: Any, attribute: Any, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ConfigurationError(
-            f"{type(instance).__name__}.{attribute.name} must be True or False, not {value!r}."
-        )
-
-
-_maybe_positive: Any = attrs.validators.optional(_positive)
+def _one_of(*names: str) -> Any:
+    return _build_validator(
+        " or ".join(map(repr, names)), lambda value: type(value) is str and value in names
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -343,7 +409,7 @@ class Settings:
     """How a session calls. All times are seconds.
 
     Raises:
-        ConfigurationError: A value cannot be right.
+        ConfigurationError: A value is invalid.
     """
 
     permits: int = attrs.field(default=64, validator=_count)
@@ -375,7 +441,7 @@ class Settings:
     """Whether attempts that may have been charged (sent and unanswered; 500, 502, 504) are
     repeated. ``False``: such a call raises at once and says so."""
 
-    host: str | None = None
+    host: str | None = attrs.field(default=None, converter=_clean_host)
     """Host or origin of the API: ``api-eu.cloudinary.com``, ``http://127.0.0.1:8080``.
     ``None``: the credentials', else ``api.cloudinary.com``."""
 
@@ -403,7 +469,7 @@ class Settings:
     """After a poll said ``failed``: how long the notification with the reason may still arrive."""
 
     on_missing_result: Literal["raise", "analyze"] = attrs.field(
-        default="raise", validator=attrs.validators.in_(("raise", "analyze"))
+        default="raise", validator=_one_of("raise", "analyze")
     )
     """What to do when a task is completed and no result arrives: ``"raise"``
     `ResultNotDeliveredError`, or ``"analyze"``: repeat it as a call, which spends quota again."""
@@ -432,5 +498,17 @@ class Settings:
             raise ConfigurationError("Settings.backoff_max must not be less than backoff_first.")
         if self.poll_first and self.poll_longest and self.poll_longest < self.poll_first:
             raise ConfigurationError("Settings.poll_longest must not be less than poll_first.")
-        if self.pacer is not None and not callable(getattr(self.pacer, "acquire", None)):
-            raise ConfigurationError("Settings.pacer must have a method `async acquire()`.")
+        if self.host is not None:
+            _split_host(self.host)
+        if self.pacer is not None and not _has_method(self.pacer, "acquire"):
+            raise ConfigurationError(
+                "Settings.pacer must be an object with a method `async acquire()`, "
+                f"not {quote(self.pacer)}."
+            )
+
+
+def _has_method(value: object, name: str) -> bool:
+    try:
+        return not isinstance(value, type) and callable(getattr(value, name, None))
+    except Exception:  # raised by the object's own attribute access
+        return False

@@ -12,10 +12,14 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from itertools import islice
+from pathlib import PurePath
 from typing import Any, ClassVar, Final, Generic, TypeVar, cast
 
 import attrs
 
+from cloudinary_analyze._values import URLObject, quote, read_url
 from cloudinary_analyze.analyses import (
     AIVisionGeneralAnalysis,
     AIVisionModerationAnalysis,
@@ -53,23 +57,21 @@ class Uri:
     """A publicly reachable http(s) URL of an image, on Cloudinary or anywhere else.
 
     Attributes:
-        uri: The URL.
+        uri: The URL. A URL object of yarl, pydantic, Starlette, httpx or urllib becomes a string.
 
     Raises:
-        InvalidRequestError: It is no http(s) URL.
+        InvalidRequestError: It is not an http(s) URL.
     """
 
     uri: str
 
     def __attrs_post_init__(self) -> None:
         uri = self.uri
+        if type(uri) is not str:
+            uri = read_url(uri)
+            object.__setattr__(self, "uri", uri)  # frozen, and not yet seen by anyone
         if not isinstance(uri, str) or not (_ASCII_URL.fullmatch(uri) or _is_url(uri)):
-            raise InvalidRequestError(
-                f"{_quote(uri)} is no http(s) URL. Pass the full URL of the image "
-                "(https://res.cloudinary.com/<cloud>/image/upload/<public_id> for one on "
-                "Cloudinary; a public ID alone is not accepted), or Asset(asset_id). "
-                "White space in a URL must be percent-encoded."
-            )
+            raise _build_source_error(uri)
 
     def __str__(self) -> str:
         return self.uri
@@ -83,7 +85,7 @@ class Asset:
         asset_id: The asset id (not the public ID), usually 32 hexadecimal digits.
 
     Raises:
-        InvalidRequestError: It cannot be an asset id.
+        InvalidRequestError: It is not an asset id.
     """
 
     asset_id: str
@@ -91,33 +93,77 @@ class Asset:
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.asset_id, str) or not re.fullmatch(_ASSET_ID, self.asset_id):
             raise InvalidRequestError(
-                f"{_quote(self.asset_id)} is no asset id. It is the immutable `asset_id` of the "
-                "upload response; for a public ID pass the image's delivery URL instead."
+                f"{quote(self.asset_id)} is not an asset id. Pass the immutable `asset_id` of the "
+                "upload response; for a public ID, pass the image's delivery URL instead."
             )
 
     def __str__(self) -> str:
         return f"asset:{self.asset_id}"
 
 
-def _quote(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:120]}…"
+_LOCAL_FILE = (
+    r"(?i:file:.*|[/~\\.].*|[a-z]:[\\/].*|[^?#]*\\[^?#]*"
+    r"|[^:?#]*\.(?:avif|bmp|gif|heic|jpe?g|pdf|png|psd|svg|tiff?|webp))"
+)
 
 
-def _read_source(source: str | Uri | Asset) -> Uri | Asset:
-    return source if isinstance(source, (Uri, Asset)) else Uri(source)
+def _build_source_error(source: object) -> InvalidRequestError:
+    """Say what the source is, and what to write instead."""
+    upload = 'cloudinary.uploader.upload({})["secure_url"]'
+    if isinstance(source, str):
+        if source[:5].lower() == "data:":
+            return InvalidRequestError(
+                "A data: URI cannot be analyzed. Pass the full URL of the image; to get one, "
+                f"upload the data first: {upload.format('data_uri')}."
+            )
+        hint = ""
+        if re.fullmatch(_LOCAL_FILE, source, re.DOTALL):
+            hint = f" If it is a local file, upload it first: {upload.format(quote(source))}."
+        return InvalidRequestError(
+            f"{quote(source)} is not an http(s) URL. Pass the full URL of the image "
+            "(https://res.cloudinary.com/<cloud>/image/upload/<public_id> for one on "
+            "Cloudinary; a public ID alone is not accepted), or Asset(asset_id). "
+            f"White space in a URL must be percent-encoded.{hint}"
+        )
+    what, argument = type(source).__name__, ""
+    if isinstance(source, PurePath):
+        what, argument = f"the local file {quote(str(source))}", quote(str(source))
+    elif isinstance(source, bytes | bytearray | memoryview) or hasattr(type(source), "read"):
+        argument = "data"
+    hint = f" To get one, upload the image first: {upload.format(argument)}." if argument else ""
+    return InvalidRequestError(
+        f"A source must be a URL or Asset(asset_id), not {what}. Pass the full URL of the "
+        f"image.{hint}"
+    )
 
 
-def _read_strings(values: Iterable[str], noun: str) -> tuple[str, ...]:
-    if not isinstance(values, Iterable):
-        raise InvalidRequestError(f"The {noun} must be a list of strings, not {_quote(values)}.")
-    strings = (values,) if isinstance(values, str) else tuple(values)
+def _read_source(source: str | URLObject | Uri | Asset) -> Uri | Asset:
+    return source if isinstance(source, (Uri, Asset)) else Uri(cast("str", source))
+
+
+def _read_list(values: Any, noun: str) -> tuple[Any, ...]:
+    """Return at most one value more than is allowed, so that an endless iterator ends."""
+    if isinstance(values, Mapping | AbstractSet | bytes | bytearray) or not isinstance(
+        values, Iterable
+    ):
+        raise InvalidRequestError(f"The {noun} must be a list, not {type(values).__name__}.")
+    try:
+        read = tuple(islice(values, MOST_PARAMETERS + 1))
+    except Exception as error:
+        raise InvalidRequestError(f"The {noun} could not be read: {quote(error)}.") from error
+    if not 1 <= len(read) <= MOST_PARAMETERS:
+        count = len(values) if isinstance(values, list | tuple) else f"{len(read)} or more"
+        raise InvalidRequestError(f"There must be 1 to {MOST_PARAMETERS} {noun}, not {count}.")
+    return read
+
+
+def _read_strings(values: Any, noun: str) -> tuple[str, ...]:
+    strings = (values,) if isinstance(values, str) else _read_list(values, noun)
     for value in strings:
         if not isinstance(value, str) or not value.strip():
             raise InvalidRequestError(f"Each of the {noun} must be a non-empty string.")
         _check_text(value, noun)
-    _check_count(strings, noun)
-    return strings
+    return tuple(map(str.__str__, strings))
 
 
 def _read_prompts(values: Iterable[str]) -> tuple[str, ...]:
@@ -143,13 +189,8 @@ def _is_text(value: str) -> bool:
 
 def _check_text(value: str, noun: str) -> None:
     if not _is_text(value):
-        raise InvalidRequestError(f"The {noun} hold half a surrogate pair, which UTF-8 cannot.")
-
-
-def _check_count(values: tuple[Any, ...], noun: str) -> None:
-    if not 1 <= len(values) <= MOST_PARAMETERS:
         raise InvalidRequestError(
-            f"There must be 1 to {MOST_PARAMETERS} {noun}, not {len(values)}."
+            f"The {noun} contain an unpaired surrogate and cannot be encoded as UTF-8."
         )
 
 
@@ -158,10 +199,11 @@ class AnalyzeRequest(Generic[A]):
     """What every request has. Not made itself: use the class of a model.
 
     Attributes:
-        source: What to analyse: an http(s) URL as a string, `Uri` or `Asset`.
+        source: What to analyse: `Uri` or `Asset`. An http(s) URL, as a string or a URL object of
+            yarl, pydantic, Starlette, httpx or urllib, becomes a `Uri`.
 
     Raises:
-        InvalidRequestError: The source or a parameter cannot be right.
+        InvalidRequestError: The source or a parameter is invalid.
     """
 
     source: Uri | Asset = attrs.field(converter=_read_source)
@@ -277,24 +319,26 @@ class TagDefinition:
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(_TAG_NAME, self.name):
             raise InvalidRequestError(
-                f"{_quote(self.name)} is no tag name: only lower-case letters, digits and "
-                "hyphens are accepted."
+                f"{quote(self.name)} is not a tag name. The service accepts only lower-case "
+                "letters, digits and hyphens."
             )
         if not isinstance(self.description, str) or not self.description.strip():
-            raise InvalidRequestError(f"The tag {self.name!r} has no description.")
+            raise InvalidRequestError(f"Missing description of the tag {self.name!r}.")
         _check_text(self.description, "tag descriptions")
 
 
 def _read_definitions(
-    values: Iterable[TagDefinition] | Mapping[str, str],
+    values: Iterable[TagDefinition] | Mapping[str, str] | TagDefinition,
 ) -> tuple[TagDefinition, ...]:
     if isinstance(values, Mapping):
-        named: Mapping[Any, Any] = values
+        named = cast("Mapping[str, str]", values)
         values = [TagDefinition(name, description) for name, description in named.items()]
-    definitions = tuple(values) if isinstance(values, Iterable) else (values,)
+    single = isinstance(values, TagDefinition)
+    definitions = (values,) if single else _read_list(values, "tag definitions")
     if not all(isinstance(definition, TagDefinition) for definition in definitions):
-        raise InvalidRequestError("tag_definitions must be TagDefinition(name, description)s.")
-    _check_count(definitions, "tag definitions")
+        raise InvalidRequestError(
+            "Each of the tag_definitions must be a TagDefinition(name, description)."
+        )
     return definitions
 
 
@@ -473,53 +517,57 @@ def find_request_type(name: str) -> type[AnalyzeRequest[Any]]:
     Raises:
         InvalidRequestError: No model of this name is known; the sentence lists those that are.
     """
-    request_type = MODELS.get(read_model_name(name))
+    request_type = MODELS.get(read_model_name(name)) if isinstance(name, str) else None
     if request_type is None:
         raise InvalidRequestError(
-            f"{_quote(name)} is no model that this package knows: {', '.join(sorted(MODELS))}. "
-            "For a newer one use OtherModel(name, source, parameters)."
+            f"Unknown model {quote(name)}. The known models are {', '.join(sorted(MODELS))}. "
+            "For a newer one, use OtherModel(name, source, parameters)."
         )
     return request_type
 
 
-def _freeze_parameters(parameters: Mapping[str, Any]) -> str:
-    if isinstance(parameters, str):  # unpickled or evolved
-        parameters = json.loads(parameters)
-    if not isinstance(parameters, Mapping):
-        raise InvalidRequestError("The parameters of OtherModel must be a mapping.")
-    if taken := sorted({"source", "async", "notification_url"} & parameters.keys()):
-        raise InvalidRequestError(f"The parameters of OtherModel must not name {taken}.")
+def _freeze_parameters(parameters: Mapping[str, Any] | str | None) -> str:
     try:
-        text = json.dumps(dict(parameters), sort_keys=True, separators=(",", ":"), allow_nan=False)
-        json.dumps(parameters, ensure_ascii=False).encode()  # half a surrogate pair fails here
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"The parameters of OtherModel are no JSON: {error}.") from None
+        if isinstance(parameters, str):  # the canonical form, from attrs.evolve
+            parameters = json.loads(parameters)
+        if parameters is not None and not isinstance(parameters, Mapping):
+            raise InvalidRequestError("The parameters of OtherModel must be a mapping.")
+        named = dict(parameters or {})
+        text = json.dumps(named, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        json.dumps(named, ensure_ascii=False).encode()  # an unpaired surrogate fails here
+    except InvalidRequestError:
+        raise
+    except Exception as error:
+        raise InvalidRequestError(
+            f"The parameters of OtherModel cannot be encoded as JSON: {quote(error)}."
+        ) from None
+    if taken := sorted({"source", "async", "notification_url"} & named.keys()):
+        raise InvalidRequestError(f"The parameters of OtherModel must not contain {taken}.")
     return text
 
 
 def _check_model_name(name: str) -> str:
     if not isinstance(name, str) or not re.fullmatch(_MODEL_NAME, name.strip()):
-        raise InvalidRequestError(f"{_quote(name)} cannot be the name of a model.")
-    return read_model_name(name)
+        raise InvalidRequestError(f"{quote(name)} is not the name of a model.")
+    return read_model_name(str.__str__(name))
 
 
-@attrs.frozen(init=False)
+@attrs.frozen
 class OtherModel(AnalyzeRequest[OtherAnalysis]):
     """A model that this package does not know; its analysis stays as received.
 
     Attributes:
-        name: The model's name on the wire.
-        canonical_parameters: The parameters, as canonical JSON.
+        name: The model's wire name.
+        source: See `AnalyzeRequest`.
+        canonical_parameters: The parameters, as canonical JSON. The argument is ``parameters``: a
+            mapping.
     """
 
-    name: str
-    canonical_parameters: str
-
-    def __init__(
-        self, name: str, source: str | Uri | Asset, parameters: Mapping[str, Any] | None = None
-    ) -> None:
-        build = self.__attrs_init__  # pyright: ignore[reportAttributeAccessIssue]
-        build(source, _check_model_name(name), _freeze_parameters(parameters or {}))
+    name: str = attrs.field(converter=_check_model_name)
+    source: Uri | Asset = attrs.field(converter=_read_source)
+    canonical_parameters: str = attrs.field(
+        default=None, alias="parameters", converter=_freeze_parameters
+    )
 
     analysis_type = OtherAnalysis
 

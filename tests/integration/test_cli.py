@@ -57,7 +57,7 @@ def test_bad_lines_are_told_by_number_and_do_not_stop_the_rest(
     (bad,) = [record for record in read_records() if record["model"] is None]
     assert (bad["line"], bad["status"], bad["source"]) == (3, "error", "folder/public_id")
     assert emulator.counts.total_received == 4
-    assert "line 3: 'folder/public_id' is no http(s) URL" in capfd.readouterr().err
+    assert "line 3: 'folder/public_id' is not an http(s) URL" in capfd.readouterr().err
 
 
 def test_each_model_gets_the_parameters_that_are_its_own():

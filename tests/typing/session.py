@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 from typing import Any, assert_type
+
+import yarl
 
 from cloudinary_analyze import (
     AIVisionGeneral,
@@ -41,6 +44,7 @@ from cloudinary_analyze import (
     Outcome,
     OutcomeStream,
     Response,
+    Settings,
     ShopClassifier,
     ShopClassifierAnalysis,
     TagDefinition,
@@ -134,8 +138,15 @@ async def map_knows_its_items_and_its_analyses(
     assert_type(outcomes, list[Outcome[AnalyzeRequest[CaptioningAnalysis], CaptioningAnalysis]])
 
 
+def url_objects_are_sources() -> None:
+    assert_type(Captioning(yarl.URL(URL)).source, Uri | Asset)
+    assert_type(Settings(host=yarl.URL(URL)).host, str | None)
+
+
 async def mistakes_are_seen(session: AnalyzeSession) -> None:
     Captioning(5)  # type: ignore[arg-type]
+    Captioning(Path("a.jpg"))  # type: ignore[arg-type]
+    Settings(on_missing_result="retry")  # type: ignore[arg-type]
     AIVisionGeneral(URL)  # type: ignore[call-arg]
     AIVisionGeneral(URL, ["positional"])  # type: ignore[call-arg]
     await session.analyze(URL)  # type: ignore[arg-type]

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import enum
+import math
 import pickle
 import string
-from urllib.parse import quote
+import traceback
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
 
+import attrs
+import httpx
+import pydantic
 import pytest
+import starlette.datastructures
+import yarl
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -78,25 +90,25 @@ def test_the_forms_that_people_paste_are_read(url: str) -> None:
     [
         ("https://123:abc@demo", "form cloudinary://"),
         ("cloudinary:123:abc@demo", "form cloudinary://"),
-        ("cloudinary://demo", "no cloud name behind an '@'"),
-        ("cloudinary://123:abc@", "no cloud name"),
-        ("cloudinary://123:abc@?secure=true", "no cloud name"),
-        ("cloudinary://123@demo", "no ':'"),
-        ("cloudinary://:abc@demo", "no API key"),
-        ("cloudinary://123:@demo", "no API secret"),
+        ("cloudinary://demo", "missing '@' and a cloud name"),
+        ("cloudinary://123:abc@", "Missing cloud name"),
+        ("cloudinary://123:abc@?secure=true", "Missing cloud name"),
+        ("cloudinary://123@demo", "missing the ':'"),
+        ("cloudinary://:abc@demo", "Missing API key"),
+        ("cloudinary://123:@demo", "Missing API secret"),
         ("cloudinary://<123>:abc@demo", "angle brackets"),
         ("cloudinary://123:<abc>@demo", "angle brackets"),
         ("cloudinary://123:abc@<demo>", "angle brackets"),
-        ("cloudinary://123:abc@demo:8080", "characters that no cloud name has"),
-        ("cloudinary://123:abc@demo#x", "no cloud name behind an '@'"),
-        ("cloudinary://123:a@b?c@demo", "two ways"),
-        ("cloudinary://123:abc@demo?oauth_token=a@b", "two ways"),
+        ("cloudinary://123:abc@demo:8080", "cloud name has invalid characters"),
+        ("cloudinary://123:abc@demo#x", "missing '@' and a cloud name"),
+        ("cloudinary://123:a@b?c@demo", "ambiguous"),
+        ("cloudinary://123:abc@demo?oauth_token=a@b", "ambiguous"),
         ("cloudinary://123:a b@demo", "white space"),
         ("cloudinary://123:abc%20@demo", "white space"),
         ("cloudinary://123:a%FFb@demo", "UTF-8"),
         ("cloudinary://demo?oauth_token=a:x@b", "API key"),
         ("cloudinary://123:abc@demo?signature_algorithm=md5", "digests"),
-        ("cloudinary://123:abc@demo?upload_prefix=ftp://h", "neither a host name"),
+        ("cloudinary://123:abc@demo?upload_prefix=ftp://h", "host must be a host name"),
     ],
 )
 def test_what_cannot_be_right_is_refused_with_a_sentence(url: str, said: str) -> None:
@@ -111,21 +123,68 @@ def test_no_url_makes_anything_but_credentials_or_a_configuration_error(text: st
             assert Credentials.from_url(url).cloud_name
 
 
-def test_a_refusal_never_quotes_the_secret() -> None:
-    secret = "pLanted-5ecret"
-    for url in (
-        f"cloudinary://123:{secret}@demo:8080",
-        f"cloudinary://123:{secret}@a@?x",
-        f"cloudinary://123:{secret} x@demo",
-        f"cloudinary://123:<{secret}>@demo",
-        f"cloudinary://demo?oauth_token={secret}@x",
-        f"CLOUDINARY_URL=https://123:{secret}@demo",
-        f"cloudinary://123:{secret}",
-    ):
-        with pytest.raises(ConfigurationError) as caught:
-            Credentials.from_url(url)
-        assert secret not in str(caught.value)
-        assert caught.value.__suppress_context__ or caught.value.__context__ is None
+PLANTED = "Zq7Xk9Vw3Jy5Hb8"
+TEMPLATES = [
+    "cloudinary://123456789:{}@demo",
+    "cloudinary://{}:123456789@demo",
+    "cloudinary://demo:{}@123456789",
+    "cloudinary://123456789:{}@demo?upload_prefix=https://api-eu.cloudinary.com",
+    "cloudinary://123456789:{}?oauth_token={}",
+    "cloudinary://demo?oauth_token={}",
+    "cloudinary://123456789:a@demo?upload_prefix=https://user:{}@host",
+    "cloudinary://123456789:a@demo?signature_algorithm={}",
+    "cloudinary://123456789:a@demo:{}",
+    "cloudinary://123456789:a@demo?oauth_token={}%ff",
+    "https://123456789:{}@demo",
+    "CLOUDINARY_URL=cloudinary://123456789:<{}>@demo",
+]
+EDITS = st.lists(
+    st.tuples(
+        st.floats(0, 1, exclude_max=True),
+        st.sampled_from(["delete", "insert", "replace", "cut"]),
+        st.sampled_from([*"@:/?#&=%<>'\" \n", "\x00", "\ud800", "ä", "%ff", "https://", "[::"]),
+    ),
+    max_size=4,
+)
+
+
+@given(template=st.sampled_from(TEMPLATES), edits=EDITS)
+def test_no_refusal_of_a_mistyped_url_shows_a_piece_of_the_secret(
+    template: str, edits: list[tuple[float, str, str]]
+) -> None:
+    url = template.replace("{}", PLANTED)
+    for place, kind, text in edits:
+        at = int(place * len(url))
+        rest = {"delete": url[at + 1 :], "insert": text + url[at:], "cut": text}
+        url = url[:at] + rest.get(kind, text + url[at + 1 :])
+    pieces = {PLANTED[at : at + 4].lower() for at in range(len(PLANTED) - 3)}
+    for error in refuse(url):
+        shown = f"{error} {error!r} {error.args} {vars(error)} {show_our_variables(error)}"
+        shown += "".join(traceback.format_exception(error))
+        assert not [piece for piece in pieces if piece in shown.lower()]
+        assert (error.__cause__, error.__context__) == (None, None)
+
+
+def refuse(url: str) -> Iterator[ConfigurationError]:
+    readers: list[Callable[[], object]] = [
+        lambda: Credentials.from_url(url),
+        lambda: Credentials.from_environment({"CLOUDINARY_URL": url}),
+    ]
+    for read in readers:
+        try:
+            read()
+        except ConfigurationError as error:
+            yield error
+
+
+def show_our_variables(error: BaseException) -> str:
+    """Return what a tool that logs local variables would show of our frames."""
+    stack = traceback.StackSummary.extract(
+        traceback.walk_tb(error.__traceback__), capture_locals=True
+    )
+    ours = [frame for frame in stack if Path(frame.filename).name == "config.py"]
+    assert ours
+    return " ".join(str(frame.locals) for frame in ours)
 
 
 def test_the_url_goes_before_the_separate_variables() -> None:
@@ -170,7 +229,7 @@ def test_a_missing_variable_is_named(missing: str) -> None:
         "CLOUDINARY_API_SECRET": "abc",
     }
     del variables[missing]
-    with pytest.raises(ConfigurationError, match=r"no (credentials|API key|API secret)"):
+    with pytest.raises(ConfigurationError, match=r"Missing (credentials|API key|API secret)"):
         Credentials.from_environment(variables)
 
 
@@ -297,12 +356,116 @@ def test_no_secret_is_in_a_repr() -> None:
         {"task_timeout": 0},
         {"answered_count": 0},
         {"pacer": object()},
+        {"pacer": type("Limiter", (), {"acquire": print})},
+        {"host": 5},
+        {"host": "https://user:pw@host"},
+        {"host": "https://host/path"},
     ],
 )
 def test_settings_that_cannot_be_right_are_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises((ConfigurationError, ValueError)) as caught:
+    with pytest.raises(ConfigurationError) as caught:
         Settings(**wrong)  # type: ignore[arg-type]
     assert next(iter(wrong)).rpartition(".")[2] in str(caught.value)
+
+
+class Unfriendly:
+    """An object whose every use raises."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+ODD = st.sampled_from(
+    [
+        None, True, 0, -1, 1, 10**400, 1.5, math.nan, math.inf, -0.0, 5e-324, 1j, Decimal(1),
+        "", "raise", "analyze", "demo", "1", "sha1", "\ud800", "a\x00b", "host:1", "http://h", "'",
+        "https://user:pw@host", b"demo", bytearray(b"x"), Path("a"), object(), int,
+        print, ..., enum.Enum("Odd", ["a"]).a, range(3), iter([1]), ValueError("x"),
+        yarl.URL("https://h"), pydantic.SecretStr("abc"), pydantic.AnyUrl("ftp://h/a"),
+    ]
+)  # fmt: skip
+ANYTHING = st.recursive(
+    ODD | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner)
+        | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+@given(values=st.dictionaries(st.sampled_from([f.name for f in attrs.fields(Settings)]), ANYTHING))
+def test_settings_take_any_value_or_refuse_it_with_a_configuration_error(
+    values: dict[str, Any],
+) -> None:
+    with contextlib.suppress(ConfigurationError):
+        Settings(**values)
+
+
+@pytest.mark.parametrize("kind", [Settings, Credentials])
+def test_an_object_whose_every_use_raises_is_refused_too(kind: Any) -> None:
+    for field in attrs.fields(kind):
+        values = RIGHT if kind is Credentials else {}
+        with pytest.raises(ConfigurationError):
+            kind(**{**values, field.name: Unfriendly()})
+
+
+RIGHT = {"cloud_name": "demo", "api_key": "1", "api_secret": "a"}
+
+
+@given(
+    values=st.dictionaries(st.sampled_from([f.name for f in attrs.fields(Credentials)]), ANYTHING)
+)
+def test_credentials_take_any_value_or_refuse_it_with_a_configuration_error(
+    values: dict[str, Any],
+) -> None:
+    with contextlib.suppress(ConfigurationError):
+        made = Credentials(**{**RIGHT, **values})
+        assert type(made.cloud_name) is str
+        assert hash(made) == hash(pickle.loads(pickle.dumps(made)))
+
+
+@given(value=ANYTHING)
+def test_readers_of_credentials_refuse_what_is_no_text(value: Any) -> None:
+    for read in (
+        Credentials.from_url,
+        Credentials.from_environment,
+        lambda value: Credentials.from_environment({"CLOUDINARY_URL": value}),
+        lambda value: Credentials.from_environment(
+            {"CLOUDINARY_CLOUD_NAME": value, "CLOUDINARY_API_KEY": value}
+        ),
+    ):
+        if value is not None and not isinstance(value, dict):
+            with pytest.raises(ConfigurationError):
+                read(value)
+
+
+@pytest.mark.parametrize(
+    "make", [yarl.URL, pydantic.HttpUrl, starlette.datastructures.URL, httpx.URL, urlsplit]
+)
+def test_a_host_may_be_a_url_object(make: Any) -> None:
+    origin = "https://api-eu.cloudinary.com"
+    assert read_base_url(Settings(host=make(origin)).host or "", "demo") == origin
+    host = Credentials("demo", "1", "a", host=make(origin)).host
+    assert type(host) is str
+    assert read_base_url(host, "demo") == origin
+
+
+def test_a_choice_that_does_not_exist_is_refused_with_those_that_do() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        Settings(on_missing_result="retry")  # type: ignore[arg-type]
+    assert str(caught.value) == (
+        "Settings.on_missing_result must be 'raise' or 'analyze', not 'retry'."
+    )
 
 
 def test_the_settings_have_the_documented_defaults() -> None:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
+import io
+import itertools
 import json
 import pickle
+import re
+from enum import StrEnum
+from pathlib import Path, PureWindowsPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import attrs
+import httpx
+import pydantic
 import pytest
+import starlette.datastructures
+import yarl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,6 +47,19 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "ai_vision_moderation": {"rejection_questions": ["Is there any nudity?"]},
     "ai_vision_tagging": {"tag_definitions": [TagDefinition("cat", "Is there a cat?")]},
 }
+ODD = st.sampled_from(
+    [
+        None, True, 10**400, 1j, "", URL, "cat", "\ud800", b"x", Path("a"), object(), int, print,
+        range(3), ValueError("x"), yarl.URL(URL), TagDefinition("a", "b"), Asset("a"), 0.5, {1, 2},
+    ]
+)  # fmt: skip
+ANYTHING = st.recursive(
+    ODD | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
 ALL = [kind(URL, **PARAMETERS.get(name, {})) for name, kind in MODELS.items()]
 
 
@@ -191,9 +215,68 @@ def test_what_is_no_source_is_refused_and_the_sentence_tells_what_to_pass(source
         Captioning(source)
 
 
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (Path("folder/a.jpg"), "not the local file 'folder/a.jpg'. "),
+        (PureWindowsPath("C:\\a.jpg"), "upload('C:\\\\a.jpg')"),
+        ("photo.JPG", "If it is a local file, upload it first: "),
+        ("/srv/images/photo", "upload('/srv/images/photo')"),
+        ("./photo", "upload('./photo')"),
+        ("~/photo", "upload('~/photo')"),
+        ("file:///etc/passwd", "upload('file:///etc/passwd')"),
+        ("C:\\images\\photo.jpg", "If it is a local file"),
+        (b"\xff\xd8\xff", "not bytes. "),
+        (bytearray(b"\xff"), "not bytearray. "),
+        (memoryview(b"\xff"), "not memoryview. "),
+        (io.BytesIO(b"\xff"), "not BytesIO. "),
+        ("DATA:image/png;base64,pLanted" + "A" * 100_000, "A data: URI cannot be analyzed"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_file_or_its_bytes_are_refused_with_the_line_that_uploads_them(
+    source: Any, said: str
+) -> None:
+    for build in (Captioning, Uri, lambda source: OtherModel("new", source)):
+        with pytest.raises(InvalidRequestError) as caught:
+            build(source)
+        text = str(caught.value)
+        assert said in text
+        assert re.search(r'cloudinary\.uploader\.upload\(.+\)\["secure_url"\]', text)
+        assert len(text) < 600
+        assert "pLanted" not in text
+
+
+@pytest.mark.parametrize("source", ["folder/sample", "a.jpg?x", "sample", "ftp://h/a.jpg", 5, None])
+def test_what_is_no_file_is_not_called_one(source: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        Captioning(source)
+    assert "upload(" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "make", [yarl.URL, pydantic.HttpUrl, starlette.datastructures.URL, httpx.URL, urlsplit]
+)
+def test_a_url_object_is_a_source_and_becomes_a_string(make: Any) -> None:
+    url = "https://images.example/a.jpg?x=%20b&y=%C3%A4"
+    request = Captioning(make(url))
+    assert request == Captioning(Uri(make(url))) == Captioning(url)
+    assert type(request.source.uri) is str
+    assert (request.key, pickle.loads(pickle.dumps(request))) == (Captioning(url).key, request)
+    with pytest.raises(InvalidRequestError, match=r"not an http\(s\) URL"):
+        Captioning(urlsplit("ftp://images.example/a.jpg"))
+
+
+def test_a_string_enum_is_its_value() -> None:
+    pictures = StrEnum("Pictures", {"cat": URL})
+    assert type(Captioning(pictures.cat).source.uri) is str
+    assert Captioning(pictures.cat) == Captioning(URL)
+    assert AIVisionGeneral(URL, prompts=[pictures.cat]).key == AIVisionGeneral(URL, prompts=URL).key
+
+
 @pytest.mark.parametrize("asset_id", ["", "a/b", "a b", "../x", None, 5, "a?b"])
 def test_what_is_no_asset_id_is_refused(asset_id: Any) -> None:
-    with pytest.raises(InvalidRequestError, match="no asset id"):
+    with pytest.raises(InvalidRequestError, match="not an asset id"):
         Asset(asset_id)
 
 
@@ -217,6 +300,43 @@ def test_a_single_prompt_may_be_a_string() -> None:
     assert AIVisionGeneral(URL, prompts="What is it?").prompts == ("What is it?",)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [{"a", "b"}, {"a": 1}, b"ab", 5, None, itertools.count(), (1 / 0 for _ in "a"), Path("a")],
+    ids=lambda values: type(values).__name__,
+)
+def test_prompts_are_a_list_in_a_definite_order(values: Any) -> None:
+    """A set's order changes from run to run, and so would the key of the request."""
+    for build in (
+        lambda: AIVisionGeneral(URL, prompts=values),
+        lambda: AIVisionModeration(URL, rejection_questions=values),
+        lambda: AIVisionTagging(URL, tag_definitions=values),
+    ):
+        with pytest.raises(InvalidRequestError):
+            build()
+
+
+def test_an_endless_iterator_of_prompts_ends() -> None:
+    with pytest.raises(InvalidRequestError, match="not 11 or more"):
+        AIVisionGeneral(URL, prompts=itertools.repeat("Again?"))
+
+
+@given(
+    kind=st.sampled_from([*MODELS.values(), OtherModel, Uri, Asset, TagDefinition]), data=st.data()
+)
+def test_every_request_takes_any_value_or_refuses_it(kind: Any, data: st.DataObject) -> None:
+    values = {field.alias: data.draw(ANYTHING, field.alias) for field in attrs.fields(kind)}
+    with contextlib.suppress(InvalidRequestError):
+        made = kind(**values)
+        assert pickle.loads(pickle.dumps(made)) == made
+
+
+@given(name=ANYTHING)
+def test_no_name_of_a_model_breaks_the_look_up(name: Any) -> None:
+    with contextlib.suppress(InvalidRequestError):
+        assert find_request_type(name) in MODELS.values()
+
+
 @pytest.mark.parametrize("text", ["", "  ", None, 5, "half \ud800"])
 def test_texts_that_cannot_be_sent_are_refused(text: Any) -> None:
     for build in (
@@ -230,7 +350,7 @@ def test_texts_that_cannot_be_sent_are_refused(text: Any) -> None:
 
 @pytest.mark.parametrize("name", ["Cat", "my_tag", "a b", "", "ä", None, "cat\n"])
 def test_tag_names_the_service_refuses_are_refused_unsent(name: Any) -> None:
-    with pytest.raises(InvalidRequestError, match="no tag name"):
+    with pytest.raises(InvalidRequestError, match="not a tag name"):
         TagDefinition(name, "Is there a cat?")
 
 
@@ -253,11 +373,28 @@ def test_what_is_no_model_name_is_refused(name: Any) -> None:
         {"half \ud800": 1},
         [1],
         "[1]",
+        "no JSON",
+        {1: 2, "a": 3},
+        {"a": [[]] * 2 + [{}] * 2, "b": {object()}},
     ],
 )
 def test_parameters_that_are_no_json_or_take_ours_are_refused(parameters: Any) -> None:
     with pytest.raises(InvalidRequestError):
         OtherModel("x", URL, parameters)
+
+
+def test_every_request_evolves_other_models_included() -> None:
+    request = OtherModel("new", URL, {"a": [1, {"b": 2**80}]})
+    moved = attrs.evolve(request, source="https://other.example/b.jpg")
+    assert moved == OtherModel("new", "https://other.example/b.jpg", request.parameters)
+    assert attrs.evolve(request, name="newer", parameters={"c": 1}) == OtherModel(
+        "newer", URL, {"c": 1}
+    )
+    assert attrs.evolve(request) == request
+    assert OtherModel("new", URL, None) == OtherModel("new", URL)
+    assert pickle.loads(pickle.dumps(request)) == copy.deepcopy(request) == request
+    for other in ALL:
+        assert attrs.evolve(other) == other
 
 
 def test_an_unknown_model_is_sent_as_it_is() -> None:

@@ -1,0 +1,41 @@
+"""What values of every kind share: how a URL object becomes text, and how a value is quoted.
+
+The lowest module: it imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any, Final, Protocol
+
+_REPR: Final = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 80
+
+
+class URLObject(Protocol):
+    """A URL object of yarl, pydantic, Starlette, httpx or urllib."""
+
+    @property
+    def scheme(self) -> object:  # yarl's descriptor is not a `str` to pyright
+        """Such as ``https``."""
+
+
+def read_url(value: object) -> Any:
+    """Return the text of a URL object (see `URLObject`).
+
+    Anything else is returned unchanged, for the caller to accept or refuse.
+    """
+    if type(value) is str or isinstance(value, type):
+        return value
+    try:
+        if isinstance(getattr(value, "scheme", None), str):
+            unsplit = getattr(value, "geturl", None)
+            value = unsplit() if callable(unsplit) else str(value)
+    except Exception:  # an object whose attributes raise is not a URL
+        return value
+    return str.__str__(value) if isinstance(value, str) else value  # of a string enum: its value
+
+
+def quote(value: object) -> str:
+    """Return a short `repr` for an error message; one that raises is replaced."""
+    return _REPR.repr(value)
