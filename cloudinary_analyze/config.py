@@ -483,6 +483,9 @@ class Settings:
     answered_count: int = attrs.field(default=10_000, validator=_count)
     """How many answered tasks are kept for that."""
 
+    answered_bytes: int = attrs.field(default=52 * 2**20, validator=_count)
+    """How many bytes of their results are kept. The oldest are dropped first."""
+
     parked_seconds: float = attrs.field(default=600, validator=_not_negative)
     """How long a notification waits for its task to become known here."""
 

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import attrs
 
-logger = logging.getLogger("cloudinary_analyze")
+logger: logging.Logger = logging.getLogger("cloudinary_analyze")
 
 
 @attrs.frozen(kw_only=True)
@@ -168,6 +168,12 @@ class Meter:
     in_flight: int = 0
     polls: int = 0
     notifications: dict[str, int] = attrs.field(factory=dict)
+
+    def count(self, verdict: str, task_id: str | None = None) -> None:
+        """Count a delivery by its verdict."""
+        self.notifications[verdict] = self.notifications.get(verdict, 0) + 1
+        if self.hook is not None:
+            self.tell(NotificationSeen(verdict=verdict, task_id=task_id))
 
     def tell(self, event: Event) -> None:
         """Tell the hook of an event; what the hook raises is logged and goes no further."""

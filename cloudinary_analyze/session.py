@@ -563,7 +563,7 @@ class AnalyzeSession:
             waiting=gate.waiting if gate else 0,
             polls=meter.polls,
             pending=len(self._tracker.table.pending) if self._tracker else 0,
-            parked=self._tracker.table.parked if self._tracker else 0,
+            parked=len(self._tracker.table.parked) if self._tracker else 0,
             notifications=MappingProxyType(dict(meter.notifications)),
         )
 

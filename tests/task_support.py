@@ -232,6 +232,6 @@ async def submit(tracker: Tracker, *, deadline: float | None = None) -> Any:
     """Submit a task and return its wait once it was accepted."""
     task = tracker.submit(Captioning(URL), as_task=True, deadline=deadline)
     wait = hold(task)
-    while wait.entry.task_id is None and wait.entry.answer is None:
+    while wait.entry.task_id is None and wait.answer is None:
         await asyncio.sleep(0)
     return wait

@@ -1,58 +1,55 @@
-"""`AnalysisTask`: a handle on an analysis that is under way, an awaitable future."""
+"""`AnalysisTask`: a handle on an analysis in progress, a future to its user."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from contextvars import Context
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
-from cloudinary_analyze._tasks.table import Answer, Wait, report_error
-from cloudinary_analyze._wire.protocol import read_analysis_data
-from cloudinary_analyze.errors import WrongEventLoopError
+import attrs
+
+from cloudinary_analyze._tasks.table import Answer, Wait
+from cloudinary_analyze._wire import codec
+from cloudinary_analyze._wire.protocol import find_result, read_analysis_data
+from cloudinary_analyze.errors import SessionClosedError, WrongEventLoopError
 from cloudinary_analyze.responses import Response, TaskStatus
 
 if TYPE_CHECKING:
     from cloudinary_analyze._tasks.tracker import Tracker
 
 A = TypeVar("A")
+A_co = TypeVar("A_co", covariant=True)
 
-MISSES: Final = 2
 FINISHED: Final = frozenset({"completed", "failed"})
 
 
-class AnalysisTask(Generic[A]):
+class AnalysisTask(Generic[A_co]):
     """A handle on one analysis, from `AnalyzeSession.submit` or `AnalyzeSession.task`.
 
-    ``await task`` gives the response or raises; any number of waiters may do so, at any time,
-    and cancelling one disturbs no other and nothing remote. It works as it is in
-    ``asyncio.gather``, ``as_completed``, ``wait_for`` and under ``asyncio.timeout``; pass
-    `as_future` to ``asyncio.wait``, and a coroutine that awaits it to a ``TaskGroup``.
+    ``await task`` returns the response or raises. Any number of tasks can await one handle, at any
+    time; cancelling one does not affect the others or the remote task. A handle works in
+    ``asyncio.wait``, ``gather``, ``as_completed``, ``wait_for`` and under ``asyncio.timeout``.
+    Type checkers know ``asyncio.wait`` for futures only: pass `as_future` there, and pass a
+    coroutine that awaits the handle to a ``TaskGroup``.
 
-    Not made directly. Belongs to its session's event loop.
+    asyncio reports the error of a handle that is dropped and was never awaited, as it does for
+    futures.
+
+    Not created directly. Belongs to its session's event loop.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_analysis_type",
-        "_future",
-        "_model",
-        "_response",
-        "_retrieved",
-        "_tracker",
-        "_wait",
-    )
+    __slots__ = ("__weakref__", "_future", "_shared", "_tracker", "_wait")
 
-    def __init__(self, model: str, analysis_type: type[A], tracker: Tracker, wait: Wait) -> None:
-        self._model = model
-        self._analysis_type = analysis_type
+    def __init__(self, tracker: Tracker, wait: Wait) -> None:
         self._tracker = tracker
         self._wait = wait
-        self._response: Response[A] | None = None
-        self._future: asyncio.Task[Response[A]] | None = None
-        self._retrieved = False
+        self._future: asyncio.Future[Response[A_co]] | None = None
+        self._shared: asyncio.Task[Response[A_co]] | None = None
 
     def __repr__(self) -> str:
-        return f"<AnalysisTask {self._model} {self.task_id or 'not accepted'}, {self.status}>"
+        accepted = self.task_id or "not accepted"
+        return f"<AnalysisTask {self._wait.model} {accepted}, {self.status}>"
 
     @property
     def task_id(self) -> str | None:
@@ -61,61 +58,66 @@ class AnalysisTask(Generic[A]):
 
     @property
     def status(self) -> str:
-        """The remote state as last heard; ``"submitting"`` until the service accepted the task."""
-        return self._wait.entry.state
+        """The last known remote state.
+
+        ``"submitting"`` until the service accepted the task, ``"unknown"`` if it does not know it.
+        """
+        return self._wait.entry.status
 
     def done(self) -> bool:
-        """Whether `result` would return or raise the outcome."""
-        return self._wait.entry.answer is not None or self._wait.ended is not None
+        """Whether `result` returns or raises the outcome."""
+        return self._wait.answer is not None
 
-    def __await__(self) -> Generator[Any, None, Response[A]]:
+    def cancelled(self) -> bool:
+        """Return ``False``: a handle ends with a response or an error."""
+        return False
+
+    def __await__(self) -> Generator[Any, None, Response[A_co]]:
         return self._join().__await__()
 
-    async def _join(self) -> Response[A]:
-        while not self.done():
-            await self._change()
-        return self.result()
+    async def _join(self) -> Response[A_co]:
+        if self._wait.answer is not None:
+            return self.result()
+        # Shielded, because `wait_for` and `gather` cancel what they wait for.
+        return await asyncio.shield(self._get_future())
 
-    async def _change(self) -> None:
-        if asyncio.get_running_loop() is not self._tracker.table.loop:
+    def _get_future(self) -> asyncio.Future[Response[A_co]]:
+        future = self._future
+        if future is None:
+            future = self._future = self._tracker.loop.create_future()
+            if self._wait.answer is None:
+                self._wait.future = future
+            else:
+                complete(self._wait, future)
+        if not future.done():
+            self._check_loop()
+        return future
+
+    def _check_loop(self) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        if loop is not self._tracker.loop:
             raise WrongEventLoopError(
                 "A task can be awaited only on the event loop of its session. Open one session "
                 "per loop, and pass the task id on: session.task(task_id, …)."
             )
-        await self._wait.entry.change()
 
-    def result(self) -> Response[A]:
+    def result(self) -> Response[A_co]:
         """Return the response, or raise what ``await`` would raise.
 
         Raises:
             TaskFailedError: The remote work failed.
-            TaskTimeoutError: This handle's wait ended; the remote work goes on.
+            TaskTimeoutError: This handle's wait ended; the remote work continues.
             ResultNotDeliveredError: The task is completed, but its result did not arrive.
-            SessionClosedError: The session was closed meanwhile.
-            AnalyzeError: The request was refused, or did not get through.
+            ResponseDecodeError: The result cannot be read; ``raw_body`` has it.
+            SessionClosedError: The session was closed first.
+            AnalyzeError: The request was refused, or did not reach the service.
             asyncio.InvalidStateError: There is no outcome yet.
         """
-        ended = self._wait.ended
-        if ended is not None:
-            self._retrieved = True
-            raise ended.with_traceback(None)
-        answer = self._wait.entry.answer
-        if answer is None:
-            raise asyncio.InvalidStateError("The task has no outcome yet.")
-        self._retrieved = True
-        if answer.error is not None:
-            raise answer.error.with_traceback(None)  # raised once per waiter
-        if self._response is None:
-            self._response = self._read(answer)
-        return self._response
-
-    def _read(self, answer: Answer) -> Response[A]:
-        if answer.response is not None and answer.response.model == self._model:
-            response: Response[A] = answer.response
-            return response
-        raw = answer.raw if answer.response is None else answer.response.raw
-        assert raw is not None
-        return read_analysis_data(self._model, self._analysis_type, answer.data or raw["data"], raw)
+        self._check_done()
+        return self._get_future().result()
 
     def exception(self) -> Exception | None:
         """Return what `result` would raise, or ``None``.
@@ -123,19 +125,20 @@ class AnalysisTask(Generic[A]):
         Raises:
             asyncio.InvalidStateError: There is no outcome yet.
         """
-        try:
-            self.result()
-        except asyncio.InvalidStateError:
-            raise
-        except Exception as error:
-            return error
-        return None
+        self._check_done()
+        error = self._get_future().exception()
+        assert error is None or isinstance(error, Exception)
+        return error
+
+    def _check_done(self) -> None:
+        if self._wait.answer is None:
+            raise asyncio.InvalidStateError("The task has no outcome yet.")
 
     async def accepted(self) -> str | None:
         """Wait until the service has the request, and return the task id.
 
         Returns:
-            The id to take the task up by later; ``None`` if the service answered directly.
+            The id to re-attach with later; ``None`` if the service answered directly.
 
         Raises:
             AnalyzeError: The service did not accept it; as ``await`` raises.
@@ -147,7 +150,7 @@ class AnalysisTask(Generic[A]):
         return self.task_id
 
     async def wait(self) -> TaskStatus:
-        """Wait until the remote work is over, as far as polls tell, and return its status.
+        """Wait until a poll or a notification reports the end of the work; return the status.
 
         Does not wait for the result, and does not raise for a failed task.
 
@@ -158,59 +161,124 @@ class AnalysisTask(Generic[A]):
             await self._change()
         if self.status not in FINISHED or self.task_id is None:
             self.result()
-        self._retrieved = True
+        self._get_future().add_done_callback(_mark_retrieved)  # the caller knows how it ended
         return TaskStatus(self.task_id or "", self.status)
 
     async def is_known(self) -> bool:
         """Wait until the task is done, or until the service twice did not know it."""
         while not self.done():
-            if self._wait.entry.misses >= MISSES:
+            if self._wait.entry.forgotten:
                 return False
             await self._change()
         return True
 
-    def abandon(self) -> None:
-        """Stop waiting: every waiter on this handle gets a `TaskTimeoutError`.
+    async def _change(self) -> None:
+        self._check_loop()
+        await self._tracker.change(self._wait)
 
-        The remote work goes on and is charged; the API cannot cancel it. Other handles on the
-        same task are not disturbed.
+    def abandon(self) -> None:
+        """Stop waiting: everybody who awaits this handle gets a `TaskTimeoutError`.
+
+        The remote work continues and is charged; the API cannot cancel it. Other handles on the
+        same task are not affected.
         """
-        self._retrieved = True
-        self._tracker.table.abandon(self._wait)
+        self._tracker.abandon(self._wait)
+        self.exception()
 
     def withdraw(self) -> None:
         """Stop waiting, and cancel the submission if the service has not accepted it yet."""
-        self._retrieved = True
         self._tracker.withdraw(self._wait)
+        self.exception()
 
-    def as_future(self) -> asyncio.Future[Response[A]]:
-        """Return a real `asyncio.Future`, for ``asyncio.wait``.
+    def as_future(self) -> asyncio.Future[Response[A_co]]:
+        """Return an `asyncio.Future`, the typed form for ``asyncio.wait``.
 
-        The same one each time. Cancelling it disturbs no other waiter and nothing remote.
+        The same one each time. Cancelling it affects no other waiter and nothing remote.
         """
-        if self._future is None or self._future.cancelled():
-            self._future = asyncio.ensure_future(self._join())
-        return self._future
+        if self._shared is None or self._shared.cancelled():
+            self._shared = asyncio.ensure_future(self._join())
+        return self._shared
 
-    def add_done_callback(self, callback: Callable[[AnalysisTask[A]], object]) -> None:
-        """Call a function with this handle, soon after it is done."""
+    def add_done_callback(
+        self, callback: Callable[[AnalysisTask[A_co]], object], *, context: Context | None = None
+    ) -> None:
+        """Call a function with this handle soon after it is done."""
+        self._get_future().add_done_callback(_Callback(self, callback), context=context)
 
-        def call(future: asyncio.Future[Response[A]]) -> None:
-            if not future.cancelled():
-                future.exception()  # the callback is told by the handle
-                callback(self)
-
-        self.as_future().add_done_callback(call)
+    def remove_done_callback(self, callback: Callable[[AnalysisTask[A_co]], object]) -> int:
+        """Remove a callback and return how often it had been added."""
+        if self._future is None:
+            return 0
+        return self._future.remove_done_callback(_Callback(self, callback))
 
     def __del__(self) -> None:
-        wait = getattr(self, "_wait", None)
-        if wait is None or self._retrieved:
+        wait: Wait | None = getattr(self, "_wait", None)
+        if wait is None:
             return
-        answer = wait.entry.answer
-        if wait.ended is None and answer is None:
-            wait.orphaned = True  # the table reports it, should it fail
-            return
-        report_error(wait.entry, wait.ended or (answer and answer.error))
+        if wait.answer is None:
+            self._tracker.drop(wait, unobserved=self._future is None)
+        elif wait.answer.error is not None and self._future is None:
+            report(wait.answer.error, self._tracker.loop)
+
+
+def _mark_retrieved(future: asyncio.Future[Any]) -> None:
+    future.exception()
+
+
+@attrs.frozen
+class _Callback:
+    """A function of a handle as a callback of its future. Equal ones can be removed."""
+
+    handle: AnalysisTask[Any]
+    function: Callable[[AnalysisTask[Any]], object]
+
+    def __call__(self, _: object) -> None:
+        self.function(self.handle)
+
+
+def complete(wait: Wait, future: asyncio.Future[Any], raw: Mapping[str, Any] | None = None) -> None:
+    """Give a wait's answer to its handle's future.
+
+    Args:
+        wait: The wait that ended.
+        future: The handle's.
+        raw: What the answer's body was parsed to, if that is at hand.
+    """
+    answer = wait.answer
+    assert answer is not None
+    error = answer.error
+    if error is None:
+        try:
+            future.set_result(_read(wait, answer, raw))
+        except Exception as failure:
+            error = failure
+    if error is not None:
+        future.set_exception(error.with_traceback(None))  # frames would keep the handle alive
+        if isinstance(error, SessionClosedError):
+            future.exception()  # the user closed the session, so asyncio does not report it
+
+
+def _read(wait: Wait, answer: Answer, raw: Mapping[str, Any] | None) -> Response[Any]:
+    response = answer.response
+    if response is not None:
+        if response.model == wait.model:
+            return response
+        raw = response.raw
+    content: Mapping[str, Any] = codec.loads(answer.body or b"{}") if raw is None else raw
+    data = find_result(TaskStatus("", "", raw=content)) or content.get("data")
+    return read_analysis_data(
+        wait.model,
+        wait.analysis_type,
+        data if isinstance(data, dict) else {},
+        content,
+        body=answer.body,
+    )
+
+
+def report(error: Exception, loop: asyncio.AbstractEventLoop) -> None:
+    """Let asyncio report an error that reaches nobody."""
+    if not isinstance(error, SessionClosedError) and not loop.is_closed():
+        loop.create_future().set_exception(error)
 
 
 async def follow(

@@ -1,21 +1,24 @@
 """One listener over the session's notification source: verifies, reads, and answers tasks.
 
-Nothing that arrives can stop it: what is forged, stale, malformed or foreign is counted and left.
-A source that breaks is taken up again with backoff, and all that is pending is fetched.
+Nothing that arrives can stop it: forged, stale, malformed and foreign deliveries are counted and
+dropped. A source that breaks is resumed with backoff, and notifications of all pending tasks are
+fetched again. A source that ends, or whose queue was shut down, fails what is pending.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import aclosing
+from time import perf_counter
 from typing import Final
 
 import attrs
 
 from cloudinary_analyze._clock import Clock, wake
-from cloudinary_analyze._tasks.table import Table
+from cloudinary_analyze._tasks.timers import SLICE
 from cloudinary_analyze.config import Credentials
 from cloudinary_analyze.errors import (
     InvalidSignatureError,
@@ -24,17 +27,18 @@ from cloudinary_analyze.errors import (
     NotificationSourceError,
     StaleNotificationError,
 )
+from cloudinary_analyze.events import Meter
 from cloudinary_analyze.protocols import NotificationSource
-from cloudinary_analyze.responses import Delivery
+from cloudinary_analyze.responses import Delivery, Notification
 from cloudinary_analyze.webhooks import parse_notification, verify_delivery
 
 logger = logging.getLogger("cloudinary_analyze")
 
-BURST: Final = 32  # deliveries between two yields to the loop
 FETCH_BATCH: Final = 500
 REFETCH_INTERVAL: Final = 30.0
 FIRST_PAUSE: Final = 0.5
 LONGEST_PAUSE: Final = 30.0
+ENDS: Final = getattr(asyncio, "QueueShutDown", ())  # since Python 3.13
 
 _VERDICTS: Final[dict[type[NotificationError], str]] = {
     InvalidSignatureError: "forged",
@@ -54,26 +58,30 @@ class Listener:
     """Reads the source for as long as the session is open.
 
     Attributes:
-        on_end: Is told when nothing will come any more.
+        deliver: Applies a verified notification and returns the verdict.
+        pending: The tasks to fetch notifications for after a break, by id.
+        on_end: Takes the error when nothing can arrive any more.
     """
 
     source: NotificationSource
     credentials: Credentials
-    table: Table
     clock: Clock
-    on_end: Callable[[NotificationSourceError], None]
-    _tasks: list[asyncio.Task[None]] = attrs.field(factory=list)
-    _to_fetch: dict[str, None] = attrs.field(factory=dict)
-    _fetch_wanted: asyncio.Future[None] | None = None
+    meter: Meter
+    deliver: Callable[[Notification, bytes], str] = attrs.field(kw_only=True)
+    pending: Mapping[str, object] = attrs.field(kw_only=True)
+    on_end: Callable[[NotificationSourceError], None] = attrs.field(kw_only=True)
+    _tasks: list[asyncio.Task[None]] = attrs.field(factory=list, init=False)
+    _to_fetch: OrderedDict[str, None] = attrs.field(factory=OrderedDict, init=False)
+    _fetch_wanted: asyncio.Future[None] | None = attrs.field(default=None, init=False)
 
     def start(self) -> None:
-        """Begin to listen."""
+        """Start listening."""
         self._tasks.append(asyncio.create_task(self._listen()))
         if has_memory(self.source):
             self._tasks.append(asyncio.create_task(self._fetch()))
             self._tasks.append(asyncio.create_task(self._refetch()))
 
-    def ask_for(self, task_ids: Sequence[str]) -> None:
+    def ask_for(self, task_ids: Iterable[str]) -> None:
         """Fetch what was delivered for tasks earlier, where the source has a memory."""
         if len(self._tasks) > 1:
             self._to_fetch.update(dict.fromkeys(task_ids))
@@ -81,7 +89,7 @@ class Listener:
                 wake(self._fetch_wanted)
 
     def stop(self) -> list[asyncio.Task[None]]:
-        """End the listening; return what is ending."""
+        """Stop listening and return the asyncio tasks that are ending."""
         for task in self._tasks:
             task.cancel()
         return self._tasks
@@ -91,32 +99,38 @@ class Listener:
         while True:
             try:
                 async with aclosing(_Closing(self.source.listen())) as deliveries:
-                    taken = 0
+                    until = perf_counter() + SLICE
                     async for delivery in deliveries:
                         pause = FIRST_PAUSE
                         self.take(delivery)
-                        taken += 1
-                        if taken % BURST == 0:
+                        if perf_counter() > until:
                             await asyncio.sleep(0)
+                            until = perf_counter() + SLICE
             except (Exception, asyncio.CancelledError) as error:
                 if _is_cancelled(error):
                     raise
+                if isinstance(error, ENDS):
+                    self._end(error)
+                    return
                 logger.warning(
-                    "The notification source broke (%s: %s); listening again in %.1f s.",
+                    "The notification source broke (%s: %s). Listening resumes in %.1f s.",
                     type(error).__name__,
                     error,
                     pause,
                 )
                 await self.clock.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
-                self.ask_for(list(self.table.pending))
+                self.ask_for(self.pending)
             else:
-                self.on_end(
-                    NotificationSourceError(
-                        "The notification source ended, so no result can arrive any more."
-                    )
-                )
+                self._end(None)
                 return
+
+    def _end(self, cause: BaseException | None) -> None:
+        error = NotificationSourceError(
+            "The notification source ended, so no result can arrive any more."
+        )
+        error.__cause__ = cause
+        self.on_end(error)
 
     async def _fetch(self) -> None:
         pause = FIRST_PAUSE
@@ -124,16 +138,21 @@ class Listener:
             if not self._to_fetch:
                 self._fetch_wanted = asyncio.get_running_loop().create_future()
                 await self._fetch_wanted
-            batch = [key for key, _ in zip(self._to_fetch, range(FETCH_BATCH), strict=False)]
-            for task_id in batch:
-                del self._to_fetch[task_id]
+            count = min(FETCH_BATCH, len(self._to_fetch))
+            batch = [self._to_fetch.popitem(last=False)[0] for _ in range(count)]
             try:
                 deliveries = await self.source.fetch(batch)
+                until = perf_counter() + SLICE
+                for delivery in deliveries:
+                    self.take(delivery)
+                    if perf_counter() > until:
+                        await asyncio.sleep(0)
+                        until = perf_counter() + SLICE
             except (Exception, asyncio.CancelledError) as error:
                 if _is_cancelled(error):
                     raise
                 logger.warning(
-                    "Earlier notifications could not be fetched (%s: %s); again in %.1f s.",
+                    "Earlier notifications could not be fetched (%s: %s). Retrying in %.1f s.",
                     type(error).__name__,
                     error,
                     pause,
@@ -141,35 +160,32 @@ class Listener:
                 self._to_fetch.update(dict.fromkeys(batch))
                 await self.clock.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
-                continue
-            pause = FIRST_PAUSE
-            for taken, delivery in enumerate(deliveries, start=1):
-                self.take(delivery)
-                if taken % BURST == 0:
-                    await asyncio.sleep(0)
+            else:
+                pause = FIRST_PAUSE
 
     async def _refetch(self) -> None:
-        """Ask again for all that is pending, since a wake-up may get lost on its way."""
+        """Ask again for all that is pending, because a wake-up may get lost."""
         while True:
             await self.clock.sleep(REFETCH_INTERVAL)
-            self.ask_for(list(self.table.pending))
+            self.ask_for(self.pending)
 
     def take(self, delivery: Delivery) -> str:
-        """Verify, read and apply one delivery; return the verdict."""
+        """Verify, parse and apply one delivery; return the verdict."""
         try:
             verify_delivery(delivery, self.credentials)
             notification = parse_notification(delivery.body)
-            verdict = self.table.deliver(notification, delivery.body)
+            verdict = self.deliver(notification, delivery.body)
         except NotificationError as error:
             verdict = _VERDICTS[type(error)]
-            self.table.count(verdict)
+            self.meter.count(verdict)
             logger.info("A delivery was refused as %s: %s", verdict, error)
             return verdict
         except Exception as error:
-            # a source may hand over anything; the listener must outlive it
-            self.table.count("malformed")
+            # A source may hand over anything; the listener must outlive it.
+            self.meter.count("malformed")
             logger.warning("A delivery could not be read (%s).", type(error).__name__)
             return "malformed"
+        self.meter.count(verdict, notification.task_id)
         if verdict in {"resolved", "duplicate"}:
             try:
                 self.source.settle(delivery)

@@ -1,33 +1,28 @@
-"""One scheduler for the status polls of all tasks: a heap by due time, never a loop per task.
+"""One scheduler for the status polls of all tasks: heaps by due time, never a loop per task.
 
-Polls have permits and a rate of their own. With more tasks than the rate allows, the oldest due
-goes first and polls are late, which costs nothing but time. A poll brings a status, never a
-result; what it means is decided here.
+Polls have permits and a rate of their own. With more tasks than the rate allows, polls are late. A
+poll that somebody requests now runs before this backlog. Tasks that the service has confirmed and
+ids that may not exist take turns, so a flood of made-up ids takes half of the polls at most.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
 import attrs
 
 from cloudinary_analyze._clock import Clock, TimerHandle, wake
-from cloudinary_analyze._tasks.handle import MISSES
-from cloudinary_analyze._tasks.table import Answer, Entry, Table
+from cloudinary_analyze._tasks.table import REFUSALS, Entry
 from cloudinary_analyze._tasks.timers import DueHeap
-from cloudinary_analyze._wire.protocol import build_task_failure, find_result
 from cloudinary_analyze.config import Settings
-from cloudinary_analyze.errors import (
-    AnalyzeError,
-    AuthenticationError,
-    NotFoundError,
-    PermissionDeniedError,
-)
+from cloudinary_analyze.errors import AnalyzeError
 from cloudinary_analyze.responses import TaskStatus
 
 if TYPE_CHECKING:
@@ -36,8 +31,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("cloudinary_analyze")
 
 GROWTH: Final = 1.6
-RUNNING: Final = frozenset({"pending", "processing"})
-FIRST_MINUTE: Final = 60.0  # a task may be unknown to the service for a while
+KNOWN_STATES: Final = frozenset({"pending", "processing", "completed", "failed"})
+URGENT: Final = 1e9  # seconds that a requested poll is ahead of the backlog
+FIRST_PAUSE: Final = 2.0  # seconds, after a poll was refused (401, 403)
+LONGEST_PAUSE: Final = 300.0
+PAUSE_GROWTH: Final = 8.0
 
 
 def compute_interval(previous: float, settings: Settings, *, with_source: bool) -> float:
@@ -47,90 +45,119 @@ def compute_interval(previous: float, settings: Settings, *, with_source: bool) 
     return min(previous * GROWTH if previous else first, max(first, longest))
 
 
+def _build_heap() -> DueHeap[Entry]:
+    return DueHeap(attrgetter("poll_at"))
+
+
 @attrs.define(eq=False, repr=False)
 class Poller:
-    """Polls what is due, and acts on what it hears.
+    """Polls what is due, and passes on what it hears.
 
     Attributes:
-        with_source: Whether notifications may arrive at all.
-        on_missing: Is told of a completed task whose result will not come.
+        with_source: Whether notifications can arrive at all.
+        take: Takes the outcome of a poll.
     """
 
-    table: Table
     caller: Caller
     settings: Settings
     clock: Clock
     with_source: bool
-    on_missing: Callable[[Entry], None]
-    _due: DueHeap[Entry] = attrs.field(factory=DueHeap)
-    _workers: set[asyncio.Task[None]] = attrs.field(factory=set)
-    _turn: asyncio.Lock = attrs.field(factory=asyncio.Lock)
-    _sleeper: asyncio.Future[None] | None = None
-    _sleeps_until: float | None = None
-    _next_start: float = 0.0
-    _stopped: bool = False
-    _refused: bool = False
-    _warned: set[str] = attrs.field(factory=set)
-
-    def __attrs_post_init__(self) -> None:
-        self.table.forget_poll = self._due.discard
-        self.table.end_grace = self._end_grace
+    take: Callable[[Entry, TaskStatus | Exception], None]
+    _known: DueHeap[Entry] = attrs.field(factory=_build_heap, init=False)
+    _unknown: DueHeap[Entry] = attrs.field(factory=_build_heap, init=False)
+    _known_first: bool = attrs.field(default=True, init=False)
+    _workers: set[asyncio.Task[None]] = attrs.field(factory=set, init=False)
+    _turn: asyncio.Lock = attrs.field(factory=asyncio.Lock, init=False)
+    _sleeper: asyncio.Future[None] | None = attrs.field(default=None, init=False)
+    _sleeps_until: float = attrs.field(default=math.inf, init=False)
+    _next_start: float = attrs.field(default=0.0, init=False)
+    _pause: float = attrs.field(default=0.0, init=False)
+    _paused_at: float = attrs.field(default=-math.inf, init=False)
+    _stopped: bool = attrs.field(default=False, init=False)
+    _warned: set[str] = attrs.field(factory=set, init=False)
 
     @property
     def scheduled(self) -> int:
         """How many tasks have a poll to come."""
-        return len(self._due)
+        return len(self._known) + len(self._unknown)
 
     def schedule(self, entry: Entry, *, at_once: bool = False) -> None:
-        """Put a task's next poll in its place."""
-        if self._stopped or self._refused or entry.answer is not None:
+        """Set when a task's next poll is due, instead of an earlier setting."""
+        if self._stopped:
             return
-        if entry.poll is not None:
-            self._due.discard(entry.poll)
-        wait = 0.0
-        if not at_once:
+        now = self.clock.monotonic()
+        if at_once:
+            due = now - URGENT
+        else:
             entry.interval = compute_interval(
                 entry.interval, self.settings, with_source=self.with_source
             )
-            wait = entry.interval * random.uniform(0.8, 1.2)
-        due = self.clock.monotonic() + wait
-        entry.poll = self._due.push(due, entry)
+            due = now + entry.interval * random.uniform(0.8, 1.2)
+        entry.poll_at = due
+        (self._known if entry.verified else self._unknown).push(due, entry)
         if not self._workers:
             self._start()
-        if self._sleeper is not None and (self._sleeps_until is None or due < self._sleeps_until):
-            wake(self._sleeper)  # whoever sleeps looks at the heap again
+        if self._sleeper is not None and due < self._sleeps_until:
+            wake(self._sleeper)  # the sleeping worker looks at the heaps again
 
     def _start(self) -> None:
         for _ in range(self.settings.poll_permits):
-            worker = asyncio.create_task(self._work())
-            self._workers.add(worker)
+            self._workers.add(asyncio.create_task(self._work()))
 
     async def _work(self) -> None:
         while True:
             async with self._turn:
-                entry = await self._take()
+                entry = await self._take_next()
+            begun = self.clock.monotonic()
+            assert entry.task_id is not None
+            outcome: TaskStatus | Exception
             try:
-                await self._poll(entry)
-            except Exception:
-                logger.exception("A status poll broke; it is made again later.")
-                if entry.waits:
-                    self.schedule(entry)
+                outcome = await self.caller.get_task_status(entry.task_id, attempts=1)
+            except Exception as error:
+                outcome = error
+            if not self._stopped:
+                self._observe(outcome, begun)
+                self.take(entry, outcome)
 
-    async def _take(self) -> Entry:
+    def _observe(self, outcome: TaskStatus | Exception, begun: float) -> None:
+        """Log what is unexpected, and pause all polls while they are refused."""
+        if isinstance(outcome, TaskStatus):
+            self._pause = 0.0
+            if outcome.state not in KNOWN_STATES and outcome.state not in self._warned:
+                self._warned.add(outcome.state)
+                logger.warning(
+                    "Unknown task state %.40r. The task counts as still running.", outcome.state
+                )
+        elif isinstance(outcome, REFUSALS) and self.with_source:
+            if begun < self._paused_at:
+                return  # sent before the pause that another one began
+            if not self._pause:
+                logger.warning(
+                    "Status polls are refused (%s). They pause and resume within minutes; until "
+                    "then only notifications resolve tasks. An OAuth token needs the scope "
+                    "query_analysis_tasks.",
+                    outcome,
+                )
+            self._pause = min(self._pause * PAUSE_GROWTH or FIRST_PAUSE, LONGEST_PAUSE)
+            self._paused_at = self.clock.monotonic()
+            self._next_start = self._paused_at + self._pause
+        elif not isinstance(outcome, AnalyzeError):
+            logger.error("A status poll failed unexpectedly; it is retried.", exc_info=outcome)
+
+    async def _take_next(self) -> Entry:
         """Wait until a poll is due and the rate allows it."""
         while True:
-            due = self._due.next_due()
             now = self.clock.monotonic()
-            if due is not None and max(due, self._next_start) <= now:
+            due = self._next_due()
+            at = max(due, self._next_start)
+            if at <= now:
                 self._next_start = max(now, self._next_start) + 1 / self.settings.polls_per_second
-                entry = self._due.pop()
-                entry.poll = None
-                return entry
+                return self._pop(now)
             self._sleeper = asyncio.get_running_loop().create_future()
-            self._sleeps_until = None if due is None else max(due, self._next_start)
+            self._sleeps_until = at
             timer: TimerHandle | None = None
-            if self._sleeps_until is not None:
-                timer = self.clock.call_at(self._sleeps_until, partial(wake, self._sleeper))
+            if at < math.inf:
+                timer = self.clock.call_at(at, partial(wake, self._sleeper))
             try:
                 await self._sleeper
             finally:
@@ -138,89 +165,25 @@ class Poller:
                 if timer is not None:
                     timer.cancel()
 
-    async def _poll(self, entry: Entry) -> None:
-        assert entry.task_id is not None
-        try:
-            status = await self.caller.get_task_status(entry.task_id, attempts=1)
-        except AnalyzeError as error:
-            if entry.answer is None:
-                self._take_error(entry, error)
-            return
-        if entry.answer is None:
-            self.take_status(entry, status)
+    def _next_due(self) -> float:
+        known, unknown = self._known.next_due(), self._unknown.next_due()
+        return min(math.inf if due is None else due for due in (known, unknown))
 
-    def take_status(self, entry: Entry, status: TaskStatus) -> None:
-        """Act on what a poll says of a pending task."""
-        entry.misses = 0
-        if (data := find_result(status)) is not None:
-            answer = Answer("poll", data, status.raw)
-            self.table.answer(entry, answer, state=status.state)
-            return
-        changed = entry.state != status.state
-        entry.state = status.state
-        if status.finished:
-            self._await_notification(entry, failed=status.state == "failed")
-        else:
-            if status.state not in RUNNING and status.state not in self._warned:
-                self._warned.add(status.state)
-                logger.warning(
-                    "The service reports a task state %.40r that this package does not know; "
-                    "it counts as still running.",
-                    status.state,
-                )
-            if entry.waits:
-                self.schedule(entry)
-        if changed:
-            entry.tell()
-
-    def _await_notification(self, entry: Entry, *, failed: bool) -> None:
-        """Give the notification of a finished task its time, where one may come at all."""
-        if not entry.waits:
-            return  # whoever comes back polls again; nothing is repeated for nobody
-        grace = self.settings.failure_grace if failed else self.settings.result_grace
-        if not self.with_source or grace == 0:
-            self._end_grace(entry)
-        elif entry.grace is None:
-            entry.grace = self.table.timers.push(self.clock.monotonic() + grace, entry)
-
-    def _end_grace(self, entry: Entry) -> None:
-        if entry.state != "failed":
-            self.on_missing(entry)
-            return
-        assert entry.task_id is not None
-        error = build_task_failure(entry.task_id, model=entry.model)
-        self.table.answer(entry, Answer("poll", error=error), state="failed")
-
-    def _take_error(self, entry: Entry, error: AnalyzeError) -> None:
-        """Act on a poll that brought no status. With a source it never fails a task."""
-        if self._stopped or not entry.waits:
-            return
-        if isinstance(error, AuthenticationError | PermissionDeniedError):
-            if not self.with_source:
-                self.table.answer(entry, Answer("poll", error=error))
-                return
-            if not self._refused:
-                self._refused = True
-                self._due.clear()
-                logger.warning(
-                    "Status polls are refused (%s), so they stop; only notifications answer "
-                    "tasks now. An OAuth token needs the scope query_analysis_tasks.",
-                    error,
-                )
-            return
-        if isinstance(error, NotFoundError):
-            age = self.clock.monotonic() - entry.since
-            entry.misses += age >= FIRST_MINUTE
-            entry.tell()  # a ledger's run submits anew what the service has forgotten
-            if entry.misses >= MISSES and not self.with_source:
-                self.table.answer(entry, Answer("poll", error=error))
-                return
-        self.schedule(entry)
+    def _pop(self, now: float) -> Entry:
+        """Return an entry that is due: of the kind whose turn it is, if there is one."""
+        heaps = [self._known, self._unknown]
+        if not self._known_first:
+            heaps.reverse()
+        due = heaps[0].next_due()
+        heap = heaps[0] if due is not None and due <= now else heaps[1]
+        self._known_first = heap is self._unknown
+        entry = heap.pop()
+        entry.poll_at = None
+        return entry
 
     def stop(self) -> set[asyncio.Task[None]]:
-        """End all polls; return what is ending."""
+        """End all polls and return the asyncio tasks that are ending."""
         self._stopped = True
-        self._due.clear()
         for worker in self._workers:
             worker.cancel()
         return self._workers

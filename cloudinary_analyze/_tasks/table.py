@@ -1,85 +1,123 @@
-"""One entry per task, many waits on it. Whoever brings the first answer wins; the rest is counted.
+"""The state machine of tasks: one entry per task id, any number of waits on it. Pure.
 
-Entries come to know their task id with the 202. An answered entry can be taken up again by its id
-for a while, and a notification that is here before its task is known waits for it, within bounds.
-State changes are plain functions: no entry is ever seen half-way through one.
+Every method takes the instant, changes the table, and returns effects. `tracker` performs them;
+the table itself never calls, schedules or wakes anything. The states of an entry:
+
+| phase        | task id | in      | waits | polls  | `due`           | next                       |
+|--------------|---------|---------|-------|--------|-----------------|----------------------------|
+| `SUBMITTING` | None    | -       | 0..n  | no     | None            | PENDING, RESTING, OVER     |
+| `PENDING`    | set     | pending | 1..n  | yes    | None            | GRACE, RESTING, OVER       |
+| `GRACE`      | set     | pending | 1..n  | no     | grace ends then | REPEATING, RESTING, OVER   |
+| `REPEATING`  | set     | pending | 0..n  | no     | grace ended     | OVER                       |
+| `RESTING`    | set     | resting | 0     | no     | None or grace's | PENDING, GRACE, OVER       |
+| `OVER`       | any     | -       | 0     | no     | None            | -                          |
+
+`OVER` means answered, merged into another entry of the same task, or refused. `due` is set by the
+first poll that says *completed* or *failed*, and whoever comes and goes later never moves it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Any
+import enum
+import math
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
+from typing import Any, Final, final
 
 import attrs
 
-from cloudinary_analyze._clock import Clock
-from cloudinary_analyze._tasks.timers import Node, Timers
-from cloudinary_analyze._wire.protocol import build_task_failure
+from cloudinary_analyze._tasks.timers import DueHeap, Shelf
+from cloudinary_analyze._wire import codec
+from cloudinary_analyze._wire.protocol import build_task_failure, find_result
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
     ApiError,
+    AuthenticationError,
+    NotFoundError,
+    PermissionDeniedError,
     ResultNotDeliveredError,
-    SessionClosedError,
     TaskFailedError,
     TaskTimeoutError,
 )
-from cloudinary_analyze.events import Meter, NotificationSeen, TaskAnswered
 from cloudinary_analyze.requests import AnalyzeRequest
-from cloudinary_analyze.responses import Notification, Response, has_analysis
+from cloudinary_analyze.responses import Notification, Response, TaskStatus, has_analysis
 from cloudinary_analyze.webhooks import parse_notification
 
-SUBMITTING = "submitting"
+FIRST_MINUTE: Final = 60.0  # a new task may be unknown to the service for a while
+MISSES: Final = 2
+LEFT: Final = -1  # the index of a wait that its entry no longer has
+UNKNOWN: Final = "unknown"
+REFUSALS: Final = (AuthenticationError, PermissionDeniedError)
+
+
+class Phase(enum.Enum):
+    """See the table in the module's docstring."""
+
+    SUBMITTING = enum.auto()
+    PENDING = enum.auto()
+    GRACE = enum.auto()
+    REPEATING = enum.auto()
+    RESTING = enum.auto()
+    OVER = enum.auto()
+
+
+AWAITED: Final = frozenset({Phase.PENDING, Phase.GRACE})
 
 
 @attrs.define(eq=False, repr=False, weakref_slot=False)
 class Answer:
-    """What ended a task: a response, a payload not decoded yet, or an error.
+    """What ended a task or a wait: bytes that are decoded on demand, a response, or an error.
 
     Attributes:
         by: See `TaskAnswered`.
-        data: ``{"entity": …, "analysis": …}`` of a notification; decoded by each handle.
-        raw: Its envelope.
-        response: Of a call.
-        error: Why there is none of these.
+        error: Why there is no result.
+        body: The JSON object that holds the result.
+        response: The response of a call.
+        guess: Whether it was given because the notification is missing, and may be corrected.
     """
 
     by: str
-    data: Mapping[str, Any] | None = None
-    raw: Mapping[str, Any] | None = None
-    response: Response[Any] | None = None
     error: Exception | None = None
+    body: bytes | None = None
+    response: Response[Any] | None = None
+    guess: bool = False
 
     @property
-    def is_lasting(self) -> bool:
-        """Whether it is an outcome of the task, which whoever asks later is told too."""
+    def status(self) -> str:
+        """The remote state that it implies."""
+        return "failed" if isinstance(self.error, TaskFailedError) else "completed"
+
+    @property
+    def lasting(self) -> bool:
+        """Whether it is the outcome of the task itself, also for later handles."""
         return self.by != "session" and not (self.by == "poll" and isinstance(self.error, ApiError))
-
-    @property
-    def is_guess(self) -> bool:
-        """Whether it was given for want of a notification, which may still come."""
-        error = self.error
-        if isinstance(error, TaskFailedError):
-            return not error.cause_known
-        return isinstance(error, ResultNotDeliveredError)
 
 
 @attrs.define(eq=False, repr=False, weakref_slot=False)
 class Wait:
-    """One handle's interest in an entry, with a deadline of its own.
+    """One handle's interest in an entry.
 
     Attributes:
         entry: What it waits for; another one once two entries turned out to be one task.
-        deadline: The timer that ends it.
-        ended: Why it ended without an answer; the handle keeps to that.
-        orphaned: Whether the handle was dropped, so that an error reaches nobody.
+        model: The model's wire name.
+        analysis_type: How to decode the result.
+        answer: What ended it; final.
+        due: The monotonic instant when it ends without an answer.
+        index: Its place in the entry's list, or `LEFT`.
+        future: The handle's, if somebody awaits it. The table never touches it.
     """
 
     entry: Entry
-    deadline: Node | None = None
-    ended: TaskTimeoutError | None = None
-    orphaned: bool = False
+    model: str
+    analysis_type: type[Any]
+    answer: Answer | None = None
+    due: float | None = None
+    index: int = 0
+    future: asyncio.Future[Any] | None = None
+
+    def __lt__(self, _: object) -> bool:
+        return False
 
 
 @attrs.define(eq=False, repr=False, weakref_slot=False)
@@ -87,354 +125,540 @@ class Entry:
     """What is known of one task.
 
     Attributes:
-        request: What was asked; ``None`` if the task was taken up by its id.
+        request: The request; ``None`` if the task was attached by its id alone.
         task_id: ``None`` until the service accepted it.
-        state: The remote state as last heard of.
-        answer: ``None`` while it is pending.
-        since: Monotonic instant of its registration, or of its answer once it has one.
+        status: The remote state as last reported.
+        phase: See the module's docstring.
         waits: The handles that still wait.
-        poll: Its place among the polls to come.
-        grace: The timer that ends the wait for a notification that should have come.
-        interval: Seconds before the last poll.
-        misses: Polls that did not find the task.
-        submission: The call that submits it, until that is over.
-        repeated: Whether it is being repeated as a call.
+        since: Monotonic instant of its registration.
+        due: When the grace for its notification ends.
+        poll_at: When its next poll is due; written by the poller, cleared here.
+        interval: Seconds before the last poll; written by the poller.
+        misses: Polls after the first minute that did not find the task.
+        verified: Whether the service has ever named or found the task.
+        unobserved: Whether a handle was dropped that nobody had awaited.
     """
 
     request: AnalyzeRequest[Any] | None
     task_id: str | None = None
-    state: str = SUBMITTING
-    answer: Answer | None = None
-    since: float = 0.0
+    status: str = "submitting"
+    phase: Phase = Phase.SUBMITTING
     waits: list[Wait] = attrs.field(factory=list)
-    poll: Node | None = None
-    grace: Node | None = None
+    since: float = 0.0
+    due: float | None = None
+    poll_at: float | None = None
     interval: float = 0.0
     misses: int = 0
-    submission: asyncio.Task[None] | None = None
-    repeated: bool = False
-    _waiters: list[asyncio.Future[None]] | None = None
+    verified: bool = False
+    unobserved: bool = False
+
+    def __lt__(self, _: object) -> bool:
+        return False
 
     @property
     def model(self) -> str:
         """The model's wire name, for messages."""
-        return self.request.model if self.request is not None else "model not known here"
+        if self.request is not None:
+            return self.request.model
+        return self.waits[0].model if self.waits else "model unknown"
 
-    async def change(self) -> None:
-        """Wait for the next change of any kind. Cancelling is safe."""
-        woken = asyncio.get_running_loop().create_future()
-        if self._waiters is None:
-            self._waiters = []
-        self._waiters.append(woken)
-        try:
-            await woken
-        finally:
-            if not woken.done() or woken.cancelled():
-                self._forget(woken)
+    @property
+    def forgotten(self) -> bool:
+        """Whether the service repeatedly did not know the task."""
+        return self.misses >= MISSES
 
-    def _forget(self, woken: asyncio.Future[None]) -> None:
-        if self._waiters is not None and woken in self._waiters:
-            self._waiters.remove(woken)
 
-    def tell(self) -> None:
-        """Wake everybody who waits for a change."""
-        if self._waiters is None:
-            return
-        waiters, self._waiters = self._waiters, None
-        for woken in waiters:
-            if not woken.done():
-                woken.set_result(None)
+@final
+@attrs.define(eq=False, weakref_slot=False)
+class Ended:
+    """Waits ended with an answer; ``entry`` is set if it answered the whole task.
+
+    ``raw`` is what the answer's body was parsed to.
+    """
+
+    waits: Sequence[Wait]
+    answer: Answer
+    entry: Entry | None = None
+    raw: Mapping[str, Any] | None = None
+
+
+@final
+@attrs.define(eq=False, weakref_slot=False)
+class Changed:
+    """The status or the id of a task changed."""
+
+    waits: Sequence[Wait]
+
+
+@final
+@attrs.define(eq=False, weakref_slot=False)
+class Poll:
+    """Schedule the next poll of an entry."""
+
+    entry: Entry
+    at_once: bool = False
+
+
+@final
+@attrs.define(eq=False, weakref_slot=False)
+class Fetch:
+    """Ask the source for earlier notifications of a task."""
+
+    task_id: str
+
+
+@final
+@attrs.define(eq=False, weakref_slot=False)
+class Repeat:
+    """Repeat a task as a call."""
+
+    entry: Entry
+    request: AnalyzeRequest[Any]
+
+
+@final
+@attrs.define(eq=False, weakref_slot=False)
+class Seen:
+    """Count a parked notification that was used, or that found no task."""
+
+    verdict: str
+    task_id: str
+
+
+Effect = Ended | Changed | Poll | Fetch | Repeat | Seen
 
 
 @attrs.define(eq=False, repr=False)
 class Table:
-    """The tasks of a session, and what arrived for tasks not known yet.
+    """The tasks of a session, and notifications for tasks that are not known yet.
 
     Attributes:
-        timers: The deadlines of waits, and the graces of entries.
-        pending: Every task that was accepted and has no answer, by id.
-        loop: The session's, on which alone its tasks can be awaited.
-        forget_poll: Takes an entry from the polls to come; set by the poller.
-        end_grace: Acts on a finished task whose notification did not come; set by the poller.
+        settings: For the bounds and graces.
+        with_source: Whether notifications can arrive at all.
+        pending: Every accepted task that somebody waits for.
+        resting: Tasks that nobody waits for any more, so that they are not polled.
+        answered: The answers of tasks, for handles that come later.
+        parked: Notifications of tasks that are not known here yet.
+        wake_at: The earliest instant when `take_due` may have something to do.
+        build_end: Builds the error of a task once no result can arrive any more; see `end`.
     """
 
     settings: Settings
-    clock: Clock
-    meter: Meter
-    timers: Timers[Wait | Entry] = attrs.field(init=False)
+    with_source: bool
     pending: dict[str, Entry] = attrs.field(factory=dict, init=False)
-    loop: asyncio.AbstractEventLoop | None = None
-    forget_poll: Callable[[Node], None] | None = None
-    end_grace: Callable[[Entry], None] | None = None
-    _answered: OrderedDict[str, Entry] = attrs.field(factory=OrderedDict)
-    _looks_at: float = 0.0  # monotonic instant when the oldest of them may expire
-    _parked: OrderedDict[str, tuple[float, bytes]] = attrs.field(factory=OrderedDict)
-    _parked_bytes: int = 0
+    resting: Shelf[Entry] = attrs.field(init=False)
+    answered: Shelf[Answer] = attrs.field(init=False)
+    parked: Shelf[bytes] = attrs.field(init=False)
+    dues: DueHeap[Wait | Entry] = attrs.field(init=False)
+    wake_at: float = attrs.field(default=math.inf, init=False)
+    build_end: Callable[[str | None], Exception] | None = attrs.field(default=None, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.timers = Timers(self.clock, self._take_due)
+        kept, count = self.settings.answered_seconds, self.settings.answered_count
+        self.resting = Shelf(kept, count)
+        self.answered = Shelf(kept, count, self.settings.answered_bytes)
+        self.parked = Shelf(self.settings.parked_seconds, None, self.settings.parked_bytes)
+        self.dues = DueHeap(attrgetter("due"))
 
-    @property
-    def parked(self) -> int:
-        """How many notifications wait for their task to become known."""
-        self._expire_parked()
-        return len(self._parked)
+    # Handles come and go.
 
-    def find(self, task_id: str) -> Entry | None:
-        """Return the entry of a task, pending or lately answered."""
-        return self.pending.get(task_id) or self._find_answered(task_id)
+    def submit(self, request: AnalyzeRequest[Any]) -> Wait:
+        """Add an entry that is about to be submitted, and return its wait."""
+        return _add(Entry(request), request.model, request.analysis_type)
 
-    def _find_answered(self, task_id: str) -> Entry | None:
-        self._expire_answered(self.clock.monotonic())
-        return self._answered.get(task_id)
+    def attach(
+        self,
+        task_id: str,
+        model: str,
+        analysis_type: type[Any],
+        now: float,
+        *,
+        request: AnalyzeRequest[Any] | None = None,
+        deadline: float | None = None,
+        verified: bool = False,
+    ) -> tuple[Wait, Sequence[Effect]]:
+        """Add a wait on a task by its id, whether the task is known here or not."""
+        answer = self.answered.get(task_id)
+        if answer is not None:
+            over = Entry(request, task_id, answer.status, Phase.OVER)
+            return Wait(over, model, analysis_type, answer), ()
+        entry = self.pending.get(task_id) or self.resting.get(task_id)
+        if entry is None:
+            entry = Entry(request, verified=verified)
+            wait = _add(entry, model, analysis_type)
+            effects = self._register(entry, task_id, now, at_once=not verified)
+        else:
+            entry.request = entry.request or request
+            entry.verified |= verified
+            entry.unobserved = False
+            wait = _add(entry, model, analysis_type)
+            effects = self._resume(entry, now)
+        self._limit(wait, deadline)
+        return wait, effects
 
-    def register(self, entry: Entry, task_id: str) -> Entry | None:
-        """Take in an accepted task; what is parked for it answers it at once.
+    def accept(
+        self, wait: Wait, task_id: str, now: float, *, deadline: float | None
+    ) -> Sequence[Effect]:
+        """Register the task of a submission; its wait ends at a deadline from now on."""
+        entry = wait.entry
+        if entry.phase is not Phase.SUBMITTING:
+            return ()  # it was answered meanwhile
+        entry.verified = True
+        effects = self._register(entry, task_id, now, at_once=False)
+        self._limit(wait, deadline)
+        return effects
 
-        Returns:
-            The task's entry, if somebody waits for it and nobody asks for its status yet.
-        """
-        known = self.find(task_id)
+    def leave(
+        self, wait: Wait, now: float, *, error: Exception | None = None, unobserved: bool = False
+    ) -> Sequence[Effect]:
+        """Remove a wait; with an error it ends with it, and without one its handle was dropped."""
+        if wait.answer is not None or wait.index == LEFT:
+            return ()
+        entry = wait.entry
+        last = entry.waits.pop()
+        if last is not wait:
+            entry.waits[wait.index] = last
+            last.index = wait.index
+        wait.index = LEFT
+        wait.due = None
+        entry.unobserved |= unobserved
+        if not entry.waits and entry.phase in AWAITED:
+            self._rest(entry, now)
+        if error is None:
+            return ()
+        wait.answer = Answer("session", error)
+        return (Ended((wait,), wait.answer),)
+
+    def abandon(self, wait: Wait, now: float) -> Sequence[Effect]:
+        """End a wait at its owner's request."""
+        error = _build_timeout(wait.entry, "The wait for the task {} was abandoned.")
+        return self.leave(wait, now, error=error)
+
+    def _register(
+        self, entry: Entry, task_id: str, now: float, *, at_once: bool
+    ) -> Sequence[Effect]:
+        known = self.pending.get(task_id) or self.resting.get(task_id)
         if known is not None:
-            return self._merge(entry, known)
+            return self._merge(entry, known, now)
         entry.task_id = task_id
-        entry.since = self.clock.monotonic()
-        if entry.state == SUBMITTING:
-            entry.state = "pending"
+        entry.since = now
+        entry.status = "pending"
+        if (kept := self.answered.get(task_id)) is not None:
+            return (Ended(_end_waits(entry, kept, kept.status), kept),)
+        if self.build_end is not None:
+            return self.answer(entry, Answer("session", self.build_end(task_id)), now)
+        entry.phase = Phase.PENDING
         self.pending[task_id] = entry
-        self._expire_parked()
-        parked = self._parked.pop(task_id, None)
-        if parked is not None:
-            body = parked[1]
-            self._parked_bytes -= len(body)
-            self.deliver(parse_notification(body), body)
-        if entry.answer is None and not entry.waits:
-            self._rest(entry)  # whoever submitted it stopped waiting meanwhile
-        entry.tell()
-        return entry if entry.answer is None and entry.waits else None
+        body = self.parked.pop(task_id)
+        if body is not None:
+            _, answered = self.deliver(parse_notification(body), body, now)
+            return (*answered, Seen("resolved", task_id))
+        if not entry.waits:
+            self._rest(entry, now)
+            return ()
+        return (Changed(entry.waits), Fetch(task_id), Poll(entry, at_once))
 
-    def _merge(self, entry: Entry, known: Entry) -> Entry | None:
-        """Let those who wait for an entry wait for another one of the same task."""
-        resumed = not known.waits and bool(entry.waits) and known.answer is None
+    def _merge(self, entry: Entry, known: Entry, now: float) -> Sequence[Effect]:
+        """Move the waits of an entry to another one of the same task."""
+        waits, entry.waits = entry.waits, []
+        entry.phase = Phase.OVER
         known.request = known.request or entry.request
-        if resumed:
-            self._stop_resting(known)
-        for wait in entry.waits:
+        known.verified |= entry.verified
+        known.unobserved |= entry.unobserved
+        for wait in waits:
             wait.entry = known
-            if known.answer is None:
-                known.waits.append(wait)
-            else:
-                self._settle(wait, known)
-        entry.waits.clear()
-        entry.tell()
-        return known if resumed else None
+            wait.index = len(known.waits)
+            known.waits.append(wait)
+        return (Changed(waits), *self._resume(known, now))
 
-    def deliver(self, notification: Notification, body: bytes) -> str:
-        """Answer the task that a verified notification names; return the verdict.
+    def _resume(self, entry: Entry, now: float) -> Sequence[Effect]:
+        """Wait for a resting task again, if somebody does."""
+        task_id = entry.task_id
+        if entry.phase is not Phase.RESTING or not entry.waits or task_id is None:
+            return ()
+        if self.build_end is not None:
+            return self.answer(entry, Answer("session", self.build_end(task_id)), now)
+        self.resting.pop(task_id)
+        self.pending[task_id] = entry
+        if entry.due is None:
+            entry.phase = Phase.PENDING
+            return (Fetch(task_id), Poll(entry, at_once=True))
+        entry.phase = Phase.GRACE
+        return (Fetch(task_id), *self._end_grace(entry, now))
+
+    def _rest(self, entry: Entry, now: float) -> None:
+        """Stop polling a task that nobody waits for. An id that may not exist is forgotten."""
+        task_id = entry.task_id
+        assert task_id is not None
+        entry.phase = Phase.RESTING
+        entry.poll_at = None
+        self.pending.pop(task_id, None)
+        if entry.verified:
+            self.resting.put(task_id, entry, now)
+            self._wake_at(now + self.resting.seconds)
+
+    def _limit(self, wait: Wait, deadline: float | None) -> None:
+        if deadline is None or wait.answer is not None or wait.index == LEFT:
+            return
+        wait.due = deadline
+        self.dues.push(deadline, wait)
+        self._wake_at(deadline)
+
+    # Answers.
+
+    def deliver(
+        self, notification: Notification, body: bytes, now: float
+    ) -> tuple[str, Sequence[Effect]]:
+        """Answer the task that a verified notification names; return the verdict, too.
+
+        Whatever its shape is, it answers a task that somebody waits for.
+        """
+        raw = notification.raw
+        task_id = notification.task_id or raw.get("task_id")
+        if type(task_id) is not str or not task_id:
+            return "unrelated", ()
+        entry = self.pending.get(task_id)
+        if entry is None and (entry := self.resting.get(task_id)) is None:
+            return self._deliver_later(task_id, notification, body, now)
+        answer = _read(notification, body, task_id, entry.model)
+        return "resolved", self.answer(entry, answer, now, status=answer.status, raw=raw)
+
+    def _deliver_later(
+        self, task_id: str, notification: Notification, body: bytes, now: float
+    ) -> tuple[str, Sequence[Effect]]:
+        """Correct an answer that was a guess, or park what nobody waits for yet."""
+        kept = self.answered.get(task_id)
+        if kept is not None:
+            answer = _read(notification, body, task_id, "model unknown")
+            if not kept.guess or answer.guess:
+                return "duplicate", ()
+            self._keep(task_id, answer, now)
+            return "resolved", (Ended((), answer, Entry(None, task_id, phase=Phase.OVER)),)
+        if notification.task_id is None:
+            return "unrelated", ()
+        if task_id in self.parked:
+            return "parked", ()
+        gone = self.parked.put(task_id, body, now, size=len(body))
+        self._wake_at(now + self.parked.seconds)
+        verdict = "foreign" if task_id in gone else "parked"
+        return verdict, [Seen("foreign", key) for key in gone if key != task_id]
+
+    def answer(
+        self,
+        entry: Entry,
+        answer: Answer,
+        now: float,
+        *,
+        status: str | None = None,
+        raw: Mapping[str, Any] | None = None,
+    ) -> Sequence[Effect]:
+        """End a task, unless it is over already.
 
         Args:
-            notification: What arrived.
-            body: What it was read from. Kept as it is while it is parked, as its bytes are what
-                is bounded.
+            entry: The task.
+            answer: Its outcome.
+            now: Monotonic instant.
+            status: Its remote state, if that is known now.
+            raw: What the answer's body was parsed to.
         """
-        verdict = self._deliver(notification, body)
-        self.count(verdict, notification.task_id)
-        return verdict
-
-    def _deliver(self, notification: Notification, body: bytes) -> str:
-        task_id = notification.task_id
-        if task_id is None:
-            return "unrelated"
-        failed = notification.failed
-        data = notification.data
-        if not failed and not has_analysis(data):
-            return "malformed"
-        entry = self.pending.get(task_id) or self._find_answered(task_id)
-        if entry is None:
-            return self._park(task_id, body)
-        if entry.answer is not None:
-            if not entry.answer.is_guess:
-                return "duplicate"
-            # handles keep to what they were told; whoever takes the task up later is told better
-            entry = Entry(entry.request, task_id, entry.state)
-            self._answered.move_to_end(task_id)
-        if failed:
-            error = build_task_failure(task_id, model=entry.model, notification=notification)
-            self.answer(entry, Answer("notification", error=error), state="failed")
-        else:
-            answer = Answer("notification", data, notification.raw)
-            self.answer(entry, answer, state="completed")
-        return "resolved"
-
-    def count(self, verdict: str, task_id: str | None = None) -> None:
-        """Count a delivery that was looked at."""
-        meter = self.meter
-        meter.notifications[verdict] = meter.notifications.get(verdict, 0) + 1
-        if meter.hook is not None:
-            meter.tell(NotificationSeen(verdict=verdict, task_id=task_id))
-
-    def answer(self, entry: Entry, answer: Answer, *, state: str | None = None) -> bool:
-        """End a task, unless it has ended already.
-
-        Returns:
-            Whether this was the first answer.
-        """
-        if entry.answer is not None:
-            return False
-        entry.answer = answer
-        if state is not None:
-            entry.state = state
-        self._drop_timers(entry)
-        for wait in entry.waits:
-            self._settle(wait, entry)
-        entry.waits.clear()
-        if entry.task_id is not None:
-            self.pending.pop(entry.task_id, None)
-            if answer.error is None or answer.is_lasting:
-                self._keep_answered(entry.task_id, entry)
-            if self.meter.hook is not None:
-                self.meter.tell(
-                    TaskAnswered(task_id=entry.task_id, by=answer.by, error=answer.error)
-                )
-        entry.tell()
-        return True
-
-    def _settle(self, wait: Wait, entry: Entry) -> None:
-        """Take a wait's deadline away, as its entry has its answer."""
-        if wait.deadline is not None:
-            self.timers.discard(wait.deadline)
-            wait.deadline = None
-        if wait.orphaned and entry.answer is not None:
-            report_error(entry, entry.answer.error)
-
-    def watch(self, entry: Entry, deadline: float | None) -> Wait:
-        """Add a handle's wait, which ends by itself at a monotonic instant."""
-        wait = Wait(entry)
-        if entry.answer is None:
-            if not entry.waits:
-                self._stop_resting(entry)
-            if entry.waits:
-                entry.waits.append(wait)
+        phase, task_id = entry.phase, entry.task_id
+        if phase is Phase.OVER:
+            return ()
+        if task_id is not None:
+            if phase is Phase.RESTING:
+                self.resting.pop(task_id)
             else:
-                entry.waits = [wait]  # of one, which takes less memory than a first append
-            self.limit(wait, deadline)
-        return wait
+                self.pending.pop(task_id, None)
+            if answer.lasting:
+                self._keep(task_id, answer, now)
+        return (Ended(_end_waits(entry, answer, status), answer, entry, raw),)
 
-    def limit(self, wait: Wait, deadline: float | None) -> None:
-        """Let a wait end at a monotonic instant."""
-        if deadline is not None and wait.entry.answer is None and wait.ended is None:
-            wait.deadline = self.timers.push(deadline, wait)
+    def _keep(self, task_id: str, answer: Answer, now: float) -> None:
+        if answer.response is not None:
+            answer = Answer(answer.by, body=codec.dumps(answer.response.raw))
+        body = answer.body
+        self.answered.put(task_id, answer, now, size=len(body) if body is not None else 0)
+        self._wake_at(now + self.answered.seconds)
 
-    def abandon(self, wait: Wait) -> None:
-        """End a handle's wait by its own wish."""
-        self._end(wait, "The wait for the task {} was abandoned.")
+    # Polls.
 
-    def _take_due(self, item: Wait | Entry) -> None:
-        if isinstance(item, Wait):
-            self._end(item, "No answer for the task {} came in time.")
-        elif not item.waits:
-            self._forget(item)
-        elif self.end_grace is not None:
-            self.end_grace(item)
+    def take_status(self, entry: Entry, status: TaskStatus, now: float) -> Sequence[Effect]:
+        """Act on what a poll says about a task."""
+        entry.misses = 0
+        entry.verified = True
+        phase = entry.phase
+        if phase is Phase.OVER:
+            return ()
+        if find_result(status) is not None:
+            answer = Answer("poll", body=codec.dumps(status.raw))
+            return self.answer(entry, answer, now, status=status.state, raw=status.raw)
+        effects: list[Effect] = []
+        if entry.status != status.state:
+            entry.status = status.state
+            effects.append(Changed(entry.waits))
+        if status.finished and entry.due is None:
+            failed = status.state == "failed"
+            grace = self.settings.failure_grace if failed else self.settings.result_grace
+            entry.due = now + grace if self.with_source else now
+            self.dues.push(entry.due, entry)
+            self._wake_at(entry.due)
+        if phase is Phase.PENDING and entry.due is not None:
+            entry.phase = Phase.GRACE
+            entry.poll_at = None
+            effects += self._end_grace(entry, now)
+        elif phase is Phase.PENDING:
+            effects.append(Poll(entry))
+        return effects
 
-    def _end(self, wait: Wait, what: str) -> None:
-        entry = wait.entry
-        if entry.answer is not None or wait.ended is not None:
-            return
-        if entry.task_id is None:
-            message = what.format("that the service had not accepted yet")
-        else:
-            message = (
-                f"{what.format(entry.task_id)} The remote work goes on, as last heard "
-                f"{entry.state!r}; session.task(task_id, …) waits again."
+    def take_error(self, entry: Entry, error: Exception, now: float) -> Sequence[Effect]:
+        """Act on a poll that brought no status. With a source it never fails a task."""
+        if entry.phase is not Phase.PENDING:
+            return ()
+        if isinstance(error, REFUSALS) and not self.with_source:
+            return self.answer(entry, Answer("poll", error), now)
+        if not isinstance(error, NotFoundError):
+            return (Poll(entry),)
+        entry.misses += now - entry.since >= FIRST_MINUTE
+        if entry.misses or not entry.verified:
+            entry.status = UNKNOWN
+        if entry.forgotten and not self.with_source:
+            failure = NotFoundError(
+                f"The service does not know the task {entry.task_id} (404). Check the id and the "
+                "cloud name.",
+                status=error.status,
+                request_id=error.request_id,
             )
-        wait.ended = TaskTimeoutError(
-            message, task_id=entry.task_id, ambiguous=entry.submission is not None
+            failure.__cause__ = error
+            return self.answer(entry, Answer("poll", failure), now)
+        return (Changed(entry.waits), Poll(entry))
+
+    def _end_grace(self, entry: Entry, now: float) -> Sequence[Effect]:
+        """Act on a finished task whose notification did not arrive in time."""
+        task_id, due, request = entry.task_id, entry.due, entry.request
+        if entry.phase is not Phase.GRACE or task_id is None or due is None or due > now:
+            return ()
+        if entry.status == "failed":
+            error: Exception = build_task_failure(task_id, model=entry.model)
+            return self.answer(entry, Answer("poll", error, guess=True), now)
+        if self.settings.on_missing_result == "analyze" and request is not None:
+            entry.phase = Phase.REPEATING
+            return (Repeat(entry, request),)
+        error = self._build_missing(entry, task_id)
+        return self.answer(entry, Answer("poll", error, guess=True), now, status="completed")
+
+    def _build_missing(self, entry: Entry, task_id: str) -> ResultNotDeliveredError:
+        if self.settings.on_missing_result == "analyze":
+            how = "Pass the request to repeat it as a call: session.task(task_id, request)."
+        elif not self.with_source:
+            how = (
+                "Attach a notification source (AnalyzeSession(notifications=…, "
+                "notification_url=…)), or submit with mode='call', or set "
+                "Settings.on_missing_result='analyze'."
+            )
+        else:
+            how = (
+                f"No notification arrived within {self.settings.result_grace:.0f} s. Check that "
+                "the service reaches the notification URL, and that its signature is accepted "
+                "(session.stats.notifications)."
+            )
+        return ResultNotDeliveredError(
+            f"The task {task_id} ({entry.model}) is completed, but its result did not arrive. "
+            f"Only a notification carries the result, not a status poll. {how} "
+            "The quota was charged.",
+            task_id=task_id,
+            last_status=TaskStatus(task_id, entry.status),
         )
-        if wait.deadline is not None:
-            self.timers.discard(wait.deadline)
-            wait.deadline = None
-        entry.waits.remove(wait)
-        entry.tell()
-        if wait.orphaned:
-            report_error(entry, wait.ended)
-        if not entry.waits and entry.task_id is not None:
-            self._rest(entry)
 
-    def _rest(self, entry: Entry) -> None:
-        """Stop asking for a task nobody waits for; listen on for a while for whoever comes back."""
-        self._drop_timers(entry)
-        entry.grace = self.timers.push(
-            self.clock.monotonic() + self.settings.answered_seconds, entry
+    # Time and the end.
+
+    def take_due(self, now: float) -> Sequence[Effect] | None:
+        """Act on one item that is due; return ``None`` if there is none."""
+        due = self.dues.next_due()
+        if due is not None and due <= now:
+            item = self.dues.pop()
+            if isinstance(item, Entry):
+                return self._end_grace(item, now)
+            message = "No answer for the task {} arrived in time."
+            return self.leave(item, now, error=_build_timeout(item.entry, message))
+        if (task_id := self.parked.expire(now)) is not None:
+            return (Seen("foreign", task_id),)
+        if self.resting.expire(now) is not None or self.answered.expire(now) is not None:
+            return ()
+        shelves = (self.parked, self.resting, self.answered)
+        dues = (due, *(shelf.next_due() for shelf in shelves))
+        self.wake_at = min((due for due in dues if due is not None), default=math.inf)
+        return None
+
+    def _wake_at(self, due: float) -> None:
+        self.wake_at = min(self.wake_at, due)
+
+    def end(self, build_error: Callable[[str | None], Exception], now: float) -> list[Effect]:
+        """Fail what is pending, and whatever is submitted or attached from now on.
+
+        Args:
+            build_error: Builds the error of a task from its id.
+            now: Monotonic instant.
+        """
+        self.build_end = build_error
+        effects: list[Effect] = []
+        for entry in list(self.pending.values()):
+            if entry.phase is not Phase.REPEATING:  # the call itself ends it
+                answer = Answer("session", build_error(entry.task_id))
+                effects += self.answer(entry, answer, now)
+        return effects
+
+    def clear(self) -> None:
+        """Forget everything that nobody waits for."""
+        for shelf in (self.resting, self.answered, self.parked):
+            shelf.clear()
+        self.dues.clear()
+        self.wake_at = math.inf
+
+
+def _add(entry: Entry, model: str, analysis_type: type[Any]) -> Wait:
+    wait = Wait(entry, model, analysis_type)
+    if entry.waits:
+        wait.index = len(entry.waits)
+        entry.waits.append(wait)
+    else:
+        entry.waits = [wait]  # a list of one takes less memory than a first append
+    return wait
+
+
+def _end_waits(entry: Entry, answer: Answer, status: str | None) -> list[Wait]:
+    entry.phase = Phase.OVER
+    entry.poll_at = entry.due = None
+    if status is not None:
+        entry.status = status
+    waits, entry.waits = entry.waits, []
+    for wait in waits:
+        wait.answer = answer
+        wait.due = None
+    return waits
+
+
+def _read(notification: Notification, body: bytes, task_id: str, model: str) -> Answer:
+    """Return the answer of a notification; one without an analysis is decoded to an error."""
+    if notification.failed:
+        error = build_task_failure(task_id, model=model, notification=notification)
+        return Answer("notification", error)
+    raw = notification.raw
+    guess = not has_analysis(notification.data) and find_result(TaskStatus("", "", raw=raw)) is None
+    return Answer("notification", None, body, None, guess)
+
+
+def _build_timeout(entry: Entry, what: str) -> TaskTimeoutError:
+    if entry.task_id is None:
+        message = what.format("that the service had not accepted yet")
+    elif entry.status == UNKNOWN:
+        message = (
+            f"{what.format(entry.task_id)} The service does not know a task with this id (404). "
+            "Check the id and the cloud name."
         )
-
-    def _stop_resting(self, entry: Entry) -> None:
-        if entry.grace is not None:
-            self.timers.discard(entry.grace)
-            entry.grace = None
-
-    def _forget(self, entry: Entry) -> None:
-        if entry.task_id is not None:
-            self.pending.pop(entry.task_id, None)
-
-    def _drop_timers(self, entry: Entry) -> None:
-        if entry.poll is not None and self.forget_poll is not None:
-            self.forget_poll(entry.poll)
-            entry.poll = None
-        if entry.grace is not None:
-            self.timers.discard(entry.grace)
-            entry.grace = None
-
-    def _keep_answered(self, task_id: str, entry: Entry) -> None:
-        now = entry.since = self.clock.monotonic()
-        self._answered[task_id] = entry
-        if len(self._answered) > self.settings.answered_count:
-            self._answered.popitem(last=False)
-        if now > self._looks_at:
-            self._expire_answered(now)
-
-    def _expire_answered(self, now: float) -> None:
-        answered = self._answered
-        kept = self.settings.answered_seconds
-        self._looks_at = now + kept
-        while answered:
-            expires_at = next(iter(answered.values())).since + kept
-            if expires_at >= now:
-                self._looks_at = expires_at
-                break
-            answered.popitem(last=False)
-
-    def _park(self, task_id: str, body: bytes) -> str:
-        self._expire_parked()
-        if len(body) > self.settings.parked_bytes:
-            return "foreign"
-        if task_id not in self._parked:
-            self._parked[task_id] = (self.clock.monotonic(), body)
-            self._parked_bytes += len(body)
-            while self._parked_bytes > self.settings.parked_bytes:
-                self._drop_oldest_parked()
-        return "parked"
-
-    def _expire_parked(self) -> None:
-        oldest = self.clock.monotonic() - self.settings.parked_seconds
-        while self._parked and next(iter(self._parked.values()))[0] < oldest:
-            self._drop_oldest_parked()
-
-    def _drop_oldest_parked(self) -> None:
-        task_id, (_, body) = self._parked.popitem(last=False)
-        self._parked_bytes -= len(body)
-        self.count("foreign", task_id)
-
-
-def report_error(entry: Entry, error: Exception | None) -> None:
-    """Tell the loop of an error that reaches nobody, as asyncio does for its futures."""
-    if error is None or isinstance(error, SessionClosedError):
-        return  # closing is the user's own doing, as cancelling is to asyncio
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:
-        return
-    task = f"the task {entry.task_id} ({entry.model})" if entry.task_id else f"a {entry.model}"
-    loop.call_exception_handler(
-        {"message": f"The error of {task} was never retrieved", "exception": error}
-    )
+    else:
+        message = (
+            f"{what.format(entry.task_id)} The remote work continues; its last known status is "
+            f"{entry.status!r}. Call session.task(task_id, …) to wait again."
+        )
+    ambiguous = entry.phase is Phase.SUBMITTING
+    return TaskTimeoutError(message, task_id=entry.task_id, ambiguous=ambiguous)

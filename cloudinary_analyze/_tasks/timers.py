@@ -1,137 +1,151 @@
-"""Things that are due at an instant, made for hundreds of thousands of them."""
+"""What is due at an instant, for hundreds of thousands of items. Pure: nothing here reads a clock."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
-from operator import attrgetter
-from typing import Any, Final, Generic, TypeVar
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Final, Generic, TypeVar
 
 import attrs
 
-from cloudinary_analyze._clock import Clock, TimerHandle
-
 T = TypeVar("T")
 
-LEAST_COMPACTED: Final = 256
-BURST: Final = 100  # items taken between two turns of the loop
-
-
-@attrs.define(eq=False, repr=False, weakref_slot=False)
-class Node:
-    """An item's place in a heap; half the size of a list with a tie-breaker.
-
-    Attributes:
-        due: Monotonic instant.
-        item: ``None`` once it was taken or discarded.
-    """
-
-    due: float
-    item: Any
-
-    def __lt__(self, other: Node) -> bool:
-        return self.due < other.due
-
-
-_get_due: Final = attrgetter("due")
+SLICE: Final = 0.002  # seconds of work between two turns of the event loop
+SLACK: Final = 256  # stale pairs that a heap may hold beside as many as it has items
 
 
 @attrs.define(eq=False, repr=False)
 class DueHeap(Generic[T]):
-    """Items by the monotonic instant when they are due. Discarding one is cheap."""
+    """Items by the monotonic instant when they are due, as plain pairs.
 
-    _heap: list[Node] = attrs.field(factory=list, init=False)
-    _discarded: int = attrs.field(default=0, init=False)
+    An item knows its own instant. A pair is stale once the item has another instant or none, so
+    nothing has to be removed from the heap. Items are compared (``<``) if their instants are equal.
+
+    Attributes:
+        read_due: Returns the instant of an item: the float that it was pushed with, or ``None``.
+    """
+
+    read_due: Callable[[T], float | None]
+    _heap: list[tuple[float, T]] = attrs.field(factory=list, init=False)
+    _most: int = attrs.field(default=SLACK, init=False)
 
     def __len__(self) -> int:
-        return len(self._heap) - self._discarded
+        return sum(self.read_due(item) is due for due, item in self._heap)
 
-    def push(self, due: float, item: T) -> Node:
-        """Add an item and return the node to discard it by."""
-        node = Node(due, item)
-        heapq.heappush(self._heap, node)
-        return node
+    def push(self, due: float, item: T) -> None:
+        """Add an item whose instant is this very float."""
+        if len(self._heap) >= self._most:
+            self._compact()
+        heapq.heappush(self._heap, (due, item))
 
-    def discard(self, node: Node) -> None:
-        """Remove an item; harmless if it is gone."""
-        if node.item is None:
-            return
-        node.item = None
-        self._discarded += 1
-        # what is discarded must not pile up until it would have been due
-        if self._discarded > LEAST_COMPACTED and self._discarded * 2 > len(self._heap):
-            self._heap = [kept for kept in self._heap if kept.item is not None]
-            self._heap.sort(key=_get_due)  # is a heap too, and made without a call of __lt__
-            self._discarded = 0
-
-    def clear(self) -> None:
-        """Discard all items."""
-        for node in self._heap:
-            node.item = None
-        self._heap.clear()
-        self._discarded = 0
+    def _compact(self) -> None:
+        self._heap = [pair for pair in self._heap if self.read_due(pair[1]) is pair[0]]
+        heapq.heapify(self._heap)
+        self._most = 2 * len(self._heap) + SLACK
 
     def next_due(self) -> float | None:
         """Return when the first item is due; ``None`` if there is none."""
         heap = self._heap
-        while heap and heap[0].item is None:
+        for _ in range(SLACK):
+            if not heap:
+                return None
+            due, item = heap[0]
+            if self.read_due(item) is due:
+                return due
             heapq.heappop(heap)
-            self._discarded -= 1
-        return heap[0].due if heap else None
+        self._compact()  # one pass is faster than to pop thousands of stale pairs
+        return self._heap[0][0] if self._heap else None
 
     def pop(self) -> T:
-        """Remove and return the first item; call `next_due` before."""
-        node = heapq.heappop(self._heap)
-        item: T = node.item
-        node.item = None
-        return item
+        """Remove and return the first item. Call `next_due` before."""
+        return heapq.heappop(self._heap)[1]
+
+    def clear(self) -> None:
+        """Remove all items."""
+        self._heap.clear()
 
 
 @attrs.define(eq=False, repr=False)
-class Timers(DueHeap[T]):
-    """Items that one function takes when they are due, behind one timer of the clock.
-
-    An item each, not a callback each: closures would double what a pending task costs.
+class Shelf(Generic[T]):
+    """Values that are kept for a while, bounded by time, count and bytes. The oldest go first.
 
     Attributes:
-        on_due: Takes an item at its instant.
+        seconds: How long a value is kept.
+        most: How many values are kept; ``None``: any number.
+        most_bytes: How many bytes they may have together; ``None``: any number.
     """
 
-    clock: Clock
-    on_due: Callable[[T], None]
-    _timer: TimerHandle | None = attrs.field(default=None, init=False)
-    _timer_at: float | None = attrs.field(default=None, init=False)
+    seconds: float
+    most: int | None = None
+    most_bytes: int | None = None
+    bytes: int = attrs.field(default=0, init=False)
+    _items: OrderedDict[str, tuple[float, int, T]] = attrs.field(factory=OrderedDict, init=False)
 
-    def push(self, due: float, item: T) -> Node:
-        """Have an item taken at a monotonic instant; return the node to discard it by."""
-        node = super().push(due, item)
-        if self._timer_at is None or due < self._timer_at:
-            self._arm(due)
-        return node
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._items
+
+    def get(self, key: str) -> T | None:
+        """Return a value, if it is kept."""
+        item = self._items.get(key)
+        return None if item is None else item[2]
+
+    def pop(self, key: str) -> T | None:
+        """Remove and return a value, if it is kept."""
+        item = self._items.pop(key, None)
+        if item is None:
+            return None
+        self.bytes -= item[1]
+        return item[2]
+
+    def put(self, key: str, value: T, now: float, *, size: int = 0) -> Sequence[str]:
+        """Keep a value as the youngest, instead of an earlier one of its key.
+
+        Args:
+            key: Its name.
+            value: The value.
+            now: Monotonic instant.
+            size: Its bytes.
+
+        Returns:
+            The keys that had to go: the oldest, or this one if it exceeds the bounds alone.
+        """
+        if key in self._items:
+            self.pop(key)
+        if self.most_bytes is not None and size > self.most_bytes:
+            return (key,)
+        self._items[key] = (now + self.seconds, size, value)
+        self.bytes += size
+        if self._is_full():
+            gone = [self._drop_oldest()]
+            while self._is_full():
+                gone.append(self._drop_oldest())
+            return gone
+        return ()
+
+    def _is_full(self) -> bool:
+        return (self.most is not None and len(self._items) > self.most) or (
+            self.most_bytes is not None and self.bytes > self.most_bytes
+        )
+
+    def _drop_oldest(self) -> str:
+        key, (_, size, _) = self._items.popitem(last=False)
+        self.bytes -= size
+        return key
+
+    def next_due(self) -> float | None:
+        """Return when the oldest value expires; ``None`` if there is none."""
+        return next(iter(self._items.values()))[0] if self._items else None
+
+    def expire(self, now: float) -> str | None:
+        """Remove the oldest value if its time is over, and return its key."""
+        due = self.next_due()
+        return self._drop_oldest() if due is not None and due <= now else None
 
     def clear(self) -> None:
-        """Discard all items."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._timer_at = None
-        super().clear()
-
-    def _arm(self, when: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer_at = when
-        self._timer = self.clock.call_at(when, self._fire)
-
-    def _fire(self) -> None:
-        self._timer = self._timer_at = None
-        now = self.clock.monotonic()
-        try:
-            for _ in range(BURST):
-                due = self.next_due()
-                if due is None or due > now:
-                    break
-                self.on_due(self.pop())
-        finally:
-            due = self.next_due()
-            if due is not None and (self._timer_at is None or due < self._timer_at):
-                self._arm(due)
+        """Remove all values."""
+        self._items.clear()
+        self.bytes = 0

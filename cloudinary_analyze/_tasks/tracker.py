@@ -1,18 +1,36 @@
-"""Brings tasks from their submission to their answer: wires table, poller and listener."""
+"""Brings tasks from their submission to their answer: performs the effects of the table."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
+from collections import deque
+from collections.abc import Iterable
 from functools import partial
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
-from cloudinary_analyze._clock import Clock
-from cloudinary_analyze._tasks.handle import AnalysisTask
+from cloudinary_analyze._clock import Clock, TimerHandle, wake
+from cloudinary_analyze._tasks.handle import AnalysisTask, complete, report
 from cloudinary_analyze._tasks.listener import Listener
 from cloudinary_analyze._tasks.poller import Poller
-from cloudinary_analyze._tasks.table import Answer, Entry, Table, Wait
+from cloudinary_analyze._tasks.table import (
+    Answer,
+    Changed,
+    Effect,
+    Ended,
+    Entry,
+    Fetch,
+    Phase,
+    Poll,
+    Repeat,
+    Table,
+    Wait,
+)
+from cloudinary_analyze._tasks.timers import SLICE
 from cloudinary_analyze._wire.protocol import Accepted
 from cloudinary_analyze.config import Credentials, Settings
 from cloudinary_analyze.errors import (
@@ -22,23 +40,27 @@ from cloudinary_analyze.errors import (
     SessionClosedError,
     TaskTimeoutError,
 )
-from cloudinary_analyze.events import Meter, TaskAccepted
+from cloudinary_analyze.events import Meter, TaskAccepted, TaskAnswered
 from cloudinary_analyze.protocols import NotificationSource
 from cloudinary_analyze.requests import AnalyzeRequest
-from cloudinary_analyze.responses import TaskStatus
+from cloudinary_analyze.responses import Notification, Response, TaskStatus
 
 if TYPE_CHECKING:
     from cloudinary_analyze._http.call import Caller
 
 A = TypeVar("A")
 
+Call = asyncio.Task[Response[Any] | Accepted]
+
 
 @attrs.define(eq=False, repr=False)
 class Tracker:
-    """The tasks of one session. Made on its event loop.
+    """The tasks of one session. Created on its event loop.
 
     Attributes:
-        table: Every task that is pending or was answered lately.
+        table: Every task that is pending or was answered recently.
+        poller: Asks for the status of pending tasks.
+        listener: Reads the notification source, if there is one.
     """
 
     caller: Caller
@@ -47,10 +69,19 @@ class Tracker:
     meter: Meter
     notification_url: str | None
     table: Table
-    poller: Poller
-    listener: Listener | None = None
-    _background: set[asyncio.Task[None]] = attrs.field(factory=set)
-    _source_error: NotificationSourceError | None = None
+    loop: asyncio.AbstractEventLoop = attrs.field(factory=asyncio.get_running_loop, init=False)
+    poller: Poller = attrs.field(init=False)
+    listener: Listener | None = attrs.field(default=None, init=False)
+    _calls: dict[Entry, Call] = attrs.field(factory=dict, init=False)
+    _changes: dict[Wait, asyncio.Future[None]] = attrs.field(factory=dict, init=False)
+    _dropped: deque[tuple[Wait, bool]] = attrs.field(factory=deque, init=False)
+    _timer: TimerHandle | None = attrs.field(default=None, init=False)
+    _timer_at: float = attrs.field(default=math.inf, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.poller = Poller(
+            self.caller, self.settings, self.clock, self.table.with_source, self._take_poll
+        )
 
     @classmethod
     def start(
@@ -64,103 +95,74 @@ class Tracker:
         source: NotificationSource | None,
         notification_url: str | None,
     ) -> Tracker:
-        """Wire the parts together and begin to listen."""
-        table = Table(settings, clock, meter, asyncio.get_running_loop())
-        tracker: Tracker
-        poller = Poller(
-            table,
-            caller,
-            settings,
-            clock,
-            source is not None,
-            lambda entry: tracker.take_missing(entry),  # noqa: PLW0108 -- made below
-        )
-        tracker = cls(caller, settings, clock, meter, notification_url, table, poller)
+        """Wire the parts together and start listening."""
+        table = Table(settings, with_source=source is not None)
+        tracker = cls(caller, settings, clock, meter, notification_url, table)
         if source is not None:
-            tracker.listener = Listener(source, credentials, table, clock, tracker._end_source)
+            tracker.listener = Listener(
+                source,
+                credentials,
+                clock,
+                meter,
+                deliver=tracker.deliver,
+                pending=table.pending,
+                on_end=tracker.end_source,
+            )
             tracker.listener.start()
         return tracker
+
+    # Handles.
 
     def submit(
         self, request: AnalyzeRequest[A], *, as_task: bool, deadline: float | None
     ) -> AnalysisTask[A]:
         """Send a request in the background and return its handle at once."""
-        entry = Entry(request)
-        wait = self.table.watch(entry, None)
-        task = AnalysisTask(request.model, request.analysis_type, self, wait)
-        if as_task and self._source_error is not None:
-            self._fail_for_source(entry, self._source_error)  # paid for and never told: not sent
-            return task
-        work = self._submit(entry, wait, request, as_task=as_task, deadline=deadline)
-        entry.submission = asyncio.create_task(work)
-        self._keep(entry.submission)
-        return task
-
-    def withdraw(self, wait: Wait) -> None:
-        """End a wait, and the call that submits its task if that was not accepted yet."""
-        submission = wait.entry.submission
-        self.table.abandon(wait)
-        if submission is not None:
-            submission.cancel()
-
-    async def _submit(
-        self,
-        entry: Entry,
-        wait: Wait,
-        request: AnalyzeRequest[Any],
-        *,
-        as_task: bool,
-        deadline: float | None,
-    ) -> None:
-        # until the task is accepted, its deadline is the call's, which knows what was sent
-        try:
-            answer = await self.caller.analyze(
+        wait = self.table.submit(request)
+        handle: AnalysisTask[A] = AnalysisTask(self, wait)
+        end = self.table.build_end
+        if as_task and end is not None:  # its result could not arrive, so it is not sent
+            self._answer(wait.entry, Answer("session", end(None)))
+            return handle
+        call: Call = self.loop.create_task(
+            self.caller.analyze(
                 request,
                 deadline=deadline,
                 as_task=as_task,
                 notification_url=self.notification_url,
             )
+        )
+        self._calls[wait.entry] = call
+        # A callback, because a task that is cancelled before its first step runs nothing else.
+        call.add_done_callback(partial(self._take_submission, wait, deadline))
+        return handle
+
+    def _take_submission(self, wait: Wait, deadline: float | None, call: Call) -> None:
+        entry = wait.entry
+        self._calls.pop(entry, None)
+        # Until the task is accepted, its deadline is the call's, which knows what was sent.
+        try:
+            answer = call.result()
         except CallTimeoutError as error:
             timeout = TaskTimeoutError(
                 f"The service did not accept the task in time: {error.message}",
                 ambiguous=error.ambiguous,
             )
             timeout.__cause__ = error
-            self.table.answer(entry, Answer("session", error=timeout))
+            self._answer(entry, Answer("session", timeout))
         except Exception as error:
-            self.table.answer(entry, Answer("session", error=error), state="failed")
-        except asyncio.CancelledError:
+            self._answer(entry, Answer("session", error), status="failed")
+        except BaseException:
             closed = SessionClosedError(
                 "The session was closed before the service accepted the task.", ambiguous=True
             )
-            self.table.answer(entry, Answer("session", error=closed))
-            raise
+            self._answer(entry, Answer("session", closed))
         else:
             if isinstance(answer, Accepted):
-                self._accept(entry, answer.task_id)
-                self.table.limit(wait, deadline)
+                self._tell_accepted(answer.task_id, entry.model)
+                now = self.clock.monotonic()
+                self._perform(self.table.accept(wait, answer.task_id, now, deadline=deadline))
             else:
-                self.table.answer(entry, Answer("call", response=answer), state="completed")
-        finally:
-            entry.submission = None
-
-    def _accept(self, entry: Entry, task_id: str) -> None:
-        if self.meter.hook is not None:
-            self.meter.tell(TaskAccepted(task_id=task_id, model=entry.model))
-        self._enter(entry, task_id, at_once=False)
-
-    def _enter(self, entry: Entry, task_id: str, *, at_once: bool) -> None:
-        known = self.table.register(entry, task_id)
-        if known is not None:
-            self._pursue(known, task_id, at_once=at_once)
-
-    def _pursue(self, entry: Entry, task_id: str, *, at_once: bool) -> None:
-        if self._source_error is not None:
-            self._fail_for_source(entry, self._source_error)
-            return
-        self.poller.schedule(entry, at_once=at_once)
-        if self.listener is not None:
-            self.listener.ask_for([task_id])
+                self._answer(entry, Answer("call", response=answer), status="completed")
 
     def attach(
         self,
@@ -177,144 +179,227 @@ class Tracker:
         Args:
             task_id: The task.
             model: The model's wire name, for messages.
-            analysis_type: How to read the result.
+            analysis_type: How to decode the result.
             request: The request, if it is known: for messages, and to repeat it where the
                 settings ask for that.
             just_accepted: The service accepted the task just now, as the response to a call.
             deadline: Monotonic instant when the wait ends.
         """
-        wait = self._watch(task_id, request, just_accepted=just_accepted, deadline=deadline)
-        if wait.entry.request is None:
-            wait.entry.request = request
-        return AnalysisTask(model, analysis_type, self, wait)
-
-    def _watch(
-        self,
-        task_id: str,
-        request: AnalyzeRequest[Any] | None,
-        *,
-        just_accepted: bool,
-        deadline: float | None,
-    ) -> Wait:
-        entry = self.table.find(task_id)
-        if entry is not None:
-            resumed = entry.answer is None and not entry.waits
-            wait = self.table.watch(entry, deadline)
-            if resumed:
-                self._pursue(entry, task_id, at_once=True)
-            return wait
-        entry = Entry(request, state="pending")
-        wait = self.table.watch(entry, deadline)
         if just_accepted:
-            self._accept(entry, task_id)
-        else:
-            self._enter(entry, task_id, at_once=True)  # it may well be finished by now
-        return wait
-
-    def take_missing(self, entry: Entry) -> None:
-        """Act on a completed task whose result did not arrive."""
-        assert entry.task_id is not None
-        if entry.repeated:
-            return
-        if self.settings.on_missing_result == "analyze" and entry.request is not None:
-            entry.repeated = True
-            self._keep(asyncio.create_task(self._analyze_again(entry, entry.request)))
-            return
-        if self.settings.on_missing_result == "analyze":
-            how = "Only who has the request can repeat it: session.task(task_id, request)."
-        elif self.listener is None:
-            how = (
-                "Attach a notification source (AnalyzeSession(notifications=…, "
-                "notification_url=…)), or submit with mode='call', or set "
-                "Settings.on_missing_result='analyze'."
-            )
-        else:
-            how = (
-                f"No notification came within {self.settings.result_grace:.0f} s. Check that the "
-                "service reaches the notification URL, and that its signature is accepted "
-                "(session.stats.notifications)."
-            )
-        error = ResultNotDeliveredError(
-            f"The task {entry.task_id} ({entry.model}) is completed, but its result never arrived "
-            f"here: a status poll brings no result, a notification does. {how} "
-            "The quota was charged.",
-            task_id=entry.task_id,
-            last_status=TaskStatus(entry.task_id, entry.state),
+            self._tell_accepted(task_id, model)
+        wait, effects = self.table.attach(
+            task_id,
+            model,
+            analysis_type,
+            self.clock.monotonic(),
+            request=request,
+            deadline=deadline,
+            verified=just_accepted,
         )
-        self.table.answer(entry, Answer("poll", error=error), state="completed")
+        self._perform(effects)
+        return AnalysisTask(self, wait)
 
-    async def _analyze_again(self, entry: Entry, request: AnalyzeRequest[Any]) -> None:
-        """Repeat a task as a call, which the user asked for and which is charged again."""
+    def _tell_accepted(self, task_id: str, model: str) -> None:
+        if self.meter.hook is not None:
+            self.meter.tell(TaskAccepted(task_id=task_id, model=model))
+
+    def abandon(self, wait: Wait) -> None:
+        """End a wait at its owner's request."""
+        self._perform(self.table.abandon(wait, self.clock.monotonic()))
+
+    def withdraw(self, wait: Wait) -> None:
+        """End a wait, and the call that submits its task if that was not accepted yet."""
+        entry = wait.entry
+        self.abandon(wait)
+        if entry.phase is Phase.SUBMITTING and (call := self._calls.get(entry)) is not None:
+            call.cancel()
+
+    def drop(self, wait: Wait, *, unobserved: bool) -> None:
+        """Remove the wait of a handle that nobody holds any more.
+
+        Called by the garbage collector: in any thread, and in the middle of anything.
+        """
+        self._dropped.append((wait, unobserved))
+        if len(self._dropped) == 1:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self.loop.call_soon_threadsafe(self._take_dropped)
+
+    def _take_dropped(self) -> None:
+        until = perf_counter() + SLICE
+        while self._dropped:
+            if perf_counter() > until:
+                self.loop.call_soon(self._take_dropped)
+                return
+            wait, unobserved = self._dropped[0]
+            self._wake((wait,))
+            answer = wait.answer
+            if answer is None:
+                now = self.clock.monotonic()
+                self._perform(self.table.leave(wait, now, unobserved=unobserved))
+            elif answer.error is not None and unobserved:
+                report(answer.error, self.loop)  # answered after its handle was dropped
+            self._dropped.popleft()  # last: `drop` schedules nothing meanwhile
+
+    async def change(self, wait: Wait) -> None:
+        """Wait until a task's id, status or answer changes. Cancelling is safe."""
+        future = self._changes.get(wait)
+        if future is None:
+            future = self._changes[wait] = self.loop.create_future()
+        await asyncio.shield(future)
+
+    # Effects.
+
+    def _perform(self, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            if type(effect) is Ended:
+                self._end(effect)
+            elif type(effect) is Poll:
+                self.poller.schedule(effect.entry, at_once=effect.at_once)
+            elif type(effect) is Changed:
+                self._wake(effect.waits)
+            elif type(effect) is Fetch:
+                if self.listener is not None:
+                    self.listener.ask_for([effect.task_id])
+            elif type(effect) is Repeat:
+                self._repeat(effect.entry, effect.request)
+            else:
+                self.meter.count(effect.verdict, effect.task_id)
+        if self.table.wake_at < self._timer_at:
+            self._set_timer(self.table.wake_at)
+
+    def _end(self, ended: Ended) -> None:
+        for wait in ended.waits:
+            if (future := wait.future) is not None:
+                wait.future = None
+                complete(wait, future, ended.raw)
+        if self._changes:
+            self._wake(ended.waits)
+        entry = ended.entry
+        if entry is None:
+            return
+        error = ended.answer.error
+        if entry.unobserved and error is not None:
+            report(error, self.loop)
+        if self.meter.hook is not None and entry.task_id is not None:
+            self.meter.tell(TaskAnswered(task_id=entry.task_id, by=ended.answer.by, error=error))
+
+    def _wake(self, waits: Iterable[Wait]) -> None:
+        for wait in waits:
+            future = self._changes.pop(wait, None)
+            if future is not None:
+                wake(future)
+
+    def _answer(self, entry: Entry, answer: Answer, *, status: str | None = None) -> None:
+        self._perform(self.table.answer(entry, answer, self.clock.monotonic(), status=status))
+
+    def _set_timer(self, when: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = when
+        self._timer = self.clock.call_at(when, self._take_due)
+
+    def _take_due(self) -> None:
+        self._timer = None
+        self._timer_at = -math.inf  # no timer is set meanwhile
+        until = perf_counter() + SLICE
         try:
-            answer = await self.caller.analyze(request)
-        except SessionClosedError:
-            self._close(entry)
-            return
-        except Exception as error:
-            self.table.answer(entry, Answer("analyze", error=error))
-            return
-        if isinstance(answer, Accepted):
-            again = ResultNotDeliveredError(
-                f"The result of the task {entry.task_id} never arrived; repeated as a call, the "
-                f"service answered with another task, {answer.task_id}.",
-                task_id=entry.task_id or "",
-            )
-            self.table.answer(entry, Answer("analyze", error=again))
+            while (effects := self.table.take_due(self.clock.monotonic())) is not None:
+                self._perform(effects)
+                if perf_counter() > until:
+                    break
+        finally:
+            self._timer_at = math.inf
+            self._perform(())
+
+    # News.
+
+    def deliver(self, notification: Notification, body: bytes) -> str:
+        """Apply a verified notification and return the verdict."""
+        verdict, effects = self.table.deliver(notification, body, self.clock.monotonic())
+        self._perform(effects)
+        return verdict
+
+    def _take_poll(self, entry: Entry, outcome: TaskStatus | Exception) -> None:
+        now = self.clock.monotonic()
+        if isinstance(outcome, Exception):
+            self._perform(self.table.take_error(entry, outcome, now))
         else:
-            self.table.answer(entry, Answer("analyze", response=answer))
+            self._perform(self.table.take_status(entry, outcome, now))
 
-    def _end_source(self, error: NotificationSourceError) -> None:
-        self._source_error = error
-        for entry in list(self.table.pending.values()):
-            self._fail_for_source(entry, error)
+    def _repeat(self, entry: Entry, request: AnalyzeRequest[Any]) -> None:
+        """Repeat a task as a call, which the user asked for and which is charged again."""
+        call: Call = self.loop.create_task(self.caller.analyze(request))
+        self._calls[entry] = call
+        call.add_done_callback(partial(self._take_repetition, entry))
 
-    def _fail_for_source(self, entry: Entry, error: NotificationSourceError) -> None:
-        failure = NotificationSourceError.for_task(entry.task_id, error.message)
-        failure.__cause__ = error
-        self.table.answer(entry, Answer("session", error=failure))
+    def _take_repetition(self, entry: Entry, call: Call) -> None:
+        self._calls.pop(entry, None)
+        try:
+            answer = call.result()
+        except SessionClosedError:
+            self._answer(entry, Answer("session", _build_closed(entry.task_id)))
+        except Exception as error:
+            self._answer(entry, Answer("analyze", error))
+        except BaseException:
+            self._answer(entry, Answer("session", _build_closed(entry.task_id)))
+        else:
+            if isinstance(answer, Accepted):
+                again = ResultNotDeliveredError(
+                    f"The result of the task {entry.task_id} did not arrive. The service answered "
+                    f"its repetition as a call with another task, {answer.task_id}.",
+                    task_id=entry.task_id or "",
+                )
+                self._answer(entry, Answer("analyze", again))
+            else:
+                self._answer(entry, Answer("analyze", response=answer))
 
-    def _keep(self, task: asyncio.Task[None]) -> None:
-        self._background.add(task)
-        task.add_done_callback(partial(_retrieve, self._background))
+    def end_source(self, error: NotificationSourceError) -> None:
+        """Fail what is pending, because no notification can arrive any more."""
+
+        def build(task_id: str | None) -> Exception:
+            failure = NotificationSourceError.for_task(task_id, error.message)
+            failure.__cause__ = error
+            return failure
+
+        self._perform(self.table.end(build, self.clock.monotonic()))
+
+    # The end.
 
     async def drain(self, seconds: float) -> None:
-        """Wait until nobody waits for a task any more, but not for longer than asked."""
+        """Wait until nobody waits for a task any more, but not longer than this."""
         scope: asyncio.Timeout | None = None
         try:
             async with self.clock.timeout_at(self.clock.monotonic() + seconds) as scope:
                 for entry in list(self.table.pending.values()):
                     while entry.waits:
-                        await entry.change()
+                        await self.change(entry.waits[0])
         except TimeoutError:
             if scope is None or not scope.expired():
                 raise
 
     async def stop(self) -> None:
         """Stop listening and polling, and fail what is pending, even when cancelled."""
-        ending: set[asyncio.Task[None]] = set(self.poller.stop())
+        ending: set[asyncio.Task[Any]] = {*self.poller.stop(), *self._calls.values()}
         if self.listener is not None:
             ending.update(self.listener.stop())
-        self.table.timers.clear()
-        for task in self._background:
-            task.cancel()
-        ending |= self._background
+        for call in self._calls.values():
+            call.cancel()
         try:
             if ending:
                 await asyncio.wait(ending)
         finally:
-            for entry in list(self.table.pending.values()):
-                self._close(entry)
-
-    def _close(self, entry: Entry) -> None:
-        error = SessionClosedError(
-            f"The session was closed while the task {entry.task_id} was pending. The remote "
-            "work goes on; session.task(task_id, …) takes it up again.",
-            task_id=entry.task_id,
-        )
-        self.table.answer(entry, Answer("session", error=error))
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer_at = -math.inf  # no timer is set any more
+            self._perform(self.table.end(_build_closed, self.clock.monotonic()))
+            self.table.clear()
 
 
-def _retrieve(background: set[asyncio.Task[None]], task: asyncio.Task[None]) -> None:
-    background.discard(task)
-    if not task.cancelled():
-        task.exception()
+def _build_closed(task_id: str | None) -> SessionClosedError:
+    if task_id is None:
+        return SessionClosedError("The session was closed before the task was submitted.")
+    return SessionClosedError(
+        f"The session was closed while the task {task_id} was pending. The remote work continues; "
+        "call session.task(task_id, …) in another session to wait again.",
+        task_id=task_id,
+    )

@@ -58,7 +58,8 @@ async def answer(request: Request, task: AnalysisTask):
         if result.done():
             response = result.result()
             return {"caption": response.analysis.caption, "uri": response.entity}
-        raise HTTPException(504, {"task_id": task.task_id})
+        status = 404 if task.status == "unknown" else 504
+        raise HTTPException(status, {"task_id": task.task_id})
     finally:
         gone.cancel()
         result.cancel()

@@ -76,8 +76,8 @@ async def check_quiet(session):
     assert idle(session) == (0, 0, 0, 0)
     tracker = session._tracker
     assert tracker.poller.scheduled == 0
-    assert len(tracker.table.timers) == 0
-    assert not tracker._background
+    assert len(tracker.table.dues) == 0
+    assert not tracker._calls
 
 
 @pytest.mark.parametrize("count", COUNTS)

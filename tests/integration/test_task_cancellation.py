@@ -1,13 +1,13 @@
 """Cancelled at every suspension: permits, table and asyncio tasks are back where they were."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 from scripted import ScriptedServer, Suspensions, answer, busy, until
 from task_support import build_result, connected, library_tasks, quick, resolving, sign, submit
 
 from cloudinary_analyze import AnalyzeSession, Captioning, Credentials, NotificationSource
-from cloudinary_analyze._tasks.table import Entry
 from cloudinary_analyze.emulator import Emulator
 from cloudinary_analyze.errors import SessionClosedError
 
@@ -49,7 +49,7 @@ class TestEverySuspension:
             async def check(_):
                 await until(lambda: busy(session.stats) == (0, 0, 0))
                 await until(lambda: session.stats.pending == 0)
-                assert not session._tracker._background
+                await until(lambda: not session._tracker._calls)
 
             assert await cancel_everywhere(act, check, late=late) > 2
             assert session.stats.notifications["resolved"] == len(emulator.tasks)
@@ -58,27 +58,39 @@ class TestEverySuspension:
         """Whoever waits is told that the task may have been accepted."""
         async with connected(quick(permits=1), task_seconds=0.01) as (_, session):
             tracker = session._tracker
-            entries = []
+            analyze = tracker.caller.analyze
+            handles = []
 
             async def act():
-                entry = Entry(request())
-                entries.append(entry)
-                wait = tracker.table.watch(entry, None)
-                deadline = session._clock.monotonic() + 10
-                await tracker._submit(entry, wait, request(), as_task=True, deadline=deadline)
+                tracker.caller = SimpleNamespace(
+                    analyze=lambda *args, **options: driven(analyze(*args, **options))
+                )
+                handles.append(tracker.submit(request(), as_task=True, deadline=None))
+                (call,) = tracker._calls.values()
+                await asyncio.wait([call])
 
             async def check(_):
+                tracker.caller = caller
                 await until(lambda: busy(session.stats) == (0, 0, 0))
+                await until(handles[-1].done)
                 await until(lambda: session.stats.pending == 0)
-                answer = entries[-1].answer
-                if answer.error is not None:
-                    assert isinstance(answer.error, SessionClosedError)
-                    assert answer.error.ambiguous
-                assert not entries[-1].waits
-                assert len(tracker.table.timers) == 0
+                error = handles[-1].exception()
+                if error is not None:
+                    assert isinstance(error, SessionClosedError)
+                    assert error.ambiguous
+                assert len(tracker.table.dues) == 0
+                assert not tracker._calls
 
-            assert await cancel_everywhere(act, check, late=late) > 2
-            assert entries[-1].answer.error is None
+            caller = tracker.caller
+            for n in range(1, MOST):
+                suspensions = Suspensions(n, late=late)
+                driven = suspensions.drive
+                await asyncio.wait_for(act(), 10)
+                await check(n)
+                if suspensions.count < n:
+                    break
+            assert n > 2
+            assert handles[-1].exception() is None
 
     async def test_of_an_analyze_that_became_a_task(self, late):
         """Nobody else can wait for such a task, so it is let go: no poll and no deadline is left."""
@@ -108,8 +120,8 @@ class TestEverySuspension:
                     await until(lambda: tracker.caller.poll_permits.in_use == 0)
                     assert tracker.poller.scheduled == 0
                     pending = tracker.table.pending.values()
-                    assert not any(entry.waits or entry.poll for entry in pending)
-                    assert not tracker._background
+                    assert not any(entry.waits or entry.poll_at for entry in pending)
+                    assert not tracker._calls
 
                 assert await cancel_everywhere(act, check, late=late) > 2
 
@@ -147,9 +159,9 @@ class TestEverySuspension:
             async def check(_):
                 await until(lambda: busy(session.stats) == (0, 0, 0))
                 tracker = session._tracker
-                await until(lambda: not tracker._background)
+                await until(lambda: not tracker._calls)
                 pending = tracker.table.pending.values()
-                assert not any(entry.waits or entry.poll for entry in pending)
+                assert not any(entry.waits or entry.poll_at for entry in pending)
 
             assert await cancel_everywhere(act, check, late=late) > 3
 

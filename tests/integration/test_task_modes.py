@@ -230,7 +230,7 @@ class TestMap:
                     await asyncio.wait([waiting])
                 await until(lambda: busy(session.stats) == (0, 0, 0))
                 release.set()
-                await until(lambda: not session._tracker._background)
+                await until(lambda: not session._tracker._calls)
                 assert len(server.seen) == 2
                 assert not session._tracker.table.pending
 

@@ -70,17 +70,18 @@ class TestIntervals:
 class TestPace:
     async def test_the_rate_holds_with_thousands_pending_and_the_oldest_due_go_first(self, clock):
         async with resolving(clock, polls_per_second=20, poll_first=5) as (service, tracker):
-            for _ in range(3000):
-                tracker.submit(Captioning("https://example.com/a.jpg"), as_task=True, deadline=None)
+            request = Captioning("https://example.com/a.jpg")
+            handles = [tracker.submit(request, as_task=True, deadline=None) for _ in range(3000)]
             while len(tracker.table.pending) < 3000:
                 await asyncio.sleep(0)
-            due = {entry.task_id: entry.poll.due for entry in tracker.table.pending.values()}
+            due = {entry.task_id: entry.poll_at for entry in tracker.table.pending.values()}
             await clock.advance(100)
             instants = [at for at, _ in service.polls]
             assert 20 * 95 <= len(instants) <= 20 * 97
             assert all(gap >= 0.05 - 1e-9 for gap in gaps(instants))
             firsts = [due[asked] for _, asked in service.polls[:1500]]
             assert firsts == sorted(firsts)
+            assert not any(handle.done() for handle in handles)
 
     async def test_no_more_than_the_permits_are_on_the_wire(self, clock):
         service = Service(clock, hold=asyncio.Event())
@@ -107,10 +108,10 @@ class TestPace:
 
     async def test_an_answered_task_is_polled_no_more(self, clock):
         async with resolving(clock, poll_first=1) as (service, tracker):
-            wait = await submit(tracker)
+            await submit(tracker)
             await clock.advance(2)
             made = len(service.polls)
-            tracker._fail_for_source(wait.entry, NotificationSourceError("ended"))
+            tracker.end_source(NotificationSourceError("ended"))
             await clock.advance(1000)
             assert len(service.polls) == made
             assert tracker.poller.scheduled == 0
@@ -123,7 +124,7 @@ class TestPace:
         ):
             wait = await submit(tracker)
             await clock.advance(12)
-            tracker.table.abandon(wait)  # while the poll is on the wire
+            tracker.abandon(wait)  # while the poll is on the wire
             attach(tracker, "t1")
             service.hold.set()
             await clock.advance(300)
@@ -137,12 +138,12 @@ class TestCompleted:
         async with resolving(clock, service=service) as (_, tracker):
             wait = await submit(tracker, deadline=None)
             await clock.advance(6)
-            assert wait.entry.state == "completed"
+            assert wait.entry.status == "completed"
             polled_at = service.polls[0][0]
             await clock.advance(polled_at + 1200 - clock.now - 0.01)
-            assert wait.entry.answer is None
+            assert wait.answer is None
             await clock.advance(0.01)
-            error = wait.entry.answer.error
+            error = wait.answer.error
             assert isinstance(error, ResultNotDeliveredError)
             assert error.task_id == "t1"
             assert error.last_status.state == "completed"
@@ -161,8 +162,8 @@ class TestCompleted:
         ):
             wait = await submit(tracker)
             await clock.advance(6)
-            assert isinstance(wait.entry.answer.error, ResultNotDeliveredError)
-            assert "mode='call'" in str(wait.entry.answer.error) or source
+            assert isinstance(wait.answer.error, ResultNotDeliveredError)
+            assert "mode='call'" in str(wait.answer.error) or source
 
     async def test_on_missing_result_analyze_repeats_it_once_as_a_call(self, clock):
         service = Service(clock, state=lambda _: "completed", repeat=RESPONSE)
@@ -172,8 +173,8 @@ class TestCompleted:
         ):
             wait = await submit(tracker)
             await clock.advance(2)
-            assert wait.entry.answer.response is RESPONSE
-            assert wait.entry.answer.by == "analyze"
+            assert wait.answer.response is RESPONSE
+            assert wait.answer.by == "analyze"
             assert service.calls == 2
 
     async def test_taken_up_while_it_is_being_repeated_it_is_not_paid_for_again(self, clock):
@@ -193,14 +194,14 @@ class TestCompleted:
         ):
             wait = await submit(tracker)
             await clock.advance(2)
-            tracker.table.abandon(wait)
+            tracker.abandon(wait)
             again = attach(tracker, "t1")
             await clock.advance(60)
             release.set()
             await clock.advance(1)
-            assert again.entry.answer.response is RESPONSE
+            assert again.answer.response is RESPONSE
             assert service.calls == 2
-            assert len(service.polls) == 2
+            assert len(service.polls) == 1
 
     async def test_the_error_of_the_repeated_call_is_the_tasks(self, clock):
         service = Service(clock, state=lambda _: "completed", repeat=ServerError("broken"))
@@ -210,7 +211,7 @@ class TestCompleted:
         ):
             wait = await submit(tracker)
             await clock.advance(2)
-            assert wait.entry.answer.error is service.repeat
+            assert wait.answer.error is service.repeat
 
     async def test_what_nobody_waits_for_any_more_is_not_repeated(self, clock):
         asked, release = asyncio.Event(), asyncio.Event()
@@ -230,13 +231,13 @@ class TestCompleted:
             wait = await submit(tracker)
             await clock.advance(2)
             assert asked.is_set()
-            tracker.table.abandon(wait)
+            tracker.abandon(wait)
             release.set()
             await clock.advance(1)
             assert service.calls == 1
             again = attach(tracker, "t1")  # its request is known here
             await clock.advance(2)
-            assert again.entry.answer.response is RESPONSE
+            assert again.answer.response is RESPONSE
             assert service.calls == 2
 
     async def test_taken_up_by_its_id_it_cannot_be_repeated(self, clock):
@@ -247,7 +248,7 @@ class TestCompleted:
         ):
             wait = attach(tracker, "t1")
             await clock.advance(2)
-            assert isinstance(wait.entry.answer.error, ResultNotDeliveredError)
+            assert isinstance(wait.answer.error, ResultNotDeliveredError)
             assert service.calls == 0
 
     @pytest.mark.parametrize(
@@ -264,8 +265,8 @@ class TestCompleted:
         async with resolving(clock, service=service) as (_, tracker):
             wait = await submit(tracker)
             await clock.advance(6)
-            assert wait.entry.answer.by == "poll"
-            assert "caption" in wait.entry.answer.data["analysis"]["data"]
+            assert wait.answer.by == "poll"
+            assert b"caption" in wait.answer.body
 
 
 class TestFailed:
@@ -276,9 +277,9 @@ class TestFailed:
             await clock.advance(6)
             at = service.polls[0][0]
             await clock.advance(at + 15 - clock.now - 0.01)
-            assert wait.entry.answer is None
+            assert wait.answer is None
             await clock.advance(0.01)
-            error = wait.entry.answer.error
+            error = wait.answer.error
             assert isinstance(error, TaskFailedError)
             assert not error.cause_known
             assert error.task_id == "t1"
@@ -288,7 +289,7 @@ class TestFailed:
         async with resolving(clock, service=service, source=None) as (_, tracker):
             wait = await submit(tracker)
             await clock.advance(2)
-            assert not wait.entry.answer.error.cause_known
+            assert not wait.answer.error.cause_known
 
 
 class TestPollsThatFail:
@@ -307,23 +308,42 @@ class TestPollsThatFail:
         async with resolving(clock, service=service, source=source) as (_, tracker):
             wait = await submit(tracker)
             await clock.advance(3600)
-            assert wait.entry.answer is None
+            assert wait.answer is None
             assert len(service.polls) > 10
 
     @pytest.mark.parametrize("kind", [AuthenticationError, PermissionDeniedError])
-    async def test_refused_they_stop_with_one_warning_and_fail_nothing(self, clock, kind, caplog):
+    async def test_refused_they_pause_for_minutes_with_one_warning(self, clock, kind, caplog):
         service = Service(clock, state=lambda _: kind("no", status=403))
         async with resolving(clock, service=service) as (_, tracker):
             waits = [await submit(tracker) for _ in range(50)]
             await clock.advance(60)
             waits.append(await submit(tracker))
             await clock.advance(3600)
-            assert 1 <= len(service.polls) <= 4  # those that were under way
-            assert all(wait.entry.answer is None for wait in waits)
+            paused = gaps([at for at, _ in service.polls])
+            assert [round(gap) for gap in paused[:4]] == [2, 16, 128, 300]
+            assert all(round(gap) == 300 for gap in paused[4:])
+            assert all(wait.answer is None for wait in waits)
             warnings = [r for r in caplog.records if r.levelname == "WARNING"]
             assert len(warnings) == 1
             assert "query_analysis_tasks" in caplog.text
-            tracker.table.abandon(waits[0])
+            service.state = lambda _: "failed"
+            await clock.advance(330)
+            assert all(isinstance(wait.answer.error, TaskFailedError) for wait in waits)
+
+    async def test_refusals_of_polls_sent_before_a_pause_do_not_prolong_it(self, clock):
+        service = Service(clock, hold=asyncio.Event())
+        service.state = lambda _: AuthenticationError("no", status=401)
+        options = {"polls_per_second": 1000, "poll_first": 1, "poll_longest": 1}
+        async with resolving(clock, service=service, **options) as (_, tracker):
+            for _ in range(4):
+                await submit(tracker)
+            await clock.advance(2)
+            assert len(service.polls) == 4
+            service.hold.set()
+            await clock.advance(0)
+            service.state = lambda _: "pending"
+            await clock.advance(3)
+            assert len(service.polls) > 4
 
     @pytest.mark.parametrize("kind", [AuthenticationError, PermissionDeniedError])
     async def test_refused_without_a_source_they_fail_the_task(self, clock, kind):
@@ -332,7 +352,7 @@ class TestPollsThatFail:
         async with resolving(clock, service=service, source=None) as (_, tracker):
             wait = await submit(tracker)
             await clock.advance(2)
-            assert wait.entry.answer.error is error
+            assert wait.answer.error is error
 
     async def test_not_found_counts_only_after_a_minute_and_twice(self, clock):
         error = NotFoundError("unknown", status=404)
@@ -341,10 +361,12 @@ class TestPollsThatFail:
             clock, service=service, source=None, poll_first=10, poll_longest=10
         ) as (_, tracker):
             wait = await submit(tracker)
-            while wait.entry.answer is None:
+            while wait.answer is None:
                 assert wait.entry.misses == sum(at >= 60 for at in service.when()) < 2
                 await clock.advance(1)
-            assert wait.entry.answer.error is error
+            assert isinstance(wait.answer.error, NotFoundError)
+            assert "does not know the task t1" in str(wait.answer.error)
+            assert wait.answer.error.__cause__ is error
             assert len([at for at in service.when() if at >= 60]) == 2
             assert len(service.polls) >= 7
 
@@ -357,7 +379,7 @@ class TestPollsThatFail:
             wait = await submit(tracker)
             await clock.advance(1000)
             assert len(service.polls) > 6
-            assert wait.entry.answer is None
+            assert wait.answer is None
 
     async def test_not_found_never_fails_a_task_with_a_source(self, clock):
         service = Service(clock, state=lambda _: NotFoundError("unknown", status=404))
@@ -365,15 +387,15 @@ class TestPollsThatFail:
             wait = await submit(tracker)
             await clock.advance(20_000)
             assert wait.entry.misses > 2
-            assert wait.entry.answer is None
+            assert wait.answer is None
 
     async def test_an_unknown_state_warns_once_and_counts_as_running(self, clock, caplog):
         service = Service(clock, state=lambda _: "queued_for_gpu")
         async with resolving(clock, service=service, source=None) as (_, tracker):
             waits = [await submit(tracker) for _ in range(3)]
             await clock.advance(100)
-            assert all(wait.entry.state == "queued_for_gpu" for wait in waits)
-            assert all(wait.entry.answer is None for wait in waits)
+            assert all(wait.entry.status == "queued_for_gpu" for wait in waits)
+            assert all(wait.answer is None for wait in waits)
             assert min(service.per_task().values()) > 3
             assert caplog.text.count("queued_for_gpu") == 1
 
@@ -383,9 +405,8 @@ class TestTimeouts:
         async with resolving(clock) as (service, tracker):
             wait = await submit(tracker, deadline=100)
             await clock.advance(100)
-            assert isinstance(wait.ended, TaskTimeoutError)
-            assert wait.ended.task_id == "t1"
-            assert wait.entry.answer is None
+            assert isinstance(wait.answer.error, TaskTimeoutError)
+            assert wait.answer.error.task_id == "t1"
             made = len(service.polls)
             await clock.advance(500)
             assert len(service.polls) == made

@@ -1,292 +1,452 @@
 """The table: one entry per task, the first answer wins, and everything that is kept is bounded."""
 
-import asyncio
 import json
 
 import pytest
 from task_support import build_failure, build_result
 
-from cloudinary_analyze import Captioning, Settings, TaskFailedError, TaskTimeoutError
-from cloudinary_analyze._tasks.table import Answer, Entry, Table
+from cloudinary_analyze import (
+    Captioning,
+    CaptioningAnalysis,
+    Response,
+    Settings,
+    TaskFailedError,
+    TaskTimeoutError,
+)
+from cloudinary_analyze._tasks.table import Answer, Changed, Ended, Fetch, Phase, Poll, Seen, Table
 from cloudinary_analyze._wire.protocol import build_task_failure
 from cloudinary_analyze.errors import NotFoundError, ResultNotDeliveredError, SessionClosedError
-from cloudinary_analyze.events import Meter
+from cloudinary_analyze.responses import TaskStatus
 from cloudinary_analyze.webhooks import parse_notification
 
 REQUEST = Captioning("https://example.com/a.jpg")
 
 
-def build_table(clock, **settings):
-    return Table(Settings(**settings), clock, Meter())
+def build_table(*, with_source=True, **settings):
+    return Table(Settings(**settings), with_source=with_source)
 
 
-def deliver(table, body):
-    return table.deliver(parse_notification(body), body)
+def deliver(table, body, now=0.0):
+    return table.deliver(parse_notification(body), body, now)[0]
 
 
-def accept(table, task_id, *, deadline=None):
-    entry = Entry(REQUEST)
-    wait = table.watch(entry, deadline)
-    table.register(entry, task_id)
-    return entry, wait
+def accept(table, task_id, now=0.0, *, deadline=None):
+    wait = table.submit(REQUEST)
+    table.accept(wait, task_id, now, deadline=deadline)
+    return wait
+
+
+def attach(table, task_id, now=0.0, **options):
+    return table.attach(task_id, "captioning", CaptioningAnalysis, now, **options)
+
+
+def find(table, task_id):
+    """Return the answer that a handle would get at once."""
+    wait, _ = attach(table, task_id)
+    answer = wait.answer
+    table.leave(wait, 0.0)
+    return answer
+
+
+def advance(table, now):
+    """Let everything happen that is due, and return the effects."""
+    effects = []
+    while (due := table.take_due(now)) is not None:
+        effects += due
+    return effects
+
+
+def poll(table, wait, state, now):
+    return table.take_status(wait.entry, TaskStatus("t1", state), now)
 
 
 class TestFirstAnswerWins:
-    def test_duplicates_and_second_answers_change_nothing(self, clock):
-        table = build_table(clock)
-        entry, _ = accept(table, "t1")
+    def test_duplicates_and_second_answers_change_nothing(self):
+        table = build_table()
+        wait = accept(table, "t1")
         assert deliver(table, build_result("t1", "first")) == "resolved"
-        answer = entry.answer
+        answer = wait.answer
         assert deliver(table, build_result("t1", "second")) == "duplicate"
         assert deliver(table, build_failure("t1")) == "duplicate"
-        assert not table.answer(entry, Answer("poll", error=ValueError()))
-        assert entry.answer is answer
-        assert table.meter.notifications == {"resolved": 1, "duplicate": 2}
+        assert not table.answer(wait.entry, Answer("poll", ValueError()), 0)
+        assert wait.answer is answer
 
-    def test_a_failure_tells_its_reason(self, clock):
-        table = build_table(clock)
-        entry, _ = accept(table, "t1")
+    def test_a_failure_tells_its_reason(self):
+        table = build_table()
+        wait = accept(table, "t1")
         assert deliver(table, build_failure("t1", "too dark")) == "resolved"
-        error = entry.answer.error
+        error = wait.answer.error
         assert isinstance(error, TaskFailedError)
         assert error.cause_known
         assert (error.task_id, error.status, error.code) == ("t1", 400, "MA_00003")
         assert "too dark" in str(error)
+        assert wait.entry.status == "failed"
 
     @pytest.mark.parametrize(
-        ("body", "verdict"),
+        "fields",
         [
-            (json.dumps({"notification_type": "upload", "public_id": "a"}), "unrelated"),
-            (json.dumps({"notification_type": "upload", "task_id": "t1"}), "unrelated"),
-            (json.dumps({"task_id": "t1"}), "malformed"),
-            (json.dumps({"task_id": "t1", "http_status": 200, "data": {}}), "malformed"),
-            (json.dumps({"task_id": "t1", "data": {"analysis": []}}), "malformed"),
-            (json.dumps({"task_id": 7, "data": {"analysis": {}}}), "unrelated"),
-            ("{}", "unrelated"),
+            {"data": None},
+            {"data": {}},
+            {"data": {"analysis": []}},
+            {"data": {"result": {"analysis": {"data": {"caption": "a"}}}}},
+            {"notification_type": "analysis"},
+            {"notification_type": "upload"},
         ],
     )
-    def test_what_is_no_answer_touches_no_task(self, clock, body, verdict):
-        table = build_table(clock)
-        entry, _ = accept(table, "t1")
-        assert deliver(table, body.encode()) == verdict
-        assert entry.answer is None
-        assert table.parked == 0
+    def test_a_verified_body_of_any_shape_answers_a_task_that_somebody_waits_for(self, fields):
+        table = build_table()
+        wait = accept(table, "t1")
+        body = build_result("t1", **fields)
+        assert deliver(table, body) == "resolved"
+        assert wait.answer.body == body
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            {"notification_type": "upload", "public_id": "a"},
+            {"task_id": 7, "data": {"analysis": {}}},
+            {"task_id": ""},
+            {},
+        ],
+    )
+    def test_what_names_no_task_touches_none(self, content):
+        table = build_table()
+        wait = accept(table, "t1")
+        assert deliver(table, json.dumps(content).encode()) == "unrelated"
+        assert wait.answer is None
+        assert not table.parked
 
     @pytest.mark.parametrize(
         "guess",
         [build_task_failure("t1", model="captioning"), ResultNotDeliveredError("", task_id="t1")],
     )
-    def test_a_late_result_corrects_a_guess_for_whoever_asks_later(self, clock, guess):
-        """Handles keep to what they were told; the task can be taken up again with its result."""
-        table = build_table(clock)
-        entry, _ = accept(table, "t1")
-        table.answer(entry, Answer("poll", error=guess))
-        assert table.find("t1") is entry
+    def test_a_late_result_corrects_a_guess_for_later_handles(self, guess):
+        """Handles keep their outcome; the task can be attached again with its result."""
+        table = build_table()
+        wait = accept(table, "t1")
+        table.answer(wait.entry, Answer("poll", guess, guess=True), 0)
+        assert find(table, "t1").error is guess
         assert deliver(table, build_result("t1")) == "resolved"
-        assert entry.answer.error is guess
-        assert table.find("t1").answer.data is not None
+        assert wait.answer.error is guess
+        assert find(table, "t1").body is not None
         assert deliver(table, build_result("t1")) == "duplicate"
+
+    def test_a_readable_result_corrects_an_unreadable_one(self):
+        table = build_table()
+        accept(table, "t1")
+        assert deliver(table, build_result("t1", data={"progress": 50})) == "resolved"
+        assert deliver(table, build_result("t1", data={"progress": 60})) == "duplicate"
+        assert deliver(table, build_result("t1", "a dog")) == "resolved"
+        assert b"a dog" in find(table, "t1").body
 
 
 class TestParked:
-    def test_a_notification_before_the_202_answers_at_registration(self, clock):
-        table = build_table(clock)
+    def test_a_notification_before_the_202_answers_at_registration(self):
+        table = build_table()
         assert deliver(table, build_result("t1")) == "parked"
-        assert table.parked == 1
-        entry, wait = accept(table, "t1", deadline=50)
-        assert entry.answer.data["analysis"]["data"]["caption"] == "a cat"
-        assert (table.parked, table._parked_bytes, len(table.pending)) == (0, 0, 0)
-        assert wait.deadline is None
+        wait = table.submit(REQUEST)
+        effects = table.accept(wait, "t1", 0, deadline=50)
+        assert b"a cat" in wait.answer.body
+        assert [type(effect) for effect in effects] == [Ended, Seen]
+        assert (len(table.parked), table.parked.bytes, len(table.pending)) == (0, 0, 0)
+        assert wait.due is None
 
-    def test_the_same_one_again_is_parked_once_and_no_duplicate(self, clock):
+    def test_the_same_one_again_is_parked_once_and_no_duplicate(self):
         """A duplicate would be acknowledged to a queue that other processes read too."""
-        table = build_table(clock)
+        table = build_table()
         body = build_result("t1")
         assert [deliver(table, body), deliver(table, body)] == ["parked", "parked"]
-        assert table.parked == 1
-        assert table._parked_bytes == len(body)
+        assert len(table.parked) == 1
+        assert table.parked.bytes == len(body)
 
-    def test_bounded_by_time_and_then_foreign(self, clock):
-        table = build_table(clock, parked_seconds=600)
-        deliver(table, build_result("t1"))
-        clock.now = 600
-        deliver(table, build_result("t2"))
-        assert table.parked == 2
-        clock.now = 600.1
-        assert table.parked == 1
-        assert table.meter.notifications["foreign"] == 1
-        entry, _ = accept(table, "t1")
-        assert entry.answer is None
+    def test_bounded_by_time_and_then_foreign_without_further_activity(self):
+        table = build_table(parked_seconds=600)
+        deliver(table, build_result("t1"), 0)
+        deliver(table, build_result("t2"), 599)
+        assert table.wake_at == 600
+        assert advance(table, 600) == [Seen("foreign", "t1")] or len(table.parked) == 1
+        assert table.wake_at == 1199
+        assert accept(table, "t1", 600).answer is None
 
-    def test_bounded_by_bytes_and_the_oldest_go_first(self, clock):
+    def test_bounded_by_bytes_and_the_oldest_go_first(self):
         size = len(build_result("t00"))
-        table = build_table(clock, parked_bytes=3 * size)
+        table = build_table(parked_bytes=3 * size)
+        foreign = []
         for index in range(10):
-            deliver(table, build_result(f"t{index:02}"))
-        assert list(table._parked) == ["t07", "t08", "t09"]
-        assert table._parked_bytes == 3 * size
-        assert table.meter.notifications["foreign"] == 7
+            body = build_result(f"t{index:02}")
+            verdict, effects = table.deliver(parse_notification(body), body, 0)
+            assert verdict == "parked"
+            foreign += [effect.task_id for effect in effects if effect.verdict == "foreign"]
+        assert foreign == [f"t{index:02}" for index in range(7)]
+        assert table.parked.bytes == 3 * size
 
-    def test_one_over_the_bound_alone_is_not_kept(self, clock):
-        table = build_table(clock, parked_bytes=100)
-        assert deliver(table, build_result("t1")) == "foreign"
-        assert table.parked == 0
-
-    def test_a_malformed_one_is_never_parked(self, clock):
-        table = build_table(clock)
-        assert deliver(table, b'{"task_id": "t1", "http_status": 200}') == "malformed"
-        assert table.parked == 0
+    def test_one_over_the_bound_alone_is_not_kept_and_evicts_nothing(self):
+        table = build_table(parked_bytes=300)
+        small = build_result("t1")
+        assert deliver(table, small) == "parked"
+        assert deliver(table, build_result("t2", "a cat" * 100)) == "foreign"
+        assert table.parked.bytes == len(small)
 
 
 class TestAnsweredAreKept:
-    def test_by_time(self, clock):
-        table = build_table(clock, answered_seconds=3600)
+    def test_by_time_also_in_an_idle_session(self):
+        table = build_table(answered_seconds=3600)
         accept(table, "t1")
         deliver(table, build_result("t1"))
-        clock.now = 3600
-        assert table.find("t1").answer is not None
-        clock.now = 3600.1
-        assert table.find("t1") is None
+        assert table.wake_at == 3600
+        advance(table, 3599)
+        assert find(table, "t1") is not None
+        advance(table, 3600)
+        assert find(table, "t1") is None
+        assert not table.answered
 
-    def test_what_is_too_old_goes_also_while_nobody_looks_for_it(self, clock):
-        table = build_table(clock, answered_seconds=10)
-        for index in range(100):
-            accept(table, f"t{index}")
-        for index in range(100):
-            deliver(table, build_result(f"t{index}"))
-            clock.now += 5
-        assert len(table._answered) == 3
-
-    def test_a_corrected_guess_is_as_young_as_its_correction(self, clock):
-        table = build_table(clock, answered_seconds=10)
+    def test_a_corrected_guess_is_as_young_as_its_correction(self):
+        table = build_table(answered_seconds=10)
         for task_id in ("t1", "t2"):
-            entry, _ = accept(table, task_id)
+            wait = accept(table, task_id)
             failure = build_task_failure(task_id, model="captioning")
-            table.answer(entry, Answer("poll", error=failure), state="failed")
-        clock.now = 8
-        assert deliver(table, build_result("t1")) == "resolved"
-        clock.now = 12
-        assert table.find("t1").answer.error is None
-        assert table.find("t2") is None
-        assert list(table._answered) == ["t1"]
+            table.answer(wait.entry, Answer("poll", failure, guess=True), 0, status="failed")
+        assert deliver(table, build_result("t1"), 8) == "resolved"
+        advance(table, 12)
+        assert find(table, "t1").error is None
+        assert find(table, "t2") is None
 
-    def test_by_count_and_the_oldest_go_first(self, clock):
-        table = build_table(clock, answered_count=3)
+    def test_by_count_and_the_oldest_go_first(self):
+        table = build_table(answered_count=3)
         for index in range(5):
             accept(table, f"t{index}")
             deliver(table, build_result(f"t{index}"))
-        kept = [index for index in range(5) if table.find(f"t{index}") is not None]
-        assert kept == [2, 3, 4]
+        assert [index for index in range(5) if find(table, f"t{index}")] == [2, 3, 4]
+
+    def test_by_bytes(self):
+        size = len(build_result("t0"))
+        table = build_table(answered_bytes=3 * size)
+        for index in range(9):
+            accept(table, f"t{index}")
+            deliver(table, build_result(f"t{index}"))
+        assert [index for index in range(9) if find(table, f"t{index}")] == [6, 7, 8]
+        assert table.answered.bytes == 3 * size
+
+    def test_as_bytes_whatever_brought_the_answer(self):
+        table = build_table()
+        raw = {"data": {"analysis": {"data": {"caption": "a cat"}}}}
+        wait = accept(table, "t1")
+        table.take_status(wait.entry, TaskStatus("t1", "completed", raw=raw), 0)
+        again = accept(table, "t2")
+        response = Response(CaptioningAnalysis("a cat"), model="captioning", raw=raw)
+        table.answer(again.entry, Answer("analyze", response=response), 0)
+        assert again.answer.response is response
+        for task_id in ("t1", "t2"):
+            kept = find(table, task_id)
+            assert json.loads(kept.body) == raw
+            assert kept.response is None
 
     @pytest.mark.parametrize(
         "answer",
         [
-            Answer("session", error=SessionClosedError("closed")),
-            Answer("poll", error=NotFoundError("not found")),
+            Answer("session", SessionClosedError("closed")),
+            Answer("poll", NotFoundError("not found")),
         ],
     )
-    def test_not_when_the_task_itself_had_no_outcome(self, clock, answer):
-        table = build_table(clock)
-        entry, _ = accept(table, "t1")
-        table.answer(entry, answer)
-        assert table.find("t1") is None
+    def test_not_when_the_task_itself_had_no_outcome(self, answer):
+        table = build_table()
+        wait = accept(table, "t1")
+        table.answer(wait.entry, answer, 0)
+        assert find(table, "t1") is None
         assert not table.pending
 
 
 class TestWaits:
-    async def test_a_deadline_ends_one_wait_and_the_entry_stays(self, clock):
-        table = build_table(clock)
-        entry, hasty = accept(table, "t1", deadline=10)
-        patient = table.watch(entry, 20)
-        await clock.advance(10)
-        assert isinstance(hasty.ended, TaskTimeoutError)
-        assert hasty.ended.task_id == "t1"
-        assert "t1" in str(hasty.ended)
-        assert patient.ended is None
+    def test_a_deadline_ends_one_wait_and_the_entry_stays(self):
+        table = build_table()
+        hasty = accept(table, "t1", deadline=10)
+        patient, _ = attach(table, "t1", deadline=20)
+        advance(table, 10)
+        assert isinstance(hasty.answer.error, TaskTimeoutError)
+        assert hasty.answer.error.task_id == "t1"
+        assert "t1" in str(hasty.answer.error)
+        assert patient.answer is None
         assert deliver(table, build_result("t1")) == "resolved"
-        await clock.advance(20)
-        assert patient.ended is None
-        assert len(table.timers) == 0
+        advance(table, 20)
+        assert patient.answer.error is None
+        assert len(table.dues) == 0
 
-    async def test_a_task_nobody_waits_for_rests_and_is_answered_all_the_same(self, clock):
-        table = build_table(clock, answered_seconds=100)
-        _, wait = accept(table, "t1")
-        table.abandon(wait)
-        assert wait.ended is not None
-        await clock.advance(99)
-        assert deliver(table, build_result("t1")) == "resolved"
-        assert table.find("t1").answer is not None
+    def test_a_task_nobody_waits_for_rests_and_is_answered_all_the_same(self):
+        table = build_table(answered_seconds=100)
+        wait = accept(table, "t1")
+        table.abandon(wait, 0)
+        assert wait.answer is not None
+        assert wait.entry.phase is Phase.RESTING
+        assert wait.entry.poll_at is None
+        advance(table, 99)
+        assert deliver(table, build_result("t1"), 99) == "resolved"
+        assert find(table, "t1") is not None
 
-    async def test_a_resting_task_is_forgotten_after_a_while(self, clock):
-        table = build_table(clock, answered_seconds=100)
-        _, wait = accept(table, "t1")
-        table.abandon(wait)
-        await clock.advance(100)
+    def test_a_resting_task_is_forgotten_after_a_while_or_when_there_are_many(self):
+        table = build_table(answered_seconds=100, answered_count=3)
+        for index in range(5):
+            table.leave(accept(table, f"t{index}"), index)
+        assert len(table.resting) == 3
         assert not table.pending
-        assert len(table.timers) == 0
+        advance(table, 104)
+        assert not table.resting
 
-    async def test_a_new_wait_ends_the_rest(self, clock):
-        table = build_table(clock, answered_seconds=100)
-        entry, wait = accept(table, "t1")
-        table.abandon(wait)
-        table.watch(entry, None)
-        await clock.advance(1000)
-        assert table.find("t1") is entry
+    def test_a_new_wait_ends_the_rest_and_polls_at_once(self):
+        table = build_table(answered_seconds=100)
+        wait = accept(table, "t1")
+        table.abandon(wait, 0)
+        again, effects = attach(table, "t1", 50)
+        assert [type(effect) for effect in effects] == [Fetch, Poll]
+        assert effects[1].at_once
+        advance(table, 1000)
+        assert again.entry is wait.entry is table.pending["t1"]
 
-    async def test_abandoned_before_it_was_accepted_it_rests_from_the_202_on(self, clock):
-        table = build_table(clock, answered_seconds=100)
-        entry = Entry(REQUEST)
-        table.abandon(table.watch(entry, None))
-        assert table.register(entry, "t1") is None
+    def test_abandoned_before_it_was_accepted_it_rests_from_the_202_on(self):
+        table = build_table(answered_seconds=100)
+        wait = table.submit(REQUEST)
+        table.abandon(wait, 0)
+        assert table.accept(wait, "t1", 0, deadline=None) == ()
         assert deliver(table, build_result("t1")) == "resolved"
 
-    async def test_a_cancelled_waiter_leaves_nothing_and_wakes_nobody(self, clock):
-        table = build_table(clock)
-        entry, _ = accept(table, "t1")
-        waiters = [asyncio.create_task(entry.change()) for _ in range(3)]
-        await asyncio.sleep(0)
-        waiters[1].cancel()
-        await asyncio.wait([waiters[1]])
-        assert len(entry._waiters) == 2
-        assert not waiters[0].done()
+    def test_dropped_handles_leave_nothing_behind(self):
+        """A handler that long-polls an id attaches and drops a handle again and again."""
+        table = build_table()
+        keeper = accept(table, "t1")
+        for index in range(5000):
+            wait, _ = attach(table, "t1", index, deadline=index + 3600)
+            table.leave(wait, index)
+        assert keeper.entry.waits == [keeper]
+        assert len(table.dues) == 0
+        assert len(table.dues._heap) < 1000
+
+    def test_many_handles_of_one_task_leave_in_any_order(self):
+        table = build_table()
+        waits = [attach(table, "t1", deadline=9)[0] for _ in range(100)]
+        for wait in waits[::3] + waits[1::3]:
+            table.leave(wait, 0)
+            table.leave(wait, 0)
+        assert set(waits[0].entry.waits) == set(waits[2::3])
         deliver(table, build_result("t1"))
-        await asyncio.gather(waiters[0], waiters[2])
+        assert all((wait.answer is not None) == (i % 3 == 2) for i, wait in enumerate(waits))
+
+    def test_ids_that_the_service_never_confirmed_leave_nothing_behind(self):
+        table = build_table()
+        for index in range(1000):
+            wait, _ = attach(table, f"made-up-{index}", deadline=3600)
+            table.take_error(wait.entry, NotFoundError("404", status=404), 0)
+            table.leave(wait, 0)
+        assert not table.pending
+        assert not table.resting
+        assert len(table.dues) == 0
+
+
+class TestGrace:
+    """It begins with the first poll that says *completed*, whatever handles come and go."""
+
+    def test_handles_that_come_and_go_do_not_restart_it(self):
+        table = build_table(result_grace=100)
+        wait, _ = attach(table, "t1", 0)
+        poll(table, wait, "completed", 10)
+        for now in range(20, 110, 30):
+            table.leave(wait, now)
+            advance(table, now)
+            wait, effects = attach(table, "t1", now + 1)
+            assert not any(isinstance(effect, Poll) for effect in effects)
+            poll(table, wait, "completed", now + 2)
+            assert wait.answer is None
+        assert len(table.pending) == 1
+        advance(table, 110)
+        assert isinstance(wait.answer.error, ResultNotDeliveredError)
+
+    def test_over_while_nobody_waited_it_ends_the_next_handle_at_once(self):
+        table = build_table(result_grace=100)
+        wait, _ = attach(table, "t1", 0)
+        poll(table, wait, "completed", 10)
+        table.leave(wait, 20)
+        advance(table, 120)
+        wait, _ = attach(table, "t1", 130)
+        assert isinstance(wait.answer.error, ResultNotDeliveredError)
+
+    def test_a_poll_in_flight_counts_although_its_handle_was_dropped(self):
+        table = build_table(result_grace=100)
+        wait = accept(table, "t1")
+        table.leave(wait, 5)
+        poll(table, wait, "completed", 10)
+        again, _ = attach(table, "t1", 110)
+        assert isinstance(again.answer.error, ResultNotDeliveredError)
+
+
+class TestUnknown:
+    def test_a_timeout_says_that_the_service_does_not_know_the_task(self):
+        table = build_table()
+        wait, _ = attach(table, "nosuchtask", 0, deadline=6)
+        table.take_error(wait.entry, NotFoundError("404", status=404), 1)
+        assert wait.entry.status == "unknown"
+        advance(table, 6)
+        assert isinstance(wait.answer.error, TaskTimeoutError)
+        assert "does not know" in str(wait.answer.error)
+
+    def test_a_submitted_task_may_be_unknown_for_a_minute(self):
+        table = build_table()
+        wait = accept(table, "t1", 0)
+        table.take_error(wait.entry, NotFoundError("404", status=404), 30)
+        assert wait.entry.status == "pending"
+        effects = table.take_error(wait.entry, NotFoundError("404", status=404), 61)
+        assert wait.entry.status == "unknown"
+        assert [type(effect) for effect in effects] == [Changed, Poll]
 
 
 class TestOneEntryPerTask:
-    """A 202 may name a task that was taken up by its id before."""
+    """A 202 may name a task that was attached by its id before."""
 
-    async def test_waits_move_to_the_entry_that_is_there(self, clock):
-        table = build_table(clock)
-        known, early = accept(table, "t1", deadline=50)
-        entry = Entry(REQUEST)
-        late = table.watch(entry, 5)
-        assert table.register(entry, "t1") is None  # its polls are under way
-        assert table.find("t1") is known
-        await clock.advance(5)
-        assert late.ended is not None
-        assert early.ended is None
+    def test_waits_move_to_the_entry_that_is_there(self):
+        table = build_table()
+        early = accept(table, "t1", deadline=50)
+        late = table.submit(REQUEST)
+        effects = table.accept(late, "t1", 0, deadline=5)
+        assert [type(effect) for effect in effects] == [Changed]  # its polls are under way
+        assert late.entry is early.entry
+        advance(table, 5)
+        assert late.answer is not None
+        assert early.answer is None
         deliver(table, build_result("t1"))
-        assert early.entry.answer is late.entry.answer is not None
+        assert early.answer.body is not None
 
-    async def test_an_answer_that_is_there_is_theirs_at_once(self, clock):
-        table = build_table(clock)
+    def test_an_answer_that_is_there_is_theirs_at_once(self):
+        table = build_table()
         accept(table, "t1")
         deliver(table, build_result("t1"))
-        entry = Entry(REQUEST)
-        wait = table.watch(entry, None)
-        waiter = asyncio.create_task(entry.change())
-        await asyncio.sleep(0)
-        assert table.register(entry, "t1") is None
-        await waiter
-        assert wait.entry.answer.data is not None
+        wait = table.submit(REQUEST)
+        (ended,) = table.accept(wait, "t1", 0, deadline=9)
+        assert ended.waits == [wait]
+        assert wait.answer.body is not None
+        assert wait.due is None
 
-    async def test_a_resting_task_is_asked_for_again(self, clock):
-        table = build_table(clock, answered_seconds=100)
-        known, wait = accept(table, "t1")
-        table.abandon(wait)
-        entry = Entry(REQUEST)
-        table.watch(entry, None)
-        assert table.register(entry, "t1") is known
-        await clock.advance(1000)
-        assert table.find("t1") is known
+    def test_a_resting_task_is_polled_again(self):
+        table = build_table(answered_seconds=100)
+        first = accept(table, "t1")
+        table.abandon(first, 0)
+        wait = table.submit(REQUEST)
+        effects = table.accept(wait, "t1", 0, deadline=None)
+        assert Poll in [type(effect) for effect in effects]
+        assert wait.entry is first.entry
+        advance(table, 1000)
+        assert table.pending["t1"] is wait.entry
+
+
+class TestEnd:
+    def test_what_is_pending_or_comes_later_fails_and_nothing_is_retained(self):
+        table = build_table()
+        resting = accept(table, "t0")
+        table.leave(resting, 0)
+        waits = [accept(table, "t1"), accept(table, "t2", deadline=9)]
+        submitting = table.submit(REQUEST)
+        table.end(lambda task_id: SessionClosedError("closed", task_id=task_id), 0)
+        waits.append(attach(table, "t0")[0])
+        waits.append(attach(table, "t3")[0])
+        table.accept(submitting, "t4", 0, deadline=9)
+        waits.append(submitting)
+        assert [wait.answer.error.task_id for wait in waits] == ["t1", "t2", "t0", "t3", "t4"]
+        table.clear()
+        assert not table.pending
+        assert [len(table.resting), len(table.answered), len(table.parked)] == [0, 0, 0]

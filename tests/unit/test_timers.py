@@ -1,123 +1,109 @@
-"""The heap of what is due, and the many callbacks behind one timer of the clock."""
+"""The heap of what is due, and the shelves whose values expire."""
 
-import asyncio
 import random
+import time
 
-import pytest
+import attrs
 
-from cloudinary_analyze._clock import SYSTEM_CLOCK
-from cloudinary_analyze._tasks.timers import BURST, DueHeap, Timers
+from cloudinary_analyze._tasks.timers import SLACK, DueHeap, Shelf
 
 
-def call(callback):
-    callback()
+@attrs.define(eq=False)
+class Item:
+    due: float | None = None
+
+    def __lt__(self, _):
+        return False
+
+
+def build_heap(dues=()):
+    heap = DueHeap(lambda item: item.due)
+    items = [Item(float(due)) for due in dues]
+    for item in items:
+        heap.push(item.due, item)
+    return heap, items
+
+
+def drain(heap):
+    given = []
+    while heap.next_due() is not None:
+        given.append(heap.pop())
+    return given
 
 
 class TestDueHeap:
-    def test_gives_the_oldest_due_first(self):
-        heap = DueHeap()
+    def test_gives_the_earliest_first_also_with_equal_instants(self):
         chance = random.Random(1)
-        dues = [chance.randrange(50) for _ in range(500)]
-        for index, due in enumerate(dues):
-            heap.push(due, (due, index))
-        given = [heap.pop() for _ in dues if heap.next_due() is not None]
-        assert [due for due, _ in given] == sorted(dues)
-        assert len(set(given)) == len(dues)
-        assert heap.next_due() is None
+        heap, items = build_heap(chance.randrange(50) for _ in range(500))
+        given = drain(heap)
+        assert [item.due for item in given] == sorted(item.due for item in items)
+        assert len(set(map(id, given))) == 500
 
-    def test_what_is_discarded_is_never_given_and_does_not_pile_up(self):
-        heap = DueHeap()
+    def test_what_has_another_instant_or_none_is_not_given(self):
+        heap, items = build_heap(range(6))
+        items[0].due = None
+        items[2].due = None
+        items[1].due = 10.0
+        heap.push(items[1].due, items[1])
+        assert len(heap) == 4
+        assert drain(heap) == [items[3], items[4], items[5], items[1]]
+
+    def test_stale_pairs_do_not_accumulate(self):
+        heap, (keeper,) = build_heap([2e9])
+        for index in range(20_000):
+            item = Item(1e9 + index)
+            heap.push(item.due, item)
+            item.due = None
+        assert len(heap._heap) <= 2 * SLACK + 2
+        assert drain(heap) == [keeper]
+
+    def test_a_hundred_thousand_stale_pairs_are_skipped_in_one_pass(self):
+        heap, items = build_heap(range(100_000))
+        for item in items[:-1]:
+            item.due = None
+        begun = time.thread_time()
+        assert heap.next_due() == 99_999
+        assert time.thread_time() - begun < 0.05
+        assert len(heap._heap) == 1
+
+
+class TestShelf:
+    def test_time_bounds_what_is_kept(self):
+        shelf = Shelf(10.0)
+        shelf.put("a", 1, 0)
+        shelf.put("b", 2, 5)
+        assert shelf.expire(9) is None
+        assert shelf.next_due() == 10
+        assert [shelf.expire(15), shelf.expire(15), shelf.expire(15)] == ["a", "b", None]
+        assert shelf.next_due() is None
+
+    def test_count_and_bytes_bound_what_is_kept_and_the_oldest_go_first(self):
+        shelf = Shelf(10.0, 3, 100)
+        assert shelf.put("a", 1, 0, size=40) == ()
+        assert shelf.put("b", 2, 0, size=40) == ()
+        assert shelf.put("c", 3, 0, size=70) == ["a", "b"]
+        assert shelf.put("d", 4, 0, size=101) == ("d",)
+        assert (shelf.get("c"), shelf.bytes, len(shelf)) == (3, 70, 1)
+        for key in "efg":
+            shelf.put(key, key, 0)
+        assert [key for key in "cefg" if key in shelf] == ["e", "f", "g"]
+        assert shelf.bytes == 0
+
+    def test_putting_a_key_again_makes_it_the_youngest_and_counts_it_once(self):
+        shelf = Shelf(10.0, 2, 100)
+        shelf.put("a", 1, 0, size=30)
+        shelf.put("b", 2, 1, size=30)
+        shelf.put("a", 3, 2, size=50)
+        assert shelf.put("c", 4, 3, size=5) == ["b"]
+        assert (shelf.get("a"), shelf.bytes) == (3, 55)
+        assert (shelf.pop("a"), shelf.pop("a"), shelf.bytes) == (3, None, 5)
+
+    def test_a_hundred_thousand_that_expire_together_are_removed_in_linear_time(self):
+        shelf = Shelf(10.0)
         for index in range(100_000):
-            heap.discard(heap.push(1e9 + index, "discarded"))
-        heap.push(2e9, "kept")
-        assert len(heap) == 1
-        assert len(heap._heap) < 1000
-        assert heap.next_due() == 2e9
-        assert heap.pop() == "kept"
-
-    def test_discarding_twice_or_after_the_pop_is_harmless(self):
-        heap = DueHeap()
-        node = heap.push(1, "a")
-        other = heap.push(2, "b")
-        heap.discard(node)
-        heap.discard(node)
-        assert heap.next_due() == 2
-        assert heap.pop() == "b"
-        heap.discard(other)
-        assert len(heap) == 0
-
-    def test_clear_discards_all_and_nodes_stay_harmless(self):
-        heap = DueHeap()
-        node = heap.push(1, "a")
-        heap.clear()
-        heap.discard(node)
-        assert len(heap) == 0
-        assert heap.next_due() is None
-
-
-class TestTimers:
-    async def test_callbacks_run_at_their_instants_in_order(self, clock):
-        timers, ran = Timers(clock, call), []
-        for when in (3, 1, 2, 1.5):
-            timers.push(when, lambda when=when: ran.append((when, clock.now)))
-        await clock.advance(2)
-        assert ran == [(1, 1), (1.5, 1.5), (2, 2)]
-        await clock.advance(1)
-        assert ran[-1] == (3, 3)
-
-    async def test_a_cancelled_callback_never_runs(self, clock):
-        timers, ran = Timers(clock, call), []
-        node = timers.push(1, lambda: ran.append("cancelled"))
-        timers.push(2, lambda: ran.append("kept"))
-        timers.discard(node)
-        await clock.advance(5)
-        assert ran == ["kept"]
-
-    async def test_a_callback_may_set_timers_that_are_due_before_all_others(self, clock):
-        timers, ran = Timers(clock, call), []
-
-        def first():
-            ran.append("first")
-            timers.push(clock.now, lambda: ran.append("at once"))
-            timers.push(2, lambda: ran.append("second"))
-
-        timers.push(1, first)
-        timers.push(3, lambda: ran.append("third"))
-        await clock.advance(5)
-        assert ran == ["first", "at once", "second", "third"]
-
-    async def test_one_that_raises_does_not_stop_the_others(self, clock):
-        timers, ran = Timers(clock, call), []
-
-        def fail():
-            raise ValueError("the callback broke")
-
-        timers.push(1, fail)
-        timers.push(1, lambda: ran.append("same instant"))
-        timers.push(2, lambda: ran.append("later"))
-        with pytest.raises(ValueError, match="broke"):
-            await clock.advance(5)
-        await clock.advance(5)
-        assert ran == ["same instant", "later"]
-
-    async def test_thousands_at_one_instant_leave_the_loop_room(self):
-        """Deadlines of tasks that were submitted together must not stop the loop."""
-        timers, ran = Timers(SYSTEM_CLOCK, call), []
-        now = SYSTEM_CLOCK.monotonic()
-        for index in range(5 * BURST):
-            timers.push(now, lambda index=index: ran.append(index))
-        progress = []
-        while len(ran) < 5 * BURST:
-            progress.append(len(ran))
-            await asyncio.sleep(0)
-        assert sorted(ran) == list(range(5 * BURST))
-        assert len(set(progress)) >= 5
-
-    async def test_close_forgets_everything(self, clock):
-        timers, ran = Timers(clock, call), []
-        node = timers.push(1, lambda: ran.append("late"))
-        timers.clear()
-        timers.discard(node)
-        await clock.advance(5)
-        assert not ran
-        assert clock.next_at is None
+            shelf.put(str(index), index, 0)
+        begun = time.thread_time()
+        while shelf.expire(10) is not None:
+            pass
+        assert time.thread_time() - begun < 1
+        assert not shelf
