@@ -1,13 +1,17 @@
-"""Which failed attempts are repeated, and when. Pure; the only file that knows backoff.
+"""What an error means: retry, slow down, stop, or record. Pure; the only file that knows backoff.
 
-Of backoff only the wait generators are used: its decorators hold policy at import time, sleep by
-themselves, and their jitter may wait less than the server asked for.
+`find_rule` holds the table for HTTP statuses. It judges the response of a call and the failure of
+a task alike. Of backoff only the wait generators are used: its decorators hold policy at import
+time, sleep by themselves, and their jitter may wait less than the server asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from enum import Enum
 from typing import Final
+
+import attrs
 
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
@@ -21,15 +25,133 @@ from cloudinary_analyze.errors import (
     PermissionDeniedError,
     QuotaExceededError,
     RateLimitedError,
+    RemoteError,
     ServerError,
     SessionStateError,
     TaskFailedError,
     TransportError,
 )
+from cloudinary_analyze.responses import Limit
 
-FINAL_STATUSES: Final = frozenset({400, 413, 415, 422})
+QUOTA_CODES: Final = frozenset({"MA_00008"})  # documented for an exhausted quota
 SERVER_JITTER = 0.1  # of the wait that the server asked for, on top of it
 LEAST_SERVER_JITTER = 0.25  # seconds
+
+
+class Stop(Enum):
+    """What an error makes pointless to send."""
+
+    EVERYTHING = "everything"
+    FEATURE = "feature"  # the models that share the add-on's quota
+    MODEL = "model"
+
+
+@attrs.frozen(kw_only=True)
+class Rule:
+    """What an HTTP status means, of a call's response or of a failed task.
+
+    Attributes:
+        error: The class of a call's error. A task's is `TaskFailedError`, unless its quota is
+            used up.
+        retriable: Whether another attempt may succeed soon.
+        ambiguous: Whether the service may have analysed, and charged, all the same.
+        throttle: Whether the whole session slows down.
+        permanent: Whether the same request fails at any later time, so that a ledger records it.
+        stop: What else would fail with the same error.
+    """
+
+    error: type[ApiError]
+    retriable: bool = False
+    ambiguous: bool = False
+    throttle: bool = False
+    permanent: bool = False
+    stop: Stop | None = None
+
+
+_REFUSED: Final = Rule(error=BadRequestError)
+_INVALID: Final = Rule(error=BadRequestError, permanent=True)
+_LIMITED: Final = Rule(error=RateLimitedError, retriable=True, throttle=True)
+_BROKEN: Final = Rule(error=ServerError, retriable=True)
+_UNCERTAIN: Final = Rule(error=ServerError, retriable=True, ambiguous=True)
+_UNEXPECTED: Final = Rule(error=ServerError)  # a redirect stays one
+_UNKNOWN_SUCCESS: Final = Rule(error=ServerError, ambiguous=True)  # 2xx but 200 and 202
+
+QUOTA: Final = Rule(error=QuotaExceededError, stop=Stop.FEATURE)
+RULES: Final[Mapping[int, Rule]] = {
+    400: _INVALID,
+    401: Rule(error=AuthenticationError, stop=Stop.EVERYTHING),
+    403: Rule(error=PermissionDeniedError, stop=Stop.MODEL),
+    404: Rule(error=NotFoundError, permanent=True),  # see `is_final`
+    408: _BROKEN,
+    413: _INVALID,
+    415: _INVALID,
+    420: _LIMITED,
+    422: _INVALID,
+    423: _BROKEN,
+    429: _LIMITED,
+    500: _UNCERTAIN,
+    502: _UNCERTAIN,
+    503: _BROKEN,  # with Retry-After it also throttles; see `is_throttle`
+    504: _UNCERTAIN,
+}
+# a notification may report a failure without its status
+_CATEGORIES: Final[Mapping[str | None, int]] = {
+    "user_error": 400,
+    "auth_error": 403,
+    "rate_limit_error": 429,
+    "server_error": 503,
+}
+
+
+def find_rule(status: int) -> Rule:
+    """Return what a status means."""
+    rule = RULES.get(status)
+    if rule is not None:
+        return rule
+    if status >= 500:
+        return _BROKEN
+    if status >= 400:
+        return _REFUSED
+    return _UNKNOWN_SUCCESS if 200 <= status < 300 else _UNEXPECTED
+
+
+def _judge(error: RemoteError) -> Rule:
+    """Return what an error means that the service reported, for a call or for a task.
+
+    The failure of a task without any known cause counts as permanent: the service says no more.
+    """
+    if isinstance(error, QuotaExceededError):
+        return QUOTA
+    if isinstance(error, TaskFailedError):
+        status = error.status if error.status >= 400 else _CATEGORIES.get(error.category, 400)
+        return find_rule(status)
+    if error.status:
+        return find_rule(error.status)
+    return next((rule for rule in RULES.values() if rule.error is type(error)), _UNEXPECTED)
+
+
+def is_exhausted(
+    status: int,
+    category: str | None,
+    code: str | None,
+    limits: Iterable[Limit],
+    feature: str | None,
+) -> bool:
+    """Whether a refusal means that the quota of the add-on is used up, and not the rate limit.
+
+    Args:
+        status: HTTP status of the call or of the failed task; 0 if unknown.
+        category: The error's category, which stands in for an unknown status.
+        code: The error's code.
+        limits: What was sent along.
+        feature: The model's add-on feature; ``None`` if it is not known.
+    """
+    if (status if status >= 400 else _CATEGORIES.get(category)) != 429:
+        return False
+    left = [limit.remaining for limit in limits if feature in {None, limit.type}]
+    used_up = [remaining is not None and remaining <= 0 for remaining in left]
+    # of an unknown feature, any of the limits may be the one that was hit
+    return code in QUOTA_CODES or (any(used_up) if feature else bool(used_up) and all(used_up))
 
 
 def prepare() -> None:
@@ -48,23 +170,20 @@ def build_waits(settings: Settings) -> Iterator[float]:
 
 
 def is_retriable(error: AnalyzeError, *, retry_ambiguous: bool) -> bool:
-    """Whether another attempt may succeed and may be made."""
+    """Whether another attempt of a call may succeed and may be made."""
     if error.ambiguous and not retry_ambiguous:
         return False
     if isinstance(error, TransportError):
         return not error.permanent
-    if isinstance(error, QuotaExceededError):
-        return False
-    if isinstance(error, ServerError):
-        return error.status >= 400  # a redirect stays one
-    return isinstance(error, RateLimitedError)
+    return isinstance(error, ApiError) and _judge(error).retriable
 
 
 def is_throttle(error: AnalyzeError) -> bool:
     """Whether the service asked everybody to slow down: 429, 420, or 503 with Retry-After."""
-    if isinstance(error, RateLimitedError):
-        return not isinstance(error, QuotaExceededError)
-    return isinstance(error, ServerError) and error.status == 503 and error.retry_after is not None
+    if not isinstance(error, ApiError):
+        return False
+    asked = error.status == 503 and error.retry_after is not None
+    return asked or _judge(error).throttle
 
 
 def compute_wait(own_wait: float, retry_after: float | None, *, chance: float) -> float:
@@ -122,28 +241,30 @@ def asks_for_more(error: Exception, seconds: float) -> bool:
 
 
 def is_final(error: AnalyzeError) -> bool:
-    """Whether the same request would fail alike at any later time, so that it is recorded.
+    """Whether the same request fails at any later time, so that a ledger records the error.
 
     A 404 counts if it answers an analyze call in the service's own words: a proxy may say 404
-    for reasons of the moment, and a status poll's tells of a task.
+    for a moment, and a status poll's 404 concerns a task.
     """
-    if isinstance(error, BadRequestError):
-        return error.status in FINAL_STATUSES
     if isinstance(error, NotFoundError):
         return error.model is not None and bool(error.api_message or error.code or error.details)
-    return isinstance(error, TaskFailedError)
+    return isinstance(error, RemoteError) and _judge(error).permanent
 
 
-_STOPPING = (
-    AuthenticationError,
-    PermissionDeniedError,
-    QuotaExceededError,
-    SessionStateError,
+_STOPPING: Final = (
     ConfigurationError,
     LedgerError,
+    SessionStateError,
 )
 
 
+def find_stop(error: Exception, settings: Settings) -> Stop | None:
+    """Return what would fail with the same error from now on; ``None``: this item only."""
+    if isinstance(error, _STOPPING) or asks_for_more(error, settings.max_server_wait):
+        return Stop.EVERYTHING
+    return _judge(error).stop if isinstance(error, RemoteError) else None
+
+
 def stops_the_stream(error: Exception, settings: Settings) -> bool:
-    """Whether an error would fail every further item alike."""
-    return isinstance(error, _STOPPING) or asks_for_more(error, settings.max_server_wait)
+    """Whether an error ends a bulk stream of one model."""
+    return find_stop(error, settings) is not None

@@ -17,7 +17,7 @@ from cloudinary_analyze._clock import Clock
 from cloudinary_analyze._policy import is_final
 from cloudinary_analyze._tasks.handle import AnalysisTask, follow
 from cloudinary_analyze._tasks.tracker import Tracker
-from cloudinary_analyze._wire.protocol import Accepted, find_result, read_analysis_data
+from cloudinary_analyze._wire.protocol import Accepted, read_result
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
     AnalyzeError,
@@ -27,7 +27,7 @@ from cloudinary_analyze.errors import (
 )
 from cloudinary_analyze.protocols import Ledger, LedgerRecord
 from cloudinary_analyze.requests import AnalyzeRequest, KeyBuilder
-from cloudinary_analyze.responses import JSONObject, Response, TaskStatus
+from cloudinary_analyze.responses import JSONObject, Response
 
 Item = TypeVar("Item")
 A = TypeVar("A")
@@ -46,10 +46,7 @@ def restore_response(request: AnalyzeRequest[A], raw: JSONObject) -> Response[A]
     Raises:
         ResponseDecodeError: It holds no analysis of the request's model.
     """
-    data = find_result(TaskStatus("", "", raw=raw)) or raw.get("data")
-    return read_analysis_data(
-        request.model, request.analysis_type, data if isinstance(data, dict) else {}, raw
-    )
+    return read_result(request.model, request.analysis_type, raw)
 
 
 # (response, error); None if who asked was cancelled

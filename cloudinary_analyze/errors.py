@@ -1,37 +1,36 @@
 """The whole error tree. Everything that this package raises on purpose is an `AnalyzeError`.
 
 Three families are never mixed: the call did not get through (`TransportError`,
-`ResponseDecodeError`), the service said no (`ApiError`, `TaskFailedError`), and our own wait
-ended (`CallTimeoutError`, `TaskTimeoutError`, `ResultNotDeliveredError`). Errors also inherit the
-fitting built-in, survive pickling, and hold no secret.
+`ResponseDecodeError`), the service reported an error (`RemoteError`: `ApiError` for a call,
+`TaskFailedError` for a task), and our own wait ended (`CallTimeoutError`, `TaskTimeoutError`,
+`ResultNotDeliveredError`). Errors also subclass the matching built-in, can be pickled, and never
+contain secrets. Text from outside is shortened and escaped before it enters a message.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, Self
+from copy import copy
+from typing import Any, Final, TypedDict, Unpack
 
 from cloudinary_analyze.responses import Limit, TaskStatus
 
-SHOWN_BODY: Final = 200  # characters of a raw body that `str(error)` shows
+SHOWN_BODY: Final = 200  # characters of external text that a message shows
 
 
 class AnalyzeError(Exception):
     """The root of all errors of this package.
 
     Attributes:
-        message: What happened, what it means, and what to do, as a sentence.
-        ambiguous: Whether the service may have accepted (and charged) the request although no
-            answer arrived. Repeating it may cost quota again.
+        message: What happened, what it means, and what to do.
+        ambiguous: Whether the service may have accepted (and charged) the request although its
+            response is not available. Repeating the request may cost quota again.
     """
 
-    ambiguous: bool = False
-
-    def __init__(self, message: str, **fields: Any) -> None:
+    def __init__(self, message: str, *, ambiguous: bool = False) -> None:
         super().__init__(message)
         self.message = message
-        for name, value in fields.items():
-            setattr(self, name, value)
+        self.ambiguous = ambiguous
 
     def __str__(self) -> str:
         if self.ambiguous:
@@ -39,7 +38,7 @@ class AnalyzeError(Exception):
         return self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # keyword-only constructors do not survive the default protocol
+        # the default protocol cannot rebuild a constructor with keyword-only arguments
         return _rebuild_error, (type(self), self.args), self.__dict__
 
 
@@ -54,7 +53,7 @@ class ConfigurationError(AnalyzeError, ValueError):
 
 
 class InvalidRequestError(AnalyzeError, ValueError):
-    """A request cannot be right as it was built. Nothing was sent."""
+    """A request is invalid as it was built. Nothing was sent."""
 
 
 class ForeignCancellationError(AnalyzeError):
@@ -85,77 +84,130 @@ class SessionClosedError(SessionStateError):
     """The session was closed: before this call, or while this task was pending.
 
     Attributes:
-        task_id: The task that was pending; `AnalyzeSession.task` takes it up again. ``None`` if
-            there was none yet.
+        task_id: The task that was pending; `AnalyzeSession.task` re-attaches it. ``None`` if
+            the service had not accepted one yet.
     """
 
-    task_id: str | None = None
+    def __init__(
+        self, message: str, *, task_id: str | None = None, ambiguous: bool = False
+    ) -> None:
+        super().__init__(message, ambiguous=ambiguous)
+        self.task_id = task_id
 
 
 class TransportError(AnalyzeError, ConnectionError):
-    """No answer came over the network, after every attempt that the settings allow.
+    """No response came over the network, after every attempt that the settings allow.
 
     Attributes:
         attempts: How many attempts were made.
-        ambiguous: Whether an attempt was sent and left unanswered.
-        permanent: Whether another attempt cannot fare better (a certificate is refused, say).
+        permanent: Whether another attempt cannot succeed (for example, a certificate is refused).
     """
 
-    attempts: int = 1
-    permanent: bool = False
+    def __init__(
+        self,
+        message: str,
+        *,
+        attempts: int = 1,
+        permanent: bool = False,
+        ambiguous: bool = False,
+    ) -> None:
+        super().__init__(message, ambiguous=ambiguous)
+        self.attempts = attempts
+        self.permanent = permanent
 
 
 class AttemptTimeoutError(TransportError, TimeoutError):
-    """The last attempt's connect or read timeout ran out (real seconds)."""
+    """The last attempt's connect or read timeout expired (real seconds)."""
 
 
 class CallTimeoutError(AnalyzeError, TimeoutError):
-    """The time for the whole call (``timeout=``) ran out; ``__cause__`` is the last failure.
+    """The time for the whole call (``timeout=``) expired; ``__cause__`` is the last failure.
 
     Attributes:
         attempts: How many attempts were made; 0 if the call was still queueing for a permit.
     """
 
-    attempts: int = 0
+    def __init__(self, message: str, *, attempts: int = 0, ambiguous: bool = False) -> None:
+        super().__init__(message, ambiguous=ambiguous)
+        self.attempts = attempts
 
 
-class ApiError(AnalyzeError):
-    """The service answered with an error.
+class RemoteFields(TypedDict, total=False):
+    """The keyword arguments of every `RemoteError`."""
+
+    status: int
+    code: str | None
+    category: str | None
+    api_message: str | None
+    details: Mapping[str, Any] | None
+    request_id: str | None
+    retry_after: float | None
+    limits: tuple[Limit, ...]
+    raw_body: bytes
+    model: str | None
+    attempts: int
+    ambiguous: bool
+
+
+class RemoteError(AnalyzeError):
+    """The service reported an error: for a call (`ApiError`) or for a task (`TaskFailedError`).
 
     Attributes:
-        status: HTTP status.
-        code: The service's code, such as ``MA_00003``, if there was one.
+        status: HTTP status, of the response or as the task's notification states it; 0 if unknown.
+        code: The service's code, such as ``MA_00003``.
         category: ``user_error``, ``auth_error``, ``server_error``, ``rate_limit_error``, or
-            whatever else was sent.
+            any other category as received.
         api_message: The service's own message.
         details: The error's free object; the useful text is often only here.
         request_id: For the vendor's support.
-        retry_after: Seconds that the server asked to wait, if it did.
-        limits: The quotas that the answer told of.
+        retry_after: Seconds that the service asked to wait.
+        limits: The quotas that were sent along.
         raw_body: The whole body as received.
-        model: The model that was asked; ``None`` outside of analyze calls.
+        model: The model that was asked for; ``None`` if unknown.
         attempts: How many attempts were made.
     """
 
-    status: int = 0
-    code: str | None = None
-    category: str | None = None
-    api_message: str | None = None
-    details: Mapping[str, Any] | None = None
-    request_id: str | None = None
-    retry_after: float | None = None
-    limits: tuple[Limit, ...] = ()
-    raw_body: bytes = b""
-    model: str | None = None
-    attempts: int = 1
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 0,
+        code: str | None = None,
+        category: str | None = None,
+        api_message: str | None = None,
+        details: Mapping[str, Any] | None = None,
+        request_id: str | None = None,
+        retry_after: float | None = None,
+        limits: tuple[Limit, ...] = (),
+        raw_body: bytes = b"",
+        model: str | None = None,
+        attempts: int = 1,
+        ambiguous: bool = False,
+    ) -> None:
+        super().__init__(message, ambiguous=ambiguous)
+        self.status = status
+        self.code = code
+        self.category = category
+        self.api_message = api_message
+        self.details = details
+        self.request_id = request_id
+        self.retry_after = retry_after
+        self.limits = limits
+        self.raw_body = raw_body
+        self.model = model
+        self.attempts = attempts
+
+
+class ApiError(RemoteError):
+    """The service answered a call with an error."""
 
 
 class BadRequestError(ApiError, ValueError):
-    """400, 413, 415, 422 and other refusals of what was asked: the same call never succeeds."""
+    """400, 413, 415, 422 and other refusals of the request: the same call never succeeds."""
 
 
 class AuthenticationError(ApiError, PermissionError):
-    """401: the credentials are not those of this cloud."""
+    """401: the credentials do not belong to this cloud."""
 
 
 class PermissionDeniedError(ApiError, PermissionError):
@@ -165,28 +217,47 @@ class PermissionDeniedError(ApiError, PermissionError):
         feature: The add-on feature that is not subscribed, if the service named it.
     """
 
-    feature: str | None = None
+    def __init__(
+        self, message: str, *, feature: str | None = None, **fields: Unpack[RemoteFields]
+    ) -> None:
+        super().__init__(message, **fields)
+        self.feature = feature
 
 
 class NotFoundError(ApiError, LookupError):
-    """404: no such task, asset, cloud or model."""
+    """404: the task, asset, cloud or model is unknown."""
 
 
 class RateLimitedError(ApiError):
-    """429 or 420: too fast. Retried with a pause of the whole session before it is raised."""
+    """429 or 420: too many requests. Retried after pauses of the session before it is raised."""
 
 
 class QuotaExceededError(RateLimitedError):
-    """429 ``MA_00008``: the add-on's quota is used up. Not retried; nothing was analysed.
+    """429 with an exhausted quota, of a call or of a task. Not retried; nothing was analysed.
+
+    It is recognised by limits that show nothing left for the model's feature, or by the
+    documented code ``MA_00008``.
 
     Attributes:
         feature: The feature whose quota is used up.
-        reset_time: Unix seconds when the quota is renewed, if the service told; the live service
-            has not been seen to.
+        reset_time: Unix seconds when the quota is renewed, if the service sent it; the live
+            service has not been seen to.
+        task_id: The task that failed for it; ``None`` for a call.
     """
 
-    feature: str | None = None
-    reset_time: float | None = None
+    def __init__(
+        self,
+        message: str,
+        *,
+        feature: str | None = None,
+        reset_time: float | None = None,
+        task_id: str | None = None,
+        **fields: Unpack[RemoteFields],
+    ) -> None:
+        super().__init__(message, **fields)
+        self.feature = feature
+        self.reset_time = reset_time
+        self.task_id = task_id
 
 
 class ServerError(ApiError):
@@ -194,123 +265,183 @@ class ServerError(ApiError):
 
 
 class ResponseDecodeError(AnalyzeError, ValueError):
-    """The answer cannot be read: no JSON, cut short, too long, or of another shape.
+    """The response cannot be read: invalid JSON, truncated, too long, or of another shape.
+
+    ``ambiguous`` is true where the unreadable response says that the request was accepted.
 
     Attributes:
         status: HTTP status.
-        path: Where in the JSON, such as ``$.data.analysis.data.caption``; ``None`` if no JSON.
-        raw_body: The body as received; empty if it was over the limit.
+        path: Where in the JSON, such as ``$.data.analysis.data.caption``; ``None`` if it is not
+            JSON.
+        raw_body: The body as received; its beginning if it exceeded the limit.
         request_id: For the vendor's support.
-        model: The model that was asked; ``None`` outside of analyze calls.
-        retry_after: Always ``None``: reading it again would not help.
+        model: The model that was asked for; ``None`` outside of analyze calls.
     """
 
-    status: int = 0
-    path: str | None = None
-    raw_body: bytes = b""
-    request_id: str | None = None
-    model: str | None = None
-    retry_after: float | None = None
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 0,
+        path: str | None = None,
+        raw_body: bytes = b"",
+        request_id: str | None = None,
+        model: str | None = None,
+        ambiguous: bool = False,
+    ) -> None:
+        super().__init__(message, ambiguous=ambiguous)
+        self.status = status
+        self.path = path
+        self.raw_body = raw_body
+        self.request_id = request_id
+        self.model = model
 
 
-class TaskFailedError(AnalyzeError):
+class TaskFailedError(RemoteError):
     """The remote work failed.
+
+    An exhausted quota raises `QuotaExceededError` instead, as it does for a call.
 
     Attributes:
         task_id: The task.
-        cause_known: Whether the notification that says why arrived. Without it only the status
-            is known, and the fields below are ``None``.
-        status: The HTTP status that the synchronous call would have had.
-        code: See `ApiError`.
-        category: See `ApiError`.
-        api_message: See `ApiError`.
-        details: See `ApiError`.
-        request_id: See `ApiError`.
+        cause_known: Whether the notification with the reason arrived. Without it only the
+            failure is known, and the fields of `RemoteError` are empty.
     """
 
-    task_id: str = ""
-    cause_known: bool = True
-    status: int | None = None
-    code: str | None = None
-    category: str | None = None
-    api_message: str | None = None
-    details: Mapping[str, Any] | None = None
-    request_id: str | None = None
+    def __init__(
+        self,
+        message: str,
+        *,
+        task_id: str = "",
+        cause_known: bool = True,
+        **fields: Unpack[RemoteFields],
+    ) -> None:
+        super().__init__(message, **fields)
+        self.task_id = task_id
+        self.cause_known = cause_known
 
 
 class TaskTimeoutError(AnalyzeError, TimeoutError):
-    """This handle's wait ended. The remote work goes on; `AnalyzeSession.task` waits again.
+    """This handle's wait ended. The remote work continues; `AnalyzeSession.task` re-attaches.
 
     Attributes:
         task_id: The task; ``None`` if the service had not accepted it yet.
     """
 
-    task_id: str | None = None
+    def __init__(
+        self, message: str, *, task_id: str | None = None, ambiguous: bool = False
+    ) -> None:
+        super().__init__(message, ambiguous=ambiguous)
+        self.task_id = task_id
 
 
 class ResultNotDeliveredError(AnalyzeError):
     """The service completed the task, but its result never arrived here.
 
-    A status poll brings no result; a notification does. The quota was charged.
+    A status poll carries no result; a notification does. The quota was charged.
 
     Attributes:
         task_id: The task.
-        last_status: What the last poll said.
+        last_status: The status of the last poll.
     """
 
-    task_id: str = ""
-    last_status: TaskStatus | None = None
+    def __init__(
+        self,
+        message: str,
+        *,
+        task_id: str = "",
+        last_status: TaskStatus | None = None,
+        ambiguous: bool = False,
+    ) -> None:
+        super().__init__(message, ambiguous=ambiguous)
+        self.task_id = task_id
+        self.last_status = last_status
 
 
 class NotificationError(AnalyzeError, ValueError):
-    """A webhook that was not accepted. It never touches a task."""
+    """A webhook that was not accepted. It never changes a task."""
 
 
 class InvalidSignatureError(NotificationError):
-    """The signature is missing, garbled, or of none of the known secrets."""
+    """The signature is missing, malformed, or made with none of the configured secrets."""
 
 
 class StaleNotificationError(NotificationError):
-    """The signature is right, but its timestamp is too old or too far in the future."""
+    """The signature is valid, but its timestamp is too old or too far in the future."""
 
 
 class MalformedNotificationError(NotificationError):
-    """The body is no JSON object."""
+    """The body is not a JSON object."""
 
 
 class NotificationSourceError(AnalyzeError):
-    """The notification source ended or cannot go on, so pending tasks cannot be resolved.
+    """The notification source ended or cannot continue, so pending tasks cannot be resolved.
 
     Attributes:
         task_id: The task that was pending, if any.
     """
 
-    task_id: str | None = None
-
-    @classmethod
-    def for_task(cls, task_id: str | None, message: str) -> Self:
-        """Return the error for one pending task."""
-        return cls(message, task_id=task_id)
+    def __init__(
+        self, message: str, *, task_id: str | None = None, ambiguous: bool = False
+    ) -> None:
+        super().__init__(message, ambiguous=ambiguous)
+        self.task_id = task_id
 
 
 class BulkStoppedError(AnalyzeError):
-    """A bulk stream stopped, because an error would have failed every further item alike.
+    """A bulk stream stopped, because every remaining item would fail with the same error.
 
-    ``__cause__`` and `reason` are that error. Items not yet sent were not sent.
+    Items not yet sent were not sent.
 
     Attributes:
-        reason: The error that stopped the stream.
+        reason: The error that stopped the stream; also ``__cause__``. A pickled copy carries an
+            `AnalyzeError` with its text if the original cannot be pickled.
     """
 
-    reason: AnalyzeError | None = None
+    def __init__(
+        self, message: str, *, reason: Exception | None = None, ambiguous: bool = False
+    ) -> None:
+        super().__init__(message, ambiguous=ambiguous)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rebuild, arguments, state = super().__reduce__()
+        return rebuild, arguments, {**state, "reason": _make_portable(self.reason)}
+
+
+def _make_portable(error: Exception | None) -> Exception | None:
+    """Return the error itself, or its text as an `AnalyzeError` if it does not survive pickling.
+
+    The reason may be of any class: input iterators, ledgers and pacers are foreign code.
+    """
+    if error is None or isinstance(error, AnalyzeError):
+        return error
+    import pickle
+
+    try:
+        pickle.dumps(copy(error))  # a copy is rebuilt as unpickling does
+    except Exception:
+        return AnalyzeError(f"{type(error).__name__}: {shorten(str(error))}")
+    return error
 
 
 class LedgerError(AnalyzeError):
     """The ledger cannot be read or written, or belongs to something else."""
 
 
-def shorten(body: bytes, length: int = SHOWN_BODY) -> str:
-    """Return the beginning of a raw body as text fit for a message."""
-    text = body[: 4 * length].decode("utf-8", "replace")
-    text = " ".join(text.split())
+def shorten(text: bytes | str, length: int = SHOWN_BODY) -> str:
+    """Return the beginning of external text, fit for a message, a log line or a terminal.
+
+    White space becomes single spaces. Everything else that is not printable is escaped: control
+    characters, escape sequences, bidirectional overrides, and what UTF-8 cannot encode.
+    """
+    if isinstance(text, bytes):
+        text = text[: 4 * length].decode("utf-8", "replace")
+    text = " ".join(text[: 4 * length].split())
+    if not text.isprintable():
+        escaped = [
+            char if char.isprintable() else char.encode("unicode_escape").decode()
+            for char in text[: length + 1]
+        ]
+        text = "".join(escaped)
     return text if len(text) <= length else f"{text[:length]}…"

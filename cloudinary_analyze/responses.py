@@ -1,15 +1,17 @@
 """Plain values that came from the service: responses, limits, statuses, deliveries.
 
-Only values enter here: no I/O, no decoding, nothing that knows a model. Hints are resolved
-at run time by `_wire.structure`, so nothing is imported for type checking only.
+Only values enter here: no I/O, and nothing that knows a model. Properties read the received JSON
+when they are asked for. They never raise, whatever the JSON holds. Hints are resolved at run time
+by `_wire.structure`, so nothing is imported for type checking only.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
-from datetime import datetime
-from typing import Any, Generic, TypeVar
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any, Final, Generic, TypeVar
 
 import attrs
 
@@ -39,25 +41,126 @@ class Limit:
     reset_time: datetime | None = attrs.field(default=None, kw_only=True)
 
 
-@attrs.frozen
+DEEPEST_ENVELOPE: Final = 3  # a result in a whole response in ``data``
+
+
+def walk_envelopes(raw: JSONObject) -> Iterator[tuple[str, JSONObject]]:
+    """Yield the path of each object that can hold a result or its limits, outermost first.
+
+    Responses, statuses and notifications nest them under ``data`` and ``result``.
+    """
+    level: list[tuple[str, Any]] = [("$", raw)]
+    for _ in range(DEEPEST_ENVELOPE + 1):
+        inner: list[tuple[str, Any]] = []
+        for path, envelope in level:
+            if isinstance(envelope, Mapping):
+                yield path, envelope
+                inner += [(f"{path}.{key}", envelope.get(key)) for key in ("data", "result")]
+        level = inner
+
+
+def find_string(raw: JSONObject, name: str) -> str | None:
+    """Return the outermost string of a name in the envelopes, or ``None``."""
+    for _, envelope in walk_envelopes(raw):
+        value = envelope.get(name)
+        if isinstance(value, str):
+            return value
+    return None
+
+
+def find_limits(raw: JSONObject) -> tuple[Limit, ...]:
+    """Return the limits that an envelope carries, beside ``data`` or in it."""
+    if limits := read_limits(raw.get("limits")):
+        return limits  # nearly always here, once per call
+    for _, envelope in walk_envelopes(raw):
+        if limits := read_limits(envelope.get("limits")):
+            return limits
+    return ()
+
+
+def read_limits(raw: Any) -> tuple[Limit, ...]:
+    """Read ``limits`` in any of its three shapes: ``addons_quota``, ``items``, ``usage``.
+
+    Entries without a type are skipped; invalid numbers and times are ``None``.
+    """
+    if type(raw) is not dict:
+        return ()
+    entries = raw.get("addons_quota")
+    if type(entries) is not list:
+        entries = raw.get("items")
+    if type(entries) is not list:
+        usage = raw.get("usage")
+        if type(usage) is not dict:
+            return ()
+        entries = [{"type": usage.get("type"), "used_by_request": usage.get("count")}]
+    return tuple([_read_limit(entry) for entry in entries if _has_type(entry)])
+
+
+def _has_type(entry: Any) -> bool:
+    return type(entry) is dict and isinstance(entry.get("type"), str)
+
+
+def _read_limit(entry: JSONObject) -> Limit:
+    reset_time = entry.get("reset_time")
+    return Limit(
+        entry["type"],
+        used_by_request=_read_integer(entry.get("used_by_request")),
+        remaining=_read_integer(entry.get("remaining")),
+        limit=_read_integer(entry.get("limit")),
+        reset_time=_read_time(reset_time) if reset_time else None,
+    )
+
+
+def _read_time(value: Any) -> datetime | None:
+    try:
+        time = datetime.fromisoformat(value)
+        return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _read_integer(value: Any) -> int | None:
+    if type(value) is int:
+        return value
+    if type(value) is float and math.isfinite(value):
+        return int(value)
+    return None
+
+
+@attrs.frozen(repr=False)
 class Response(Generic[A_co]):
-    """The answer to one analysis: the typed analysis and the envelope it came in.
+    """The response to one analysis: the typed analysis, and the JSON that it came in.
 
     Attributes:
         analysis: The typed ``data.analysis`` of the request's model.
         model: The model's name on the wire.
-        entity: What the service says it analysed (the input URL), if told.
-        request_id: The service's id of the request, for support, if told.
-        limits: What the answer says about quotas; empty if it says nothing.
-        raw: The JSON object as received. Nothing that the server sent is missing here.
+        raw: The JSON object as received. It contains everything that the server sent.
     """
 
     analysis: A_co
     model: str = attrs.field(kw_only=True)
-    entity: str | None = attrs.field(default=None, kw_only=True)
-    request_id: str | None = attrs.field(default=None, kw_only=True)
-    limits: tuple[Limit, ...] = attrs.field(default=(), kw_only=True)
-    raw: JSONObject = attrs.field(factory=dict, kw_only=True, repr=False, hash=False)
+    raw: JSONObject = attrs.field(factory=dict, kw_only=True, hash=False)
+
+    @property
+    def entity(self) -> str | None:
+        """What the service analysed according to its response (the input URL)."""
+        return find_string(self.raw, "entity")
+
+    @property
+    def request_id(self) -> str | None:
+        """The service's id of the request, for support."""
+        return find_string(self.raw, "request_id")
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """What the response says about quotas; empty if it says nothing."""
+        return find_limits(self.raw)
+
+    def __repr__(self) -> str:
+        return (
+            f"Response(analysis={self.analysis!r}, model={self.model!r}, "
+            f"entity={self.entity!r}, request_id={self.request_id!r}, limits={self.limits!r})"
+        )
 
 
 @attrs.frozen
@@ -104,10 +207,10 @@ class Delivery:
 
 @attrs.frozen
 class Notification:
-    """A delivery whose signature was verified and whose body was read.
+    """A delivery whose signature was verified and whose body was parsed.
 
     Attributes:
-        task_id: The task that it answers; ``None`` if it is no answer to an analysis task.
+        task_id: The task that it names; ``None`` if it does not belong to an analysis task.
         raw: The JSON object as received.
     """
 
@@ -116,44 +219,45 @@ class Notification:
 
     @property
     def request_id(self) -> str | None:
-        """The service's id of the original request, if told."""
-        request_id = self.raw.get("request_id")
-        return request_id if type(request_id) is str else None
+        """The service's id of the original request."""
+        return find_string(self.raw, "request_id")
 
     @property
     def http_status(self) -> int | None:
-        """The status that the synchronous call would have had, if told."""
-        status = self.raw.get("http_status")
-        return status if type(status) is int else None
+        """The status that the synchronous call would have had."""
+        return _read_integer(self.raw.get("http_status"))
 
     @property
     def data(self) -> JSONObject | None:
-        """``{"entity": …, "analysis": {…}}`` on success."""
+        """On success, usually ``{"entity": …, "analysis": {…}}``."""
         data = self.raw.get("data")
         return data if type(data) is dict else None
 
     @property
+    def limits(self) -> tuple[Limit, ...]:
+        """What the notification says about quotas; empty if it says nothing."""
+        return find_limits(self.raw)
+
+    @property
     def error(self) -> JSONObject | None:
         """The error object on failure."""
-        error = self.raw.get("error")
-        if type(error) is str:
-            return {"message": error}
-        return error if type(error) is dict else None
+        data = self.data
+        for error in (self.raw.get("error"), None if data is None else data.get("error")):
+            if error:
+                return read_error_object(error)
+        return None
 
     @property
     def failed(self) -> bool:
-        """Whether the task failed, by its error object or by its status."""
-        status = self.raw.get("http_status")
-        if type(status) is int and status >= 400:
+        """Whether the task failed, by its HTTP status, its error object or its task status."""
+        if (self.http_status or 0) >= 400 or self.error is not None:
             return True
-        return "error" in self.raw and self.error is not None
-
-    @property
-    def answers_task(self) -> bool:
-        """Whether it ends a task: with an analysis, or with a failure."""
-        return self.task_id is not None and (self.failed or has_analysis(self.data))
+        data = self.data
+        return data is not None and data.get("status") == "failed"
 
 
-def has_analysis(data: JSONObject | None) -> bool:
-    """Whether the ``data`` of a notification carries an analysis."""
-    return data is not None and type(data.get("analysis")) is dict
+def read_error_object(error: Any) -> JSONObject:
+    """Return the fields of an ``error`` in any form."""
+    if isinstance(error, Mapping):
+        return error
+    return {"message": error} if isinstance(error, str) else {"details": error}

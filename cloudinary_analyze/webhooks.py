@@ -29,7 +29,7 @@ from cloudinary_analyze.errors import (
     StaleNotificationError,
     shorten,
 )
-from cloudinary_analyze.responses import Delivery, Notification
+from cloudinary_analyze.responses import Delivery, Notification, find_string
 
 OLDEST: Final = 7200.0
 NEWEST: Final = 300.0
@@ -121,7 +121,8 @@ def _build_age_error(age: float, *, oldest: float, newest: float) -> StaleNotifi
 def parse_notification(body: bytes) -> Notification:
     """Return what a notification says. Verify its signature first.
 
-    Foreign notifications (uploads, say) are read too; their ``task_id`` is ``None``.
+    A notification of any type that names a task belongs to it. Foreign notifications, of uploads
+    for example, are parsed too; their ``task_id`` is ``None``.
 
     Raises:
         MalformedNotificationError: The body is no JSON object.
@@ -130,15 +131,15 @@ def parse_notification(body: bytes) -> Notification:
         raw = loads(body)
     except (ValueError, RecursionError) as error:
         raise MalformedNotificationError(
-            f"The notification is no JSON: {shorten(body)!r}"
+            f"The notification is not valid JSON: '{shorten(body)}'"
         ) from error
     if type(raw) is not dict:
         raise MalformedNotificationError(
-            f"The notification is no JSON object but {type(raw).__name__}."
+            f"The notification is not a JSON object but {type(raw).__name__}."
         )
     task_id = raw.get("task_id")
-    if type(task_id) is not str or raw.get("notification_type") not in (None, "analyze"):
-        task_id = None
+    if type(task_id) is not str:
+        task_id = find_string(raw, "task_id")  # the schema requires none of the fields
     return Notification(task_id or None, raw)
 
 

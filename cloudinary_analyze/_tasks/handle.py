@@ -11,7 +11,7 @@ import attrs
 
 from cloudinary_analyze._tasks.table import Answer, Wait
 from cloudinary_analyze._wire import codec
-from cloudinary_analyze._wire.protocol import find_result, read_analysis_data
+from cloudinary_analyze._wire.protocol import read_result
 from cloudinary_analyze.errors import SessionClosedError, WrongEventLoopError
 from cloudinary_analyze.responses import Response, TaskStatus
 
@@ -265,14 +265,7 @@ def _read(wait: Wait, answer: Answer, raw: Mapping[str, Any] | None) -> Response
             return response
         raw = response.raw
     content: Mapping[str, Any] = codec.loads(answer.body or b"{}") if raw is None else raw
-    data = find_result(TaskStatus("", "", raw=content)) or content.get("data")
-    return read_analysis_data(
-        wait.model,
-        wait.analysis_type,
-        data if isinstance(data, dict) else {},
-        content,
-        body=answer.body,
-    )
+    return read_result(wait.model, wait.analysis_type, content, body=answer.body)
 
 
 def report(error: Exception, loop: asyncio.AbstractEventLoop) -> None:

@@ -36,12 +36,13 @@ from cloudinary_analyze.errors import (
     AuthenticationError,
     NotFoundError,
     PermissionDeniedError,
+    QuotaExceededError,
     ResultNotDeliveredError,
     TaskFailedError,
     TaskTimeoutError,
 )
 from cloudinary_analyze.requests import AnalyzeRequest
-from cloudinary_analyze.responses import Notification, Response, TaskStatus, has_analysis
+from cloudinary_analyze.responses import Notification, Response, TaskStatus
 from cloudinary_analyze.webhooks import parse_notification
 
 FIRST_MINUTE: Final = 60.0  # a new task may be unknown to the service for a while
@@ -86,7 +87,8 @@ class Answer:
     @property
     def status(self) -> str:
         """The remote state that it implies."""
-        return "failed" if isinstance(self.error, TaskFailedError) else "completed"
+        failures = (TaskFailedError, QuotaExceededError)
+        return "failed" if isinstance(self.error, failures) else "completed"
 
     @property
     def lasting(self) -> bool:
@@ -413,15 +415,16 @@ class Table:
 
         Whatever its shape is, it answers a task that somebody waits for.
         """
-        raw = notification.raw
-        task_id = notification.task_id or raw.get("task_id")
-        if type(task_id) is not str or not task_id:
+        task_id = notification.task_id
+        if task_id is None:
             return "unrelated", ()
         entry = self.pending.get(task_id)
         if entry is None and (entry := self.resting.get(task_id)) is None:
             return self._deliver_later(task_id, notification, body, now)
         answer = _read(notification, body, task_id, entry.model)
-        return "resolved", self.answer(entry, answer, now, status=answer.status, raw=raw)
+        return "resolved", self.answer(
+            entry, answer, now, status=answer.status, raw=notification.raw
+        )
 
     def _deliver_later(
         self, task_id: str, notification: Notification, body: bytes, now: float
@@ -434,8 +437,6 @@ class Table:
                 return "duplicate", ()
             self._keep(task_id, answer, now)
             return "resolved", (Ended((), answer, Entry(None, task_id, phase=Phase.OVER)),)
-        if notification.task_id is None:
-            return "unrelated", ()
         if task_id in self.parked:
             return "parked", ()
         gone = self.parked.put(task_id, body, now, size=len(body))
@@ -489,7 +490,7 @@ class Table:
         phase = entry.phase
         if phase is Phase.OVER:
             return ()
-        if find_result(status) is not None:
+        if find_result(status.raw) is not None:
             answer = Answer("poll", body=codec.dumps(status.raw))
             return self.answer(entry, answer, now, status=status.state, raw=status.raw)
         effects: list[Effect] = []
@@ -640,10 +641,9 @@ def _end_waits(entry: Entry, answer: Answer, status: str | None) -> list[Wait]:
 def _read(notification: Notification, body: bytes, task_id: str, model: str) -> Answer:
     """Return the answer of a notification; one without an analysis is decoded to an error."""
     if notification.failed:
-        error = build_task_failure(task_id, model=model, notification=notification)
+        error = build_task_failure(task_id, model=model, notification=notification, body=body)
         return Answer("notification", error)
-    raw = notification.raw
-    guess = not has_analysis(notification.data) and find_result(TaskStatus("", "", raw=raw)) is None
+    guess = find_result(notification.raw) is None
     return Answer("notification", None, body, None, guess)
 
 

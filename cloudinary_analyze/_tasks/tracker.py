@@ -357,7 +357,7 @@ class Tracker:
         """Fail what is pending, because no notification can arrive any more."""
 
         def build(task_id: str | None) -> Exception:
-            failure = NotificationSourceError.for_task(task_id, error.message)
+            failure = NotificationSourceError(error.message, task_id=task_id)
             failure.__cause__ = error
             return failure
 

@@ -1,20 +1,22 @@
-"""The Analyze API's calls and answers: (status, headers, bytes) to values or errors, pure.
+"""The Analyze API's calls and responses: (status, headers, bytes) to values or errors, pure.
 
-Source: ``POST /v2/analysis/{cloud}/analyze/{model}`` and ``GET …/tasks/{task_id}``.
+Source: ``POST /v2/analysis/{cloud}/analyze/{model}``, ``GET …/tasks/{task_id}``, and the webhook.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC
 from email.utils import parsedate_to_datetime
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypedDict, TypeVar
 from urllib.parse import quote
 
 import attrs
 
+from cloudinary_analyze._policy import find_rule, is_exhausted
 from cloudinary_analyze._wire import codec
+from cloudinary_analyze.analyses import OtherAnalysis
 from cloudinary_analyze.errors import (
     ApiError,
     AuthenticationError,
@@ -28,14 +30,47 @@ from cloudinary_analyze.errors import (
     TaskFailedError,
     shorten,
 )
-from cloudinary_analyze.requests import AnalyzeRequest, Uri
-from cloudinary_analyze.responses import Limit, Notification, Response, TaskStatus
+from cloudinary_analyze.requests import MODELS, AnalyzeRequest, Uri
+from cloudinary_analyze.responses import (
+    JSONObject,
+    Limit,
+    Notification,
+    Response,
+    TaskStatus,
+    find_limits,
+    find_string,
+    read_error_object,
+    walk_envelopes,
+)
 
 A = TypeVar("A")
 
-QUOTA_CODE: Final = "MA_00008"
-PASSING_STATUSES: Final = frozenset({408, 423})  # the fault is of the moment
-AMBIGUOUS_STATUSES: Final = frozenset({500, 502, 504})
+_ENVELOPE_KEYS: Final = frozenset(
+    [
+        "analysis",
+        "data",
+        "entity",
+        "error",
+        "limits",
+        "notices",
+        "request_id",
+        "result",
+        "status",
+        "task_id",
+    ]
+)
+_RESULT_KEYS: Final = frozenset(
+    [
+        "caption",
+        "detections",
+        "label_annotations",
+        "logo_annotations",
+        "quality",
+        "responses",
+        "score",
+        "tags",
+    ]
+)
 
 
 @attrs.frozen
@@ -81,39 +116,42 @@ def build_body(
     return codec.dumps(body)
 
 
-def read_object(body: bytes, *, status: int, model: str | None = None) -> dict[str, Any]:
+def read_object(
+    body: bytes, *, status: int, model: str | None = None, ambiguous: bool = False
+) -> dict[str, Any]:
     """Return the JSON object of a 2xx body.
 
     Raises:
-        ResponseDecodeError: It is none.
+        ResponseDecodeError: The body is not a JSON object.
     """
     try:
         value = codec.loads(body)
     except (ValueError, RecursionError) as error:
-        what = "an empty body" if not body.strip() else f"no JSON: {shorten(body)!r}"
+        what = f"is not valid JSON: '{shorten(body)}'" if body.strip() else "has an empty body"
         raise ResponseDecodeError(
-            f"The service answered {status} with {what}. The analysis may have been made and "
-            "charged, but cannot be read.",
+            f"The response with status {status} {what}.",
             status=status,
             raw_body=body,
             model=model,
+            ambiguous=ambiguous,
         ) from error
     if type(value) is not dict:
-        raise build_shape_error(body, status, "$", "it should be an object", model=model)
+        raise _build_shape_error(body, status, "$", "it should be an object", model=model)
     return value
 
 
-def build_shape_error(
-    body: bytes, status: int, path: str, reason: str, *, model: str | None = None
+def _build_shape_error(
+    body: bytes, status: int, path: str, reason: str, *, model: str | None
 ) -> ResponseDecodeError:
-    """Return the error for a JSON body of another shape."""
+    """Return the error for JSON of another shape. Only what names a model may be charged."""
     return ResponseDecodeError(
-        f"The service answered {status} with JSON of an unexpected shape: at {path}, {reason}. "
-        f"The whole body is in `raw_body`; it begins {shorten(body)!r}",
+        f"The response with status {status} has an unexpected shape: at {shorten(path)}, "
+        f"{shorten(reason)}. The whole body is in `raw_body`; it begins '{shorten(body)}'.",
         status=status,
         path=path,
         raw_body=body,
         model=model,
+        ambiguous=model is not None,
     )
 
 
@@ -123,59 +161,84 @@ def read_response(request: AnalyzeRequest[A], body: bytes) -> Response[A]:
     Raises:
         ResponseDecodeError: It holds no analysis of the request's model.
     """
-    raw = read_object(body, status=200, model=request.model)
-    data = raw.get("data")
-    if type(data) is not dict:
-        reason = "it is missing" if data is None else "it should be an object"
-        raise build_shape_error(body, 200, "$.data", reason, model=request.model)
-    return read_analysis_data(request.model, request.analysis_type, data, raw, body=body)
+    raw = read_object(body, status=200, model=request.model, ambiguous=True)
+    return read_result(request.model, request.analysis_type, raw, body=body)
 
 
-def read_analysis_data(
-    model: str,
-    analysis_type: type[A],
-    data: Mapping[str, Any],
-    raw: Mapping[str, Any],
-    *,
-    body: bytes | None = None,
+def read_result(
+    model: str, analysis_type: type[A], raw: JSONObject, *, body: bytes | None = None
 ) -> Response[A]:
-    """Build the response from ``{"entity": …, "analysis": {…}}`` and its envelope.
+    """Build the response from the envelope of a 200, a notification, a status or a ledger.
 
     Args:
         model: The model's wire name.
         analysis_type: Its typed analysis.
-        data: The ``data`` object, of a 200, a notification, or a status with a result.
-        raw: The envelope with ``limits`` and ``request_id``.
-        body: The bytes it was read from, for errors; encoded anew if they are gone.
+        raw: The envelope, in any of the shapes of `find_result`.
+        body: The bytes that it was read from, for errors; encoded again if they are gone.
 
     Raises:
-        ResponseDecodeError: It holds no analysis of the request's model.
+        ResponseDecodeError: It holds no analysis of the model.
     """
-    analysis = data.get("analysis")
-    if type(analysis) is not dict:
-        reason = "it is missing" if analysis is None else "it should be an object"
-        raise build_shape_error(
-            body or codec.dumps(raw), 200, "$.data.analysis", reason, model=model
-        )
+    found = _locate_result(raw, analysis_type)
+    if found is None:
+        path, reason = _explain_missing(raw)
+        raise _build_shape_error(body or codec.dumps(raw), 200, path, reason, model=model)
+    path, analysis = found
     try:
         typed = codec.read_analysis(analysis, analysis_type)
     except codec.CodecError as error:
-        raise build_shape_error(
-            body or codec.dumps(raw),
-            200,
-            f"$.data.analysis{error.path}",
-            str(error),
-            model=model,
+        raise _build_shape_error(
+            body or codec.dumps(raw), 200, f"{path}{error.path}", str(error), model=model
         ) from error
-    limits = raw.get("limits")
-    return Response(
-        typed,
-        model=model,
-        entity=_string_or_none(data.get("entity")),
-        request_id=_string_or_none(raw.get("request_id")),
-        limits=read_limits(limits) if limits else (),
-        raw=raw,
-    )
+    return Response(typed, model=model, raw=raw)
+
+
+def find_result(raw: JSONObject, analysis_type: type[Any] | None = None) -> JSONObject | None:
+    """Return the ``analysis`` object that an envelope carries, or ``None``.
+
+    The envelope is of a response, a status, a notification or a record in a ledger. The schema
+    leaves the shape of a notification's ``data`` open. So the analysis is accepted as
+    ``data.analysis``, as ``data`` itself, under ``data.result``, and in a whole response in
+    ``data``.
+
+    Args:
+        raw: The envelope.
+        analysis_type: The expected typed analysis; without it only known models are found in
+            ``data`` itself.
+    """
+    found = _locate_result(raw, analysis_type)
+    return None if found is None else found[1]
+
+
+def _locate_result(
+    raw: JSONObject, analysis_type: type[Any] | None
+) -> tuple[str, JSONObject] | None:
+    data = raw.get("data")
+    if type(data) is dict and type(analysis := data.get("analysis")) is dict:
+        return "$.data.analysis", analysis  # nearly always
+    envelopes = list(walk_envelopes(raw))
+    for path, envelope in envelopes:
+        if type(analysis := envelope.get("analysis")) is dict:
+            return f"{path}.analysis", analysis
+    for path, envelope in envelopes[1:]:
+        if _is_analysis(envelope, analysis_type):
+            return path, envelope
+    return None
+
+
+def _is_analysis(value: JSONObject, analysis_type: type[Any] | None) -> bool:
+    """Whether an object is an analysis itself, without a key that says so."""
+    inner = value.get("data")
+    if not _RESULT_KEYS.isdisjoint(value) or (isinstance(inner, Mapping) and "caption" in inner):
+        return True
+    return analysis_type is OtherAnalysis and not _ENVELOPE_KEYS.issuperset(value)
+
+
+def _explain_missing(raw: JSONObject) -> tuple[str, str]:
+    path, value = "$.data", raw.get("data")
+    if isinstance(value, dict):
+        path, value = "$.data.analysis", value.get("analysis")
+    return path, "it is missing" if value is None else "it should be an object"
 
 
 def read_accepted(body: bytes, *, model: str) -> Accepted:
@@ -184,12 +247,12 @@ def read_accepted(body: bytes, *, model: str) -> Accepted:
     Raises:
         ResponseDecodeError: It names no task.
     """
-    raw = read_object(body, status=202, model=model)
+    raw = read_object(body, status=202, model=model, ambiguous=True)
     data = raw.get("data")
     task_id = data.get("task_id") if isinstance(data, dict) else None
     if not isinstance(task_id, str) or not task_id:
-        raise build_shape_error(body, 202, "$.data.task_id", "it is missing", model=model)
-    return Accepted(task_id, _string_or_none(raw.get("request_id")))
+        raise _build_shape_error(body, 202, "$.data.task_id", "it is missing", model=model)
+    return Accepted(task_id, find_string(raw, "request_id"))
 
 
 def read_task_status(task_id: str, body: bytes) -> TaskStatus:
@@ -202,77 +265,8 @@ def read_task_status(task_id: str, body: bytes) -> TaskStatus:
     data = raw.get("data")
     state = data.get("status") if isinstance(data, dict) else None
     if not isinstance(state, str) or not state:
-        raise build_shape_error(body, 200, "$.data.status", "it is missing")
-    return TaskStatus(task_id, state, request_id=_string_or_none(raw.get("request_id")), raw=raw)
-
-
-def find_result(status: TaskStatus) -> Mapping[str, Any] | None:
-    """Return the result that a status carries, if it does.
-
-    The Analyze API's never does; the sibling generate API's does, under ``data.result``.
-    """
-    data = status.raw.get("data")
-    if not isinstance(data, dict):
-        return None
-    if isinstance(data.get("analysis"), dict):
-        return data
-    result = data.get("result")
-    if not isinstance(result, dict):
-        return None
-    inner = result.get("data")
-    for candidate in (result, inner):
-        if isinstance(candidate, dict) and isinstance(candidate.get("analysis"), dict):
-            return candidate
-    return None
-
-
-def read_limits(raw: Any) -> tuple[Limit, ...]:
-    """Read ``limits`` in any of its three shapes: ``addons_quota``, ``items``, ``usage``.
-
-    Entries without a type are passed over, and numbers that are none are ``None``.
-    """
-    if type(raw) is not dict:
-        return ()
-    entries = raw.get("addons_quota")
-    if type(entries) is not list:
-        entries = raw.get("items")
-    if type(entries) is not list:
-        usage = raw.get("usage")
-        if not isinstance(usage, dict):
-            return ()
-        entries = [{"used_by_request": usage.get("count"), **usage}]
-    return tuple([_read_limit(entry) for entry in entries if _has_type(entry)])
-
-
-def _has_type(entry: Any) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("type"), str)
-
-
-def _read_limit(entry: Mapping[str, Any]) -> Limit:
-    reset_time = entry.get("reset_time")
-    return Limit(
-        entry["type"],
-        used_by_request=_integer_or_none(entry.get("used_by_request")),
-        remaining=_integer_or_none(entry.get("remaining")),
-        limit=_integer_or_none(entry.get("limit")),
-        reset_time=_read_time(reset_time) if reset_time else None,
-    )
-
-
-def _read_time(value: Any) -> datetime | None:
-    try:
-        time = datetime.fromisoformat(value)
-        return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
-    except (TypeError, ValueError, OverflowError):
-        return None
-
-
-def _integer_or_none(value: Any) -> int | None:
-    if type(value) is int:
-        return value
-    if type(value) is float and math.isfinite(value):
-        return int(value)
-    return None
+        raise _build_shape_error(body, 200, "$.data.status", "it is missing", model=None)
+    return TaskStatus(task_id, state, request_id=find_string(raw, "request_id"), raw=raw)
 
 
 def _string_or_none(value: Any) -> str | None:
@@ -314,81 +308,117 @@ def read_error(
     model: str | None = None,
     feature: str | None = None,
 ) -> ApiError:
-    """Build the error of an answer that is neither 200 nor 202.
+    """Build the error of a response that is neither 200 nor 202.
 
     Args:
         status: HTTP status.
-        headers: The answer's headers.
-        body: The answer's body, JSON or not.
+        headers: The response's headers.
+        body: The response's body, JSON or not.
         now: Unix seconds.
-        model: The model that was asked.
-        feature: The model's add-on feature, where the answer names none.
+        model: The model that was asked for.
+        feature: The model's add-on feature; used if the response names none.
     """
     try:
         raw = codec.loads(body)
     except (ValueError, RecursionError):
         raw = None
     raw = raw if isinstance(raw, dict) else {}
-    error = raw.get("error")
-    if isinstance(error, str):
-        error = {"message": error}
-    error = error if isinstance(error, dict) else {}
-    details = _read_details(error)
-    limits = read_limits(raw.get("limits"))
-    code = _string_or_none(error.get("code"))
-    fields: dict[str, Any] = {
+    fields = _read_fields(
+        read_error_object(raw.get("error") or {}), raw, status=status, body=body, model=model
+    )
+    fields["request_id"] = fields["request_id"] or headers.get("X-Request-Id")
+    fields["retry_after"] = read_retry_after(headers, now=now)
+    said = _quote_error(fields, body)
+    about = f" for {model}" if model else ""
+    named = _find_feature(fields["details"])
+    if is_exhausted(status, None, fields["code"], fields["limits"], named or feature):
+        return _build_quota_error(said, named or feature, fields)
+    rule = find_rule(status)
+    if rule.error is PermissionDeniedError:
+        return PermissionDeniedError(_explain_refusal(named, said, about), feature=named, **fields)
+    fields["ambiguous"] = model is not None and rule.ambiguous
+    explain = _EXPLANATIONS[rule.error] if status >= 400 else _UNEXPECTED
+    return rule.error(explain.format(status=status, said=said, about=about), **fields)
+
+
+_EXPLANATIONS: Final[Mapping[type[ApiError], str]] = {
+    AuthenticationError: "The service refused the credentials: {said}. Check that API key, secret "
+    "and cloud name (or the OAuth token) belong together.",
+    BadRequestError: "The service refused the request{about}: {said}.",
+    NotFoundError: "Not found{about}: {said}. Check the model, the cloud name, "
+    "and the asset id or task id.",
+    RateLimitedError: "The service limits the rate of requests{about}: {said}.",
+    ServerError: "The service failed{about}: {said}.",
+}
+_UNEXPECTED: Final = (
+    "Unexpected status {status}{about}: {said}. Redirects are never followed, because they would "
+    "carry the credentials elsewhere."
+)
+
+
+class _Fields(TypedDict):
+    """What an error object is read into: the arguments of a `RemoteError`."""
+
+    status: int
+    code: str | None
+    category: str | None
+    api_message: str | None
+    details: JSONObject | None
+    request_id: str | None
+    retry_after: float | None
+    limits: tuple[Limit, ...]
+    raw_body: bytes
+    model: str | None
+    ambiguous: bool
+
+
+def _read_fields(
+    error: JSONObject, raw: JSONObject, *, status: int, body: bytes, model: str | None
+) -> _Fields:
+    """Read an error object, and what its envelope adds."""
+    details = error.get("details")
+    return {
         "status": status,
-        "code": code,
+        "code": _string_or_none(error.get("code")),
         "category": _string_or_none(error.get("category")),
         "api_message": _string_or_none(error.get("message")),
-        "details": details,
-        "request_id": _string_or_none(error.get("request_id"))
-        or _string_or_none(raw.get("request_id"))
-        or headers.get("X-Request-Id"),
-        "retry_after": read_retry_after(headers, now=now),
-        "limits": limits,
+        "details": details
+        if details is None or isinstance(details, dict)
+        else {"details": details},
+        "request_id": _string_or_none(error.get("request_id")) or find_string(raw, "request_id"),
+        "retry_after": None,
+        "limits": find_limits(raw),
         "raw_body": body,
         "model": model,
+        "ambiguous": False,
     }
-    said = _quote_error(fields, body)
-    named = _string_or_none(details.get("feature_name")) if details else None
-    about = f" for {model}" if model else ""
-    if status == 429 and code == QUOTA_CODE:
-        return _build_quota_error(said, named or feature, limits, fields)
-    if status == 403:
-        fields["feature"] = named
-        return PermissionDeniedError(_explain_refusal(named, said, about), **fields)
-    if status in {429, 420}:
-        return RateLimitedError(f"The service asks to slow down{about}: {said}", **fields)
-    if status == 401:
-        return AuthenticationError(
-            f"The service does not accept the credentials: {said}. Check that API key, secret "
-            "and cloud name (or the OAuth token) belong together.",
-            **fields,
-        )
-    if status == 404:
-        return NotFoundError(
-            f"The service does not find it{about}: {said}. Check the model, the cloud name, "
-            "and the asset id or task id.",
-            **fields,
-        )
-    if 400 <= status < 500 and status not in PASSING_STATUSES:
-        return BadRequestError(f"The service refuses the request{about}: {said}", **fields)
-    if status >= 400:
-        fields["ambiguous"] = model is not None and status in AMBIGUOUS_STATUSES
-        return ServerError(f"The service failed{about}: {said}.", **fields)
-    return ServerError(
-        f"The service answered {status}{about}, which no analyze call should: {said}. "
-        "Redirects are never followed, as they would carry the credentials elsewhere.",
-        **fields,
-    )
+
+
+def _quote_error(fields: _Fields, body: bytes) -> str:
+    """Quote in a line what the server said: status, code, message, details, request id."""
+    said = [str(fields["status"] or "no status")]
+    if fields["code"]:
+        said.append(shorten(fields["code"]))
+    if fields["api_message"]:
+        said.append(shorten(fields["api_message"]))
+    elif body:
+        said.append(f"'{shorten(body)}'")
+    if fields["details"]:
+        said.append(shorten(codec.dumps(fields["details"])))
+    if fields["request_id"]:
+        said.append(f"(request {shorten(fields['request_id'])})")
+    return " ".join(said)
+
+
+def _find_feature(details: JSONObject | None) -> str | None:
+    return _string_or_none(details.get("feature_name")) if details else None
 
 
 def _explain_refusal(feature: str | None, said: str, about: str) -> str:
     if feature:
         return (
-            f"The account is not subscribed to the add-on with the feature {feature!r}{about}: "
-            f"{said}. Subscribe to it on the Console's Add-ons page."
+            f"The account is not subscribed to the add-on with the feature '{shorten(feature)}'"
+            f"{about}: {said}. Subscribe to it on the Console's Add-ons page."
         )
     return (
         f"The service forbids the call{about}: {said}. Usually the model's add-on is not "
@@ -397,71 +427,55 @@ def _explain_refusal(feature: str | None, said: str, about: str) -> str:
 
 
 def _build_quota_error(
-    said: str, feature: str | None, limits: tuple[Limit, ...], fields: dict[str, Any]
+    said: str, feature: str | None, fields: _Fields, *, task_id: str | None = None
 ) -> QuotaExceededError:
-    reset_times = [
-        limit.reset_time.timestamp()
-        for limit in limits
-        if limit.reset_time and feature in {None, limit.type}
-    ]
-    reset_time = max(reset_times, default=None)
-    renewed = (
-        f" It is renewed at {datetime.fromtimestamp(reset_time, UTC):%Y-%m-%d %H:%M:%S} UTC."
-        if reset_time
-        else ""
+    reset_time = max(
+        (
+            limit.reset_time
+            for limit in fields["limits"]
+            if limit.reset_time and feature in {None, limit.type}
+        ),
+        default=None,
     )
+    what = f"add-on feature '{shorten(feature)}'" if feature else "model's add-on"
+    resets = f" It resets at {reset_time:%Y-%m-%d %H:%M:%S} UTC." if reset_time else ""
     return QuotaExceededError(
-        f"The quota of the add-on feature {feature or 'of this model'!r} is used up: {said}."
-        f"{renewed} Nothing was analysed; buy more, or go on when it is renewed.",
-        **fields,
+        f"The quota of the {what} is used up: {said}.{resets} Nothing was analysed. Buy more, or "
+        "continue after the reset.",
         feature=feature,
-        reset_time=reset_time,
+        # whole seconds: rounded up, the end of the calendar is not a datetime any more
+        reset_time=None if reset_time is None else reset_time.replace(microsecond=0).timestamp(),
+        task_id=task_id,
+        **fields,
     )
-
-
-def _read_details(error: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    details = error.get("details")
-    if details is None or isinstance(details, dict):
-        return details
-    return {"details": details}
-
-
-def _quote_error(fields: Mapping[str, Any], body: bytes) -> str:
-    """Say in a line what the server said: status, code, message, details, request id."""
-    said = [str(fields["status"])]
-    if fields["code"]:
-        said.append(fields["code"])
-    if fields["api_message"]:
-        said.append(shorten(fields["api_message"].encode("utf-8", "replace")))
-    elif body:
-        said.append(repr(shorten(body)))
-    if fields["details"]:
-        said.append(shorten(codec.dumps(fields["details"])))
-    quoted = " ".join(said)
-    return f"{quoted} (request {fields['request_id']})" if fields["request_id"] else quoted
 
 
 def build_task_failure(
-    task_id: str, *, model: str, notification: Notification | None = None
-) -> TaskFailedError:
-    """Build the error of a task that failed, with its reason where a notification told it."""
+    task_id: str, *, model: str, notification: Notification | None = None, body: bytes = b""
+) -> TaskFailedError | QuotaExceededError:
+    """Build the error of a task that failed, with its reason if a notification states it.
+
+    Args:
+        task_id: The task.
+        model: The model's wire name.
+        notification: What the service sent about the failure.
+        body: The notification's body.
+    """
+    about = f"The task {shorten(task_id)} ({model}) failed"
     if notification is None:
         return TaskFailedError(
-            f"The task {task_id} ({model}) failed. The notification with the reason did not "
-            "arrive; only the status is known.",
+            f"{about}. The notification with the reason did not arrive; only the status is known.",
             task_id=task_id,
+            model=model,
             cause_known=False,
         )
-    error = notification.error or {}
-    fields: dict[str, Any] = {
-        "status": notification.http_status,
-        "code": _string_or_none(error.get("code")),
-        "category": _string_or_none(error.get("category")),
-        "api_message": _string_or_none(error.get("message")),
-        "details": _read_details(error),
-        "request_id": _string_or_none(error.get("request_id")) or notification.request_id,
-    }
-    said = _quote_error({**fields, "status": fields["status"] or "no status"}, b"")
-    return TaskFailedError(
-        f"The task {task_id} ({model}) failed: {said}.", task_id=task_id, **fields
+    status = notification.http_status or 0
+    fields = _read_fields(
+        notification.error or {}, notification.raw, status=status, body=body, model=model
     )
+    said = _quote_error(fields, b"")
+    kind = MODELS.get(model)
+    feature = _find_feature(fields["details"]) or (kind.feature if kind is not None else None)
+    if is_exhausted(status, fields["category"], fields["code"], fields["limits"], feature):
+        return _build_quota_error(f"{about}: {said}", feature, fields, task_id=task_id)
+    return TaskFailedError(f"{about}: {said}.", task_id=task_id, **fields)

@@ -83,7 +83,7 @@ def _show(notification: Notification, delivery: Delivery) -> None:
     console.print(
         Text.assemble((instant, "dim"), state, f"  {notification.task_id}"), soft_wrap=True
     )
-    told = notification.error if notification.failed else notification.data
+    told = (notification.error if notification.failed else notification.data) or notification.raw
     console.print(JSON.from_data(told), soft_wrap=True)
 
 

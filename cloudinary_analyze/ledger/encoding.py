@@ -39,7 +39,7 @@ def dump_error(error: AnalyzeError) -> bytes:
     fields = {
         name: _dump_field(value)
         for name, value in vars(error).items()
-        if name != "message" and not name.startswith("__")
+        if name != "message" and not name.startswith("__") and value is not None
     }
     return dump_json({"type": type(error).__name__, "message": error.message, "fields": fields})
 
@@ -57,8 +57,10 @@ def load_error(content: bytes) -> AnalyzeError:
         kind = getattr(errors, stored["type"], AnalyzeError)
         if not (isinstance(kind, type) and issubclass(kind, AnalyzeError)):
             kind = AnalyzeError
-        fields = {name: _load_field(value) for name, value in stored["fields"].items()}
-        return kind(stored["message"], **fields)
+        error = kind(stored["message"])
+        known = vars(error)  # another version may have stored other fields
+        known.update({k: _load_field(v) for k, v in stored["fields"].items() if k in known})
+        return error
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"an error in an unexpected shape: {error!r}") from error
 

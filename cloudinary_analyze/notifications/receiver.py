@@ -13,6 +13,7 @@ from typing import Final
 import attrs
 
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
+from cloudinary_analyze._wire.protocol import find_result
 from cloudinary_analyze._wire.signature import (
     SIGNATURE_HEADER,
     SIGNATURE_V2_HEADER,
@@ -119,7 +120,8 @@ def read_answer(delivery: Delivery, credentials: Credentials) -> Notification | 
     """
     verify_delivery(delivery, credentials)
     notification = parse_notification(delivery.body)
-    if notification.answers_task:
+    answers = notification.failed or find_result(notification.raw) is not None
+    if answers and notification.task_id is not None:
         return notification
     if notification.task_id is not None:
         logger.warning(

@@ -12,12 +12,12 @@ from typing import Any
 import attrs
 
 from cloudinary_analyze._wire import codec
-from cloudinary_analyze._wire.protocol import find_result, read_limits
+from cloudinary_analyze._wire.protocol import find_result
 from cloudinary_analyze.errors import AnalyzeError, InvalidRequestError
 from cloudinary_analyze.ledger.sqlite import LedgerItem
 from cloudinary_analyze.outcomes import AnyOutcome
 from cloudinary_analyze.requests import Asset, Uri
-from cloudinary_analyze.responses import JSONObject, Limit, TaskStatus
+from cloudinary_analyze.responses import JSONObject, Limit, find_limits, find_string
 
 
 @attrs.frozen
@@ -122,13 +122,10 @@ def _build(
     seconds: float | None,
 ) -> dict[str, Any]:
     told = None if error is None else _build_error(error)
-    data: Mapping[str, Any] = {}
     limits: tuple[Limit, ...] = getattr(error, "limits", ())
     request_id = None if told is None else told["request_id"]
     if raw is not None:
-        found = find_result(TaskStatus("", "", raw=raw)) or raw.get("data")
-        data = found if isinstance(found, dict) else {}
-        limits, request_id = read_limits(raw.get("limits")), raw.get("request_id")
+        limits, request_id = find_limits(raw), find_string(raw, "request_id")
     return {
         "index": index,
         "line": line,
@@ -136,8 +133,8 @@ def _build(
         "model": model,
         "key": key,
         "status": "error" if raw is None else "ok",
-        "analysis": data.get("analysis"),
-        "entity": data.get("entity"),
+        "analysis": None if raw is None else find_result(raw),
+        "entity": None if raw is None else find_string(raw, "entity"),
         "request_id": request_id,
         "limits": [_build_limit(limit) for limit in limits],
         "seconds": None if seconds is None else round(seconds, 4),

@@ -48,7 +48,7 @@ class Case:
 
 
 def unreadable(said: str, status: int = 200, content: Any = None, **answer_: Any) -> Case:
-    return Case(answer(status, content, **answer_), ResponseDecodeError, said)
+    return Case(answer(status, content, **answer_), ResponseDecodeError, said, ambiguous=True)
 
 
 def broken(data: bytes, said: str) -> Case:
@@ -56,24 +56,17 @@ def broken(data: bytes, said: str) -> Case:
 
 
 CASES: dict[str, Case] = {
-    "200 that is no JSON": Case(
-        answer(body=b"OK, done"), ResponseDecodeError, "no JSON: 'OK, done'", body=b"OK, done"
+    "200 that is no JSON": unreadable("not valid JSON: 'OK, done'", body=b"OK, done"),
+    "200 with truncated JSON": unreadable("not valid JSON", body=GOOD[:30]),
+    "200 with HTML": unreadable(
+        "not valid JSON: '<html>", body=HTML, headers={"Content-Type": "text/html"}
     ),
-    "200 with truncated JSON": Case(
-        answer(body=GOOD[:30]), ResponseDecodeError, "no JSON", body=GOOD[:30]
-    ),
-    "200 with HTML": Case(
-        answer(body=HTML, headers={"Content-Type": "text/html"}),
-        ResponseDecodeError,
-        "no JSON: '<html>",
-        body=HTML,
-    ),
-    "200 with bytes of no encoding": unreadable("no JSON", body=b"\xff\xfe\x00\x81" * 300),
+    "200 with bytes of no encoding": unreadable("not valid JSON", body=b"\xff\xfe\x00\x81" * 300),
     "empty 200": unreadable("an empty body", body=b""),
     "200 of white space": unreadable("an empty body", body=b" \n "),
     "200 null": unreadable(r"at \$, it should be an object", body=b"null"),
     "200 array": unreadable(r"at \$, it should be an object", body=b"[1]"),
-    "200 very deep": unreadable("no JSON", body=b"[" * 200_000),
+    "200 very deep": unreadable("not valid JSON", body=b"[" * 200_000),
     "200 without data": unreadable(r"at \$.data, it is missing", content={"request_id": "x"}),
     "200 with odd data": unreadable(r"at \$.data, it should be an object", content={"data": [1]}),
     "200 without analysis": unreadable(
@@ -89,10 +82,10 @@ CASES: dict[str, Case] = {
     "202 without data": unreadable(r"at \$.data.task_id, it is missing", 202, {"x": 1}),
     "202 with an empty id": unreadable(r"at \$.data.task_id", 202, {"data": {"task_id": ""}}),
     "202 with a number as id": unreadable(r"at \$.data.task_id", 202, {"data": {"task_id": 12}}),
-    "202 that is no JSON": unreadable("answered 202", 202, body=b"x"),
-    "201": Case(answer(201, body=GOOD), ServerError, "answered 201", body=GOOD),
-    "204": Case(answer(204), ServerError, "answered 204", body=b""),
-    "304": Case(answer(304), ServerError, "answered 304"),
+    "202 that is no JSON": unreadable("status 202", 202, body=b"x"),
+    "201": Case(answer(201, body=GOOD), ServerError, "status 201", body=GOOD, ambiguous=True),
+    "204": Case(answer(204), ServerError, "status 204", body=b"", ambiguous=True),
+    "304": Case(answer(304), ServerError, "status 304"),
     "502 with HTML": Case(
         answer(502, body=HTML, headers={"Content-Type": "text/html"}),
         ServerError,

@@ -13,6 +13,7 @@ import pytest
 
 import cloudinary_analyze.config
 from cloudinary_analyze import MODELS, AnalyzeError, Settings, errors
+from cloudinary_analyze._policy import QUOTA, RULES, Rule, find_rule
 from cloudinary_analyze.emulator import Emulator
 from cloudinary_analyze.testing import run_emulator
 
@@ -84,11 +85,41 @@ def test_the_models_table_names_every_model_with_its_feature() -> None:
 
 def test_the_errors_table_names_every_error() -> None:
     table = TEXT[TEXT.index("## Errors") : TEXT.index("## Settings")]
-    roots = {AnalyzeError, errors.ApiError, errors.NotificationError}
+    roots = {AnalyzeError, errors.RemoteError, errors.ApiError, errors.NotificationError}
     for name, value in vars(errors).items():
         if isinstance(value, type) and issubclass(value, AnalyzeError) and value not in roots:
             assert f"`{name}`" in table
 
 
+def build_status_table() -> str:
+    statuses: dict[Rule, list[str]] = {}
+    for status in range(100, 600):
+        if status not in {200, 202}:
+            statuses.setdefault(find_rule(status), []).append(str(status))
+    rows = [
+        "| status | error | retried | charged | slows down | final | stops in a stream |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    shown = [(_name_statuses(rule, codes), rule) for rule, codes in statuses.items()]
+    for codes, rule in [*shown, ("429, exhausted quota", QUOTA)]:
+        marks = [rule.retriable, rule.ambiguous, rule.throttle, rule.permanent]
+        cells = ["yes" if mark else "" for mark in marks]
+        stop = "" if rule.stop is None else rule.stop.value
+        rows.append(f"| {codes} | `{rule.error.__name__}` | {' | '.join(cells)} | {stop} |")
+    return "\n".join(rows)
+
+
+def _name_statuses(rule: Rule, codes: list[str]) -> str:
+    if len(codes) < 10:
+        return ", ".join(codes)
+    named = [code for code in codes if int(code) in RULES]
+    return ", ".join([*named, f"other {codes[-1][0]}xx" if codes[0][0] != "1" else "1xx, 3xx"])
+
+
+def test_the_status_table_is_that_of_the_policy() -> None:
+    assert build_status_table() in TEXT
+
+
 if __name__ == "__main__":
     print(build_settings_table())
+    print(build_status_table())

@@ -192,7 +192,7 @@ async def test_keys_are_namespaced_and_expire(shared, namespace):
 async def test_what_answers_no_task_has_no_mailbox(shared, namespace):
     async with RedisNotifications(shared.url, namespace=namespace) as notifications:
         with pytest.raises(MalformedNotificationError):
-            await notifications.put(build_delivery("t1", notification_type="upload"))
+            await notifications.put(build_delivery("", notification_type="upload"))
         assert not [key async for key in notifications._redis.scan_iter(f"{namespace}:*")]
 
 

@@ -28,6 +28,7 @@ from secret_search import SecretSearch
 from cloudinary_analyze import (
     AnalyzeError,
     AnalyzeSession,
+    ApiError,
     Captioning,
     ConfigurationError,
     Credentials,
@@ -105,7 +106,7 @@ def test_the_search_would_find_a_leak(leak: str, caplog: pytest.LogCaptureFixtur
     error = AnalyzeError("fine")
     error.__cause__ = ValueError(leak)
     assert any(find_secrets(form) for form in tell_all(error))
-    assert any(find_secrets(form) for form in tell_all(AnalyzeError("fine", hidden=leak)))
+    assert any(find_secrets(form) for form in tell_all(ApiError("fine", code=leak)))
 
 
 @pytest.mark.parametrize("leak", SUITE_NEEDLES)

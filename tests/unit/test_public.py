@@ -80,6 +80,7 @@ NAMES = [
     "PermissionDeniedError",
     "QuotaExceededError",
     "RateLimitedError",
+    "RemoteError",
     "Response",
     "ResponseDecodeError",
     "ResultNotDeliveredError",

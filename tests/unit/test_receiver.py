@@ -106,7 +106,7 @@ async def test_a_signed_body_that_cannot_be_read_is_answered_400(intake, queue, 
     "content",
     [
         {"notification_type": "upload", "public_id": "a"},
-        {"notification_type": "upload", "task_id": "t1", "data": {"analysis": {}}},
+        {"notification_type": "upload", "task_id": 5, "data": {"analysis": {}}},
         {"task_id": "t1"},
         {"task_id": "t1", "http_status": 200, "data": {"analysis": None}},
         {"task_id": "", "data": {"analysis": {}}},

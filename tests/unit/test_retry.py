@@ -33,8 +33,8 @@ def error_of(status: int, *, code: str = "", retry_after: str | None = None) -> 
 @pytest.mark.parametrize(
     ("status", "retried", "ambiguous"),
     [
-        (200 + 1, False, False),
-        (204, False, False),
+        (201, False, True),
+        (204, False, True),
         (301, False, False),
         (302, False, False),
         (304, False, False),
