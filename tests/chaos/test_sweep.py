@@ -1,0 +1,30 @@
+"""Sessions under cancellation, throttling, failure and closing by chance: nothing hangs or leaks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from sweep_support import LOOPS, run_session
+
+GROUP = 20
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    "first",
+    [pytest.param(n, marks=pytest.mark.slow if n >= 60 else ()) for n in range(0, 300, GROUP)],
+)
+def test_nothing_hangs_and_nothing_is_left(first: int, tmp_path: Path) -> None:
+    for seed in range(first, first + GROUP):
+        kind = LOOPS[seed % len(LOOPS)]
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        try:
+            run_session(seed, kind, folder)
+        except Exception as error:
+            raise AssertionError(f"Seed {seed} on {kind}: {error!r}") from error
