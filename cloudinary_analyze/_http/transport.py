@@ -101,7 +101,13 @@ class Transport:
             self._timer.cancel()
         self._attempts.interrupt_all()
         if self.owned:
-            await self._http.close()
+            connector = self._http.connector
+            try:
+                await self._http.close()
+            finally:
+                # a cancelled close leaves the name resolver open, and with it its descriptors
+                if connector is not None:
+                    await connector.close()
 
     async def send(self, url: URL, body: Body | None) -> Answer:
         """POST a JSON body, or GET without one. Redirects are not followed.
