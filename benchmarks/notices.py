@@ -13,7 +13,7 @@ SIGNATURE_HEADER = "X-Cld-Signature"
 
 def build_notice(task_id: str, answer: bytes) -> tuple[bytes, dict[str, str]]:
     """Return body and headers for a task that a call would have answered with `answer`."""
-    from cloudinary_analyze._wire.signature import compute_signature
+    from cloudinary_analyze.webhooks import compute_signature
 
     content = {
         "operation_name": "analyze",

@@ -1,9 +1,12 @@
-"""What others may implement: sources and sinks of deliveries, and the ledger of bulk work."""
+"""What others may implement: sources and sinks of deliveries, and the ledger of bulk work.
+
+Sources are recognised by their methods; no subclassing is needed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import attrs
 
@@ -11,36 +14,47 @@ from cloudinary_analyze.errors import AnalyzeError
 from cloudinary_analyze.responses import Delivery, JSONObject, Response
 
 
+@runtime_checkable
 class NotificationSource(Protocol):
     """Where a session gets deliveries from: a queue, a broker, a mailbox.
 
-    Subclass it and write `listen`; the other two have a default that fits a source without
-    memory. One session uses one source; the session alone iterates it.
+    A source serves one session at a time. One that also has ``fetch`` is a `ReplayableSource`,
+    one that also has ``acknowledge`` an `AcknowledgingSource`.
     """
 
     def listen(self) -> AsyncIterator[Delivery]:
-        """Yield deliveries as they come; begun anew after an error, with backoff.
+        """Yield deliveries as they arrive.
 
-        Ending it means that nothing will come any more: what is pending fails. Raising means
-        that the source broke: `listen` is called again, and all that is pending is fetched.
+        Returning means that nothing more will arrive: pending tasks fail. Raising means that the
+        source broke: `listen` is called again after a pause, and everything pending is fetched.
         An async generator is closed when the session closes.
         """
         ...
 
-    async def fetch(self, task_ids: Sequence[str]) -> Sequence[Delivery]:  # noqa: ARG002
-        """Return what was delivered for these tasks earlier, where the source has a memory.
 
-        Asked for each task once it is known, in batches, and for all that is pending after
-        `listen` broke.
+@runtime_checkable
+class ReplayableSource(NotificationSource, Protocol):
+    """A source that also returns what was delivered earlier."""
+
+    async def fetch(self, task_ids: Sequence[str]) -> Sequence[Delivery]:
+        """Return the deliveries of these tasks that arrived earlier.
+
+        The session asks, in batches, for each task once its id is known, for everything pending
+        after `listen` broke, and for everything pending every 30 s.
         """
-        return ()
+        ...
 
-    def settle(self, delivery: Delivery) -> None:  # noqa: ARG002
-        """Take note that a delivery resolved a task here, so that it can be acknowledged.
+
+@runtime_checkable
+class AcknowledgingSource(NotificationSource, Protocol):
+    """A source that needs to know which deliveries were used."""
+
+    def acknowledge(self, delivery: Delivery) -> None:
+        """Note that a delivery of this source resolved a task, or was a duplicate.
 
         Must not block; acknowledge in batches.
         """
-        return
+        ...
 
 
 class NotificationSink(Protocol):

@@ -35,6 +35,7 @@ from cloudinary_analyze.errors import (
 )
 from cloudinary_analyze.events import EventHook, Meter, SessionStats
 from cloudinary_analyze.notifications import QueueSource
+from cloudinary_analyze.notifications.reading import Claim, claim_source
 from cloudinary_analyze.outcomes import Outcome
 from cloudinary_analyze.protocols import Ledger, NotificationSource
 from cloudinary_analyze.requests import AnalyzeRequest
@@ -102,7 +103,8 @@ class AnalyzeSession:
         credentials: Who calls. Default: the environment's, see `Credentials.from_environment`.
         settings: How to call; default: `Settings()`.
         notifications: Where the results of tasks arrive: an ``asyncio.Queue[Delivery]`` that a
-            receiver in this process fills, or a `NotificationSource`.
+            receiver in this process fills, or a `NotificationSource`. It serves one session at
+            a time.
         notification_url: Where the service is to send them; ``None``: to the URL configured for
             the account.
         http: A ready aiohttp session to send through, which stays yours to close.
@@ -162,6 +164,7 @@ class AnalyzeSession:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._caller: Caller | None = None
         self._tracker: Tracker | None = None
+        self._claim: Claim | None = None
         self._warned_of_tasks = False
         self._closed = False
         self._under_way: dict[tuple[int, str], Shared] = {}
@@ -176,6 +179,7 @@ class AnalyzeSession:
 
         Raises:
             SessionClosedError: A session opens once.
+            ConfigurationError: Another session reads the notification source.
         """
         if self._closed:
             raise SessionClosedError("A closed session does not open again; make a new one.")
@@ -184,6 +188,7 @@ class AnalyzeSession:
         from cloudinary_analyze._http.call import Caller
         from cloudinary_analyze._http.transport import Transport
 
+        claim = claim_source(self._source) if self._source is not None else None
         self._loop = asyncio.get_running_loop()
         self._caller = Caller(
             self._base_url,
@@ -205,6 +210,7 @@ class AnalyzeSession:
             source=self._source,
             notification_url=self._notification_url,
         )
+        self._claim = claim
         return self
 
     async def __aexit__(
@@ -598,6 +604,8 @@ class AnalyzeSession:
             try:
                 await tracker.stop()
             finally:
+                if self._claim is not None:
+                    self._claim.release()
                 await caller.transport.close()
 
     async def _settle(self, caller: Caller) -> None:

@@ -1,26 +1,27 @@
-"""The public face of webhook verification: two pure functions.
+"""Webhooks: the digest, the verification, and the parsing. Pure functions, no I/O.
 
-``verify_signature`` says whether a body came from the service, ``parse_notification`` what it
-says. Keep the raw bytes: JSON that was parsed and serialised again never verifies.
+The signature is ``hex(H(raw body ‖ timestamp ‖ secret))`` with SHA-1 or SHA-256: a plain digest,
+not an HMAC, pinned to vectors that the vendor's own SDK made. Keep the raw bytes: JSON that was
+parsed and serialised again never verifies.
+
+Each process digests and parses a webhook once. The receiver makes a `VerifiedDelivery`, which
+carries its `Notification` to a session of the same process and credentials (`read_delivery`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import math
+import os
 import time
-from collections.abc import Iterable, Mapping
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, Final
+
+import attrs
 
 from cloudinary_analyze._wire.codec import loads
-from cloudinary_analyze._wire.signature import (
-    DIGESTS,
-    SIGNATURE_HEADER,
-    SIGNATURE_V2_HEADER,
-    TIMESTAMP_HEADER,
-    compute_signature,
-    is_timestamp,
-)
 from cloudinary_analyze.config import Credentials
 from cloudinary_analyze.errors import (
     ConfigurationError,
@@ -31,9 +32,35 @@ from cloudinary_analyze.errors import (
 )
 from cloudinary_analyze.responses import Delivery, Notification, find_string
 
+SIGNATURE_HEADER: Final = "X-Cld-Signature"
+SIGNATURE_V2_HEADER: Final = "X-Cld-Signature_v2"
+TIMESTAMP_HEADER: Final = "X-Cld-Timestamp"
+SIGNATURE_HEADERS: Final = (SIGNATURE_HEADER, SIGNATURE_V2_HEADER, TIMESTAMP_HEADER)
+
 OLDEST: Final = 7200.0
 NEWEST: Final = 300.0
+MOST_DIGITS: Final = 15
+_DIGESTS: Final[Mapping[str, Callable[..., Any]]] = {"sha1": hashlib.sha1, "sha256": hashlib.sha256}
 _HEX_LENGTHS: Final = {40: "sha1", 64: "sha256"}
+
+
+def is_timestamp(text: str) -> bool:
+    """Whether it is Unix seconds in decimal, of a plausible length."""
+    return text.isdigit() and text.isascii() and len(text) <= MOST_DIGITS
+
+
+def compute_signature(body: bytes, timestamp: str, secret: str, *, digest: str = "sha1") -> str:
+    """Return the lower-case hex signature of a webhook.
+
+    Args:
+        body: The raw bytes of the body.
+        timestamp: Unix seconds in decimal, as sent in ``X-Cld-Timestamp``.
+        secret: The secret that signs the account's notifications.
+        digest: ``"sha1"`` (the service's default) or ``"sha256"``.
+    """
+    signed = body + (timestamp + secret).encode()
+    signature: str = _DIGESTS[digest](signed, usedforsecurity=False).hexdigest()
+    return signature
 
 
 def verify_signature(
@@ -69,7 +96,7 @@ def verify_signature(
     if not secrets or not all(secrets):
         raise ConfigurationError("There is no secret to verify notifications with.")
     for name in digests:
-        if name not in DIGESTS:
+        if name not in _DIGESTS:
             raise ConfigurationError(f"Digests are 'sha1' and 'sha256', not {name!r}.")
     signed_at = _verify(body, timestamp, signature, secrets, digests)
     oldest = math.inf if oldest is None else oldest
@@ -146,20 +173,16 @@ def parse_notification(body: bytes) -> Notification:
 def find_header(headers: Mapping[str, str], name: str) -> str | None:
     """Return a header's value; names are compared without regard to case."""
     value = headers.get(name)
-    return _search_header(headers, name.lower()) if value is None else value
-
-
-def _search_header(headers: Mapping[str, str], folded: str) -> str | None:
-    value = headers.get(folded)
     if value is None:
-        value = next((v for k, v in headers.items() if k.lower() == folded), None)
+        folded = name.lower()
+        value = next((value for key, value in headers.items() if key.lower() == folded), None)
     return value
 
 
 def verify_delivery(delivery: Delivery, credentials: Credentials) -> None:
     """Return if a delivery was signed with one of the secrets shortly before its first receipt.
 
-    A delivery without ``received_at`` was pulled from a store; its age is not judged.
+    The age of a delivery without ``received_at`` is unknown, and not judged.
 
     Raises:
         InvalidSignatureError: See `verify_signature`.
@@ -182,3 +205,79 @@ def verify_delivery(delivery: Delivery, credentials: Credentials) -> None:
     received_at = delivery.received_at
     if received_at is not None and not -NEWEST <= received_at - signed_at <= OLDEST:
         raise _build_age_error(received_at - signed_at, oldest=OLDEST, newest=NEWEST)
+
+
+_SEAL_KEY: Final = os.urandom(32)
+_seals: Final[dict[bytes, object]] = {}
+
+
+def _find_seal(credentials: Credentials) -> object:
+    """Return the object that stands for some credentials in this process, and nowhere else."""
+    parts = "\0".join((*credentials.digests, *credentials.signing_secrets))
+    name = hashlib.blake2b(parts.encode(), key=_SEAL_KEY, digest_size=16).digest()
+    return _seals.setdefault(name, object())
+
+
+@attrs.frozen(eq=False)
+class VerifiedDelivery(Delivery):
+    """A delivery that was verified and parsed in this process. Only `seal_delivery` makes one.
+
+    Its copies and pickles are plain deliveries, which are verified again. The seal is an object
+    that is compared by identity, so nothing that was deserialised can hold it. It holds no secret.
+
+    Attributes:
+        seal: Stands for the credentials it was verified with.
+        notification: What it says.
+    """
+
+    seal: object = attrs.field(default=None, init=False, repr=False)
+    notification: Notification | None = attrs.field(default=None, init=False, repr=False)
+
+    def __eq__(self, other: object) -> bool:
+        return self._build_plain() == other
+
+    def __hash__(self) -> int:
+        return hash(self._build_plain())
+
+    def __reduce__(self) -> tuple[Callable[..., Delivery], tuple[Any, ...]]:
+        return partial(Delivery, received_at=self.received_at), (self.body, self.headers)
+
+    def _build_plain(self) -> Delivery:
+        return Delivery(self.body, self.headers, received_at=self.received_at)
+
+
+def seal_delivery(delivery: Delivery, credentials: Credentials) -> VerifiedDelivery:
+    """Verify and parse a delivery, so that this process does neither again.
+
+    Raises:
+        NotificationError: It is forged, stale or malformed.
+    """
+    notification = read_delivery(delivery, credentials)
+    sealed = VerifiedDelivery(delivery.body, delivery.headers, received_at=delivery.received_at)
+    object.__setattr__(sealed, "seal", _find_seal(credentials))
+    object.__setattr__(sealed, "notification", notification)
+    return sealed
+
+
+def read_delivery(delivery: Delivery, credentials: Credentials) -> Notification:
+    """Verify a delivery and return what it says.
+
+    A `VerifiedDelivery` of the same process and secrets is neither verified nor parsed again.
+
+    Raises:
+        NotificationError: It is forged, stale or malformed.
+    """
+    if type(delivery) is VerifiedDelivery and delivery.seal is _find_seal(credentials):
+        return parse_delivery(delivery)
+    verify_delivery(delivery, credentials)
+    return parse_delivery(delivery)
+
+
+def parse_delivery(delivery: Delivery) -> Notification:
+    """Return what a delivery says, unverified; parsed only if this process did not before.
+
+    Raises:
+        MalformedNotificationError: The body is not a JSON object.
+    """
+    known = delivery.notification if type(delivery) is VerifiedDelivery else None
+    return parse_notification(delivery.body) if known is None else known

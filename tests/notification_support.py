@@ -16,7 +16,7 @@ import pytest
 import uvicorn
 
 from cloudinary_analyze import Credentials, Delivery
-from cloudinary_analyze._wire.signature import compute_signature
+from cloudinary_analyze.webhooks import compute_signature
 
 SECRET = "emulator-secret"
 CREDENTIALS = Credentials("emulator-demo", "123456789012345", SECRET)

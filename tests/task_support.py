@@ -21,16 +21,16 @@ from cloudinary_analyze import (
 )
 from cloudinary_analyze._tasks.tracker import Tracker
 from cloudinary_analyze._wire.protocol import Accepted
-from cloudinary_analyze._wire.signature import (
-    SIGNATURE_HEADER,
-    TIMESTAMP_HEADER,
-    compute_signature,
-)
 from cloudinary_analyze.emulator import Emulator
 from cloudinary_analyze.events import Meter
 from cloudinary_analyze.notifications import QueueSource
 from cloudinary_analyze.responses import TaskStatus
 from cloudinary_analyze.testing import ManualClock
+from cloudinary_analyze.webhooks import (
+    SIGNATURE_HEADER,
+    TIMESTAMP_HEADER,
+    compute_signature,
+)
 
 SECRET = "unit-secret"
 NOW = 1_790_000_000.0

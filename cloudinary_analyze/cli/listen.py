@@ -27,7 +27,7 @@ from cloudinary_analyze.cli.service import EMULATOR_ASIDE, read_credentials
 from cloudinary_analyze.notifications.receiver import DROPPED
 from cloudinary_analyze.protocols import NotificationSink
 from cloudinary_analyze.responses import Delivery, Notification
-from cloudinary_analyze.webhooks import parse_notification
+from cloudinary_analyze.webhooks import parse_delivery
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -62,7 +62,7 @@ class _Printer(NotificationSink):
         if self.inner is not None:
             await self.inner.put(delivery)
         try:
-            _show(parse_notification(delivery.body), delivery)
+            _show(parse_delivery(delivery), delivery)
             sys.stdout.flush()
         except BrokenPipeError:
             self.cut_off = True

@@ -19,9 +19,9 @@ from cloudinary_analyze.cli.service import Service
 from cloudinary_analyze.errors import LedgerError
 from cloudinary_analyze.events import Event, NotificationSeen
 from cloudinary_analyze.outcomes import AnyOutcome
-from cloudinary_analyze.protocols import NotificationSink, NotificationSource
+from cloudinary_analyze.protocols import NotificationSource
 from cloudinary_analyze.responses import Delivery
-from cloudinary_analyze.webhooks import parse_notification
+from cloudinary_analyze.webhooks import parse_delivery
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -129,7 +129,7 @@ class Line:
         if event.verdict == "parked":
             source.park(event.task_id)
         else:
-            # soon: the listener settles it only after it has told of it
+            # soon: the listener is not done with it yet
             asyncio.get_running_loop().call_soon(source.release, event.task_id)
 
     def take_note(self, outcome: AnyOutcome) -> None:
@@ -148,14 +148,14 @@ class UnknownTaskError(Exception):
 
 
 @attrs.define(eq=False)
-class _Waiting(NotificationSource, NotificationSink):
+class _Waiting:
     """A queue whose `put` returns once the result that it was given is kept."""
 
     queue: asyncio.Queue[Delivery] = attrs.field(factory=asyncio.Queue)
     held: dict[str, list[asyncio.Future[None]]] = attrs.field(factory=dict)
 
     async def put(self, delivery: Delivery, /) -> None:
-        task_id = parse_notification(delivery.body).task_id or ""
+        task_id = parse_delivery(delivery).task_id or ""
         kept = asyncio.get_running_loop().create_future()
         held = self.held.setdefault(task_id, [])
         held.append(kept)

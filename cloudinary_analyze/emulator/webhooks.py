@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections import deque
@@ -12,11 +13,6 @@ from typing import Final, Literal
 import aiohttp
 import attrs
 
-from cloudinary_analyze._wire.signature import (
-    SIGNATURE_HEADER,
-    TIMESTAMP_HEADER,
-    compute_signature,
-)
 from cloudinary_analyze.emulator.counts import Counts
 from cloudinary_analyze.emulator.notices import EmulatedTask, compose_notification
 from cloudinary_analyze.emulator.quotas import QuotaBook
@@ -177,6 +173,12 @@ class WebhookSender:
         timestamp = str(int(time.time()) - (_STALE_AGE if kind == "stale" else 0))
         return body, {
             "Content-Type": "application/json",
-            TIMESTAMP_HEADER: timestamp,
-            SIGNATURE_HEADER: compute_signature(body, timestamp, secret, digest=self.policy.digest),
+            "X-Cld-Timestamp": timestamp,
+            "X-Cld-Signature": sign(body, timestamp, secret, digest=self.policy.digest),
         }
+
+
+def sign(body: bytes, timestamp: str, secret: str, *, digest: str) -> str:
+    """Return the signature that the service would send: a plain digest, not an HMAC."""
+    signed = body + timestamp.encode() + secret.encode()
+    return hashlib.new(digest, signed, usedforsecurity=False).hexdigest()

@@ -1,37 +1,35 @@
 '''Where deliveries come from and go to: the in-process queue here, the others in files of their own.
 
-Receivers (`asgi`, `aiohttp`) take webhooks in and put them into a sink; a session reads a source.
-`redis` is both, and `forwarding` leads any source into any sink.
+Receivers (`asgi`, `aiohttp`) accept webhooks and put them into a sink; a session reads a source.
+`redis` is both, and `forwarding` copies from any source to any sink.
 
-Another broker takes a file. NATS JetStream, say, with a stream named ``analyses`` that stores the
-subjects ``analyses.*``, is both sink and source, and has a memory::
-
-    import json
+Any class with the methods of `cloudinary_analyze.protocols` adds another broker. For example,
+NATS JetStream with a stream named ``analyses`` that stores the subjects ``analyses.*`` is both
+sink and source, and returns earlier deliveries::
 
     from nats.js.api import DeliverPolicy
     from nats.js.errors import NotFoundError
 
-    from cloudinary_analyze import Delivery, parse_notification
-    from cloudinary_analyze.protocols import NotificationSink, NotificationSource
+    from cloudinary_analyze import parse_notification
+    from cloudinary_analyze.notifications import decode_delivery, encode_delivery
 
 
-    class NatsNotifications(NotificationSource, NotificationSink):
-        """Every process sees every delivery, and looks up those that came earlier."""
+    class NatsNotifications:
+        """Every process sees every delivery, and fetches earlier ones."""
 
         def __init__(self, jetstream):
             self.jetstream = jetstream  # await nats.connect(…), then .jetstream()
 
         async def put(self, delivery, /):
             task_id = parse_notification(delivery.body).task_id
-            headers = {**delivery.headers, "Received-At": json.dumps(delivery.received_at)}
-            await self.jetstream.publish(f"analyses.{task_id}", delivery.body, headers=headers)
+            await self.jetstream.publish(f"analyses.{task_id}", encode_delivery(delivery))
 
         async def listen(self):
             subscription = await self.jetstream.subscribe(
                 "analyses.*", ordered_consumer=True, deliver_policy=DeliverPolicy.NEW
             )
             async for message in subscription.messages:
-                yield read_delivery(message)
+                yield decode_delivery(message.data)
 
         async def fetch(self, task_ids):
             found = []
@@ -40,43 +38,72 @@ subjects ``analyses.*``, is both sink and source, and has a memory::
                     message = await self.jetstream.get_last_msg("analyses", f"analyses.{task_id}")
                 except NotFoundError:
                     continue
-                found.append(read_delivery(message))
+                found.append(decode_delivery(message.data))
             return found
 
-
-    def read_delivery(message):
-        received_at = json.loads(message.headers["Received-At"])
-        return Delivery(message.data, message.headers, received_at=received_at)
-
-`NotificationSink.put` returns once the broker has stored the delivery, since the sender is told
-200 then. What it stores is the body byte for byte, the headers, and ``received_at``.
+`NotificationSink.put` returns once the broker has stored the delivery, because the receiver then
+answers 200. `encode_delivery` keeps what a session needs: the body byte for byte, the signature's
+headers, and ``received_at``.
 '''
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 
 import attrs
 
-from cloudinary_analyze.protocols import NotificationSource
 from cloudinary_analyze.responses import Delivery
+from cloudinary_analyze.webhooks import SIGNATURE_HEADERS, find_header
 
 
 @attrs.define(eq=False, repr=False)
-class QueueSource(NotificationSource):
+class QueueSource:
     """A plain ``asyncio.Queue[Delivery]`` as a source; sessions wrap the queue they are given.
 
     Attributes:
-        queue: Filled by a receiver in this process. One session reads it; two would steal
-            deliveries from each other.
+        queue: Filled by a receiver in this process. One session reads it.
     """
 
     queue: asyncio.Queue[Delivery]
 
     async def listen(self) -> AsyncIterator[Delivery]:
-        """Yield what the queue holds, for ever."""
+        """Yield what the queue holds. Shutting it down (Python 3.13) is the end of the source."""
         while True:
             yield await self.queue.get()
             while not self.queue.empty():
                 yield self.queue.get_nowait()
+
+
+def encode_delivery(delivery: Delivery) -> bytes:
+    """Return what to store of a delivery: a line of JSON, then the body byte for byte."""
+    headers = {
+        name: value
+        for name in SIGNATURE_HEADERS
+        if (value := find_header(delivery.headers, name)) is not None
+    }
+    head = {"received_at": delivery.received_at, "headers": headers}
+    return json.dumps(head).encode() + b"\n" + delivery.body
+
+
+def decode_delivery(stored: bytes) -> Delivery:
+    """Return a stored delivery, with the time of its first receipt.
+
+    Raises:
+        ValueError: It is not a stored delivery.
+    """
+    line, newline, body = stored.partition(b"\n")
+    try:
+        head = json.loads(line)
+        headers, received_at = head["headers"], head["received_at"]
+    except (ValueError, TypeError, LookupError, RecursionError):
+        raise ValueError("Not a stored delivery.") from None
+    texts = (*headers, *headers.values()) if type(headers) is dict else (None,)
+    if not (
+        newline
+        and all(type(text) is str for text in texts)
+        and (received_at is None or type(received_at) in (int, float))
+    ):
+        raise ValueError("Not a stored delivery.")
+    return Delivery(body, headers, received_at=received_at)

@@ -1,22 +1,20 @@
-"""Leads any source into any sink, so that one process can take in what many wait for."""
+"""Copies deliveries from a source to a sink, so that one process can receive for many."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncGenerator
-from typing import Final
 
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
 from cloudinary_analyze.config import Credentials
 from cloudinary_analyze.errors import NotificationError
-from cloudinary_analyze.notifications.receiver import check_secrets, read_answer
-from cloudinary_analyze.protocols import NotificationSink, NotificationSource
+from cloudinary_analyze.notifications.reading import Retries, claim_source, open_deliveries
+from cloudinary_analyze.notifications.receiver import check_secrets
+from cloudinary_analyze.protocols import AcknowledgingSource, NotificationSink, NotificationSource
 from cloudinary_analyze.responses import Delivery
+from cloudinary_analyze.webhooks import VerifiedDelivery, parse_delivery, seal_delivery
 
 logger = logging.getLogger("cloudinary_analyze")
-
-FIRST_PAUSE: Final = 0.5
-LONGEST_PAUSE: Final = 30.0
 
 
 async def forward(
@@ -26,12 +24,12 @@ async def forward(
     *,
     clock: Clock = SYSTEM_CLOCK,
 ) -> None:
-    """Lead a source into a sink, until the source ends: one process receives for many.
+    """Copy deliveries from a source to a sink, until the source ends.
 
-    Each answer to an analysis task is verified, stored, and only then settled with the source.
-    What is forged, malformed or no such answer is left with the source. A source that breaks is
-    taken up again with growing pauses, and a delivery that the sink does not take is put again.
-    Cancelling is the way to stop it, and is safe.
+    Each notification that names a task is verified, stored, and only then acknowledged to the
+    source. What is forged or malformed, or names no task, is left with the source. A source that
+    breaks is read again after growing pauses, and a delivery that the sink refuses is put again.
+    Cancel it to stop it. Cancelling is safe.
 
     Args:
         source: Where deliveries come from. No session may read it meanwhile.
@@ -40,57 +38,54 @@ async def forward(
         clock: For tests.
 
     Raises:
-        ConfigurationError: The credentials hold no secret to verify with.
+        ConfigurationError: The credentials hold no secret to verify with, or the source has
+            another reader.
     """
     check_secrets(credentials)
-    pause = FIRST_PAUSE
+    claim = claim_source(source)
+    try:
+        await _forward(source, sink, credentials, clock)
+    finally:
+        claim.release()
+
+
+async def _forward(
+    source: NotificationSource, sink: NotificationSink, credentials: Credentials, clock: Clock
+) -> None:
+    acknowledge = source.acknowledge if isinstance(source, AcknowledgingSource) else None
+    retries = Retries(clock)
     while True:
         try:
-            deliveries = source.listen()
-            try:
+            async with open_deliveries(source) as deliveries:
                 async for delivery in deliveries:
-                    pause = FIRST_PAUSE
-                    if _is_answer(delivery, credentials):
-                        await _put(delivery, sink, clock)
-                        source.settle(delivery)
-            finally:
-                if isinstance(deliveries, AsyncGenerator):
-                    await deliveries.aclose()
-        except Exception as error:
-            logger.warning(
-                "The notification source broke (%s: %s); listening again in %.1f s.",
-                type(error).__name__,
-                error,
-                pause,
-            )
-            await clock.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+                    retries.reset()
+                    verified = _verify(delivery, credentials)
+                    if verified is None:
+                        continue
+                    await _put(verified, sink, clock)
+                    if acknowledge is not None:
+                        acknowledge(delivery)
+        except (Exception, asyncio.CancelledError) as error:
+            await retries.rest("The notification source broke", error)
         else:
             return
 
 
-def _is_answer(delivery: Delivery, credentials: Credentials) -> bool:
+def _verify(delivery: Delivery, credentials: Credentials) -> VerifiedDelivery | None:
     try:
-        answer = read_answer(delivery, credentials)
+        verified = seal_delivery(delivery, credentials)
     except NotificationError as error:
         logger.info("A delivery was not forwarded: %s", error)
-        return False
-    return answer is not None
+        return None
+    return None if parse_delivery(verified).task_id is None else verified
 
 
 async def _put(delivery: Delivery, sink: NotificationSink, clock: Clock) -> None:
-    pause = FIRST_PAUSE
+    retries = Retries(clock)
     while True:
         try:
             await sink.put(delivery)
-        except Exception as error:
-            logger.warning(
-                "A delivery could not be stored (%s: %s); again in %.1f s.",
-                type(error).__name__,
-                error,
-                pause,
-            )
-            await clock.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+        except (Exception, asyncio.CancelledError) as error:
+            await retries.rest("A delivery could not be stored", error)
         else:
             return

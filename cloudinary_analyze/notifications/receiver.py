@@ -5,6 +5,7 @@ The decisions are pure. The one thing that is awaited here is the sink.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -13,22 +14,24 @@ from typing import Final
 import attrs
 
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
-from cloudinary_analyze._wire.protocol import find_result
-from cloudinary_analyze._wire.signature import (
-    SIGNATURE_HEADER,
-    SIGNATURE_V2_HEADER,
-    TIMESTAMP_HEADER,
-    is_timestamp,
-)
 from cloudinary_analyze.config import Credentials
 from cloudinary_analyze.errors import (
     ConfigurationError,
     MalformedNotificationError,
     NotificationError,
 )
+from cloudinary_analyze.notifications.reading import count_cancellations, is_own_cancellation
 from cloudinary_analyze.protocols import NotificationSink
-from cloudinary_analyze.responses import Delivery, Notification
-from cloudinary_analyze.webhooks import parse_notification, verify_delivery
+from cloudinary_analyze.responses import Delivery
+from cloudinary_analyze.webhooks import (
+    SIGNATURE_HEADER,
+    SIGNATURE_HEADERS,
+    SIGNATURE_V2_HEADER,
+    TIMESTAMP_HEADER,
+    is_timestamp,
+    parse_delivery,
+    seal_delivery,
+)
 
 logger = logging.getLogger("cloudinary_analyze")
 
@@ -36,9 +39,7 @@ MAX_BODY: Final = 2**20  # bytes
 BODY_SECONDS: Final = 10.0
 SINK_SECONDS: Final = 5.0
 
-_KEPT: Final = {
-    name.lower(): name for name in (SIGNATURE_HEADER, SIGNATURE_V2_HEADER, TIMESTAMP_HEADER)
-}
+_KEPT: Final = {name.lower(): name for name in SIGNATURE_HEADERS}
 _LENGTH: Final = re.compile(r"[0-9]{1,20}")
 _SIGNATURE: Final = re.compile(r"[0-9A-Fa-f]{40}|[0-9A-Fa-f]{64}")
 
@@ -69,7 +70,7 @@ TOO_SLOW: Final = Reply(408, f"The body did not arrive within {BODY_SECONDS:.0f}
 CUT_SHORT: Final = Reply(400, "The body did not arrive whole.")
 WRONG_METHOD: Final = Reply(405, "Notifications are sent with POST.")
 STORED: Final = Reply(200, "Stored.")
-DROPPED: Final = Reply(200, "Not an answer to an analysis; dropped.")
+DROPPED: Final = Reply(200, "Names no analysis task; dropped.")
 UNREADABLE: Final = Reply(400, "The body is signed, but no JSON object.")
 NOT_STORED: Final = Reply(503, "The notification could not be stored now; send it again.")
 
@@ -112,26 +113,6 @@ def _check_headers(headers: Mapping[str, str]) -> None:
         raise RefusedError(400, f"The {TIMESTAMP_HEADER} header has no Unix seconds.")
 
 
-def read_answer(delivery: Delivery, credentials: Credentials) -> Notification | None:
-    """Verify a delivery and return what it says of an analysis task, or ``None`` if nothing.
-
-    Raises:
-        NotificationError: It is forged, stale or malformed.
-    """
-    verify_delivery(delivery, credentials)
-    notification = parse_notification(delivery.body)
-    answers = notification.failed or find_result(notification.raw) is not None
-    if answers and notification.task_id is not None:
-        return notification
-    if notification.task_id is not None:
-        logger.warning(
-            "A notification of the task %s has neither a result nor an error, and is not kept. "
-            "Does the trigger's payload template leave them out?",
-            notification.task_id,
-        )
-    return None
-
-
 def check_secrets(credentials: Credentials) -> None:
     """Refuse credentials that notifications cannot be verified with.
 
@@ -148,6 +129,9 @@ def check_secrets(credentials: Credentials) -> None:
 @attrs.define(eq=False)
 class Intake:
     """Takes in webhooks whose body was read, whatever the web framework.
+
+    Whatever is signed and names a task is stored, whatever its shape: the session that awaits the
+    task decides what it means.
 
     Attributes:
         sink: Where verified deliveries go.
@@ -167,26 +151,30 @@ class Intake:
 
         Cancelling is safe: the delivery is stored or not, and its sender tries again.
         """
-        delivery = Delivery(body, headers, received_at=self.clock.wall())
+        received = Delivery(body, headers, received_at=self.clock.wall())
         try:
-            answer = read_answer(delivery, self.credentials)
+            delivery = seal_delivery(received, self.credentials)
         except MalformedNotificationError as error:
             logger.info("A notification was refused: %s", error)
             return UNREADABLE
         except NotificationError as error:
             logger.info("A notification was refused: %s", error)
             return Reply(401, str(error))
-        if answer is None:
+        task_id = parse_delivery(delivery).task_id
+        if task_id is None:
             return DROPPED
+        before = count_cancellations()
         try:
             async with self.clock.timeout_at(self.clock.monotonic() + SINK_SECONDS):
                 await self.sink.put(delivery)
-        except Exception as error:
-            # the sender tries again only if it is told that this went wrong
+        except (Exception, asyncio.CancelledError) as error:
+            if is_own_cancellation(error, before):
+                raise
+            # any other status than 200 makes the sender try again
             logger.warning(
-                "The notification of the task %s could not be stored (%s: %s); its sender is "
-                "told 503 and tries again.",
-                answer.task_id,
+                "The notification of the task %s could not be stored (%s: %s). The "
+                "receiver answers 503, and the sender tries again.",
+                task_id,
                 type(error).__name__,
                 error,
             )

@@ -17,7 +17,6 @@ One server, not a cluster. TLS is spoken with ``rediss://`` URLs.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from types import TracebackType
@@ -27,19 +26,14 @@ from urllib.parse import parse_qsl, urlsplit
 import attrs
 
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
-from cloudinary_analyze._wire.signature import (
-    SIGNATURE_HEADER,
-    SIGNATURE_V2_HEADER,
-    TIMESTAMP_HEADER,
-)
 from cloudinary_analyze.errors import (
     ConfigurationError,
     MalformedNotificationError,
     NotificationSourceError,
 )
-from cloudinary_analyze.protocols import NotificationSink, NotificationSource
+from cloudinary_analyze.notifications import decode_delivery, encode_delivery
 from cloudinary_analyze.responses import Delivery
-from cloudinary_analyze.webhooks import find_header, parse_notification
+from cloudinary_analyze.webhooks import parse_delivery
 
 try:
     from redis.asyncio import BlockingConnectionPool, Redis
@@ -61,35 +55,10 @@ BATCH: Final = 500
 AWAITED_SECONDS: Final = 120.0  # several of the listener's rounds, which renew it
 
 _BEGINNING: Final = b"0-0"
-_HEADERS: Final = (SIGNATURE_HEADER, TIMESTAMP_HEADER, SIGNATURE_V2_HEADER)
-
-
-def encode_delivery(delivery: Delivery) -> bytes:
-    """Return what is stored of a delivery: a line of JSON, then the body byte for byte."""
-    headers = {
-        name: value
-        for name in _HEADERS
-        if (value := find_header(delivery.headers, name)) is not None
-    }
-    head = {"received_at": delivery.received_at, "headers": headers}
-    return json.dumps(head).encode() + b"\n" + delivery.body
-
-
-def decode_delivery(stored: bytes) -> Delivery:
-    """Return a stored delivery, with the instant of its first receipt.
-
-    Raises:
-        ValueError: It is none.
-    """
-    line, newline, body = stored.partition(b"\n")
-    head = json.loads(line)
-    if not newline or not isinstance(head, dict) or not isinstance(head.get("headers"), dict):
-        raise ValueError("It is no stored delivery.")
-    return Delivery(body, head["headers"], received_at=head.get("received_at"))
 
 
 @attrs.define(eq=False)
-class RedisNotifications(NotificationSource, NotificationSink):
+class RedisNotifications:
     """Redis between the receivers and the sessions of all processes.
 
     ::
@@ -174,7 +143,7 @@ class RedisNotifications(NotificationSource, NotificationSink):
             redis.RedisError: Redis did not store it.
             TimeoutError: It did not answer.
         """
-        task_id = parse_notification(delivery.body).task_id
+        task_id = parse_delivery(delivery).task_id
         if task_id is None:
             raise MalformedNotificationError(
                 "The notification names no analysis task, so there is no mailbox for it."

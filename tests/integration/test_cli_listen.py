@@ -52,7 +52,7 @@ async def test_listen_shows_what_is_genuine_and_refuses_the_rest(tmp_path: Path)
         "404",
     ):
         assert reason in err
-    assert "Not an answer to an analysis" in err
+    assert "Names no analysis task" in err
     assert SECRET not in err
     assert "guessed" not in err
 

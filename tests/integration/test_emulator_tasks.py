@@ -10,8 +10,8 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from cloudinary_analyze._wire.signature import compute_signature
 from cloudinary_analyze.emulator import Emulator, FaultPlan, WebhookPolicy
+from cloudinary_analyze.webhooks import compute_signature
 
 URI = "https://x.test/a.jpg"
 

@@ -15,17 +15,13 @@ from cloudinary_analyze import (
     Captioning,
     ConfigurationError,
     Credentials,
-    Delivery,
     MalformedNotificationError,
 )
 from cloudinary_analyze.emulator import Emulator
+from cloudinary_analyze.notifications import encode_delivery
 from cloudinary_analyze.notifications import redis as room
 from cloudinary_analyze.notifications.receiver import Intake
-from cloudinary_analyze.notifications.redis import (
-    RedisNotifications,
-    decode_delivery,
-    encode_delivery,
-)
+from cloudinary_analyze.notifications.redis import RedisNotifications
 from cloudinary_analyze.testing import ManualClock
 
 
@@ -62,17 +58,6 @@ def open_worker(shared, namespace, emulator):
             yield session, notifications
 
     return open_worker
-
-
-def test_a_delivery_is_stored_byte_for_byte_with_its_first_receipt():
-    body = bytes(range(256)) + b"\n\n"
-    for received_at in (1790000000.123456, None):
-        headers = sign(body, at=1) | {"Authorization": "private"}
-        delivery = decode_delivery(
-            encode_delivery(Delivery(body, headers, received_at=received_at))
-        )
-        assert (delivery.body, delivery.received_at) == (body, received_at)
-        assert delivery.headers == sign(body, at=1)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from task_support import (
     submit,
 )
 
-from cloudinary_analyze import Delivery, NotificationSource
+from cloudinary_analyze import Delivery
 from cloudinary_analyze._tasks.listener import FETCH_BATCH
 from cloudinary_analyze.errors import NotificationSourceError
 from cloudinary_analyze.notifications import QueueSource
@@ -27,20 +27,20 @@ HOUR = 3600.0
 
 
 class Recorder(QueueSource):
-    """A queue that notes what was settled."""
+    """A queue that notes what was acknowledged."""
 
     def __init__(self):
         super().__init__(asyncio.Queue())
-        self.settled = []
+        self.acknowledged = []
 
-    def settle(self, delivery):
-        self.settled.append(delivery)
+    def acknowledge(self, delivery):
+        self.acknowledged.append(delivery)
 
     def send(self, delivery):
         self.queue.put_nowait(delivery)
 
 
-class Brittle(NotificationSource):
+class Brittle:
     """Breaks, or ends, as often as it is told to; has a memory if it is given one."""
 
     def __init__(self, *ends):
@@ -114,13 +114,13 @@ class TestRefused:
             await settled()
             assert verdicts(tracker) == {verdict: 1}
             assert wait.answer is None
-            assert not source.settled
+            assert not source.acknowledged
             other = await submit(tracker)
             genuine = sign(build_result(other.entry.task_id))
             source.send(genuine)
             await settled()
             assert other.answer.body is not None
-            assert genuine in source.settled
+            assert genuine in source.acknowledged
             assert len(source.begun if hasattr(source, "begun") else [1]) == 1
 
     async def test_no_secret_is_logged(self, clock, caplog):
@@ -134,8 +134,8 @@ class TestRefused:
         assert SECRET not in caplog.text
 
 
-class TestSettle:
-    async def test_what_answered_a_task_is_settled_and_nothing_else(self, clock):
+class TestAcknowledge:
+    async def test_what_answered_a_task_is_acknowledged_and_nothing_else(self, clock):
         source = Recorder()
         async with resolving(clock, source=source) as (_, tracker):
             await submit(tracker)
@@ -144,12 +144,12 @@ class TestSettle:
             for delivery in (result, again, foreign, foreign):
                 source.send(delivery)
             await settled()
-            assert source.settled == [result, again]
+            assert source.acknowledged == [result, again]
             assert verdicts(tracker) == {"resolved": 1, "duplicate": 1, "parked": 2}
 
-    async def test_a_settle_that_raises_does_not_stop_the_listening(self, clock, caplog):
+    async def test_an_acknowledgement_that_raises_does_not_stop_the_listening(self, clock, caplog):
         source = Recorder()
-        source.settle = lambda _: 1 / 0
+        source.acknowledge = lambda _: 1 / 0
         async with resolving(clock, source=source) as (_, tracker):
             waits = [await submit(tracker) for _ in range(3)]
             for wait in waits:
@@ -157,7 +157,7 @@ class TestSettle:
             await settled()
             assert all(wait.answer.body is not None for wait in waits)
             assert clock.next_at is None or clock.now == 0
-        assert "settle" in caplog.text
+        assert "acknowledge" in caplog.text
 
 
 class TestReceipt:

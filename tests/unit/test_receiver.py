@@ -107,12 +107,12 @@ async def test_a_signed_body_that_cannot_be_read_is_answered_400(intake, queue, 
     [
         {"notification_type": "upload", "public_id": "a"},
         {"notification_type": "upload", "task_id": 5, "data": {"analysis": {}}},
-        {"task_id": "t1"},
-        {"task_id": "t1", "http_status": 200, "data": {"analysis": None}},
         {"task_id": "", "data": {"analysis": {}}},
+        {"task_id": ["t1"], "data": {"analysis": {}}},
+        {},
     ],
 )
-async def test_what_is_no_answer_is_taken_and_dropped_so_that_it_fills_no_mailbox(
+async def test_what_names_no_task_is_dropped_with_200_so_that_it_fills_no_mailbox(
     intake, queue, clock, content
 ):
     body = json.dumps(content).encode()
@@ -120,12 +120,21 @@ async def test_what_is_no_answer_is_taken_and_dropped_so_that_it_fills_no_mailbo
     assert queue.empty()
 
 
-async def test_an_answer_without_result_and_error_is_logged_since_a_template_may_be_why(
-    intake, clock, caplog
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {"http_status": 200, "data": {"analysis": None}},
+        {"data": {"result": {"analysis": {"data": {"caption": "x"}}}}},
+        {"error": ["odd"], "http_status": "400"},
+    ],
+)
+async def test_a_signed_notification_that_names_a_task_is_stored_whatever_its_shape(
+    intake, queue, clock, content
 ):
-    body = build_answer("t1", data=None)
-    await intake.take(body, sign(body, at=clock.wall()))
-    assert "payload template" in caplog.text
+    body = json.dumps({"task_id": "t1"} | content).encode()
+    assert (await intake.take(body, sign(body, at=clock.wall()))).status == 200
+    assert queue.get_nowait().body == body
 
 
 async def test_a_sink_that_fails_makes_the_sender_try_again(clock, caplog):
@@ -202,3 +211,32 @@ async def test_a_sender_that_is_gone_when_it_is_answered_is_no_error(queue, cloc
 
     await WebhookReceiver(queue, CREDENTIALS, clock=clock)(scope, receive, send)
     assert queue.get_nowait().body == body
+
+
+async def test_a_sink_that_raises_a_cancellation_of_its_own_makes_the_sender_try_again(clock):
+    class Odd:
+        async def put(self, delivery, /):
+            raise asyncio.CancelledError
+
+    body = build_answer("t1")
+    reply = await Intake(Odd(), CREDENTIALS, clock=clock).take(body, sign(body, at=clock.wall()))
+    assert reply.status == 503
+
+
+@pytest.mark.parametrize("deadline_first", [True, False])
+async def test_a_cancellation_in_the_turn_of_the_deadline_is_not_swallowed(clock, deadline_first):
+    body = build_answer("t1")
+    full = asyncio.Queue(maxsize=1)
+    full.put_nowait(None)
+    taking = asyncio.create_task(
+        Intake(full, CREDENTIALS, clock=clock).take(body, sign(body, at=clock.wall()))
+    )
+    await asyncio.sleep(0)
+    if not deadline_first:
+        taking.cancel()
+    clock.now = 5.0
+    clock._fire(clock._timers[0][2])
+    await asyncio.sleep(0) if deadline_first else None
+    taking.cancel()
+    await asyncio.wait({taking})
+    assert taking.cancelled()

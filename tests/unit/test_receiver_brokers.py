@@ -13,15 +13,14 @@ from cloudinary_analyze import notifications as room
 from cloudinary_analyze.emulator import Emulator
 from cloudinary_analyze.notifications.forwarding import forward
 from cloudinary_analyze.notifications.receiver import Intake
-from cloudinary_analyze.protocols import NotificationSource
 
 
-class ListSource(NotificationSource):
+class ListSource:
     """Yields deliveries and raises errors, as listed, then ends."""
 
     def __init__(self, *listed):
         self.listed = list(listed)
-        self.settled = []
+        self.acknowledged = []
 
     async def listen(self):
         while self.listed:
@@ -30,11 +29,11 @@ class ListSource(NotificationSource):
                 raise item
             yield item
 
-    def settle(self, delivery):
-        self.settled.append(delivery)
+    def acknowledge(self, delivery):
+        self.acknowledged.append(delivery)
 
 
-async def test_only_verified_answers_are_forwarded_and_only_these_are_settled():
+async def test_only_verified_answers_are_forwarded_and_only_these_are_acknowledged():
     good, failure = build_delivery("t1"), build_delivery("t2", data=None, http_status=500)
     forged = Delivery(good.body, sign(good.body, at=good.received_at, secret="another"))
     unrelated = build_delivery("", notification_type="upload")
@@ -43,10 +42,10 @@ async def test_only_verified_answers_are_forwarded_and_only_these_are_settled():
     queue = asyncio.Queue()
     await forward(source, queue, CREDENTIALS)
     assert [queue.get_nowait() for _ in range(queue.qsize())] == [good, failure]
-    assert source.settled == [good, failure]
+    assert source.acknowledged == [good, failure]
 
 
-async def test_what_the_sink_does_not_take_is_put_again_and_settled_only_then(clock):
+async def test_what_the_sink_does_not_take_is_put_again_and_acknowledged_only_then(clock):
     source = ListSource(build_delivery("t1"))
     stored = []
 
@@ -57,7 +56,7 @@ async def test_what_the_sink_does_not_take_is_put_again_and_settled_only_then(cl
             if self.failures:
                 self.failures -= 1
                 raise ConnectionError("away")
-            assert source.settled == []
+            assert source.acknowledged == []
             stored.append(delivery)
 
     forwarding = asyncio.create_task(forward(source, Moody(), CREDENTIALS, clock=clock))
@@ -65,7 +64,7 @@ async def test_what_the_sink_does_not_take_is_put_again_and_settled_only_then(cl
     assert not stored
     await clock.advance(1.0)
     assert len(stored) == 1
-    assert source.settled == stored
+    assert source.acknowledged == stored
     await forwarding
 
 
@@ -98,9 +97,8 @@ class FakeJetStream:
         self.stored = []
         self.subscriptions = []
 
-    async def publish(self, subject, payload, *, headers):
-        assert all(type(value) is str for value in headers.values())
-        message = SimpleNamespace(subject=subject, data=payload, headers=headers)
+    async def publish(self, subject, payload):
+        message = SimpleNamespace(subject=subject, data=payload)
         self.stored.append(message)
         for subscription in self.subscriptions:
             subscription.put_nowait(message)
@@ -132,7 +130,7 @@ def example(monkeypatch):
     for module in (ModuleType("nats"), ModuleType("nats.js"), api, errors):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     lines = room.__doc__.splitlines()
-    begin = lines.index("    import json")
+    begin = lines.index("    from nats.js.api import DeliverPolicy")
     end = max(number for number, line in enumerate(lines) if line.startswith("    "))
     namespace = {}
     exec(textwrap.dedent("\n".join(lines[begin : end + 1])), namespace)

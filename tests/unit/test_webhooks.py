@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import copy
+import pickle
 from typing import Any
 
+import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,13 +17,23 @@ from cloudinary_analyze import (
     Credentials,
     Delivery,
     InvalidSignatureError,
+    MalformedNotificationError,
     NotificationError,
     StaleNotificationError,
     parse_notification,
     verify_signature,
+    webhooks,
 )
-from cloudinary_analyze._wire.signature import compute_signature
-from cloudinary_analyze.webhooks import find_header, verify_delivery
+from cloudinary_analyze.emulator.webhooks import sign as sign_as_the_emulator
+from cloudinary_analyze.webhooks import (
+    VerifiedDelivery,
+    compute_signature,
+    find_header,
+    parse_delivery,
+    read_delivery,
+    seal_delivery,
+    verify_delivery,
+)
 
 BODY = b'{"task_id":"abc"}'
 NOW = 1_790_000_000
@@ -34,6 +47,11 @@ def sign(
     return compute_signature(body, str(at), secret, digest=digest)
 
 
+def build_delivery(body: bytes = BODY, at: int = NOW) -> Delivery:
+    headers = {"X-Cld-Signature": sign(body, at), "X-Cld-Timestamp": str(at)}
+    return Delivery(body, headers, received_at=float(NOW))
+
+
 def test_every_signature_vector_verifies(vectors: dict[str, Any]) -> None:
     cases = vectors["signature_vectors"]
     assert len(cases) == 15
@@ -43,6 +61,7 @@ def test_every_signature_vector_verifies(vectors: dict[str, Any]) -> None:
             assert body.hex() == case["body_utf8_hex_if_non_ascii"]
         secret, timestamp, digest = case["api_secret"], case["timestamp"], case["algorithm"]
         assert compute_signature(body, timestamp, secret, digest=digest) == case["signature"]
+        assert sign_as_the_emulator(body, timestamp, secret, digest=digest) == case["signature"]
         verify_signature(body, timestamp, case["signature"], [secret], now=int(timestamp))
         verify_signature(
             body, timestamp, case["signature"], secret, digests=digest, now=int(timestamp)
@@ -224,3 +243,115 @@ def test_no_error_says_what_the_right_signature_is() -> None:
         verify_signature(BODY, str(NOW), "0" * 40, [SECRET], now=NOW)
     assert SECRET not in str(caught.value)
     assert sign() not in str(caught.value)
+
+
+class TestVerifiedDelivery:
+    """A process digests and parses a webhook once; everything else is verified again."""
+
+    @pytest.fixture
+    def counted(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """Count digests and parses."""
+        calls: list[str] = []
+
+        def count(name: str) -> None:
+            inner = getattr(webhooks, name)
+
+            def call(*arguments: Any, **options: Any) -> Any:
+                calls.append(name)
+                return inner(*arguments, **options)
+
+            monkeypatch.setattr(webhooks, name, call)
+
+        count("compute_signature")
+        count("parse_notification")
+        return calls
+
+    @staticmethod
+    def seal() -> VerifiedDelivery:
+        return seal_delivery(build_delivery(), CREDENTIALS)
+
+    def test_it_is_digested_and_parsed_once(self, counted: list[str]) -> None:
+        sealed = self.seal()
+        assert counted == ["compute_signature", "parse_notification"]
+        notification = read_delivery(sealed, Credentials("demo", "another-key", SECRET))
+        assert notification.task_id == parse_delivery(sealed).task_id == "abc"
+        assert read_delivery(seal_delivery(sealed, CREDENTIALS), CREDENTIALS) is notification
+        assert len(counted) == 2
+
+    @pytest.mark.parametrize(
+        "credentials",
+        [
+            Credentials("demo", "key", "another-secret"),
+            Credentials("demo", "key", SECRET, digests=["sha256"]),
+            Credentials("demo", "key", SECRET, notification_secrets=["another-secret"]),
+        ],
+    )
+    def test_other_secrets_and_digests_verify_it_again(self, credentials: Credentials) -> None:
+        with pytest.raises(InvalidSignatureError):
+            read_delivery(self.seal(), credentials)
+
+    @pytest.mark.parametrize(
+        "rebuild",
+        [
+            copy.copy,
+            copy.deepcopy,
+            *(
+                lambda sealed, protocol=protocol: pickle.loads(pickle.dumps(sealed, protocol))
+                for protocol in range(pickle.HIGHEST_PROTOCOL + 1)
+            ),
+        ],
+    )
+    def test_a_copy_or_a_pickle_is_a_plain_delivery(self, rebuild: Any, counted: list[str]) -> None:
+        sealed = self.seal()
+        rebuilt = rebuild(sealed)
+        assert type(rebuilt) is Delivery
+        assert rebuilt == sealed == rebuilt
+        assert hash(rebuilt) == hash(sealed)
+        read_delivery(rebuilt, CREDENTIALS)
+        assert counted == ["compute_signature", "parse_notification"] * 2
+
+    @pytest.mark.parametrize(
+        "changes",
+        [{}, {"body": b'{"task_id":"forged"}'}, {"received_at": NOW + 9000.0}, {"headers": {}}],
+    )
+    def test_one_that_was_rebuilt_from_its_parts_is_verified_again(
+        self, changes: dict[str, Any], counted: list[str]
+    ) -> None:
+        sealed = self.seal()
+        forged = attrs.evolve(sealed, **changes)
+        assert parse_delivery(forged).raw == parse_notification(forged.body).raw
+        counted.clear()
+        if changes:
+            with pytest.raises(NotificationError):
+                read_delivery(forged, CREDENTIALS)
+        else:
+            read_delivery(forged, CREDENTIALS)
+        assert ("compute_signature" in counted) is ("headers" not in changes)
+
+    def test_a_seal_that_was_restored_is_worth_nothing(self) -> None:
+        """As a serialiser leaves it that sets attributes one by one."""
+        sealed, forged = self.seal(), VerifiedDelivery(b'{"task_id":"forged"}', {})
+        for name in ("seal", "notification"):
+            object.__setattr__(forged, name, copy.deepcopy(getattr(sealed, name)))
+        with pytest.raises(InvalidSignatureError):
+            read_delivery(forged, CREDENTIALS)
+
+    def test_it_shows_no_secret(self) -> None:
+        sealed = self.seal()
+        shown = [repr(sealed), str(attrs.asdict(sealed)), repr(sealed.__reduce_ex__(4))]
+        assert SECRET not in "".join(shown)
+        assert SECRET.encode() not in pickle.dumps(sealed)
+
+    @pytest.mark.parametrize(
+        ("body", "at", "error"),
+        [
+            (BODY, NOW - 9000, StaleNotificationError),
+            (b"[]", NOW, MalformedNotificationError),
+            (b"{", NOW, MalformedNotificationError),
+        ],
+    )
+    def test_what_is_stale_or_malformed_is_not_sealed(
+        self, body: bytes, at: int, error: type[Exception]
+    ) -> None:
+        with pytest.raises(error):
+            seal_delivery(build_delivery(body, at), CREDENTIALS)

@@ -1,0 +1,124 @@
+"""How a source is read: by one reader at a time, and again after it breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import weakref
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import attrs
+
+from cloudinary_analyze._clock import Clock
+from cloudinary_analyze.errors import ConfigurationError
+from cloudinary_analyze.notifications import QueueSource
+from cloudinary_analyze.protocols import NotificationSource
+from cloudinary_analyze.responses import Delivery
+
+logger: logging.Logger = logging.getLogger("cloudinary_analyze")
+
+FIRST_PAUSE: Final = 0.5
+LONGEST_PAUSE: Final = 30.0
+
+_SHUT_DOWN: Final[Any] = getattr(asyncio, "QueueShutDown", ())  # since Python 3.13
+
+
+@attrs.define(eq=False)
+class Claim:
+    """The exclusive right to read a source. It ends with `release`, or when it is dropped.
+
+    Attributes:
+        source: What is read, so that its ``id`` stays its own; ``None`` once released.
+    """
+
+    source: object
+
+    def release(self) -> None:
+        """Let another reader have the source. Idempotent."""
+        if self.source is not None:
+            del _claims[id(self.source)]
+            self.source = None
+
+
+_claims: Final[weakref.WeakValueDictionary[int, Claim]] = weakref.WeakValueDictionary()
+
+
+def claim_source(source: NotificationSource) -> Claim:
+    """Return the right to read a source.
+
+    Raises:
+        ConfigurationError: Another session reads it, or `forward` does.
+    """
+    claimed = source.queue if isinstance(source, QueueSource) else source
+    if id(claimed) in _claims:
+        raise ConfigurationError(
+            "Another session already reads this notification source. Each delivery reaches one "
+            "reader only, so each would lose results. Use one session, or one source for each."
+        )
+    claim = _claims[id(claimed)] = Claim(claimed)
+    return claim
+
+
+@asynccontextmanager
+async def open_deliveries(source: NotificationSource) -> AsyncIterator[AsyncIterator[Delivery]]:
+    """Listen to a source, and close its generator at the end.
+
+    A queue that was shut down ends the block as the end of the deliveries does.
+    """
+    deliveries = source.listen()
+    try:
+        yield deliveries
+    except _SHUT_DOWN:
+        return
+    finally:
+        if isinstance(deliveries, AsyncGenerator):
+            await deliveries.aclose()
+
+
+def count_cancellations() -> int:
+    """Return how many cancellations of the running task were requested."""
+    task = asyncio.current_task()
+    return 0 if task is None else task.cancelling()
+
+
+def is_own_cancellation(error: BaseException, before: int) -> bool:
+    """Whether an error is a cancellation of the running task, and not one that foreign code raised.
+
+    Args:
+        error: What was raised.
+        before: How many cancellations were requested before the code ran.
+    """
+    return isinstance(error, asyncio.CancelledError) and count_cancellations() > before
+
+
+@attrs.define(eq=False)
+class Retries:
+    """The growing pauses between the attempts of the task that makes it.
+
+    Attributes:
+        clock: Measures the pauses.
+        pause: Seconds before the next attempt.
+    """
+
+    clock: Clock
+    pause: float = FIRST_PAUSE
+    _cancelling: int = attrs.field(factory=count_cancellations, init=False)
+
+    async def rest(self, what: str, error: BaseException) -> None:
+        """Warn of a failed attempt and pause; re-raise the error if it is a cancellation of ours.
+
+        A `CancelledError` that code below raised by itself is a failure like any other.
+        """
+        if is_own_cancellation(error, self._cancelling):
+            raise error
+        logger.warning(
+            "%s (%s: %s); trying again in %.1f s.", what, type(error).__name__, error, self.pause
+        )
+        await self.clock.sleep(self.pause)
+        self.pause = min(2 * self.pause, LONGEST_PAUSE)
+
+    def reset(self) -> None:
+        """Begin with the shortest pause again, since an attempt made progress."""
+        self.pause = FIRST_PAUSE

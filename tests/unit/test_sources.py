@@ -1,0 +1,176 @@
+"""Who may read a source, what ends it, and what is stored of a delivery."""
+
+import asyncio
+import gc
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+from notification_support import CREDENTIALS, build_answer, build_delivery, sign
+
+from cloudinary_analyze import AnalyzeSession, Captioning, ConfigurationError, Delivery, Settings
+from cloudinary_analyze.errors import NotificationSourceError
+from cloudinary_analyze.notifications import QueueSource, decode_delivery, encode_delivery
+from cloudinary_analyze.notifications.forwarding import forward
+from cloudinary_analyze.protocols import AcknowledgingSource, NotificationSource, ReplayableSource
+
+SETTINGS = Settings(host="http://127.0.0.1:9", poll_first=3600, poll_longest=3600)
+
+
+class Silent:
+    """A source that is no subclass of anything, and cannot be referenced weakly."""
+
+    __slots__ = ()
+
+    async def listen(self):
+        await asyncio.Event().wait()
+        yield
+
+
+def open_session(source):
+    return AnalyzeSession(CREDENTIALS, settings=SETTINGS, notifications=source)
+
+
+def build_pairs():
+    queue, source, silent = asyncio.Queue(), QueueSource(asyncio.Queue()), Silent()
+    return {
+        "one queue": (queue, queue),
+        "two sources of one queue": (QueueSource(queue), QueueSource(queue)),
+        "a queue and a source of it": (queue, QueueSource(queue)),
+        "one source": (source, source),
+        "one source of a user": (silent, silent),
+    }
+
+
+@pytest.mark.parametrize("name", build_pairs())
+async def test_a_source_serves_one_session_and_the_next_one_once_that_is_closed(name):
+    first, second = build_pairs()[name]
+    async with open_session(first):
+        refused = open_session(second)
+        with pytest.raises(ConfigurationError, match="Another session already reads"):
+            await refused.__aenter__()
+        await refused.aclose()
+        with pytest.raises(ConfigurationError, match="Another session already reads"):
+            await forward(
+                QueueSource(second) if isinstance(second, asyncio.Queue) else second,
+                asyncio.Queue(),
+                CREDENTIALS,
+            )
+    async with open_session(second):
+        pass
+    async with open_session(first):
+        pass
+
+
+async def test_what_forward_reads_is_refused_to_a_session_until_it_ends():
+    queue = asyncio.Queue()
+    forwarding = asyncio.create_task(forward(QueueSource(queue), asyncio.Queue(), CREDENTIALS))
+    await asyncio.sleep(0)
+    with pytest.raises(ConfigurationError, match="Another session already reads"):
+        await open_session(queue).__aenter__()
+    forwarding.cancel()
+    await asyncio.wait({forwarding})
+    async with open_session(queue):
+        pass
+
+
+async def test_sessions_with_sources_of_their_own_do_not_disturb_one_another():
+    async with open_session(asyncio.Queue()), open_session(asyncio.Queue()), open_session(Silent()):
+        pass
+
+
+def test_a_session_that_was_dropped_open_leaves_its_source_to_others():
+    source = Silent()
+
+    async def drop():
+        session = open_session(source)
+        await session.__aenter__()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        asyncio.run(drop())
+        gc.collect()
+
+    async def take():
+        async with open_session(source):
+            pass
+
+    asyncio.run(take())
+
+
+@pytest.mark.skipif(not hasattr(asyncio, "QueueShutDown"), reason="of Python 3.13")
+@pytest.mark.parametrize("immediate", [True, False])
+async def test_a_queue_that_was_shut_down_is_a_source_that_ended(immediate):
+    queue = asyncio.Queue()
+    async with open_session(queue) as session, asyncio.timeout(5):
+        first, second = session.task("t1", Captioning), session.task("t2", Captioning)
+        queue.put_nowait(build_delivery("t1"))
+        queue.shutdown(immediate=immediate)
+        with pytest.raises(NotificationSourceError):
+            await second
+        if not immediate:
+            assert (await first).analysis.caption == "A cat"
+
+
+@pytest.mark.skipif(not hasattr(asyncio, "QueueShutDown"), reason="of Python 3.13")
+async def test_forwarding_ends_with_a_queue_that_was_shut_down():
+    queue, sink = asyncio.Queue(), asyncio.Queue()
+    queue.put_nowait(build_delivery("t1"))
+    queue.shutdown()
+    await asyncio.wait_for(forward(QueueSource(queue), sink, CREDENTIALS), 5)
+    assert sink.qsize() == 1
+
+
+def test_a_source_is_known_by_its_methods():
+    class Full(Silent):
+        async def fetch(self, task_ids):
+            return ()
+
+        def acknowledge(self, delivery):
+            pass
+
+    for source, kinds in ((Silent(), (True, False, False)), (Full(), (True, True, True))):
+        known = (NotificationSource, ReplayableSource, AcknowledgingSource)
+        assert tuple(isinstance(source, kind) for kind in known) == kinds
+
+
+@pytest.mark.parametrize("received_at", [1790000000.123456, 1790000000, None])
+def test_a_delivery_is_stored_byte_for_byte_with_its_first_receipt(received_at):
+    body = bytes(range(256)) + b"\n\n"
+    headers = sign(body, at=1) | {"Authorization": "private"}
+    delivery = decode_delivery(encode_delivery(Delivery(body, headers, received_at=received_at)))
+    assert (delivery.body, delivery.received_at) == (body, received_at)
+    assert delivery.headers == sign(body, at=1)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        b"",
+        b"\n",
+        b"{}\n{}",
+        b"[]\nsomething else",
+        b"null\n",
+        b"\xff\n",
+        b"[" * 100_000 + b"\n",
+        b'{"headers": {}, "received_at": 1}',
+        b'{"headers": {}, "received_at": "1"}\n{}',
+        b'{"headers": {}, "received_at": true}\n{}',
+        b'{"headers": null, "received_at": 1}\n{}',
+        b'{"headers": {"X-Cld-Signature": 1}, "received_at": 1}\n{}',
+        json.dumps({"headers": {}}).encode() + b"\n" + build_answer("t1"),
+    ],
+)
+def test_what_is_no_stored_delivery_is_a_value_error(stored):
+    with pytest.raises(ValueError, match="Not a stored delivery"):
+        decode_delivery(stored)
+
+
+def test_what_every_stored_source_needs_is_there_without_the_redis_library():
+    program = (
+        "import sys; sys.modules['redis'] = None\n"
+        "from cloudinary_analyze.notifications import encode_delivery, decode_delivery"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=30)
