@@ -1,0 +1,379 @@
+"""What the session has learned about the service's limits: a pace and a cap. Pure.
+
+`Pace` and `Cap` are parts of `Admission`, which documents their states. Nothing here knows about
+stalls or the queue.
+"""
+
+from __future__ import annotations
+
+import enum
+from math import inf, sqrt
+from typing import Final
+
+import attrs
+
+# How large a step of a probe is, at least. It must exceed twice the noise of the share of a round:
+# 1/8 tells a limit from 10 % of sporadic 429s.
+GAIN: Final = 1 / 8
+# The largest step of a probe while cruising. With 1, a probe that a full bucket hides overshoots
+# the limit so far that it ends in a stall.
+LARGEST_GAIN: Final = 1 / 2
+# Throttles that a round expects if the pace is above a limit. Fewer make wrong cuts likely.
+EXPECTED: Final = 4
+# Throttles beyond the noise and its standard deviation that end a probing round early. One would
+# be chance; each further one is a throttled call in every probe, which shows at 10/s.
+EVIDENCE: Final = 2
+# A round lasts at least this long at gain 1, so that bursts and latency do not pass for a rate.
+SHORTEST_ROUND: Final = 0.25
+# A round with few starts ends after this time.
+LONGEST_ROUND: Final = 5.0
+# A round lasts for at least two latencies of a rejection; otherwise its throttles come too late.
+ROUND_LAGS: Final = 2
+# Starts before a round may end early.
+FEWEST_STARTS: Final = 8
+# A cut stays this far below what was accepted. Otherwise half of the cuts end above the limit, and
+# throttle until the next one. It costs at most 2 % of the goodput, and halves the throttles at 10/s.
+UNDERSHOOT: Final = 0.98
+# Seconds between probes: 1 after a change, doubled by each probe that finds nothing, up to this.
+# A probe costs about 4 throttles, at 10/s and 30 s 1.3 % of the calls. A raised limit is noticed
+# within about the time for which the old limit held, and within 38 s.
+LONGEST_REST: Final = 30.0
+# A late timer may be made up for by this many seconds of starts. More of them would be a burst.
+CATCH_UP: Final = 0.02
+# The least share of the pace that counts as accepted after a stall. A stall begins when two thirds
+# are throttled, so at most 1/3 was accepted; with half of it the next search is short.
+STALL_FLOOR: Final = 1 / 6
+# The lowest learned pace per second. It still sends enough for a round every few seconds.
+LOWEST_PACE: Final = 0.5
+# The weight of a new round in the average share of noise, and what each round leaves of the counts
+# per depth: both remember about 5 to 8 rounds.
+NOISE_WEIGHT: Final = 1 / 8
+FADE: Final = 0.8
+# Seconds between steps of the cap upward, and the longest wait after a step that failed.
+CAP_STEP: Final = 1.0
+LONGEST_CAP_REST: Final = 16.0
+
+
+class State(enum.Enum):
+    """What limits the starts of attempts. The module's docstring describes the states."""
+
+    CALM = "calm"
+    WATCHED = "watched"
+    SEARCHING = "searching"
+    CRUISING = "cruising"
+    PROBING = "probing"
+    STALLED = "stalled"
+    TESTING = "testing"
+
+
+@attrs.define(eq=False)
+class Turnstile:
+    """Spaces starts evenly (the generic cell rate algorithm).
+
+    Attributes:
+        interval: Seconds between starts.
+        slack: Seconds of unused starts that may be made up for.
+        free_at: When the next start is due.
+    """
+
+    interval: float
+    slack: float
+    free_at: float = -inf
+
+    def take(self, now: float) -> None:
+        """Count a start."""
+        self.free_at = max(self.free_at, now - self.slack) + self.interval
+
+    def put_back(self) -> None:
+        """Return a start that was not used."""
+        self.free_at -= self.interval
+
+
+@attrs.define(eq=False)
+class Cap:
+    """How many attempts may be in flight, learned from the depths at which attempts are throttled.
+
+    Attributes:
+        permits: The most, from the settings.
+        limit: The most now.
+        proven: The most that were not throttled. Above it, the limit is being probed.
+    """
+
+    permits: int
+    limit: int = attrs.field(init=False)
+    proven: int = attrs.field(init=False)
+    _step: int = attrs.field(default=1, init=False)
+    _rest: float = attrs.field(default=CAP_STEP, init=False)
+    _raise_at: float = attrs.field(default=0.0, init=False)
+    _accepted: list[float] = attrs.field(init=False)  # starts that were not throttled, by depth
+    _throttled: list[float] = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.limit = self.proven = self.permits
+        self.clear()
+
+    def clear(self, in_use: int = 0) -> None:
+        """Forget the counts; assume a start at each depth that is in use."""
+        self._accepted = [float(0 < depth <= in_use) for depth in range(self.permits + 1)]
+        self._throttled = [0.0] * (self.permits + 1)
+
+    def fade(self) -> None:
+        """Give the counts so far less weight."""
+        self._accepted = [count * FADE for count in self._accepted]
+        self._throttled = [count * FADE for count in self._throttled]
+
+    def count_start(self, depth: int, now: float) -> None:
+        """Count a start. One at the limit may raise the limit."""
+        self._accepted[depth] += 1
+        if depth == self.limit < self.permits and now >= self._raise_at:
+            if self.limit > self.proven:  # the last step was not throttled
+                self._step *= 2
+                self._rest = CAP_STEP
+            self.proven = self.limit
+            self.limit = min(self.permits, self.limit + self._step)
+            self._raise_at = now + CAP_STEP
+
+    def count_withdrawal(self, depth: int) -> None:
+        """Undo `count_start`."""
+        self._accepted[depth] = max(0.0, self._accepted[depth] - 1)
+
+    def count_throttle(self, depth: int, now: float, chance: float) -> bool:
+        """Count a throttle. Return whether the cap explains it, so that it does not concern the pace.
+
+        Args:
+            depth: Of the throttled attempt.
+            now: The time.
+            chance: From 0 to 1, to spread the clients of one limit.
+        """
+        self.count_withdrawal(depth)
+        self._throttled[depth] += 1
+        if depth <= self.proven:
+            return False
+        throttled = sum(self._throttled[self.proven + 1 :])
+        if throttled >= sum(self._accepted[self.proven + 1 :]):
+            self.limit = self.proven
+            self._step = 1
+            self._rest = min(LONGEST_CAP_REST, 2 * self._rest)
+            self._raise_at = now + self._rest * (0.5 + chance)
+        return True
+
+    def learn(self, mistakes: float) -> bool:
+        """Lower the limit to the depth that best separates accepted from throttled attempts.
+
+        A depth counts only if starts went through it twice. Otherwise the depth has only risen
+        since the beginning, so that it cannot be told from time: a burst into a rate limit.
+
+        Args:
+            mistakes: The share of the throttles that the limit may leave unexplained.
+
+        Returns:
+            Whether there is such a depth.
+        """
+        throttled = sum(self._throttled)
+        above, below, visits = sum(self._accepted), 0.0, 0.0
+        fewest, best = mistakes * throttled, 0
+        for depth in range(1, self.limit):
+            above -= self._accepted[depth]
+            below += self._throttled[depth]
+            visits += self._accepted[depth]
+            if (
+                visits >= 2 * depth
+                and above + below <= fewest
+                and (above + below < fewest or not best)
+            ):
+                fewest, best = above + below, depth
+        if not throttled or not best:
+            return False
+        self.limit = self.proven = best
+        self._step = 1
+        self._throttled = [0.0] * (self.permits + 1)
+        return True
+
+
+@attrs.define(eq=False)
+class Pace:
+    """The learned rate, and the round in which it is judged.
+
+    Attributes:
+        rate: Starts per second; ``None`` if nothing shows a limit.
+        held: Whether the rate delayed a start in this round.
+        ceiling: Where the search after a stall ends.
+        lag: The latency of rejections: the longest recent one.
+    """
+
+    turnstile: Turnstile = attrs.field(factory=lambda: Turnstile(0.0, CATCH_UP))
+    rate: float | None = None
+    state: State = State.WATCHED
+    held: bool = False
+    ceiling: float = inf
+    lag: float = 0.0
+    started: int = 0
+    throttled: int = 0
+    _gain: float = GAIN
+    _noise: float = 0.0  # the share of throttles that no cut removed
+    _fresh: bool = False  # the round is the first after a cut
+    _cuts: int = 0  # in a row
+    _last_share: float = 0.0
+    _cruised_at: float = 0.0  # the rate before the probe
+    _confirmed: bool = False  # the probe's first step was clean twice
+    _rest: float = 1.0
+    _probe_at: float = 0.0
+    _round_at: float = 0.0
+    _round_from: int = 0  # the number of the last start before the round
+    _climb_at: float = 0.0
+    _climbed: int = 0  # starts since then that were not throttled
+
+    def begin_round(self, now: float, number: int, started: int = 0) -> None:
+        """Start counting anew."""
+        self._round_at, self._round_from = now, number - started
+        self.started, self.throttled, self.held = started, 0, False
+
+    def begin_climb(self, now: float, started: int = 0) -> None:
+        """Start to measure what the service accepts until the next stall."""
+        self._climb_at, self._climbed = now, started
+
+    def watch(self, now: float, number: int, in_use: int) -> None:
+        """Leave CALM. What is in flight belongs to the first round."""
+        self.state = State.WATCHED
+        self._noise, self._fresh, self._cuts = 0.0, False, 0
+        self.begin_round(now, number, in_use)
+        self.begin_climb(now, in_use)
+
+    def search(self, rate: float, now: float, number: int) -> None:
+        """Start slowly after a stall, and double the rate with each clean round."""
+        self._set_rate(min(rate, self.ceiling))
+        self.turnstile.free_at = now
+        self.state, self._gain, self._rest = State.SEARCHING, 1.0, 1.0
+        self.begin_round(now, number)
+        self.begin_climb(now)
+
+    def count_start(self, now: float) -> None:
+        """Count a start."""
+        self.started += 1
+        self._climbed += 1
+        if self.rate is not None:
+            self.turnstile.take(now)
+
+    def count_withdrawal(self) -> None:
+        """Undo `count_start`."""
+        self.started = max(0, self.started - 1)
+        self._climbed -= 1
+        if self.rate is not None:
+            self.turnstile.put_back()
+
+    def count_throttle(self, *, explained: bool) -> None:
+        """Count a throttle.
+
+        Args:
+            explained: The cap explains it.
+        """
+        self._climbed -= 1
+        self.throttled += not explained
+
+    def remember_ceiling(self, now: float, *, throttled: bool) -> None:
+        """Take note of a stall. After an outage, nothing is known of the rate.
+
+        The mean since the climb began is low if that was long ago, so that it has a floor.
+        """
+        accepted = self._climbed / max(0.001, now - self._climb_at)
+        accepted = max(1.0, accepted, (self.rate or 0.0) * STALL_FLOOR)
+        self.ceiling = accepted if throttled else inf
+
+    def is_over(self, number: int, now: float) -> bool:
+        """Return whether the round can be judged.
+
+        Args:
+            number: Of the attempt whose result arrived. Older ones say nothing about the round.
+            now: The time.
+        """
+        if number <= self._round_from or not self.started:
+            return False
+        seconds, gain = now - self._round_at, self._gain
+        if seconds >= LONGEST_ROUND:
+            return True
+        shortest = max(SHORTEST_ROUND, GAIN / gain, ROUND_LAGS * self.lag)
+        if self.started >= EXPECTED * (1 + gain) / gain and seconds >= shortest:
+            return True
+        if self.started < FEWEST_STARTS:
+            return False
+        if self.state is State.PROBING:
+            noise = self._noise * self.started
+            return self.throttled - noise >= EVIDENCE + sqrt(noise) and self.is_bad
+        return self.state is State.CRUISING and now >= self._probe_at and self.throttled <= 1
+
+    @property
+    def share(self) -> float:
+        """The share of the round's starts that was throttled."""
+        return self.throttled / max(1, self.started)
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether half of what a limit would throttle was throttled, beyond the noise."""
+        excess = self.share - self._noise
+        return self.throttled > 1 and (
+            excess > self._gain / (1 + self._gain) / 2 or self.share > 0.5
+        )
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether two cuts in a row did not lower the share, so that it shows no limit."""
+        return self._cuts >= 2 and self._last_share / 2 < self.share <= 0.5
+
+    def accept_noise(self, now: float) -> None:
+        """Take the share for noise, and raise the rate again soon."""
+        self._noise, self._cuts = self.share, 0
+        self._probe_at = now
+
+    def cut(self, now: float, chance: float) -> None:
+        """Lower the rate to what the service accepted, and cruise."""
+        share, probing = self.share, self.state in (State.PROBING, State.SEARCHING)
+        offered = self.started / max(0.05, now - self._round_at)
+        if self.rate is not None and self.held:
+            offered = self.rate
+        rate = max(LOWEST_PACE, offered * (1 - share) * UNDERSHOOT)
+        self._set_rate(rate)
+        if probing:
+            changed = self.state is State.SEARCHING or rate > 1.25 * self._cruised_at
+            self._rest = 1.0 if changed else min(LONGEST_REST, 2 * self._rest)
+        self._cruise(now, chance)
+        self._fresh, self._last_share = True, share
+        self._cuts += 1
+
+    def pass_round(self, now: float, chance: float) -> None:
+        """Act on a round that was not bad."""
+        share = self.share
+        weight = 1.0 if self._fresh else NOISE_WEIGHT
+        self._noise += (share - self._noise) * weight
+        self._fresh, self._cuts = False, 0
+        if self.rate is None:
+            return
+        if not self.held:
+            self.rate, self.state = None, State.WATCHED
+            self._gain, self._rest = GAIN, 1.0
+        elif self.state is State.SEARCHING:
+            self._set_rate(2 * self.rate)
+            if self.rate >= self.ceiling:
+                self._set_rate(self.ceiling)
+                self.ceiling = inf
+                self._cruise(now, chance)
+        elif self.state is State.PROBING:
+            if self._confirmed:
+                self._gain = min(LARGEST_GAIN, 2 * self._gain)
+                self._set_rate(self.rate * (1 + self._gain))
+            self._confirmed = True  # a full bucket hides the first round of a probe
+        elif now >= self._probe_at:
+            self.state, self._confirmed, self._cruised_at = State.PROBING, False, self.rate
+            self._gain = min(LARGEST_GAIN, GAIN + 1 / self.rate)  # low rates need larger steps
+            self._set_rate(self.rate * (1 + self._gain))
+            self.begin_climb(now)
+        elif share > self._noise:
+            self._set_rate(self.rate * (1 - (share - self._noise)))
+
+    def _cruise(self, now: float, chance: float) -> None:
+        self.state, self._gain = State.CRUISING, GAIN
+        # The jitter keeps two clients of one limit from probing together forever.
+        self._probe_at = now + self._rest * (0.75 + chance / 2)
+
+    def _set_rate(self, rate: float) -> None:
+        self.rate = rate
+        self.turnstile.interval = 1 / rate
