@@ -100,6 +100,7 @@ from cloudinary_analyze.requests import (
     find_request_type,
 )
 from cloudinary_analyze.responses import Delivery, Limit, Notification, Response, TaskStatus
+from cloudinary_analyze.serialization import to_dict, to_json
 from cloudinary_analyze.session import AnalyzeSession
 from cloudinary_analyze.webhooks import parse_notification, verify_signature
 
@@ -203,5 +204,7 @@ __all__ = [
     "__version__",
     "find_request_type",
     "parse_notification",
+    "to_dict",
+    "to_json",
     "verify_signature",
 ]

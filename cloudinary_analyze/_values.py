@@ -1,12 +1,13 @@
-"""What values of every kind share: how a URL object becomes text, and how a value is quoted.
+"""What values of every kind share: URL objects become text, values are quoted and written as JSON.
 
-The lowest module: it imports nothing of the package.
+The lowest module. It imports nothing of the package but `serialization`, when a value is written.
 """
 
 from __future__ import annotations
 
 import reprlib
-from typing import Any, Final, Protocol
+from collections.abc import Iterator
+from typing import Annotated, Any, Final, Protocol
 
 _REPR: Final = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 80
@@ -39,3 +40,21 @@ def read_url(value: object) -> Any:
 def quote(value: object) -> str:
     """Return a short `repr` for an error message; one that raises is replaced."""
     return _REPR.repr(value)
+
+
+class Jsonable:
+    """A value that ``dict(value)``, pydantic and FastAPI can write as JSON, as `to_dict` does."""
+
+    __slots__ = ()
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """Iterate over the items of `to_dict`, so that ``dict(value)`` returns it."""
+        from cloudinary_analyze.serialization import to_dict
+
+        return iter(to_dict(self).items())
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        from cloudinary_analyze.serialization import PydanticHooks
+
+        return handler.generate_schema(Annotated[Any, PydanticHooks(source)])

@@ -14,6 +14,8 @@ from typing import Any, Final, NamedTuple
 
 import attrs
 
+from cloudinary_analyze._values import Jsonable
+
 ModelVersion = int | str | float | None
 
 
@@ -38,7 +40,7 @@ class BoundingBox(NamedTuple):
 
 
 @attrs.frozen
-class AttributeValue:
+class AttributeValue(Jsonable):
     """One value of a garment's attribute, such as ``midi`` for ``skirt length``.
 
     Attributes:
@@ -51,7 +53,7 @@ class AttributeValue:
 
 
 @attrs.frozen
-class Detection:
+class Detection(Jsonable):
     """One found instance of a label.
 
     Attributes:
@@ -162,7 +164,7 @@ class DetectedTags(Mapping[str, tuple[Detection, ...]]):
 
 
 @attrs.frozen(kw_only=True)
-class Analysis:
+class Analysis(Jsonable):
     """What every analysis has.
 
     Attributes:
@@ -232,7 +234,7 @@ class UnidetAnalysis(DetectionAnalysis):
 
 
 @attrs.frozen
-class VisionAnswer:
+class VisionAnswer(Jsonable):
     """The answer to one prompt.
 
     Attributes:
@@ -255,7 +257,7 @@ class AIVisionGeneralAnalysis(Analysis):
 
 
 @attrs.frozen
-class ModerationAnswer:
+class ModerationAnswer(Jsonable):
     """The answer to one rejection question.
 
     Attributes:
@@ -280,7 +282,7 @@ class AIVisionModerationAnalysis(Analysis):
 
 
 @attrs.frozen
-class VisionTag:
+class VisionTag(Jsonable):
     """A tag whose description fits the image.
 
     Attributes:
@@ -310,7 +312,7 @@ class CaptioningAnalysis(Analysis):
 
 
 @attrs.frozen
-class LogoVertex:
+class LogoVertex(Jsonable):
     """A corner of the polygon round a logo, in pixels; what is not sent is 0."""
 
     x: int = 0
@@ -318,7 +320,7 @@ class LogoVertex:
 
 
 @attrs.frozen
-class Logo:
+class Logo(Jsonable):
     """A logo that was found.
 
     Attributes:
@@ -342,7 +344,7 @@ class GoogleLogoDetectionAnalysis(Analysis):
 
 
 @attrs.frozen
-class GoogleLabel:
+class GoogleLabel(Jsonable):
     """A label that fits the image.
 
     Attributes:
@@ -377,7 +379,7 @@ class ImageQualityAnalysis(Analysis):
 
 
 @attrs.frozen
-class Watermark:
+class Watermark(Jsonable):
     """What was found in place of a watermark.
 
     Attributes:

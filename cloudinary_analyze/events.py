@@ -13,6 +13,8 @@ from typing import TypeAlias
 
 import attrs
 
+from cloudinary_analyze._values import Jsonable
+
 logger: logging.Logger = logging.getLogger("cloudinary_analyze")
 
 
@@ -118,7 +120,7 @@ EventHook: TypeAlias = Callable[[Event], None]
 
 
 @attrs.frozen(kw_only=True)
-class SessionStats:
+class SessionStats(Jsonable):
     """A snapshot of a session's counts since it was opened.
 
     Attributes:

@@ -11,17 +11,23 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import attrs
 
+from cloudinary_analyze._values import Jsonable
+
+if TYPE_CHECKING:
+    from cloudinary_analyze.requests import AnalyzeRequest
+
+A = TypeVar("A")
 A_co = TypeVar("A_co", covariant=True)
 
 JSONObject = Mapping[str, Any]
 
 
 @attrs.frozen
-class Limit:
+class Limit(Jsonable):
     """One entry of an answer's ``limits``: how much of an add-on's quota is left.
 
     The service has sent three shapes of ``limits`` over time; all three are read into this one.
@@ -128,7 +134,7 @@ def _read_integer(value: Any) -> int | None:
 
 
 @attrs.frozen(repr=False)
-class Response(Generic[A_co]):
+class Response(Jsonable, Generic[A_co]):
     """The response to one analysis: the typed analysis, and the JSON that it came in.
 
     Attributes:
@@ -156,6 +162,24 @@ class Response(Generic[A_co]):
         """What the response says about quotas; empty if it says nothing."""
         return find_limits(self.raw)
 
+    @classmethod
+    def from_raw(
+        cls, request: type[AnalyzeRequest[A]] | AnalyzeRequest[A], raw: JSONObject
+    ) -> Response[A]:
+        """Return the response that JSON from the service holds, such as a stored `raw`.
+
+        Args:
+            request: The request class (``Coco``), or the request; for `OtherModel`, the request.
+            raw: The JSON object as received: of a response, or of a notification.
+
+        Raises:
+            ResponseDecodeError: It holds no analysis of the model.
+        """
+        from cloudinary_analyze._wire.protocol import read_result
+
+        model = request.model_name if isinstance(request, type) else request.model
+        return read_result(model, request.analysis_type, raw)
+
     def __repr__(self) -> str:
         return (
             f"Response(analysis={self.analysis!r}, model={self.model!r}, "
@@ -164,7 +188,7 @@ class Response(Generic[A_co]):
 
 
 @attrs.frozen
-class TaskStatus:
+class TaskStatus(Jsonable):
     """What ``GET /tasks/{id}`` says of a task. It never carries the result.
 
     Attributes:

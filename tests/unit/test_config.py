@@ -15,7 +15,6 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 import attrs
-import httpx
 import pydantic
 import pytest
 import starlette.datastructures
@@ -450,7 +449,7 @@ def test_readers_of_credentials_refuse_what_is_no_text(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [yarl.URL, pydantic.HttpUrl, starlette.datastructures.URL, httpx.URL, urlsplit]
+    "make", [yarl.URL, pydantic.HttpUrl, starlette.datastructures.URL, urlsplit]
 )
 def test_a_host_may_be_a_url_object(make: Any) -> None:
     origin = "https://api-eu.cloudinary.com"

@@ -111,10 +111,12 @@ NAMES = [
     "__version__",
     "find_request_type",
     "parse_notification",
+    "to_dict",
+    "to_json",
     "verify_signature",
 ]
 LATER = ("aiohttp", "cattrs", "backoff", "cloudinary_analyze.notifications.receiver")
-OPTIONAL = ("cyclopts", "rich", "redis", "jinja2", "pyarrow", "uvloop")
+OPTIONAL = ("cyclopts", "pydantic", "rich", "redis", "jinja2", "pyarrow", "uvloop")
 PROBE = """
 import importlib, sys
 importlib.import_module(sys.argv[1])

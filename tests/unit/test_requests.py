@@ -16,7 +16,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import attrs
-import httpx
 import pydantic
 import pytest
 import starlette.datastructures
@@ -255,7 +254,7 @@ def test_what_is_no_file_is_not_called_one(source: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [yarl.URL, pydantic.HttpUrl, starlette.datastructures.URL, httpx.URL, urlsplit]
+    "make", [yarl.URL, pydantic.HttpUrl, starlette.datastructures.URL, urlsplit]
 )
 def test_a_url_object_is_a_source_and_becomes_a_string(make: Any) -> None:
     url = "https://images.example/a.jpg?x=%20b&y=%C3%A4"
