@@ -64,8 +64,7 @@ async def _resolve_with_ours(deliveries: list[Delivery], task_ids: list[str]) ->
         notifications=queue,
     ) as session:
         tasks = [session.task(task_id, kind) for task_id in task_ids]
-        tracker = session._tracker  # noqa: SLF001
-        assert tracker is not None
+        tracker = session._connection.tracker  # type: ignore[union-attr]  # noqa: SLF001
         for entry in tracker.table.pending.values():
             tracker.poller.schedule(entry)  # as if accepted just now, not taken up: no poll is due
         gc.collect()

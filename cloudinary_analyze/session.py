@@ -1,4 +1,4 @@
-"""`AnalyzeSession`: wires the rooms below together, and holds no logic of theirs."""
+"""The public client: validates arguments and owns the session's lifetime."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import warnings
 import weakref
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Self, TypeVar, overload
+
+import attrs
 
 from cloudinary_analyze import _policy
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
@@ -82,10 +84,48 @@ def _check_arguments(credentials: object, settings: object, on_event: object) ->
         raise ConfigurationError(f"`on_event` is a function of one event, not {on_event!r:.80}.")
 
 
+def _read_notification_url(value: object) -> str:
+    """Return a URL, or a URL object of another library (yarl, pydantic, Starlette), as text."""
+    if isinstance(value, str):
+        text = str.__str__(value)
+    elif hasattr(value, "scheme"):
+        text = str(value)
+    else:
+        raise ConfigurationError(
+            f"`notification_url` must be a string or a URL object, not {type(value).__name__}."
+        )
+    if not re.fullmatch(_NOTIFICATION_URL, text):
+        raise ConfigurationError(
+            f"The notification URL {text!r:.200} must begin with https:// (or http://)."
+        )
+    return text
+
+
 def _build_no_request_error(value: object) -> InvalidRequestError:
     return InvalidRequestError(
         f"{value!r:.80} is no request. Pass one of a model, such as Captioning(url)."
     )
+
+
+@attrs.define(eq=False, repr=False)
+class _Connection:
+    """What `async with` opened.
+
+    Attributes:
+        loop: The event loop that everything belongs to.
+        caller: Makes calls.
+        tracker: Brings tasks to their results.
+        claim: The right to read the notification source.
+        closed: Done once the session is closed completely.
+        closer: The task that closes it.
+    """
+
+    loop: asyncio.AbstractEventLoop
+    caller: Caller
+    tracker: Tracker
+    claim: Claim | None
+    closed: asyncio.Future[None]
+    closer: asyncio.Task[Any] | None = None
 
 
 class AnalyzeSession:
@@ -146,12 +186,8 @@ class AnalyzeSession:
                 "Notifications cannot be verified without a secret. Pass "
                 "Credentials(…, notification_secrets=…) beside the OAuth token."
             )
-        if notification_url is not None and not re.fullmatch(
-            _NOTIFICATION_URL, str(notification_url)
-        ):
-            raise ConfigurationError(
-                f"The notification URL {notification_url!r} is no https:// (or http://) URL."
-            )
+        if notification_url is not None:
+            notification_url = _read_notification_url(notification_url)
         _import_what_sessions_need()
         self._source = notifications
         self._notification_url = notification_url
@@ -160,49 +196,61 @@ class AnalyzeSession:
         self._http = http
         self._clock = clock
         self._meter = Meter(on_event)
-        self._quota = Quota(clock)
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._caller: Caller | None = None
-        self._tracker: Tracker | None = None
-        self._claim: Claim | None = None
-        self._warned_of_tasks = False
+        self._quota = Quota(clock, settings.permits)
+        # not open: None, not closed; open: a connection, not closed; closing or closed: closed
+        self._connection: _Connection | None = None
         self._closed = False
+        self._warned_of_tasks = False
         self._under_way: dict[tuple[int, str], Shared] = {}
         self._streams: weakref.WeakSet[OutcomeStream[Any, Any]] = weakref.WeakSet()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "open" if self._caller else "not open"
+        state = "closed" if self._closed else "open" if self._connection else "not open"
         return f"<AnalyzeSession of {self._credentials.cloud_name!r} at {self._base_url}, {state}>"
 
     async def __aenter__(self) -> Self:
-        """Bind the running event loop and open the pool.
+        """Bind the running event loop and open the connection pool.
 
         Raises:
-            SessionClosedError: A session opens once.
-            ConfigurationError: Another session reads the notification source.
+            SessionAlreadyOpenError: It is open.
+            SessionClosedError: It was closed; a session opens once.
+            ConfigurationError: Another session reads the notification source, or the aiohttp
+                session passed as ``http`` cannot be used.
         """
         if self._closed:
-            raise SessionClosedError("A closed session does not open again; make a new one.")
-        if self._caller is not None:
+            raise SessionClosedError("A closed session cannot be opened again. Create a new one.")
+        if self._connection is not None:
             raise SessionAlreadyOpenError("The session is already open.")
         from cloudinary_analyze._http.call import Caller
         from cloudinary_analyze._http.transport import Transport
 
-        claim = claim_source(self._source) if self._source is not None else None
-        self._loop = asyncio.get_running_loop()
-        self._caller = Caller(
+        loop = asyncio.get_running_loop()
+        claim = None if self._source is None else claim_source(self._source)
+        try:
+            transport = Transport.open(
+                self._credentials,
+                self._settings,
+                base_url=self._base_url,
+                version=__version__,
+                http=self._http,
+            )
+        except ConfigurationError:
+            if claim is not None:
+                claim.release()
+            raise
+        caller = Caller(
             self._base_url,
             self._credentials.cloud_name,
             self._settings,
             self._clock,
-            Transport.open(self._credentials, self._settings, version=__version__, http=self._http),
+            transport,
             self._meter,
             self._quota,
             Permits(self._settings.permits, self._clock),
             Permits(self._settings.poll_permits, self._clock),
         )
-        self._tracker = Tracker.start(
-            self._caller,
+        tracker = Tracker.start(
+            caller,
             self._credentials,
             self._settings,
             clock=self._clock,
@@ -210,7 +258,7 @@ class AnalyzeSession:
             source=self._source,
             notification_url=self._notification_url,
         )
-        self._claim = claim
+        self._connection = _Connection(loop, caller, tracker, claim, loop.create_future())
         return self
 
     async def __aexit__(
@@ -221,38 +269,42 @@ class AnalyzeSession:
     ) -> None:
         await self.aclose()
 
-    def __enter__(self) -> Self:
-        raise SessionNotOpenError("The session is asynchronous: write `async with`, not `with`.")
+    if not TYPE_CHECKING:  # for type checkers, `with` on a session is an error
 
-    def __exit__(self, *_: object) -> None: ...
+        def __enter__(self) -> NoReturn:
+            raise SessionNotOpenError(
+                "AnalyzeSession is asynchronous: write `async with`, not `with`."
+            )
+
+        def __exit__(self, *_: object) -> None: ...
 
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
-        if getattr(self, "_caller", None) is not None and not self._closed:
+        if getattr(self, "_connection", None) is not None and not self._closed:
             _warn(
                 f"{self!r} was dropped without being closed. Use `async with` or `aclose()`.",
                 ResourceWarning,
                 source=self,
             )
 
-    def _use(self) -> Caller:
-        """Return the caller, if this is the time and the loop to use it."""
-        caller = self._caller
-        if caller is None:
-            raise SessionNotOpenError(
-                "The session is not open: use it inside of `async with AnalyzeSession(…)`."
-            )
+    def _opened(self) -> _Connection:
+        """Return what `async with` opened, if it may be used now and here."""
+        connection = self._connection
         if self._closed:
-            raise SessionClosedError("The session is closed; make a new one.")
+            raise SessionClosedError("The session is closed. Create a new one.")
+        if connection is None:
+            raise SessionNotOpenError(
+                "The session is not open. Use it inside `async with AnalyzeSession(…)`."
+            )
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:  # a thread without one
             loop = None
-        if loop is not self._loop:
+        if loop is not connection.loop:
             raise WrongEventLoopError(
                 "The session was opened on another event loop. Open one session per loop, inside "
-                "of the coroutine that asyncio.run() runs."
+                "the coroutine that asyncio.run() runs."
             )
-        return caller
+        return connection
 
     async def analyze(
         self, request: AnalyzeRequest[A], *, timeout: float | None = None
@@ -273,23 +325,26 @@ class AnalyzeSession:
             CallTimeoutError: The time ran out.
             ResponseDecodeError: The answer cannot be read.
         """
-        caller = self._use()
+        connection = self._opened()
         if not isinstance(request, AnalyzeRequest):
             raise _build_no_request_error(request)
         deadline = self._build_deadline(timeout, self._settings.call_timeout)
-        answer = await caller.analyze(request, deadline=deadline)
+        answer = await connection.caller.analyze(request, deadline=deadline)
         if type(answer) is Accepted:
-            return await self._follow(answer.task_id, request, deadline)
+            return await self._follow(connection, answer.task_id, request, deadline)
         return answer  # type: ignore[return-value]  # a union that isinstance would narrow, slowly
 
     async def _follow(
-        self, task_id: str, request: AnalyzeRequest[A], deadline: float | None
+        self,
+        connection: _Connection,
+        task_id: str,
+        request: AnalyzeRequest[A],
+        deadline: float | None,
     ) -> Response[A]:
         """Await the task that the service made of a call."""
-        assert self._tracker is not None
         if deadline is None:
             deadline = self._build_deadline(None, self._settings.task_timeout)
-        task = self._tracker.attach(
+        task = connection.tracker.attach(
             task_id,
             request.model,
             request.analysis_type,
@@ -319,15 +374,14 @@ class AnalyzeSession:
         Warns:
             UserWarning: Once, on ``mode="task"`` without a notification source.
         """
-        self._use()
-        assert self._tracker is not None
+        connection = self._opened()
         if not isinstance(request, AnalyzeRequest):
             raise _build_no_request_error(request)
         as_task = self._is_for_tasks(mode)
         if as_task and self._source is None:
             self._warn_of_tasks(stacklevel=3)
         deadline = self._build_deadline(timeout, self._settings.task_timeout)
-        return self._tracker.submit(request, as_task=as_task, deadline=deadline)
+        return connection.tracker.submit(request, as_task=as_task, deadline=deadline)
 
     def _is_for_tasks(self, mode: Mode) -> bool:
         if mode not in {"auto", "task", "call"}:
@@ -375,7 +429,7 @@ class AnalyzeSession:
                 request, which can also be repeated (`Settings.on_missing_result`).
             timeout: Seconds for the wait. Default: `Settings.task_timeout`.
         """
-        self._use()
+        connection = self._opened()
         if not isinstance(task_id, str) or not task_id:
             raise InvalidRequestError(f"A task id is a string from the service, not {task_id!r}.")
         kind = request_type if isinstance(request_type, type) else type(request_type)
@@ -387,9 +441,8 @@ class AnalyzeSession:
                 "Pass the class of a model (Coco), or for other models the request itself: "
                 "session.task(task_id, OtherModel(name, source))."
             )
-        assert self._tracker is not None
         deadline = self._build_deadline(timeout, self._settings.task_timeout)
-        return self._tracker.attach(
+        return connection.tracker.attach(
             task_id,
             model,
             request_type.analysis_type,
@@ -414,7 +467,7 @@ class AnalyzeSession:
             NotFoundError: The service does not know the task.
             AnalyzeError: No status could be had.
         """
-        return await self._use().get_task_status(task_id)
+        return await self._opened().caller.get_task_status(task_id)
 
     @overload
     def map(
@@ -485,7 +538,7 @@ class AnalyzeSession:
         Raises:
             ConfigurationError: The arguments do not fit together.
         """
-        self._use()
+        self._opened()
         as_tasks = self._is_for_tasks(mode)
         if window is None:
             window = TASK_WINDOW if as_tasks else CALL_WINDOW * self._settings.permits
@@ -513,12 +566,11 @@ class AnalyzeSession:
             raise ConfigurationError(f"{ledger!r:.80} is no ledger. Pass SQLiteLedger(path), say.")
         if as_tasks and self._source is None:
             self._warn_of_tasks(stacklevel=4)
-        assert self._tracker is not None
         return Recording(
             ledger=ledger,
             name=name,
             as_tasks=as_tasks,
-            tracker=self._tracker,
+            tracker=self._opened().tracker,
             settings=self._settings,
             clock=self._clock,
             shared=self._under_way,
@@ -556,7 +608,9 @@ class AnalyzeSession:
     def stats(self) -> SessionStats:
         """A snapshot of the counts since the session was opened."""
         meter = self._meter
-        gate = self._caller.permits if self._caller is not None else None
+        connection = self._connection
+        permits = connection.caller.permits if connection else None
+        table = connection.tracker.table if connection else None
         return SessionStats(
             calls=meter.calls,
             attempts=meter.attempts,
@@ -564,37 +618,65 @@ class AnalyzeSession:
             ambiguous_retries=meter.ambiguous_retries,
             pauses=meter.pauses,
             in_flight=meter.in_flight,
-            permits_in_use=gate.in_use if gate else 0,
-            permits_allowed=gate.allowed if gate else self._settings.permits,
-            waiting=gate.waiting if gate else 0,
+            permits_in_use=permits.in_use if permits else 0,
+            permits_allowed=permits.allowed if permits else self._settings.permits,
+            waiting=permits.waiting if permits else 0,
             polls=meter.polls,
-            pending=len(self._tracker.table.pending) if self._tracker else 0,
-            parked=len(self._tracker.table.parked) if self._tracker else 0,
+            pending=len(table.pending) if table else 0,
+            parked=len(table.parked) if table else 0,
             notifications=MappingProxyType(dict(meter.notifications)),
         )
 
     async def aclose(self, drain: float = 0.0) -> None:
-        """Close the session. Idempotent.
+        """Close the session. Idempotent; another close waits until the first has finished.
 
-        Takes nothing new, lets attempts on the wire answer for up to 5 s (so that their task ids
-        are known), fails what still queues or sleeps, waits for the answers of accepted tasks if
-        asked to, then fails what is pending with `SessionClosedError`, and closes the pool if it
-        is ours. When cancelled it still closes everything, without waiting.
+        Refuses new work, lets attempts in flight get their responses for up to 5 s (so that their
+        task ids are known), and fails calls that queue or sleep. Waits for the results of accepted
+        tasks if asked to, then fails what is pending with `SessionClosedError`, and closes the
+        connection pool unless it was passed as ``http``. A cancelled close still closes
+        everything, without waiting.
 
         Args:
-            drain: Seconds to wait for the answers of accepted tasks.
+            drain: Seconds to wait for the results of accepted tasks.
+
+        Raises:
+            WrongEventLoopError: The session is open on another event loop.
         """
+        connection = self._connection
+        if connection is None:
+            self._closed = True
+            return
+        if connection.closed.done():
+            return
+        if asyncio.get_running_loop() is not connection.loop:
+            raise WrongEventLoopError(
+                "The session was opened on another event loop. Close it on that loop."
+            )
         if self._closed:
+            await self._wait_closed(connection)
             return
-        caller, tracker = self._caller, self._tracker
-        if caller is not None and asyncio.get_running_loop() is not self._loop:
-            raise WrongEventLoopError("A session must be closed on the event loop that opened it.")
         self._closed = True
-        if caller is None or tracker is None:
-            return
+        connection.closer = asyncio.current_task()
+        try:
+            await self._close(connection, drain)
+        finally:
+            connection.closed.set_result(None)
+
+    async def _wait_closed(self, connection: _Connection) -> None:
+        """Wait for the close under way, unless it may be waiting for this task.
+
+        It waits for tasks of ours that run code of the user (an input, a source), after it
+        cancelled them. That code may close the session in its clean-up.
+        """
+        task = asyncio.current_task()
+        if task is not None and task is not connection.closer and not task.cancelling():
+            await asyncio.shield(connection.closed)
+
+    async def _close(self, connection: _Connection, drain: float) -> None:
+        caller, tracker = connection.caller, connection.tracker
         caller.close(SessionClosedError("The session was closed while this call was waiting."))
         try:
-            await self._settle(caller)
+            await self._wait_for_responses(caller)
             for stream in list(self._streams):
                 await stream.aclose()
             if drain > 0:
@@ -604,12 +686,12 @@ class AnalyzeSession:
             try:
                 await tracker.stop()
             finally:
-                if self._claim is not None:
-                    self._claim.release()
+                if connection.claim is not None:
+                    connection.claim.release()
                 await caller.transport.close()
 
-    async def _settle(self, caller: Caller) -> None:
-        """Wait until nothing is on the wire any more, but not for long."""
+    async def _wait_for_responses(self, caller: Caller) -> None:
+        """Wait until no attempt is in flight, but not for long."""
         with contextlib.suppress(TimeoutError):
             async with self._clock.timeout_at(self._clock.monotonic() + CLOSE_PATIENCE):
                 await caller.permits.wait_empty()

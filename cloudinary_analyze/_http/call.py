@@ -65,6 +65,7 @@ class _Call:
         content: The JSON to POST; ``None``: a GET.
         deadline: Monotonic instant when it gives up.
         attempts: Attempts begun.
+        number: The number of the last of them among all attempts of the session.
         sending: The body of the attempt in flight.
         ambiguous: Whether an earlier attempt may have been charged.
         error: Why the last attempt failed.
@@ -80,6 +81,7 @@ class _Call:
     content: bytes | None = None
     deadline: float | None = None
     attempts: int = 0
+    number: int = 0
     sending: Body | None = None
     ambiguous: bool = False
     error: AnalyzeError | None = None
@@ -260,6 +262,7 @@ class Caller:
                 call.probing = self.quota.check(call.feature)  # it may have tripped meanwhile
             call.sending = Body(call.content)
             self.meter.attempts += 1
+            call.number = self.meter.attempts
         call.attempts += 1
 
     async def _await_pacer(self, pacer: Pacer) -> None:
@@ -299,8 +302,8 @@ class Caller:
         call.sending = None
         if status == 200:
             response = read_response(request, body)
-            if response.limits:
-                self.quota.learn(response.limits)
+            if limits := response.limits:
+                self.quota.learn(limits, number=call.number, newest=self.meter.attempts)
             result: Response[A] | Accepted = response
         elif status == 202:
             result = read_accepted(body, model=request.model)
@@ -356,7 +359,7 @@ class Caller:
         if is_throttle(error):
             self._throttle(call.permits, error, generation, own_wait if wait is None else wait)
         if call.model is not None and isinstance(error, ApiError):
-            self.quota.learn(error.limits)
+            self.quota.learn(error.limits, number=call.number, newest=self.meter.attempts)
             if isinstance(error, QuotaExceededError):
                 self.quota.trip(call.feature, error)
         if wait is not None:

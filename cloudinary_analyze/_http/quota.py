@@ -22,35 +22,58 @@ class _Breaker:
 
 
 @attrs.define(eq=False, repr=False)
-class Quota:
-    """The lowest remainder seen of each feature, and which features are used up.
+class _Known:
+    limit: Limit
+    newest: int  # the last attempt that had begun when the figures arrived
 
-    A used up feature fails at once, unsent, until its reset time; where the service told none,
-    one call every few minutes is let through, and the first that succeeds opens the way again.
-    A remainder of 0 on a success says nothing: the account may go on all the same.
+
+@attrs.define(eq=False, repr=False)
+class Quota:
+    """The newest figures of each feature, and which features are used up.
+
+    A used up feature fails at once, unsent, until its reset time. Where the service sent none,
+    one call every few minutes is let through, and the first that succeeds closes the breaker.
+    A remainder of 0 on a success means nothing: the account may continue all the same.
+
+    Attributes:
+        clock: For the breakers.
+        permits: Attempts in flight at most.
+        breakers: Feature to its breaker.
     """
 
     clock: Clock
+    permits: int = 64
     breakers: dict[str, _Breaker] = attrs.field(factory=dict)
-    _limits: dict[str, Limit] = attrs.field(factory=dict)
+    _known: dict[str, _Known] = attrs.field(factory=dict)
 
     @property
     def limits(self) -> Mapping[str, Limit]:
-        """Feature to its limit, with the lowest remainder seen in this period."""
-        return MappingProxyType(dict(self._limits))
+        """Feature to its newest figures: the lowest remainder of the newest period."""
+        return MappingProxyType({feature: known.limit for feature, known in self._known.items()})
 
-    def learn(self, limits: tuple[Limit, ...]) -> None:
-        """Take note of what an answer says. Answers come in any order, so the lowest counts."""
+    def learn(self, limits: tuple[Limit, ...], *, number: int, newest: int) -> None:
+        """Take note of what a response says. Responses of attempts in flight come in any order.
+
+        Args:
+            limits: The figures.
+            number: The number of the attempt, in the order in which attempts begin.
+            newest: The number of the attempt that began last.
+        """
         for limit in limits:
-            known = self._limits.get(limit.type)
-            if (
-                known is None
-                or known.remaining is None
-                or limit.limit != known.limit
-                or limit.reset_time != known.reset_time
-                or (limit.remaining is not None and limit.remaining < known.remaining)
-            ):
-                self._limits[limit.type] = limit
+            known = self._known.get(limit.type)
+            if known is None:
+                self._known[limit.type] = _Known(limit, newest)
+                continue
+            size = limit.limit or 0
+            later = number > known.newest  # it began after the known figures arrived
+            if later:
+                least_rise = min(self.permits, size / 10) if size else self.permits
+            else:
+                least_rise = max(newest - number + self.permits, size / 2)
+            if is_newer(limit, known.limit, least_rise=least_rise):
+                known.limit = limit
+                if later:
+                    known.newest = newest
 
     def check(self, feature: str) -> bool:
         """Return if a call may be sent, and whether it is the probe of a used up feature.
@@ -80,6 +103,29 @@ class Quota:
     def reset(self, feature: str) -> None:
         """Take note that a probe succeeded. What was sent before the trip tells nothing."""
         self.breakers.pop(feature, None)
+
+
+def is_newer(limit: Limit, known: Limit, *, least_rise: float) -> bool:
+    """Whether figures are newer than others, although their order of arrival says little.
+
+    Within a period the lower remainder is the newer one. A new period has a later reset time or,
+    where the service sends none, a remainder that rises clearly.
+
+    Args:
+        limit: The figures.
+        known: The others.
+        least_rise: A rise above this is a new period.
+    """
+    if limit.reset_time != known.reset_time:
+        if limit.reset_time is None or known.reset_time is None:
+            return limit.reset_time is not None
+        return limit.reset_time > known.reset_time
+    if limit.remaining is None or known.remaining is None:
+        return known.remaining is None
+    if limit.limit != known.limit:
+        return True  # another plan
+    rise = limit.remaining - known.remaining
+    return rise < 0 or (limit.reset_time is None and rise > least_rise)
 
 
 def build_unsent_error(error: QuotaExceededError, *, seconds: float) -> QuotaExceededError:

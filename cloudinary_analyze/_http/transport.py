@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import netrc
+import os
 import platform
 import ssl
+from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
@@ -70,6 +73,7 @@ class Transport:
         credentials: Credentials,
         settings: Settings,
         *,
+        base_url: str,
         version: str,
         http: aiohttp.ClientSession | None,
     ) -> Transport:
@@ -82,7 +86,7 @@ class Transport:
         timeout = aiohttp.ClientTimeout(total=None, connect=settings.connect_timeout)
         loop = asyncio.get_running_loop()
         if http is not None:
-            check_client_session(http, settings)
+            check_client_session(http, settings, host=URL(base_url).host or "")
             return cls(settings, False, http, headers, timeout, loop)
         # our own permits bound what is in flight, so the pool need not
         connector = aiohttp.TCPConnector(limit=0)
@@ -257,19 +261,40 @@ def build_headers(credentials: Credentials, *, version: str) -> CIMultiDict[str]
     )
 
 
-def check_client_session(http: aiohttp.ClientSession, settings: Settings) -> None:
-    """Refuse an aiohttp session that would get in the way of ours."""
+def check_client_session(http: aiohttp.ClientSession, settings: Settings, *, host: str) -> None:
+    """Refuse an aiohttp session that would change our requests or responses.
+
+    Raises:
+        ConfigurationError: It would. Everything else about it is the user's choice: proxies,
+            cookies, middlewares, and traces work; timeouts and `raise_for_status` are overridden.
+    """
     if not isinstance(http, aiohttp.ClientSession):
         raise ConfigurationError(f"`http` takes an aiohttp.ClientSession, not {http!r:.80}.")
-    if http.closed:
+    connector = http.connector
+    if http.closed or connector is None:
         raise ConfigurationError("The aiohttp session passed as `http` is closed.")
+    # its own loop is not public; one that does not say is used, and would fail at the first call
+    if getattr(http, "_loop", None) not in {None, asyncio.get_running_loop()}:
+        raise ConfigurationError(
+            "The aiohttp session passed as `http` was created on another event loop. Create it on "
+            "the loop that opens this session."
+        )
     if http.auth is not None or "Authorization" in http.headers:
         raise ConfigurationError(
-            "The aiohttp session passed as `http` has credentials of its own, which would go to "
-            "the service beside the session's. Make it without `auth`."
+            "The aiohttp session passed as `http` has its own credentials, which would be sent to "
+            "the service instead of this session's. Create it without `auth`."
         )
-    connector = http.connector
-    assert connector is not None
+    if http.trust_env and has_netrc_login(host):
+        raise ConfigurationError(
+            f"The aiohttp session passed as `http` has trust_env=True, and netrc has a login for "
+            f"{host}, which would be sent to the service instead of this session's credentials. "
+            "Create it without `trust_env` (pass `proxy` if you need one), or remove the entry."
+        )
+    if not http.auto_decompress:
+        raise ConfigurationError(
+            "The aiohttp session passed as `http` has auto_decompress=False, so compressed "
+            "responses could not be read. Create it without that option."
+        )
     for name in ("limit", "limit_per_host"):
         limit = getattr(connector, name)
         if 0 < limit < settings.permits:
@@ -278,3 +303,13 @@ def check_client_session(http: aiohttp.ClientSession, settings: Settings) -> Non
                 f"than Settings.permits={settings.permits}: calls would queue unseen. Make it "
                 f"with {name}=0, or lower the permits."
             )
+
+
+def has_netrc_login(host: str) -> bool:
+    """Whether the file that aiohttp reads has a login for a host, or a default one."""
+    name = "_netrc" if platform.system() == "Windows" else ".netrc"
+    try:
+        path = os.environ.get("NETRC") or Path.home() / name
+        return netrc.netrc(path).authenticators(host) is not None
+    except (OSError, RuntimeError, UnicodeDecodeError, netrc.NetrcParseError):
+        return False  # aiohttp ignores a file that cannot be read

@@ -74,7 +74,7 @@ def check_response(outcome, index):
 async def check_quiet(session):
     """Nothing is left behind: no task, permit, poll or timer."""
     assert idle(session) == (0, 0, 0, 0)
-    tracker = session._tracker
+    tracker = session._connection.tracker
     assert tracker.poller.scheduled == 0
     assert len(tracker.table.dues) == 0
     assert not tracker._calls

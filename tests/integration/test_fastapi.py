@@ -97,7 +97,7 @@ async def test_a_client_that_goes_away_is_noticed_and_nobody_waits_any_more(open
         aiohttp.ClientSession() as client,
     ):
         asking = asyncio.create_task(get(client, f"{origin}/captions", uri="https://x.test/a.jpg"))
-        table = module.app.state.session._tracker.table
+        table = module.app.state.session._connection.tracker.table
         await until(lambda: table.pending)
         (entry,) = table.pending.values()
         assert entry.waits

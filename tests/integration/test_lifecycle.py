@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import logging
 import warnings
+from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+import yarl
 from aiohttp import web
 from scripted import (
     CAPTION,
     KEY,
+    SAMPLES,
     SECRET,
     URL,
     ScriptedServer,
@@ -77,7 +82,7 @@ async def test_a_closed_session_stays_closed() -> None:
             await session.analyze(Captioning(URL))
         with pytest.raises(SessionClosedError):
             session.map([Captioning(URL)])
-        with pytest.raises(SessionClosedError, match="does not open again"):
+        with pytest.raises(SessionClosedError, match="cannot be opened again"):
             await session.__aenter__()
         await session.aclose()
         assert session.stats.calls == 1
@@ -121,8 +126,8 @@ def test_a_refused_close_on_another_loop_can_still_be_done_on_the_right_one() ->
     """A wrong `aclose` must not leave a session that says closed and has its pool open."""
     first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
     session = first.run_until_complete(AnalyzeSession(DEMO).__aenter__())
-    assert session._caller is not None
-    transport = session._caller.transport
+    assert session._connection.caller is not None
+    transport = session._connection.caller.transport
 
     async def close_wrongly() -> None:
         with pytest.raises(WrongEventLoopError):
@@ -141,7 +146,7 @@ def test_a_refused_close_on_another_loop_can_still_be_done_on_the_right_one() ->
 async def test_a_session_dropped_open_warns() -> None:
     session = await AnalyzeSession(DEMO).__aenter__()
     # what it opened is closed, so that the warning under test is the session's own
-    await session._caller.transport.close()  # type: ignore[union-attr]
+    await session._connection.caller.transport.close()  # type: ignore[union-attr]
     with pytest.warns(ResourceWarning, match="dropped without being closed"):  # noqa: PT031
         del session
         for _ in range(3):
@@ -172,7 +177,7 @@ async def test_our_own_pool_is_closed_and_an_injected_one_is_not() -> None:
         assert server.seen[0].headers["X-Mine"] == "1"
         assert server.seen[0].headers["Authorization"].startswith("Basic ")
         async with server.session() as session:
-            own = session._caller.transport._http  # type: ignore[union-attr]
+            own = session._connection.caller.transport._http  # type: ignore[union-attr]
         assert own.closed
 
 
@@ -181,8 +186,8 @@ async def test_our_own_pool_is_closed_and_an_injected_one_is_not() -> None:
     [
         ({"connector": {"limit": 63}}, "limit=63, less than Settings.permits=64"),
         ({"connector": {"limit_per_host": 10}}, "limit_per_host=10"),
-        ({"auth": ("a", "b")}, "credentials of its own"),
-        ({"headers": {"authorization": "Bearer x"}}, "credentials of its own"),
+        ({"auth": ("a", "b")}, "its own credentials"),
+        ({"headers": {"authorization": "Bearer x"}}, "its own credentials"),
         ({"closed": True}, "is closed"),
     ],
 )
@@ -396,3 +401,139 @@ async def test_a_call_cut_off_by_the_close_says_that_it_may_be_charged(
         await session.aclose()
         errors = [await outcome_of(on_the_wire), await outcome_of(queueing)]
     assert [getattr(error, "ambiguous", None) for error in errors] == [True, False]
+
+
+async def test_a_second_close_waits_for_the_first() -> None:
+    held = Held()
+    async with asyncio.timeout(10), ScriptedServer(held) as server:
+        session = await server.session().__aenter__()
+        call = asyncio.create_task(session.analyze(Captioning(URL)))
+        await until(lambda: server.in_flight)
+        first = asyncio.create_task(session.aclose())
+        await asyncio.sleep(0)
+        others = [asyncio.create_task(session.aclose()) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        assert not any(task.done() for task in [first, *others])
+        others[0].cancel()
+        await asyncio.wait(others[:1])
+        assert others[0].cancelled()
+        assert not first.done()
+        held.open.set()
+        await asyncio.gather(call, first, *others[1:])
+        assert session._connection.caller.transport._http.closed  # type: ignore[union-attr]
+
+
+async def test_a_second_close_ends_when_the_first_is_cancelled() -> None:
+    held = Held()
+    async with asyncio.timeout(10), ScriptedServer(held) as server:
+        session = await server.session().__aenter__()
+        call = asyncio.create_task(session.analyze(Captioning(URL)))
+        await until(lambda: server.in_flight)
+        first = asyncio.create_task(session.aclose())
+        await asyncio.sleep(0)
+        second = asyncio.create_task(session.aclose())
+        await asyncio.sleep(0)
+        first.cancel()
+        await second
+        assert first.cancelled()
+        with pytest.raises(SessionClosedError):
+            await call
+        held.open.set()
+
+
+@pytest.mark.parametrize("first", ["input", "outside"])
+async def test_an_input_that_closes_the_session_in_its_clean_up_hangs_nothing(first: str) -> None:
+    async def rows() -> AsyncIterator[str]:
+        try:
+            yield URL
+            await asyncio.sleep(60)
+        finally:
+            await session.aclose()
+
+    async with asyncio.timeout(10), ScriptedServer(CAPTION) as server:
+        session = await server.session().__aenter__()
+        stream = session.map(rows(), Captioning)
+        await anext(stream)
+        if first == "input":
+            await stream.aclose()
+        await session.aclose()
+        assert session._connection.closed.done()  # type: ignore[union-attr]
+
+
+async def test_a_close_in_the_turn_in_which_a_permit_is_granted_fails_that_call() -> None:
+    """Whether or not a pause began in that turn, too."""
+    for throttled in (False, True):
+        async with asyncio.timeout(10), ScriptedServer(CAPTION) as server:
+            session = await server.session(permits=1).__aenter__()
+            permits = session._connection.caller.permits  # type: ignore[union-attr]
+            await permits.acquire()
+            calls = [asyncio.create_task(session.analyze(r)) for r in requests_of(3, Captioning)]
+            await asyncio.sleep(0)
+            permits.release()  # granted to the first, which has not run yet
+            if throttled:
+                permits.throttle(permits.generation, 60)
+            await session.aclose()
+            for call in calls:
+                with pytest.raises(SessionClosedError):
+                    await call
+            assert (server.seen, busy(session.stats)) == ([], (0, 0, 0))
+
+
+class StarletteUrl:
+    """Shaped like the URL objects of other libraries."""
+
+    scheme = "https"
+
+    def __str__(self) -> str:
+        return "https://example.com/hook?a=1"
+
+
+class TextUrl(str):
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "not this"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        yarl.URL("https://example.com/hook?a=1"),
+        StarletteUrl(),
+        TextUrl("https://example.com/hook?a=1"),
+    ],
+)
+async def test_a_notification_url_may_be_a_url_object(url: Any) -> None:
+    accepted = answer(202, {"data": {"task_id": "t1", "status": "pending"}})
+    async with ScriptedServer(accepted) as server:
+        async with server.session(
+            notifications=asyncio.Queue(), notification_url=url, poll_first=900, poll_longest=900
+        ) as session:
+            task = session.submit(Captioning(URL))
+            await task.accepted()
+            task.abandon()
+        assert server.seen[0].json["notification_url"] == "https://example.com/hook?a=1"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [b"https://example.com/", 7, ["https://example.com/"], object(), Path("/x"), "ftp://x", ""],
+)
+def test_another_notification_url_is_refused_at_once(url: Any) -> None:
+    with pytest.raises(ConfigurationError):
+        AnalyzeSession(DEMO, notifications=asyncio.Queue(), notification_url=url)
+
+
+async def test_the_quota_follows_a_renewal_of_which_no_reset_time_is_sent() -> None:
+    left = iter([5, 4, 3, 100_000, 99_000, 98_000])
+    sample = json.loads((SAMPLES / "captioning.json").read_bytes())
+
+    async def count(_: web.Request) -> web.Response:
+        sample["limits"]["addons_quota"][0].update(remaining=next(left), limit=100_000)
+        return web.Response(body=json.dumps(sample))
+
+    async with ScriptedServer(count) as server, server.session() as session:
+        for seen in (5, 4, 3, 100_000, 99_000, 98_000):
+            await session.analyze(Captioning(URL))
+            (limit,) = session.quota.values()
+            assert limit.remaining == seen

@@ -174,8 +174,12 @@ async def test_nothing_that_a_busy_session_logs_raises_or_shows_has_a_secret(
                     await session.analyze(Captioning("https://example.com/"))
                 shown.append(caught.value)
                 logging.getLogger("app").error("it failed", exc_info=caught.value)
-            shown += [session.stats, session.quota, session._caller, vars(session)]
-            shown.append(vars(session._caller) if hasattr(session._caller, "__dict__") else None)
+            shown += [session.stats, session.quota, session._connection.caller, vars(session)]
+            shown.append(
+                vars(session._connection.caller)
+                if hasattr(session._connection.caller, "__dict__")
+                else None
+            )
         shown += [session, vars(session)]
     async with server.session(credentials=credentials, attempts=1) as session:
         with pytest.raises(AnalyzeError, match="nothing was sent") as caught:

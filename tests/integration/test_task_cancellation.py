@@ -49,7 +49,7 @@ class TestEverySuspension:
             async def check(_):
                 await until(lambda: busy(session.stats) == (0, 0, 0))
                 await until(lambda: session.stats.pending == 0)
-                await until(lambda: not session._tracker._calls)
+                await until(lambda: not session._connection.tracker._calls)
 
             assert await cancel_everywhere(act, check, late=late) > 2
             assert session.stats.notifications["resolved"] == len(emulator.tasks)
@@ -57,7 +57,7 @@ class TestEverySuspension:
     async def test_of_the_submission_in_the_background(self, late):
         """Whoever waits is told that the task may have been accepted."""
         async with connected(quick(permits=1), task_seconds=0.01) as (_, session):
-            tracker = session._tracker
+            tracker = session._connection.tracker
             analyze = tracker.caller.analyze
             handles = []
 
@@ -110,7 +110,7 @@ class TestEverySuspension:
 
         async with ScriptedServer(follow) as server:
             async with server.session(poll_first=0.01, poll_longest=0.02) as session:
-                tracker = session._tracker
+                tracker = session._connection.tracker
 
                 async def act():
                     return await session.analyze(request())
@@ -139,8 +139,8 @@ class TestEverySuspension:
             async def check(_):
                 await until(lambda: busy(session.stats) == (0, 0, 0))
                 await until(lambda: session.stats.pending == 0)
-                await until(lambda: session._tracker.caller.poll_permits.in_use == 0)
-                assert session._tracker.caller.poll_permits.waiting == 0
+                await until(lambda: session._connection.tracker.caller.poll_permits.in_use == 0)
+                assert session._connection.tracker.caller.poll_permits.waiting == 0
 
             assert await cancel_everywhere(act, check, late=late) > 3
 
@@ -158,7 +158,7 @@ class TestEverySuspension:
 
             async def check(_):
                 await until(lambda: busy(session.stats) == (0, 0, 0))
-                tracker = session._tracker
+                tracker = session._connection.tracker
                 await until(lambda: not tracker._calls)
                 pending = tracker.table.pending.values()
                 assert not any(entry.waits or entry.poll_at for entry in pending)

@@ -230,9 +230,9 @@ class TestMap:
                     await asyncio.wait([waiting])
                 await until(lambda: busy(session.stats) == (0, 0, 0))
                 release.set()
-                await until(lambda: not session._tracker._calls)
+                await until(lambda: not session._connection.tracker._calls)
                 assert len(server.seen) == 2
-                assert not session._tracker.table.pending
+                assert not session._connection.tracker.table.pending
 
     async def test_leaving_it_stops_the_polls_of_what_was_accepted(self):
         settings = quick(poll_first=0.01, poll_longest=0.01)
@@ -242,7 +242,7 @@ class TestMap:
                 await until(lambda: session.stats.pending == 20 and session.stats.polls > 20)
                 waiting.cancel()
                 await asyncio.wait([waiting])
-            tracker = session._tracker
+            tracker = session._connection.tracker
             await until(lambda: tracker.caller.poll_permits.in_use == 0)
             polls = emulator.counts.total_polls
             await asyncio.sleep(0.05)

@@ -1,4 +1,4 @@
-"""The lowest remainder is kept, and a used up feature is left alone until it may be renewed."""
+"""The newest figures are kept, and a used up feature is left alone until it may be renewed."""
 
 from __future__ import annotations
 
@@ -19,26 +19,73 @@ def limit(remaining: int | None, of: int | None = 500, reset: datetime | None = 
     return Limit("ai_vision", remaining=remaining, limit=of, reset_time=reset)
 
 
-def test_the_lowest_remainder_counts_whatever_order_answers_come_in(clock: ManualClock) -> None:
-    quota = Quota(clock)
+def learn(quota: Quota, *limits: Limit, number: int = 1, newest: int = 8) -> None:
+    """Learn from an attempt that was in flight with seven others, unless said otherwise."""
+    quota.learn(limits, number=number, newest=newest)
+
+
+def test_the_lowest_remainder_of_what_was_in_flight_counts_in_any_order(clock: ManualClock) -> None:
+    quota = Quota(clock, permits=8)
     for remaining in (490, 480, 485, None, 481):
-        quota.learn((limit(remaining),))
+        learn(quota, limit(remaining))
     assert quota.limits["ai_vision"].remaining == 480
 
 
-@pytest.mark.parametrize("later", [limit(900, of=1000), limit(499, reset=JANUARY)])
-def test_a_new_limit_or_reset_time_begins_anew(clock: ManualClock, later: Limit) -> None:
+def test_an_attempt_that_began_after_the_last_figures_needs_a_smaller_rise(
+    clock: ManualClock,
+) -> None:
+    quota = Quota(clock, permits=64)
+    learn(quota, limit(300), number=1, newest=1)
+    learn(quota, limit(315), number=2, newest=2)  # a replica of the service that lags
+    assert quota.limits["ai_vision"].remaining == 300
+    learn(quota, limit(499), number=3, newest=3)
+    assert quota.limits["ai_vision"].remaining == 499
+    learn(quota, limit(None), number=4, newest=4)
+    assert quota.limits["ai_vision"].remaining == 499
+
+
+def test_another_plan_replaces_the_figures(clock: ManualClock) -> None:
     quota = Quota(clock)
-    quota.learn((limit(3),))
-    quota.learn((later,))
-    assert quota.limits["ai_vision"] == later
+    learn(quota, limit(3))
+    learn(quota, limit(900, of=1000))
+    assert quota.limits["ai_vision"] == limit(900, of=1000)
+
+
+@pytest.mark.parametrize("seen", [(3, 500, 499), (500, 3, 2), (3, 500, 2)])
+def test_a_remainder_that_rises_by_more_than_half_is_a_new_period(
+    clock: ManualClock, seen: tuple[int, ...]
+) -> None:
+    """Also when all of it was in flight together; the next attempt settles what that left open."""
+    quota = Quota(clock, permits=8)
+    for remaining in seen:
+        learn(quota, limit(remaining))
+    assert quota.limits["ai_vision"].remaining == seen[-1]
+    learn(quota, limit(450), number=9, newest=9)
+    assert quota.limits["ai_vision"].remaining == 450
+
+
+def test_a_small_quota_used_in_one_burst_does_not_look_renewed(clock: ManualClock) -> None:
+    quota = Quota(clock, permits=10)
+    for number, remaining in enumerate((0, 9, 4, 8, 7), start=1):
+        quota.learn((limit(remaining, of=10),), number=number, newest=10)
+    assert quota.limits["ai_vision"].remaining == 0
+
+
+def test_a_later_reset_time_is_a_new_period_and_an_earlier_one_is_late(clock: ManualClock) -> None:
+    quota = Quota(clock)
+    learn(quota, limit(3, reset=DECEMBER))
+    learn(quota, limit(499, reset=DECEMBER))
+    assert quota.limits["ai_vision"].remaining == 3
+    learn(quota, limit(499, reset=JANUARY))
+    learn(quota, limit(2, reset=DECEMBER))
+    assert quota.limits["ai_vision"] == limit(499, reset=JANUARY)
 
 
 def test_features_are_counted_apart_and_the_view_is_read_only(clock: ManualClock) -> None:
     quota = Quota(clock)
-    quota.learn((limit(3), Limit("object_detection", remaining=7)))
+    learn(quota, limit(3), Limit("object_detection", remaining=7))
     view = quota.limits
-    quota.learn((limit(2),))
+    learn(quota, limit(2))
     assert {name: known.remaining for name, known in view.items()} == {
         "ai_vision": 3,
         "object_detection": 7,
