@@ -399,4 +399,4 @@ def print_table(seeds: range) -> None:
 
 
 if __name__ == "__main__":
-    print_table(range(1, 1 + int(sys.argv[1] if len(sys.argv) > 1 else 8)))
+    print_table(range(1001, 1001 + int(sys.argv[1] if len(sys.argv) > 1 else 8)))

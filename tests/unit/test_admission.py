@@ -1,7 +1,9 @@
 """Attempts start as fast as the service allows, whatever limits it, and stop during outages.
 
 The scenarios run on `simulation`, with seeds that were not used to choose the constants. The
-required figures are those of the first prototype, less 0.03.
+bounds are those of the first prototype less 0.03, or what is expected of the scenario. 0.03
+throttles per success are too few where the noise itself is more, or where a limit has to be found
+again: after a change, or because another client shares it. Slow rejections are a weak point.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from simulation import SCENARIOS, measure
 from cloudinary_analyze._http.admission import Admission, Attempt
 from cloudinary_analyze._http.limits import State, Turnstile
 
-SEEDS = range(1, 5)
+SEEDS = range(1001, 1005)
 
 # goodput; throttled per success after 10 s (window quotas: after the first window)
 REQUIRED = {
