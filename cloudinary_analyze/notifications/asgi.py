@@ -42,7 +42,7 @@ class WebhookReceiver:
 
     Answers 200 only once a delivery is stored. Refuses what is not signed with the credentials'
     notification secret (401), garbled (400), longer than 1 MiB (413), or slower than 10 s (408);
-    where the sink fails or takes longer than 5 s, the sender is told to try again (503). A
+    where the sink fails or takes longer than 20 s, the sender is told to try again (503). A
     signed notification that names no task is taken (200) and dropped.
 
     Args:

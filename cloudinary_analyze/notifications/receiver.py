@@ -37,7 +37,7 @@ logger = logging.getLogger("cloudinary_analyze")
 
 MAX_BODY: Final = 2**20  # bytes
 BODY_SECONDS: Final = 10.0
-SINK_SECONDS: Final = 5.0
+SINK_SECONDS: Final = 20.0  # a limit for sinks that have none
 
 _KEPT: Final = {name.lower(): name for name in SIGNATURE_HEADERS}
 _LENGTH: Final = re.compile(r"[0-9]{1,20}")

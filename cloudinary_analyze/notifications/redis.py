@@ -1,31 +1,34 @@
 """Redis as sink and source, for applications of several processes. Needs the ``redis`` extra.
 
-Receivers put each delivery into a mailbox of its task (``SET NX EX``) and add the task's id to a
+Receivers put each delivery into a mailbox of its task (``SET PX``) and add the task's id to a
 stream, in one ``MULTI``. The stream only wakes: every process reads all of it from a cursor of its
-own, and looks into the mailboxes of the tasks that it waits for. So a delivery is found by
-whichever process waits for it, before or after it came, as long as the mailbox is kept.
+own, and fetches the mailboxes of the tasks that it waits for. So a delivery is found by whichever
+process waits for it, before or after it arrived, as long as the mailbox is kept.
 
-A webhook is answered 200 once Redis has stored it. How well Redis keeps it is up to how it is run:
-with ``appendonly yes`` and ``appendfsync always`` it outlives a crash of Redis and of the machine;
-with ``appendfsync everysec`` the last second of it may not; without persistence, or with a
-``maxmemory-policy`` that evicts, or on a failover to a replica that lags, results can get lost.
-What is lost shows as `ResultNotDeliveredError`.
+A receiver answers 200 once Redis has stored the delivery. One writer stores everything that waits
+in one round trip, so a burst needs few of them. How durable that is depends on Redis: with
+``appendonly yes`` and ``appendfsync always`` a delivery outlives a crash of Redis and of the
+machine; with ``appendfsync everysec`` the last second may be lost; without persistence, with a
+``maxmemory-policy`` that evicts, or on a failover to a replica that lags, results can be lost.
+A lost result ends as `ResultNotDeliveredError`.
 
-One server, not a cluster. TLS is spoken with ``rediss://`` URLs.
+One server, not a cluster. Use ``rediss://`` for TLS.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, NoReturn, Self
 from urllib.parse import parse_qsl, urlsplit
 
 import attrs
 
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
+from cloudinary_analyze._wire.protocol import find_result
 from cloudinary_analyze.errors import (
     ConfigurationError,
     MalformedNotificationError,
@@ -39,22 +42,75 @@ try:
     from redis.asyncio import BlockingConnectionPool, Redis
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
-except ImportError as missing:
+    from redis.exceptions import ConnectionError as RedisConnectionError
+    from redis.exceptions import RedisError
+except ImportError as _missing:
     raise ImportError(
         "Notifications over Redis need the redis library: pip install 'cloudinary-analyze[redis]'."
-    ) from missing
+    ) from _missing
 
-logger = logging.getLogger("cloudinary_analyze")
+logger: logging.Logger = logging.getLogger("cloudinary_analyze")
 
 CONNECTIONS: Final = 16
 CONNECT_SECONDS: Final = 5.0
 BLOCK_SECONDS: Final = 5.0
 ANSWER_SECONDS: Final = 10.0  # over BLOCK_SECONDS, so that only a dead server exceeds it
+WRITE_BATCH: Final = 256  # deliveries in one round trip
+WRITE_BYTES: Final = 2**22
 WAKE_UPS: Final = 20_000
 BATCH: Final = 500
 AWAITED_SECONDS: Final = 120.0  # several of the listener's rounds, which renew it
+EXPIRE_BATCH: Final = 2_000  # ids that one fetch forgets, more than it adds
 
 _BEGINNING: Final = b"0-0"
+_OPTIONS: Final = frozenset(
+    {
+        "client_name",
+        "db",
+        "health_check_interval",
+        "max_connections",
+        "password",
+        "socket_connect_timeout",
+        "socket_keepalive",
+        "socket_read_size",
+        "ssl_ca_certs",
+        "ssl_ca_data",
+        "ssl_ca_path",
+        "ssl_cert_reqs",
+        "ssl_certfile",
+        "ssl_check_hostname",
+        "ssl_ciphers",
+        "ssl_keyfile",
+        "ssl_min_version",
+        "ssl_password",
+        "username",
+    }
+)
+_URL_FORMS: Final = (
+    "Pass redis://[user:password@]host:port/0, rediss://… for TLS, or unix:///path. Write "
+    "reserved characters of the password in percent-encoding."
+)
+
+
+@attrs.define(eq=False)
+class _Put:
+    """A delivery that waits to be stored.
+
+    Attributes:
+        stored: Resolved once Redis stored it; cancelled if the receiver stopped waiting.
+    """
+
+    task_id: str
+    delivery: Delivery
+    final: bool
+    stored: asyncio.Future[None]
+
+
+@attrs.frozen(eq=False)
+class _StoredDelivery(Delivery):
+    """A delivery from a mailbox, with the task that the mailbox belongs to."""
+
+    task_id: str = attrs.field(kw_only=True)
 
 
 @attrs.define(eq=False)
@@ -72,59 +128,66 @@ class RedisNotifications:
     Belongs to one event loop, and to one session at a time.
 
     Attributes:
-        url: ``redis://``, ``rediss://`` (TLS) or ``unix://``; parameters of the redis library may
-            follow as a query, such as ``?ssl_ca_certs=…`` or ``?max_connections=…``.
+        url: ``redis://``, ``rediss://`` (TLS) or ``unix://``. The query may set ``db``,
+            ``max_connections``, ``health_check_interval``, ``client_name``, the credentials, and
+            options of sockets and TLS, such as ``?ssl_ca_certs=…``.
         namespace: What all keys begin with. Receivers and sessions must agree on it.
-        keep: Seconds that a delivery is kept. Until then any process can take the task up.
+        keep: Seconds that a delivery is kept. Until then any process can resume the task.
+        keep_resolved: Seconds that a delivery is kept once a session has resolved its task with it,
+            for the handles of other processes. `keep` if that is shorter.
         clock: For tests.
+        unreadable: How many mailboxes held something else than a delivery, and were skipped.
 
     Raises:
-        ConfigurationError: URL, namespace or time cannot be right.
+        ConfigurationError: The URL, the namespace or a time is invalid.
     """
 
     url: str = attrs.field(repr=False)
     namespace: str = attrs.field(default="cloudinary-analyze", kw_only=True)
     keep: float = attrs.field(default=86_400.0, kw_only=True)
+    keep_resolved: float = attrs.field(default=3_600.0, kw_only=True)
     clock: Clock = attrs.field(default=SYSTEM_CLOCK, kw_only=True, repr=False)
+    unreadable: int = attrs.field(default=0, init=False, repr=False)
     _redis: Any = attrs.field(init=False, repr=False)
     _cursor: bytes | None = attrs.field(default=None, init=False, repr=False)
     _fixing: asyncio.Lock = attrs.field(factory=asyncio.Lock, init=False, repr=False)
-    _awaited: dict[str, float] = attrs.field(factory=dict, init=False, repr=False)
+    _awaited: OrderedDict[str, float] = attrs.field(factory=OrderedDict, init=False, repr=False)
+    _waiting: deque[_Put] = attrs.field(factory=deque, init=False, repr=False)
+    _resolved: deque[str] = attrs.field(factory=deque, init=False, repr=False)
+    _writer: asyncio.Task[None] | None = attrs.field(default=None, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         if not self.namespace:
             raise ConfigurationError("The namespace of the Redis keys is empty.")
-        if not 1 <= self.keep < float("inf"):
-            raise ConfigurationError(
-                f"RedisNotifications.keep must be seconds, from 1 on, not {self.keep!r}."
-            )
+        for name in ("keep", "keep_resolved"):
+            seconds = getattr(self, name)
+            if not 1 <= seconds < float("inf"):
+                raise ConfigurationError(
+                    f"RedisNotifications.{name} must be at least 1 second, not {seconds!r}."
+                )
+        _check_url(self.url)
         self._redis = self._build_client(CONNECTIONS, retries=1)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("RedisNotifications cannot be pickled: its URL may contain a password.")
 
     def _build_client(self, connections: int, *, retries: int) -> Any:
         options: dict[str, Any] = {
             "max_connections": connections,
             "timeout": CONNECT_SECONDS,
             "socket_connect_timeout": CONNECT_SECONDS,
-            # ours in `_ask` instead: the library's can swallow a cancellation on Python 3.11
+            # `_ask` has its own: the library's can swallow a cancellation on Python 3.11
             "socket_timeout": None,
             "retry": Retry(NoBackoff(), retries),
             "protocol": 2,
         }
         try:
-            if "socket_timeout" in dict(parse_qsl(urlsplit(self.url).query)):
-                raise ConfigurationError(
-                    "The Redis URL names a socket_timeout, which can keep a session from closing. "
-                    "Leave it out: every command is bounded already."
-                )
-            return Redis.from_pool(BlockingConnectionPool.from_url(self.url, **options))
-        except ConfigurationError:
-            raise
-        except (ValueError, TypeError):
+            pool: Any = BlockingConnectionPool.from_url(self.url, **options)
+            pool.make_connection()  # checks the options; connects to nothing
+            return Redis.from_pool(pool)
+        except (ValueError, TypeError, RedisError):
             # the library's message may quote the URL, and with it the password
-            raise ConfigurationError(
-                "The Redis URL cannot be read. Pass redis://[user:password@]host:port/0, "
-                "rediss://… for TLS, or unix:///path."
-            ) from None
+            raise ConfigurationError(f"The Redis URL is invalid. {_URL_FORMS}") from None
 
     @property
     def _stream(self) -> str:
@@ -134,36 +197,101 @@ class RedisNotifications:
         return f"{self.namespace}:delivery:{task_id}"
 
     async def put(self, delivery: Delivery, /) -> None:
-        """Store a delivery and wake whoever waits for it. A second one for its task only wakes.
+        """Store a delivery and wake the processes that wait for it.
 
-        Cancelling is safe: it is stored or not, and storing it again changes nothing.
+        One with a result or an error replaces what the mailbox holds; any other fills an empty
+        mailbox only. Cancelling is safe: the delivery is stored or not, and storing it again is
+        harmless.
 
         Raises:
             MalformedNotificationError: It names no analysis task.
             redis.RedisError: Redis did not store it.
-            TimeoutError: It did not answer.
+            TimeoutError: Redis did not respond.
         """
-        task_id = parse_delivery(delivery).task_id
+        notification = parse_delivery(delivery)
+        task_id = notification.task_id
         if task_id is None:
             raise MalformedNotificationError(
                 "The notification names no analysis task, so there is no mailbox for it."
             )
+        final = notification.failed or find_result(notification.raw) is not None
+        stored = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Put(task_id, delivery, final, stored))
+        self._start_writer()
+        await stored
+
+    def acknowledge(self, delivery: Delivery) -> None:
+        """Let the mailbox of a task that was resolved expire after `keep_resolved`."""
+        if isinstance(delivery, _StoredDelivery):
+            self._resolved.append(delivery.task_id)
+            self._start_writer()
+
+    def _start_writer(self) -> None:
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._write())
+            self._writer.add_done_callback(self._end_writer)
+
+    def _end_writer(self, writer: asyncio.Task[None]) -> None:
+        """Fail what a writer left that was cancelled, maybe before its first step."""
+        if self._writer is writer:
+            self._fail_waiting(RedisConnectionError("The connection to Redis was closed."))
+
+    def _fail_waiting(self, error: Exception) -> None:
+        _fail(self._waiting, error)
+        self._waiting.clear()
+        self._resolved.clear()
+
+    async def _write(self) -> None:
+        """Store what waits, batch by batch, until nothing does."""
+        while self._waiting or self._resolved:
+            batch = self._take_batch()
+            resolved = [self._resolved.popleft() for _ in range(min(BATCH, len(self._resolved)))]
+            try:
+                await self._write_batch(batch, resolved)
+            except (RedisConnectionError, TimeoutError) as error:
+                _fail(batch, error)
+                self._fail_waiting(error)  # it would only wait for the same again
+            except Exception as error:
+                _fail(batch, error)
+            finally:  # a cancellation
+                _fail(batch, RedisConnectionError("The connection to Redis was closed."))
+
+    def _take_batch(self) -> list[_Put]:
+        batch: list[_Put] = []
+        size = 0
+        while self._waiting and len(batch) < WRITE_BATCH and size < WRITE_BYTES:
+            put = self._waiting.popleft()
+            if not put.stored.done():  # cancelled meanwhile
+                batch.append(put)
+                size += len(put.delivery.body)
+        return batch
+
+    async def _write_batch(self, batch: Sequence[_Put], resolved: Iterable[str]) -> None:
+        keep = round(1000 * self.keep)
         async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.set(
-                self._name_mailbox(task_id),
-                encode_delivery(delivery),
-                nx=True,
-                px=round(1000 * self.keep),
-            )
-            pipe.xadd(self._stream, {"task": task_id}, maxlen=WAKE_UPS, approximate=True)
-            await self._ask(pipe.execute())
+            for put in batch:
+                name, value = self._name_mailbox(put.task_id), encode_delivery(put.delivery)
+                pipe.set(name, value, nx=not put.final, px=keep)
+                pipe.xadd(self._stream, {"task": put.task_id}, maxlen=WAKE_UPS, approximate=True)
+            for task_id in resolved:
+                pipe.pexpire(
+                    self._name_mailbox(task_id), min(keep, round(1000 * self.keep_resolved))
+                )
+            replies = await self._ask(pipe.execute(raise_on_error=False))
+        for number, put in enumerate(batch):
+            pair = replies[2 * number : 2 * number + 2]
+            error = next((reply for reply in pair if isinstance(reply, Exception)), None)
+            if error is not None:
+                _fail([put], error)
+            elif not put.stored.done():
+                put.stored.set_result(None)
 
     async def listen(self) -> AsyncIterator[Delivery]:
-        """Yield the deliveries of the tasks that were asked for, as they come.
+        """Yield the deliveries of the tasks that were asked for, as they arrive.
 
         Raises:
-            redis.RedisError: The connection broke.
-            TimeoutError: Redis did not answer.
+            redis.RedisError: The connection was lost.
+            TimeoutError: Redis did not respond.
             NotificationSourceError: The stream was trimmed before it was read.
         """
         reader = self._build_client(1, retries=0)  # a hidden reconnect would hide a gap as well
@@ -178,20 +306,22 @@ class RedisNotifications:
     async def _read_wake_ups(self, reader: Any) -> list[str]:
         """Wait for wake-ups; return the tasks among them that are awaited here."""
         cursor = await self._fix_cursor()
-        answer = await self._ask(
+        reply = await self._ask(
             reader.xread({self._stream: cursor}, count=BATCH, block=round(1000 * BLOCK_SECONDS))
         )
-        if not answer:
+        if not reply:
             return []
-        ((_, entries),) = answer
+        ((_, entries),) = reply
         if len(entries) == BATCH and await self._may_have_lost(entries[0][0]):
             raise NotificationSourceError(
                 f"Redis held more than {WAKE_UPS} wake-ups and dropped the oldest before they "
                 "were read here; everything pending is fetched instead."
             )
         self._cursor = entries[-1][0]
-        told = dict.fromkeys(fields.get(b"task", b"").decode() for _, fields in entries)
-        return [task_id for task_id in told if task_id in self._awaited]
+        named = dict.fromkeys(
+            fields.get(b"task", b"").decode(errors="replace") for _, fields in entries
+        )
+        return [task_id for task_id in named if task_id in self._awaited]
 
     async def _may_have_lost(self, first: bytes) -> bool:
         """Whether wake-ups before the first that was read may have been trimmed unread."""
@@ -201,7 +331,7 @@ class RedisNotifications:
         return not oldest or _read_entry_id(oldest[0][0]) >= _read_entry_id(first)
 
     async def _fix_cursor(self) -> bytes:
-        """Return where to read on. It is fixed before the first fetch, so nothing falls between."""
+        """Return where to read on. It is fixed before the first fetch, so nothing is missed."""
         async with self._fixing:
             cursor = self._cursor
             if cursor is None:
@@ -210,38 +340,48 @@ class RedisNotifications:
             return cursor
 
     async def fetch(self, task_ids: Sequence[str]) -> Sequence[Delivery]:
-        """Return what is kept for these tasks; what comes later for them, `listen` yields.
+        """Return what is kept for these tasks; `listen` yields what arrives later.
 
         Raises:
             redis.RedisError: Redis refused, or could not be reached.
-            TimeoutError: It did not answer.
+            TimeoutError: Redis did not respond.
         """
         await self._fix_cursor()
         self._await(task_ids)
         return await self._collect(task_ids)
 
     def _await(self, task_ids: Sequence[str]) -> None:
+        """Add to what `listen` yields, and forget a bounded number of ids not asked for lately."""
         now = self.clock.monotonic()
         for task_id in task_ids:
-            self._awaited.pop(task_id, None)
             self._awaited[task_id] = now
-        while self._awaited and next(iter(self._awaited.values())) < now - AWAITED_SECONDS:
-            del self._awaited[next(iter(self._awaited))]
+            self._awaited.move_to_end(task_id)
+        for _ in range(EXPIRE_BATCH):
+            if not self._awaited or next(iter(self._awaited.values())) >= now - AWAITED_SECONDS:
+                break
+            self._awaited.popitem(last=False)
 
     async def _collect(self, task_ids: Sequence[str]) -> list[Delivery]:
         if not task_ids:
             return []
         found: list[Delivery] = []
         names = [self._name_mailbox(task_id) for task_id in task_ids]
-        stored = await self._ask(self._redis.mget(names))
-        for task_id, value in zip(task_ids, stored, strict=True):
+        values = await self._ask(self._redis.mget(names))
+        for task_id, value in zip(task_ids, values, strict=True):
             if value is None:
                 continue
-            self._awaited.pop(task_id, None)
             try:
-                found.append(decode_delivery(value))
+                stored = decode_delivery(value)
             except ValueError:
-                logger.warning("What Redis holds for the task %s is no delivery.", task_id)
+                self.unreadable += 1
+                logger.warning("The mailbox of the task %s does not hold a delivery.", task_id)
+                continue
+            self._awaited.pop(task_id, None)
+            found.append(
+                _StoredDelivery(
+                    stored.body, stored.headers, received_at=stored.received_at, task_id=task_id
+                )
+            )
         return found
 
     async def _ask(self, command: Awaitable[Any]) -> Any:
@@ -249,11 +389,17 @@ class RedisNotifications:
             async with self.clock.timeout_at(self.clock.monotonic() + ANSWER_SECONDS):
                 return await command
         except TimeoutError:
-            raise TimeoutError(f"Redis did not answer within {ANSWER_SECONDS:.0f} s.") from None
+            raise TimeoutError(f"Redis did not respond within {ANSWER_SECONDS:.0f} s.") from None
 
     async def aclose(self) -> None:
-        """Close the connections. Idempotent; what is used afterwards connects again."""
-        await self._redis.aclose()
+        """Store what waits, then close the connections. Idempotent; a later use reconnects."""
+        writer = self._writer
+        try:
+            if writer is not None and not writer.done():
+                await asyncio.wait({writer}, timeout=ANSWER_SECONDS)
+                writer.cancel()
+        finally:
+            await self._redis.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -265,6 +411,38 @@ class RedisNotifications:
         traceback: TracebackType | None,
     ) -> None:
         await self.aclose()
+
+
+def _check_url(url: str) -> None:
+    """Refuse a URL with options that change replies or time limits, or that are unknown.
+
+    The error quotes no part of the URL: a password with reserved characters may be anywhere in it.
+
+    Raises:
+        ConfigurationError: It has such an option, or parts that a Redis URL does not have.
+    """
+    try:
+        parts = urlsplit(url)
+        names = {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)}
+        database = parts.path.strip("/")
+        scheme, _ = parts.scheme, parts.port
+    except (ValueError, TypeError, AttributeError):
+        raise ConfigurationError(f"The Redis URL is invalid. {_URL_FORMS}") from None
+    if parts.fragment or (scheme != "unix" and database and not database.isdecimal()):
+        raise ConfigurationError(f"The Redis URL is invalid. {_URL_FORMS}")
+    if not names <= _OPTIONS:
+        raise ConfigurationError(
+            "The Redis URL has an option that is unknown, or that this class sets itself, such as "
+            "decode_responses, encoding, protocol or socket_timeout. Valid options: "
+            f"{', '.join(sorted(_OPTIONS))}."
+        )
+
+
+def _fail(puts: Iterable[_Put], error: Exception) -> None:
+    for put in puts:
+        if not put.stored.done():
+            put.stored.set_exception(error)
+            put.stored.exception()  # retrieved, even if the receiver is cancelled right now
 
 
 def _read_entry_id(entry_id: bytes) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import Depends, FastAPI, HTTPException, Request
 from starlette.routing import Route
 
-from cloudinary_analyze import AnalysisTask, AnalyzeSession, Captioning, Credentials
+from cloudinary_analyze import AnalysisTask, AnalyzeSession, Captioning, Credentials, NotFoundError
 from cloudinary_analyze.notifications.asgi import WebhookReceiver
 from cloudinary_analyze.notifications.redis import RedisNotifications
 
@@ -60,6 +60,8 @@ async def answer(request: Request, task: AnalysisTask):
             return {"caption": response.analysis.caption, "uri": response.entity}
         status = 404 if task.status == "unknown" else 504
         raise HTTPException(status, {"task_id": task.task_id})
+    except NotFoundError as error:
+        raise HTTPException(404, {"task_id": task.task_id}) from error
     finally:
         gone.cancel()
         result.cancel()

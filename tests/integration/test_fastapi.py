@@ -90,6 +90,17 @@ async def test_a_504_carries_the_task_id_and_any_worker_re_attaches_by_it(open_w
             assert (status, content["caption"]) == (200, "Late")
 
 
+async def test_an_id_that_the_service_does_not_know_is_a_404(open_worker):
+    async with (
+        Emulator(task_seconds=3600) as emulator,
+        open_worker(emulator) as (module, origin),
+        aiohttp.ClientSession() as client,
+    ):
+        module.PATIENCE = 2.0
+        status, content = await get(client, f"{origin}/captions/nosuchtask")
+        assert (status, content["detail"]) == (404, {"task_id": "nosuchtask"})
+
+
 async def test_a_client_that_goes_away_is_noticed_and_nobody_waits_any_more(open_worker, caplog):
     async with (
         Emulator(task_seconds=3600) as emulator,

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import pickle
 import signal
 import sys
 import time
@@ -64,9 +65,21 @@ def open_worker(shared, namespace, emulator):
     "options",
     [
         {"url": "http://user:hunter2@x"},
-        {"url": "redis://user:hunter2@localhost/0?socket_timeout=abc"},
+        {"url": "redis://user:hunter2@localhost/0?db=abc"},
+        {"url": "redis://user:hunter2@localhost/hunter2"},
+        {"url": "redis://user:12#hunter2@localhost/0"},
+        {"url": "redis://user:12?hunter2@localhost/0"},
+        {"url": "redis://user:12/hunter2@localhost/0"},
+        {"url": "redis://user:hunter2@[localhost/0"},
+        {"url": "redis://user:hunter2@localhost:port/0"},
+        {"url": "redis://user:hunter2@localhost/0?max_connections=-1"},
+        {"url": "rediss://user:hunter2@localhost/0?ssl_cert_reqs=hunter2"},
+        {"url": "redis://user:hunter2@localhost/0?ssl_ca_certs=x"},
+        {"url": b"redis://user:hunter2@localhost/0"},
+        {"url": None},
         {"namespace": ""},
         {"keep": 0},
+        {"keep_resolved": float("nan")},
     ],
 )
 def test_what_cannot_be_right_is_refused_at_construction_without_the_password(options):
@@ -76,10 +89,46 @@ def test_what_cannot_be_right_is_refused_at_construction_without_the_password(op
     assert caught.value.__cause__ is None
 
 
-def test_a_socket_timeout_in_the_url_is_refused():
-    """The library's own can swallow a cancellation, and with it the closing of a session."""
-    with pytest.raises(ConfigurationError, match="socket_timeout"):
-        RedisNotifications("redis://localhost/0?db=1&socket_timeout=5")
+@pytest.mark.parametrize(
+    "option",
+    [
+        "decode_responses=True",
+        "decode_responses=",
+        "protocol=3",
+        "legacy_responses=False",
+        "encoding=latin-1",
+        "encoding_errors=ignore",
+        "socket_timeout=5",
+        "timeout=5",
+        "retry_on_timeout=True",
+        "parser_class=x",
+        "nonsense=1",
+        "db=1&nonsense=1",
+    ],
+)
+@pytest.mark.parametrize("url", ["redis://:hunter2@localhost/0", "unix:///tmp/redis.sock"])
+def test_options_that_change_replies_or_limits_and_unknown_ones_are_refused(url, option):
+    with pytest.raises(ConfigurationError, match="Valid options") as caught:
+        RedisNotifications(f"{url}?{option}")
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://localhost",
+        "redis://user:p%40ss@localhost:6380/3?client_name=me&health_check_interval=5",
+        "rediss://localhost/0?ssl_ca_certs=/x.pem&ssl_check_hostname=True",
+        "unix:///tmp/redis.sock?db=2",
+    ],
+)
+def test_other_options_are_accepted(url):
+    RedisNotifications(url)
+
+
+def test_it_cannot_be_pickled():
+    with pytest.raises(TypeError, match="password"):
+        pickle.dumps(RedisNotifications("redis://user:hunter2@localhost"))
 
 
 def test_the_password_is_in_no_repr():
@@ -123,12 +172,20 @@ async def test_what_came_hours_before_the_process_started_is_found(open_worker, 
         assert session.stats.notifications == {"resolved": 1}
 
 
-async def test_the_first_delivery_stays_and_a_second_one_only_wakes(open_worker):
+@pytest.mark.parametrize(
+    ("first", "second", "kept"),
+    [
+        ({"caption": "first"}, {"caption": "second"}, "second"),
+        ({"caption": "first"}, {"data": None}, "first"),
+        ({"data": {"status": "processing"}}, {"caption": "second"}, "second"),
+    ],
+)
+async def test_a_result_stays_whatever_else_arrives_for_its_task(open_worker, first, second, kept):
     async with open_worker() as (session, notifications):
-        await notifications.put(build_delivery("t1", "first"))
-        await notifications.put(build_delivery("t1", "second"))
+        await notifications.put(build_delivery("t1", **first))
+        await notifications.put(build_delivery("t1", **second))
         async with asyncio.timeout(5):
-            assert (await session.task("t1", Captioning)).analysis.caption == "first"
+            assert (await session.task("t1", Captioning)).analysis.caption == kept
 
 
 async def test_a_wake_up_between_the_first_look_and_the_wait_is_not_missed(shared, namespace):
@@ -142,7 +199,7 @@ async def test_a_wake_up_between_the_first_look_and_the_wait_is_not_missed(share
         delivery = build_delivery("t1")
         await sink.put(delivery)
         async with asyncio.timeout(5), contextlib.aclosing(source.listen()) as listening:
-            assert await anext(listening) == delivery
+            assert (await anext(listening)).body == delivery.body
 
 
 async def test_only_the_tasks_that_are_awaited_here_are_read(shared, namespace):
@@ -181,12 +238,21 @@ async def test_what_answers_no_task_has_no_mailbox(shared, namespace):
         assert not [key async for key in notifications._redis.scan_iter(f"{namespace}:*")]
 
 
-async def test_a_mailbox_that_holds_something_else_is_passed_over(shared, namespace, caplog):
+async def test_an_unreadable_mailbox_is_counted_skipped_and_replaced(shared, namespace, caplog):
     async with RedisNotifications(shared.url, namespace=namespace) as notifications:
-        await notifications._redis.set(f"{namespace}:delivery:t1", b"[]\nsomething else")
-        await notifications.put(build_delivery("t2"))
-        (found,) = await notifications.fetch(["t1", "t2", "t3"])
-        assert found.body == build_answer("t2")
+        client = notifications._redis
+        await client.set(f"{namespace}:delivery:t1", b"[]\nsomething else")
+        await client.rpush(f"{namespace}:delivery:t2", "a list")
+        await notifications.put(build_delivery("t3"))
+        (found,) = await notifications.fetch(["t1", "t2", "t3", "t4"])
+        assert found.body == build_answer("t3")
+        assert notifications.unreadable == 1
+        await notifications.put(build_delivery("t1"))
+        async with asyncio.timeout(5), contextlib.aclosing(notifications.listen()) as listening:
+            await client.xadd(notifications._stream, {b"\xff": b"\xff"})
+            await client.xadd(notifications._stream, {"task": b"\xff"})
+            await notifications.put(build_delivery("t1"))
+            assert (await anext(listening)).body == build_answer("t1")
     assert "t1" in caplog.text
 
 
@@ -280,13 +346,13 @@ async def test_a_redis_that_hangs_makes_the_sender_try_again_and_hangs_nobody(
             server.process.send_signal(signal.SIGSTOP)
             taking = asyncio.create_task(intake.take(body, sign(body, at=clock.wall())))
             await until(lambda: clock.next_at is not None)
-            await clock.advance(5.1)
+            await clock.advance(10.1)
             async with asyncio.timeout(2):
                 assert (await taking).status == 503
             looking = asyncio.create_task(notifications.fetch(["t1"]))
             await until(lambda: clock.next_at is not None)
             await clock.advance(10.1)
-            with pytest.raises(TimeoutError, match="Redis did not answer within 10 s"):
+            with pytest.raises(TimeoutError, match="Redis did not respond within 10 s"):
                 await looking
             server.process.send_signal(signal.SIGCONT)
             assert (await intake.take(body, sign(body, at=clock.wall()))).status == 200
@@ -344,3 +410,153 @@ async def test_a_redis_that_lost_everything_and_whose_clock_is_behind_wakes_all_
             assert (await task).analysis.caption == "A cat"
     finally:
         server.kill()
+
+
+# what is written
+
+
+async def count_transactions(client):
+    return (await client.info("commandstats")).get("cmdstat_exec", {}).get("calls", 0)
+
+
+async def test_a_burst_is_stored_in_few_round_trips_and_each_put_returns_once_it_is(
+    shared, namespace
+):
+    async with RedisNotifications(shared.url, namespace=namespace) as notifications:
+        client = notifications._redis
+        before = await count_transactions(client)
+
+        async def put(number):
+            await notifications.put(build_delivery(f"t{number}"))
+            return await client.exists(f"{namespace}:delivery:t{number}")
+
+        async with asyncio.timeout(30):
+            assert set(await asyncio.gather(*map(put, range(2000)))) == {1}
+        assert await client.xlen(notifications._stream) == 2000
+        assert await count_transactions(client) - before <= 30
+
+
+async def test_a_burst_of_webhooks_is_answered_200(shared, namespace):
+    async with RedisNotifications(shared.url, namespace=namespace) as notifications:
+        intake, now = Intake(notifications, CREDENTIALS), time.time()
+        bodies = [build_answer(f"t{number}") for number in range(3000)]
+        async with asyncio.timeout(40):
+            replies = await asyncio.gather(
+                *(intake.take(body, sign(body, at=now)) for body in bodies)
+            )
+        assert {reply.status for reply in replies} == {200}
+
+
+@pytest.mark.parametrize("steps", range(12))
+async def test_cancelling_a_put_disturbs_no_other(shared, namespace, steps):
+    async with RedisNotifications(shared.url, namespace=namespace) as notifications:
+        puts = [asyncio.create_task(notifications.put(build_delivery(f"t{n}"))) for n in range(50)]
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        for number in range(0, 50, 2):
+            puts[number].cancel()
+        async with asyncio.timeout(5):
+            results = await asyncio.gather(*puts, return_exceptions=True)
+            assert results[1::2] == [None] * 25
+            await notifications.put(build_delivery("afterwards"))
+        found = await notifications.fetch([f"t{number}" for number in range(50)])
+        assert {delivery.task_id for delivery in found} >= {f"t{n}" for n in range(1, 50, 2)}
+        assert not notifications._waiting
+
+
+async def test_what_redis_refuses_fails_and_what_comes_later_is_stored(tmp_path, namespace):
+    server = start_redis(tmp_path)
+    try:
+        async with RedisNotifications(server.url, namespace=namespace) as notifications:
+            client = notifications._redis
+            await client.config_set("maxmemory", 1)
+            puts = [notifications.put(build_delivery(f"t{number}")) for number in range(600)]
+            async with asyncio.timeout(10):
+                results = await asyncio.gather(*puts, return_exceptions=True)
+            assert all(isinstance(result, RedisError) for result in results)
+            await client.config_set("maxmemory", 0)
+            await notifications.put(build_delivery("t1"))
+            assert len(await notifications.fetch(["t1"])) == 1
+    finally:
+        server.kill()
+
+
+async def test_a_delivery_whose_wake_up_is_refused_fails(shared, namespace):
+    async with RedisNotifications(shared.url, namespace=namespace) as notifications:
+        await notifications._redis.set(notifications._stream, "not a stream")
+        with pytest.raises(RedisError):
+            await notifications.put(build_delivery("t1"))
+
+
+async def test_thousands_that_wait_for_a_dead_redis_fail_together(tmp_path, namespace):
+    server = start_redis(tmp_path)
+    async with RedisNotifications(server.url, namespace=namespace) as notifications:
+        await notifications.put(build_delivery("t0"))
+        server.kill()
+        puts = [notifications.put(build_delivery(f"t{number}")) for number in range(3000)]
+        async with asyncio.timeout(10):
+            results = await asyncio.gather(*puts, return_exceptions=True)
+        assert all(isinstance(result, RedisError) for result in results)
+
+
+async def test_closing_stores_what_waits(shared, namespace):
+    notifications = RedisNotifications(shared.url, namespace=namespace)
+    puts = [asyncio.create_task(notifications.put(build_delivery(f"t{n}"))) for n in range(700)]
+    await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await notifications.aclose()
+        await asyncio.gather(*puts)
+
+
+async def test_a_writer_that_is_cancelled_hangs_no_receiver(shared, namespace):
+    """As `asyncio.run` does with what is left at its end."""
+    async with RedisNotifications(shared.url, namespace=namespace) as notifications:
+        for steps in range(8):
+            puts = [asyncio.create_task(notifications.put(build_delivery("t"))) for _ in range(600)]
+            for _ in range(1 + steps):
+                await asyncio.sleep(0)
+            notifications._writer.cancel()
+            async with asyncio.timeout(5):
+                await asyncio.gather(*puts, return_exceptions=True)
+        await notifications.put(build_delivery("t"))
+
+
+@pytest.mark.parametrize(("keep", "most"), [(86_400, 3_600_000), (60, 60_000)])
+async def test_the_mailbox_of_a_resolved_task_expires_soon(shared, namespace, emulator, keep, most):
+    credentials = Credentials.from_url(emulator.cloudinary_url)
+    async with RedisNotifications(shared.url, namespace=namespace, keep=keep) as notifications:
+        async with AnalyzeSession(credentials, notifications=notifications) as session:
+            await notifications.put(build_delivery("resolved"))
+            await notifications.put(build_delivery("foreign"))
+            async with asyncio.timeout(5):
+                await session.task("resolved", Captioning)
+        client = notifications._redis
+        async with asyncio.timeout(5):
+            while await client.pttl(f"{namespace}:delivery:resolved") > most:
+                await asyncio.sleep(0.01)
+        assert await client.pttl(f"{namespace}:delivery:resolved") > most - 30_000
+        assert await client.pttl(f"{namespace}:delivery:foreign") > 1000 * keep - 30_000
+        assert len(await notifications.fetch(["resolved"])) == 1  # for the handles of others
+
+
+async def test_it_serves_one_session(open_worker):
+    async with open_worker() as (session, notifications):
+        other = AnalyzeSession(session._credentials, notifications=notifications)
+        with pytest.raises(ConfigurationError, match="Another session already reads"):
+            await other.__aenter__()
+
+
+async def test_100_000_ids_that_expire_together_are_forgotten_in_short_turns(clock):
+    notifications = RedisNotifications("redis://localhost", clock=clock)
+    for first in range(0, 100_000, 500):
+        notifications._await([f"t{number}" for number in range(first, first + 500)])
+    await clock.advance(room.AWAITED_SECONDS + 1)
+    begun, longest, rounds = time.perf_counter(), 0.0, 0
+    while len(notifications._awaited) > 1:
+        rounds += 1
+        started = time.perf_counter()
+        notifications._await(["kept"])
+        longest = max(longest, time.perf_counter() - started)
+    assert rounds == 100_000 // room.EXPIRE_BATCH
+    assert time.perf_counter() - begun < 2
+    assert longest < 0.1
