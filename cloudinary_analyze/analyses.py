@@ -238,10 +238,10 @@ class VisionAnswer(Jsonable):
     """The answer to one prompt.
 
     Attributes:
-        value: The answer's text.
+        value: The answer's text; empty if it was not sent.
     """
 
-    value: str
+    value: str = ""
 
 
 @attrs.frozen
@@ -261,11 +261,12 @@ class ModerationAnswer(Jsonable):
     """The answer to one rejection question.
 
     Attributes:
-        value: ``"yes"``, ``"no"``, ``"unknown"``, or whatever else was sent.
-        prompt: The question.
+        value: ``"yes"``, ``"no"``, ``"unknown"``, or any other text as sent; empty if it was not
+            sent.
+        prompt: The question; ``None`` if it was not sent.
     """
 
-    value: str
+    value: str = ""
     prompt: str | None = None
 
 
@@ -286,10 +287,10 @@ class VisionTag(Jsonable):
     """A tag whose description fits the image.
 
     Attributes:
-        name: The tag's name, as defined in the request.
+        name: The tag's name, as defined in the request; empty if it was not sent.
     """
 
-    name: str
+    name: str = ""
 
 
 @attrs.frozen
@@ -324,13 +325,13 @@ class Logo(Jsonable):
     """A logo that was found.
 
     Attributes:
-        description: Whose it is.
+        description: The name of the brand; empty if it was not sent.
         score: 0 to 1; ``None`` if not sent.
         vertices: The polygon round it, normally four corners; may be empty.
         mid: Google's id of it, if sent.
     """
 
-    description: str
+    description: str = ""
     score: float | None = None
     vertices: tuple[LogoVertex, ...] = ()
     mid: str | None = None
@@ -348,19 +349,19 @@ class GoogleLabel(Jsonable):
     """A label that fits the image.
 
     Attributes:
-        label: The label.
+        label: The label; empty if it was not sent.
         score: 0 to 1; ``None`` if not sent.
     """
 
-    label: str
+    label: str = ""
     score: float | None = None
 
 
 @attrs.frozen
 class GoogleTaggingAnalysis(Analysis):
-    """Labels by Google's tagging service. Model ``google_tagging``."""
+    """Labels by Google's tagging service; may be empty. Model ``google_tagging``."""
 
-    labels: tuple[GoogleLabel, ...]
+    labels: tuple[GoogleLabel, ...] = ()
 
 
 @attrs.frozen
@@ -368,12 +369,13 @@ class ImageQualityAnalysis(Analysis):
     """How good the picture is, technically. Model ``image_quality``.
 
     Attributes:
-        quality: ``"low"``, ``"medium"``, ``"high"``, or whatever else was sent.
+        quality: ``"low"``, ``"medium"``, ``"high"``, or any other text as sent; empty if it was
+            not sent.
         score: 0 to 1; ``None`` if not sent.
         confidence: 0 to 1; ``None`` if not sent.
     """
 
-    quality: str
+    quality: str = ""
     score: float | None = None
     confidence: float | None = None
 
@@ -383,11 +385,12 @@ class Watermark(Jsonable):
     """What was found in place of a watermark.
 
     Attributes:
-        name: ``"banner"``, ``"watermark"``, ``"clean"``, or whatever else was sent.
+        name: ``"banner"``, ``"watermark"``, ``"clean"``, or any other text as sent; empty if it
+            was not sent.
         confidence: 0 to 1; ``None`` if not sent.
     """
 
-    name: str
+    name: str = ""
     confidence: float | None = None
 
 
@@ -395,7 +398,7 @@ class Watermark(Jsonable):
 class WatermarkDetectionAnalysis(Analysis):
     """Watermarks and banners; may be empty. Model ``watermark_detection``."""
 
-    detections: tuple[Watermark, ...]
+    detections: tuple[Watermark, ...] = ()
 
 
 @attrs.frozen

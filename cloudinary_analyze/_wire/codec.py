@@ -1,4 +1,4 @@
-"""JSON text to values and back, and the typed analysis of an answer. Picks the JSON library.
+"""JSON text to values and back, and the typed analysis of a response. Picks the JSON library.
 
 The shapes themselves, and cattrs, are in `structure`, which is imported with the first session.
 """
@@ -15,30 +15,74 @@ except ImportError:  # the [speed] extra
     orjson = None  # type: ignore[assignment, unused-ignore]
 
 
+# orjson turns integers over 64 bits into floats; the shortest has 19 digits
+_SAME_DIGIT: Final = bytes.maketrans(b"123456789", b"0" * 9)
+_LONG_NUMBER: Final = b"0" * 19
+
+
 def loads(text: bytes) -> Any:
-    """Return the value of JSON.
+    """Return the value of JSON. Integers of any size stay integers.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not valid JSON.
         RecursionError: It is nested too deeply.
     """
-    if orjson is not None:
+    if orjson is not None and _LONG_NUMBER not in text.translate(_SAME_DIGIT):
         try:
             return orjson.loads(text)
         except ValueError:
             pass  # it is stricter (NaN, half a surrogate pair); what is paid for must be read
-    return json.loads(text)
+    try:
+        return json.loads(text, parse_int=_parse_integer)
+    except RecursionError:
+        if orjson is None:
+            raise
+        return orjson.loads(text)  # it reads deeper nesting
+
+
+def _parse_integer(digits: str) -> int | str:
+    try:
+        return int(digits)
+    except ValueError:  # over sys.get_int_max_str_digits(): kept as text
+        return digits
 
 
 def dumps(value: Any) -> bytes:
-    """Return compact JSON."""
+    """Return compact JSON that loses nothing, whatever strings, integers and nesting it holds."""
     if orjson is not None:
         try:
             return orjson.dumps(value)
-        except TypeError:  # an integer over 64 bits, which JSON allows
+        except TypeError:  # an integer over 64 bits, half a surrogate pair, or 255 levels
             pass
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.encode("utf-8", "replace")  # half a surrogate pair may have come from the service
+    try:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    except RecursionError:
+        text = _dump_deep(value)
+    return text.encode("utf-8", "backslashreplace")  # writes half a surrogate pair as JSON does
+
+
+def _dump_deep(value: Any) -> str:
+    """Return JSON without recursion, for what is nested almost too deeply to be read."""
+    parts: list[str] = []
+    stack: list[tuple[Any, bool]] = [(value, False)]  # and whether it is JSON already
+    while stack:
+        item, is_json = stack.pop()
+        if is_json:
+            parts.append(item)
+        elif isinstance(item, dict):
+            stack.append(("}", True))
+            for index, (key, inner) in reversed(list(enumerate(item.items()))):
+                name = json.dumps(str(key), ensure_ascii=False)
+                stack += [(inner, False), (f"{',' if index else ''}{name}:", True)]
+            parts.append("{")
+        elif isinstance(item, (list, tuple)):
+            stack.append(("]", True))
+            for index, inner in reversed(list(enumerate(item))):
+                stack += [(inner, False), ("," if index else "", True)]
+            parts.append("[")
+        else:
+            parts.append(json.dumps(item, ensure_ascii=False))
+    return "".join(parts)
 
 
 class CodecError(ValueError):

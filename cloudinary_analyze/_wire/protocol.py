@@ -46,30 +46,12 @@ from cloudinary_analyze.responses import (
 A = TypeVar("A")
 
 _ENVELOPE_KEYS: Final = frozenset(
-    [
-        "analysis",
-        "data",
-        "entity",
-        "error",
-        "limits",
-        "notices",
-        "request_id",
-        "result",
-        "status",
-        "task_id",
-    ]
+    {"analysis", "data", "entity", "error", "limits", "notices", "request_id", "result", "status"}
+    | {"task_id"}
 )
 _RESULT_KEYS: Final = frozenset(
-    [
-        "caption",
-        "detections",
-        "label_annotations",
-        "logo_annotations",
-        "quality",
-        "responses",
-        "score",
-        "tags",
-    ]
+    {"caption", "detections", "label_annotations", "labels", "logo_annotations", "quality"}
+    | {"responses", "score", "tags"}
 )
 
 

@@ -1,11 +1,12 @@
 """The shapes of the analyses: how JSON becomes typed values. The only file that knows cattrs.
 
 Rules of the converter:
-* the wire's names are mapped here, the analyses know only their own;
+* the JSON names are mapped here, the analyses know only their own;
 * strings and numbers are never coerced into each other;
-* what may be missing may also be null;
-* unknown fields and enum values pass;
-* detections stay raw until they are looked at (`DetectedTags`).
+* a field with a default may be missing, null or of another type: it keeps its default, because
+  the response is paid for. An array is never dropped: its entries must be of the right type;
+* unknown fields and enum values are accepted;
+* detections stay raw until they are accessed (`DetectedTags`).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def _read_string(value: Any, _: Any) -> str:
 
 
 def _read_float(value: Any, _: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"a number, not {_name(value)}")
     return value
 
@@ -57,7 +58,7 @@ def _name(value: Any) -> str:
 
 
 def _read_scalar(value: Any, _: Any) -> ModelVersion:
-    return value if isinstance(value, int | str | float) else None
+    return value if isinstance(value, (int, str, float)) else None
 
 
 def _read_tags(value: Any, _: Any) -> DetectedTags:
@@ -73,7 +74,6 @@ def _build_optional(converter: cattrs.Converter, hint: Any) -> Callable[[Any, An
     read = converter.get_structure_hook(inner)
 
     def read_optional(value: Any, _: Any) -> Any:
-        # an optional number that is no number is worth less than the paid answer round it
         try:
             return None if value is None else read(value, inner)
         except TypeError:
@@ -110,12 +110,28 @@ def _build_tuple(converter: cattrs.Converter, hint: Any) -> Callable[[Any, Any],
     return read_tuple_detailed if converter.detailed_validation else read_tuple
 
 
+def _build_text(default: str) -> Callable[[Any, Any], str]:
+    return lambda value, _: value if isinstance(value, str) else default
+
+
+def _build_array(converter: cattrs.Converter, hint: Any) -> Callable[[Any, Any], Any]:
+    read = converter.get_structure_hook(hint)
+    return lambda value, _: () if value is None else read(value, hint)
+
+
 def _build_object(
     converter: cattrs.Converter, kind: type[Any], **overrides: Any
 ) -> Callable[[Any, Any], Any]:
+    attrs.resolve_types(kind)
+    for field in attrs.fields(kind):
+        if field.name not in overrides and field.default is not attrs.NOTHING:
+            if field.type is str:
+                overrides[field.name] = override(struct_hook=_build_text(field.default))
+            elif _is_tuple(field.type):
+                overrides[field.name] = override(struct_hook=_build_array(converter, field.type))
     read = make_dict_structure_fn(kind, converter, **overrides)
-    if not converter.detailed_validation:
-        return read
+    if issubclass(kind, Analysis) and not converter.detailed_validation:
+        return read  # the caller made sure that it is an object
 
     def read_object(value: Any, _: Any) -> Any:
         if not isinstance(value, dict):
@@ -126,13 +142,15 @@ def _build_object(
 
 
 def _flatten(
-    converter: cattrs.Converter, kind: type[Analysis], outer: str
+    converter: cattrs.Converter, kind: type[Analysis], outer: str, name: str
 ) -> Callable[[Any, Any], Any]:
-    """Read a model whose answer lies one object deeper."""
-    read = make_dict_structure_fn(kind, converter)
+    """Read a model whose result is one object deeper, or was sent without that object."""
+    read = _build_object(converter, kind)
 
     def read_flat(value: Mapping[str, Any], _: Any) -> Any:
         inner = value.get(outer)
+        if inner is None and (outer in value or name in value):
+            inner = value
         if not isinstance(inner, dict):
             error = TypeError(f"an object, not {_name(inner)}")
             error.add_note(f".{outer}")
@@ -193,10 +211,11 @@ def build_converter(*, detailed: bool) -> cattrs.Converter:
         ),
     )
     converter.register_structure_hook(
-        CaptioningAnalysis, _flatten(converter, CaptioningAnalysis, "data")
+        CaptioningAnalysis, _flatten(converter, CaptioningAnalysis, "data", "caption")
     )
     converter.register_structure_hook(
-        GoogleTaggingAnalysis, _flatten(converter, GoogleTaggingAnalysis, "label_annotations")
+        GoogleTaggingAnalysis,
+        _flatten(converter, GoogleTaggingAnalysis, "label_annotations", "labels"),
     )
     converter.register_structure_hook(
         OtherAnalysis,

@@ -1,4 +1,4 @@
-"""Answers and errors as JSON and back: how a ledger holds them.
+"""Errors as JSON and back: how a ledger stores them.
 
 Pure. No pickle, so that reading a ledger runs nothing.
 """
@@ -6,7 +6,6 @@ Pure. No pickle, so that reading a ledger runs nothing.
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -18,21 +17,6 @@ from cloudinary_analyze._wire import codec
 from cloudinary_analyze.errors import AnalyzeError
 from cloudinary_analyze.responses import Limit, TaskStatus
 
-try:
-    import orjson
-except ImportError:  # the [speed] extra
-    orjson = None  # type: ignore[assignment, unused-ignore]
-
-
-def dump_json(value: Any) -> bytes:
-    """Return JSON that loses nothing, whatever strings and integers it holds."""
-    if orjson is not None:
-        try:
-            return orjson.dumps(value)
-        except TypeError:  # an integer over 64 bits, or half a surrogate pair
-            pass
-    return json.dumps(value, separators=(",", ":")).encode()
-
 
 def dump_error(error: AnalyzeError) -> bytes:
     """Return the type, message and fields of an error as JSON."""
@@ -41,7 +25,7 @@ def dump_error(error: AnalyzeError) -> bytes:
         for name, value in vars(error).items()
         if name != "message" and not name.startswith("__") and value is not None
     }
-    return dump_json({"type": type(error).__name__, "message": error.message, "fields": fields})
+    return codec.dumps({"type": type(error).__name__, "message": error.message, "fields": fields})
 
 
 def load_error(content: bytes) -> AnalyzeError:

@@ -23,7 +23,7 @@ import attrs
 
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze.errors import AnalyzeError, LedgerError
-from cloudinary_analyze.ledger.encoding import dump_error, dump_json, load_error
+from cloudinary_analyze.ledger.encoding import dump_error, load_error
 from cloudinary_analyze.ledger.file import (
     ANSWERED,
     FAILED,
@@ -259,7 +259,7 @@ class SQLiteLedger(Ledger):
         Raises:
             LedgerError: It could not be written.
         """
-        await self._record_answer(_pack(key), ANSWERED, dump_json(dict(response.raw)), seconds)
+        await self._record_answer(_pack(key), ANSWERED, codec.dumps(dict(response.raw)), seconds)
 
     async def record_error(self, key: str, error: AnalyzeError, *, seconds: float) -> None:
         """See `Ledger.record_error`.
