@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,9 +23,12 @@ from cloudinary_analyze import (
     GoogleLogoDetection,
     GoogleTagging,
     ImageQuality,
+    InvalidRequestError,
     LogoVertex,
     ModerationAnswer,
     OtherModel,
+    Response,
+    ResponseDecodeError,
     TagDefinition,
     VisionAnswer,
     VisionTag,
@@ -33,6 +37,7 @@ from cloudinary_analyze import (
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze._wire.protocol import read_response
 from cloudinary_analyze.analyses import DetectedTags
+from cloudinary_analyze.testing import build_response
 
 URL = "https://res.cloudinary.com/demo/image/upload/sample.jpg"
 PARAMETERS: dict[str, dict[str, Any]] = {
@@ -373,3 +378,107 @@ def test_a_box_unpacks_and_pickles(sample: Any) -> None:
     assert repr(box) == f"BoundingBox(x={x}, y={y}, width={width}, height={height})"
     copy = pickle.loads(pickle.dumps(box))
     assert (copy, type(copy)) == (box, BoundingBox)
+
+
+REQUIRED = {
+    "ai_vision_general": {"responses"},
+    "ai_vision_moderation": {"responses"},
+    "ai_vision_tagging": {"tags"},
+    "captioning": {"data", "data.caption"},
+    "google_logo_detection": {"logo_annotations"},
+    "google_tagging": {"label_annotations"},
+}
+VARIANTS = {  # as the vendor's schema allows
+    "ai_vision_general": {"responses": [{}]},
+    "ai_vision_moderation": {"responses": [{}, {"prompt": "?"}]},
+    "ai_vision_tagging": {"tags": [{}]},
+    "captioning": {"data": {"caption": ""}},
+    "google_logo_detection": {"logo_annotations": []},
+    "google_tagging": {"label_annotations": {}},
+    "image_quality": {},
+    "watermark_detection": {},
+}
+
+
+def list_paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the path of each field, in objects at any depth."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in entries:
+        if isinstance(value, dict):
+            yield (*path, key)
+        if isinstance(inner, (dict, list)):
+            yield from list_paths(inner, (*path, key))
+
+
+@pytest.mark.parametrize("change", ["drop", "null", "odd"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_response_without_any_optional_field_is_read(
+    sample: Any, model: str, change: str
+) -> None:
+    content = sample(model)
+    required = {("data", "analysis", *path.split(".")) for path in REQUIRED.get(model, ())}
+    required |= {("data",), ("data", "analysis")}
+    paths = [path for path in list_paths(content) if path not in required]
+    assert len(paths) > 5
+    for path in paths:
+        changed = copy.deepcopy(content)
+        parent = changed
+        for key in path[:-1]:
+            parent = parent[key]
+        if change == "drop":
+            del parent[path[-1]]
+        elif change == "null" or isinstance(parent[path[-1]], list):
+            parent[path[-1]] = None  # an array of another type is refused: nothing is dropped
+        else:
+            parent[path[-1]] = {"odd": True}
+        response = read_response(build(model), codec.dumps(changed))
+        assert response.raw == changed
+        assert hash(response)
+        assert repr(response)
+        for name in ("answers", "names", "rejected", "detections"):
+            getattr(response.analysis, name, None)
+
+
+@pytest.mark.parametrize("model", VARIANTS)
+def test_what_the_schema_allows_is_read(model: str) -> None:
+    response = read(build(model), VARIANTS[model])
+    assert type(response.analysis) is MODELS[model].analysis_type
+
+
+def test_missing_text_is_empty() -> None:
+    assert read(build("ai_vision_general"), {"responses": [{}]}).analysis.answers == ("",)
+    moderation = read(build("ai_vision_moderation"), {"responses": [{}]}).analysis
+    assert (moderation.responses, moderation.rejected) == ((ModerationAnswer(),), False)
+    assert read(build("ai_vision_tagging"), {"tags": [{}]}).analysis.names == ("",)
+    assert read(GoogleTagging(URL), {"label_annotations": None}).analysis.labels == ()
+    assert read(ImageQuality(URL), {}).analysis.quality == ""
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_response_is_rebuilt_from_its_json(sample: Any, model: str) -> None:
+    response = read_response(build(model), codec.dumps(sample(model)))
+    assert Response.from_raw(build(model), response.raw) == response
+    assert Response.from_raw(MODELS[model], response.raw) == response
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_response_can_be_built_for_tests(model: str) -> None:
+    response = build_response(model)
+    assert response == build_response(MODELS[model])
+    assert type(response.analysis) is MODELS[model].analysis_type
+    assert (response.model, response.entity) == (model, "https://images.example/a.jpg")
+    assert response.limits[0].type == MODELS[model].feature
+    assert len(response.request_id or "") == 32
+
+
+def test_a_response_for_tests_takes_a_request_and_an_analysis() -> None:
+    response = build_response(Captioning(URL), {"data": {"caption": "a cat"}})
+    assert (response.analysis.caption, response.entity) == ("a cat", URL)
+    other = build_response(OtherModel("new", URL), {"x": 1})
+    assert other.analysis.raw == {"x": 1}
+    with pytest.raises(InvalidRequestError, match="pass `analysis`"):
+        build_response(OtherModel("new", URL))
+    with pytest.raises(InvalidRequestError, match="Unknown model"):
+        build_response("nonsense")
+    with pytest.raises(ResponseDecodeError, match="caption"):
+        build_response(Captioning, {"data": {}})

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloudinary_analyze import MODELS, Captioning, OtherModel
+from cloudinary_analyze import MODELS, BadRequestError, Captioning, OtherModel
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze._wire.protocol import read_response
+from cloudinary_analyze.ledger.encoding import dump_error, load_error
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
@@ -105,7 +106,6 @@ def test_the_speed_extra_refuses_nothing_that_is_read_without_it(
 
 
 def test_without_orjson_the_standard_reader_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cloudinary_analyze import BadRequestError
     from cloudinary_analyze._wire.protocol import read_error
 
     monkeypatch.setattr(codec, "orjson", None)
@@ -116,3 +116,66 @@ def test_without_orjson_the_standard_reader_does(monkeypatch: pytest.MonkeyPatch
     assert error.raw_body == body
     assert "half" in str(error)
     assert str(error).encode()
+
+
+NUMBERS = [-(2**63) - 1, 2**63, 2**64 - 1, 2**64, -(10**30), 10**30, 10**18, 1.5, 0]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_integers_of_any_size_stay_integers(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+    if not fast:
+        monkeypatch.setattr(codec, "orjson", None)
+    body = json.dumps({"numbers": NUMBERS}).encode()
+    for read in (codec.loads(body), codec.loads(codec.dumps(codec.loads(body)))):
+        assert read == {"numbers": NUMBERS}
+        assert [type(number) for number in read["numbers"]] == [type(n) for n in NUMBERS]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_an_integer_too_long_to_convert_is_kept_as_text(
+    monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    if not fast:
+        monkeypatch.setattr(codec, "orjson", None)
+    assert codec.loads(b"[" + b"1" * 5000 + b", 1]") == ["1" * 5000, 1]
+
+
+@given(st.integers() | st.floats(allow_nan=False, allow_infinity=False))
+def test_the_speed_extra_changes_no_number(number: float) -> None:
+    body = json.dumps([number]).encode()
+    (read,) = codec.loads(body)
+    assert (type(read), read) == (type(number), number)
+
+
+@pytest.mark.parametrize("depth", [200, 254, 255, 600, 900, 1000, 1020])
+@pytest.mark.parametrize(
+    ("opening", "closing"), [(b"[", b"]"), (b'{"a":', b"}"), (b"[1,[2],", b"]")]
+)
+def test_nesting_that_is_read_is_written_and_read_again(
+    depth: int, opening: bytes, closing: bytes
+) -> None:
+    body = opening * depth + b"1" + closing * depth
+    value = codec.loads(body)
+    assert codec.dumps(value) == body
+    error = BadRequestError("No.", status=400, details={"deep": value}, raw_body=body)
+    again = load_error(dump_error(error)) if depth < 1000 else error
+    assert codec.dumps(getattr(again, "details", None)) == codec.dumps({"deep": value})
+
+
+def test_nesting_is_the_same_without_the_speed_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "orjson", None)
+    body = b"[" * 850 + b"]" * 850
+    assert codec.dumps(codec.loads(body)) == body
+
+
+@given(JSON)
+def test_deep_values_are_written_as_others_are(value: Any) -> None:
+    assert codec._dump_deep(value) == json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_half_a_surrogate_pair_is_not_lost(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+    if not fast:
+        monkeypatch.setattr(codec, "orjson", None)
+    for text in ("\ud800", "\\\ud800", 'a"\udfff"', "\u00e4"):
+        assert json.loads(codec.dumps({text: [text]})) == {text: [text]}
