@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import builtins
 import copy
+import inspect
 import pickle
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import cloudinary_analyze
 from cloudinary_analyze import (
@@ -67,9 +70,9 @@ VALUES: dict[str, Any] = {
 def fields_of(kind: type[AnalyzeError]) -> list[str]:
     names: dict[str, None] = {}
     for base in kind.__mro__:
-        if issubclass(base, AnalyzeError):
-            names |= dict.fromkeys(base.__annotations__)
-    return list(names)
+        if issubclass(base, AnalyzeError) and "__init__" in vars(base):
+            names |= dict.fromkeys(inspect.signature(base).parameters)
+    return [name for name in names if name not in {"message", "fields"}]
 
 
 @pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)
@@ -144,3 +147,51 @@ def test_bodies_are_shortened_for_messages() -> None:
     assert shorten(b"a\r\n\t b") == "a b"
     assert shorten(b"\xff\xfe") == "\ufffd\ufffd"
     assert shorten("ä".encode() * 200) == "ä" * 200
+    assert shorten("a" * 10_000) == "a" * 200 + "…"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[31mred", "\\x1b[31mred"),
+        ("\x9b31m", "\\x9b31m"),
+        ("\u202eabc", "\\u202eabc"),
+        ("\ud800", "\\ud800"),
+        (b"\x07bell\0", "\\x07bell\\x00"),
+        ("\U000e0001", "\\U000e0001"),
+        ("plain ä 猫 🐈", "plain ä 猫 🐈"),
+    ],
+)
+def test_what_a_terminal_interprets_is_escaped(text: Any, shown: str) -> None:
+    assert shorten(text) == shown
+
+
+@given(st.text() | st.binary())
+def test_shortened_text_is_printable_and_can_be_encoded(text: Any) -> None:
+    assert shorten(text).isprintable()
+    assert len(shorten(text, 20)) <= 21
+    shorten(text).encode()
+
+
+@pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)
+def test_a_field_that_an_error_does_not_have_is_refused(kind: type[AnalyzeError]) -> None:
+    with pytest.raises(TypeError):
+        kind("It went wrong.", taskid="t1")  # type: ignore[call-arg]
+
+
+class Unpicklable(Exception):
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} {second}")
+
+
+@pytest.mark.parametrize("reason", [Unpicklable("a", "b"), ValueError(lambda: 1), ValueError("v")])
+def test_a_stopped_stream_pickles_whatever_its_reason_is(reason: Exception) -> None:
+    error = BulkStoppedError("Stopped.", reason=reason)
+    twin = pickle.loads(pickle.dumps(error))
+    assert str(twin) == "Stopped."
+    assert error.reason is reason
+    if type(reason.args[0]) is str and type(reason) is ValueError:
+        assert repr(twin.reason) == repr(reason)
+    else:
+        assert type(twin.reason) is AnalyzeError
+        assert str(twin.reason).startswith(type(reason).__name__)

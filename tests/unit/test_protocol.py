@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from typing import Any
@@ -11,18 +12,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloudinary_analyze import (
+    MODELS,
     AnalyzeError,
     ApiError,
     Captioning,
+    Coco,
     Limit,
     MalformedNotificationError,
+    Notification,
+    OtherAnalysis,
+    OtherModel,
+    QuotaExceededError,
+    Response,
     ResponseDecodeError,
+    Settings,
+    TaskFailedError,
     parse_notification,
 )
+from cloudinary_analyze._policy import Stop, find_stop, is_final
 from cloudinary_analyze._wire import codec, protocol
+from cloudinary_analyze.ledger.encoding import dump_error, load_error
 from cloudinary_analyze.responses import read_limits
 
 NOW = 1_790_000_000.0
+URL = "https://images.example/a.jpg"
 HEADERS = st.text(max_size=40) | st.from_regex(
     r"(Mon, )?[0-9]{1,5} (Jan|Feb|Xxx) [0-9]{1,6} [0-9]{2}:[0-9]{2}:[0-9]{2}( GMT| [+-][0-9]{1,12})?",
     fullmatch=True,
@@ -254,3 +267,244 @@ def test_the_202_of_the_contract_names_its_task(sample: Any) -> None:
     accepted = protocol.read_accepted(codec.dumps(sample("accepted_202")), model="coco")
     assert accepted.task_id == sample("accepted_202")["data"]["task_id"]
     assert accepted.request_id == "17c3b70c5096df0e77e838323abb7029"
+
+
+ENVELOPES: dict[str, Any] = {
+    "data.analysis": lambda analysis: {"data": {"entity": URL, "analysis": analysis}},
+    "data itself": lambda analysis: {"data": {**analysis, "entity": URL, "task_id": "t"}},
+    "data.result.analysis": lambda analysis: {
+        "data": {"task_id": "t", "status": "completed", "result": {"entity": URL, "analysis": analysis}}
+    },
+    "data.result itself": lambda analysis: {"data": {"result": {**analysis, "entity": URL}}},
+    "a whole response in data": lambda analysis: {
+        "data": {"data": {"entity": URL, "analysis": analysis}, "request_id": "inner"}
+    },
+    "a whole response in data.result": lambda analysis: {
+        "data": {"result": {"data": {"entity": URL, "analysis": analysis}}}
+    },
+    "beside data": lambda analysis: {"analysis": analysis, "entity": URL, "data": None},
+    "result": lambda analysis: {"result": {"entity": URL, "analysis": analysis}},
+}  # fmt: skip
+LIMITS = {"addons_quota": [{"type": "object_detection", "remaining": 40}]}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("shape", ENVELOPES)
+def test_a_result_is_read_wherever_the_schema_allows_it(
+    sample: Any, model: str, shape: str
+) -> None:
+    plain = sample(model)
+    analysis = plain["data"]["analysis"]
+    kind = MODELS[model].analysis_type
+    expected = protocol.read_result(model, kind, plain).analysis
+    raw = ENVELOPES[shape](analysis)
+    body = codec.dumps({"task_id": "t", "notification_type": "analysis", **raw})
+    notification = parse_notification(body)
+    assert (notification.task_id, notification.failed) == ("t", False)
+    response = protocol.read_result(model, kind, notification.raw, body=body)
+    assert response.analysis == expected
+    assert response.entity == URL
+
+
+@pytest.mark.parametrize("shape", ENVELOPES)
+def test_a_result_of_another_model_is_read_as_received(shape: str) -> None:
+    raw = ENVELOPES[shape]({"novelty": {"a": 1}})
+    response = protocol.read_result("new", OtherAnalysis, raw)
+    assert response.analysis.raw["novelty"] == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {},
+        {"data": None},
+        {"data": {}},
+        {"data": {"task_id": "t", "status": "completed", "request_id": "r", "entity": URL}},
+        {"data": {"result": None}},
+        {"data": {"analysis": []}},
+        {"data": {"result": {"data": {"result": {"data": {"analysis": {"tags": {}}}}}}}},
+        {"data": {"data": {"task_id": "t"}}},
+        {"data": [{"analysis": {"tags": {}}}]},
+    ],
+)
+def test_what_carries_no_result_is_never_an_empty_one(raw: Any) -> None:
+    for request in (Coco(URL), Captioning(URL), OtherModel("new", URL)):
+        assert protocol.find_result(raw, request.analysis_type) is None
+        with pytest.raises(ResponseDecodeError, match=r"at \$\.data") as caught:
+            protocol.read_result(request.model, request.analysis_type, raw, body=b"whole")
+        assert caught.value.raw_body == b"whole"
+        assert caught.value.ambiguous
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"limits": LIMITS},
+        {"data": {"limits": LIMITS}},
+        {"data": {"result": {"limits": LIMITS}}},
+        {"limits": None, "data": {"data": {"limits": LIMITS}}},
+        {"limits": {"items": []}, "data": {"limits": LIMITS}},
+    ],
+)
+def test_limits_are_read_beside_data_and_in_it(raw: Any) -> None:
+    expected = (Limit("object_detection", remaining=40),)
+    assert Response(None, model="coco", raw=raw).limits == expected
+    assert Notification("t", raw).limits == expected
+    failure = protocol.build_task_failure("t", model="coco", notification=Notification("t", raw))
+    assert failure.limits == expected
+
+
+@given(JSON, st.sampled_from([*MODELS, "new"]))
+def test_any_json_is_a_response_or_an_error_of_the_tree(raw: Any, model: str) -> None:
+    body = codec.dumps(raw)
+    kind = MODELS[model].analysis_type if model in MODELS else OtherAnalysis
+    envelope = raw if isinstance(raw, dict) else {"data": raw}
+    refusal: ResponseDecodeError | None = None
+    try:
+        response = protocol.read_result(model, kind, envelope, body=body)
+    except ResponseDecodeError as error:
+        refusal = error
+    if refusal is not None:
+        assert (refusal.raw_body, refusal.ambiguous) == (body, True)
+        assert str(refusal).isprintable()
+        return
+    assert repr(response)
+    assert isinstance(response.entity, str | None)
+    assert isinstance(response.request_id, str | None)
+    hash(response)
+    assert all(isinstance(limit, Limit) for limit in response.limits)
+
+
+@pytest.mark.parametrize("body", [b"", b" ", b"{", b"null", b"[]", b'{"data":', b"{}", b"[" * 9999])
+def test_a_200_that_cannot_be_read_may_have_been_charged(body: bytes) -> None:
+    with pytest.raises(ResponseDecodeError) as caught:
+        protocol.read_response(Captioning(URL), body)
+    assert caught.value.ambiguous
+    with pytest.raises(ResponseDecodeError) as caught:
+        protocol.read_accepted(body, model="captioning")
+    assert caught.value.ambiguous
+    with pytest.raises(ResponseDecodeError) as caught:
+        protocol.read_task_status("t", body)  # a poll costs nothing
+    assert not caught.value.ambiguous
+
+
+WILD = ["\x1b]0;pwn\x07", "\x1b[2J", "\x9b31m", "a\r\nb", "\u202e", "\u2066", "\ud800", "\0", "\x7f", "\ue000", "\u2028"]  # fmt: skip
+
+
+@pytest.mark.parametrize("wild", WILD, ids=ascii)
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 429, 500, 302])
+def test_external_text_is_shortened_and_escaped_in_messages(status: int, wild: str) -> None:
+    text = wild + "A" * 100_000
+    error = {"code": text, "message": text, "details": {"feature_name": text}, "request_id": text}
+    for content in (
+        {"error": error},
+        {"error": text},
+        text,
+        {"error": {**error, "code": "MA_00008"}},
+    ):
+        body = codec.dumps(content)
+        headers = {"X-Request-Id": text}
+        said = str(protocol.read_error(status, headers, body, now=NOW, model="coco"))
+        assert len(said) < 2500
+        assert said.isprintable()
+        said.encode()
+    for raw in ({"task_id": text, "error": error, "http_status": status}, {"error": text}):
+        failure = protocol.build_task_failure(
+            text, model="coco", notification=Notification(text, raw)
+        )
+        assert len(str(failure)) < 2500
+        assert str(failure).isprintable()
+    with pytest.raises(ResponseDecodeError) as caught:
+        protocol.read_response(Captioning(URL), text.encode("utf-8", "replace"))
+    assert str(caught.value).isprintable()
+
+
+def exhausted(status: int = 429, *, code: str | None = None, feature: str | None = "object_detection", **limit: Any) -> ApiError:  # fmt: skip
+    entry = {"type": "object_detection", "remaining": 0, **limit}
+    content = {"error": {"code": code}, "limits": {"addons_quota": [entry]}}
+    return protocol.read_error(
+        status, {}, codec.dumps(content), now=NOW, model="coco", feature=feature
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "is_quota"),
+    [
+        (exhausted(code="MA_00429"), True),
+        (exhausted(code=None), True),
+        (exhausted(code="MA_00008", remaining=5), True),
+        (exhausted(code="MA_00008", remaining=None), True),
+        (exhausted(remaining=-3), True),
+        (exhausted(feature=None), True),
+        (exhausted(code="MA_00429", remaining=5), False),
+        (exhausted(remaining=None), False),
+        (exhausted(type="ai_vision"), False),  # of another feature
+        (exhausted(status=403), False),
+        (exhausted(status=503), False),
+    ],
+)
+def test_an_exhausted_quota_is_recognised_by_its_limits(error: ApiError, is_quota: bool) -> None:
+    assert isinstance(error, QuotaExceededError) is is_quota
+    if isinstance(error, QuotaExceededError):
+        assert error.feature in {"object_detection", None}
+
+
+@pytest.mark.parametrize(
+    "reset_time",
+    ["9999-12-31T23:59:59.999999Z", "0001-01-01", "0001-01-01T00:00:00Z", "2026-12-01T00:00:00Z",
+     "9999-12-31T23:59:59-12:00", "0001-01-01T00:00:00+12:00", "", "soon", 5, [], None, 1e300],
+)  # fmt: skip
+def test_no_end_of_the_calendar_breaks_an_error(reset_time: Any) -> None:
+    error = exhausted(reset_time=reset_time)
+    assert isinstance(error, QuotaExceededError)
+    assert "is used up" in str(error)
+    if error.reset_time is not None:
+        assert datetime.fromtimestamp(error.reset_time, UTC).year in {1, 2026, 9999}
+    assert load_error(dump_error(error)).limits == error.limits  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("raw", "kind", "final", "stop"),
+    [
+        ({"http_status": 400}, TaskFailedError, True, None),
+        ({"http_status": 422}, TaskFailedError, True, None),
+        ({"http_status": 404}, TaskFailedError, True, None),
+        ({"http_status": 500}, TaskFailedError, False, None),
+        ({"http_status": 503}, TaskFailedError, False, None),
+        ({"http_status": 429}, TaskFailedError, False, None),
+        ({"http_status": 401}, TaskFailedError, False, Stop.EVERYTHING),
+        ({"http_status": 403}, TaskFailedError, False, Stop.MODEL),
+        ({"http_status": 429, "error": {"code": "MA_00008"}}, QuotaExceededError, False, Stop.FEATURE),
+        (
+            {"http_status": 429, "limits": {"items": [{"type": "object_detection", "remaining": 0}]}},
+            QuotaExceededError,
+            False,
+            Stop.FEATURE,
+        ),
+        ({"error": {"category": "server_error"}}, TaskFailedError, False, None),
+        ({"error": {"category": "user_error"}}, TaskFailedError, True, None),
+        ({"error": {"category": "rate_limit_error"}}, TaskFailedError, False, None),
+        (
+            {"error": {"category": "rate_limit_error", "code": "MA_00008"}},
+            QuotaExceededError,
+            False,
+            Stop.FEATURE,
+        ),
+        ({"error": "it broke"}, TaskFailedError, True, None),
+        ({"http_status": 200, "error": {"message": "x"}}, TaskFailedError, True, None),
+        ({"data": {"status": "failed"}}, TaskFailedError, True, None),
+        ({"data": {"status": "failed", "error": {"category": "server_error"}}}, TaskFailedError, False, None),
+        ({"http_status": 503.0}, TaskFailedError, False, None),
+    ],
+)  # fmt: skip
+def test_a_failed_task_is_judged_as_a_call_of_its_status(
+    raw: dict[str, Any], kind: type[AnalyzeError], final: bool, stop: Stop | None
+) -> None:
+    notification = parse_notification(codec.dumps({"task_id": "t", **raw}))
+    assert notification.failed
+    error = protocol.build_task_failure("t", model="coco", notification=notification, body=b"all")
+    assert type(error) is kind
+    assert (error.task_id, error.model, error.raw_body) == ("t", "coco", b"all")
+    assert is_final(error) is final
+    assert find_stop(error, Settings()) is stop
+    assert vars(pickle.loads(pickle.dumps(error))) == vars(error)
