@@ -73,7 +73,7 @@ from cloudinary_analyze.errors import (
     WrongEventLoopError,
 )
 from cloudinary_analyze.events import SessionStats
-from cloudinary_analyze.outcomes import Outcome
+from cloudinary_analyze.outcomes import Answered, Failed, Outcome
 from cloudinary_analyze.protocols import NotificationSink, NotificationSource
 from cloudinary_analyze.requests import (
     MODELS,
@@ -117,6 +117,7 @@ __all__ = [
     "AnalyzeError",
     "AnalyzeRequest",
     "AnalyzeSession",
+    "Answered",
     "ApiError",
     "Asset",
     "AttemptTimeoutError",
@@ -140,6 +141,7 @@ __all__ = [
     "DetectedTags",
     "Detection",
     "DetectionAnalysis",
+    "Failed",
     "ForeignCancellationError",
     "GoogleLabel",
     "GoogleLogoDetection",

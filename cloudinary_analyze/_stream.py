@@ -32,12 +32,14 @@ from cloudinary_analyze.errors import (
     ConfigurationError,
     InvalidRequestError,
 )
-from cloudinary_analyze.outcomes import Outcome
+from cloudinary_analyze.outcomes import Answered, Failed, Outcome
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import Response
 
 Item = TypeVar("Item")
 A = TypeVar("A")
+Item_co = TypeVar("Item_co", covariant=True)
+A_co = TypeVar("A_co", covariant=True)
 
 Perform = Callable[[AnalyzeRequest[A]], Awaitable[Response[A]]]
 
@@ -129,8 +131,7 @@ class _Pump(Generic[Item, A]):
 
     async def _answer(self, index: int, item: Item) -> None:
         request: AnalyzeRequest[A] | None = None
-        response: Response[A] | None = None
-        failure: Exception | None = None
+        outcome: Outcome[Item, A]
         begun = self.clock.monotonic()
         try:
             request = self._build_request(item)
@@ -139,19 +140,16 @@ class _Pump(Generic[Item, A]):
             else:
                 response = await self.recording.perform(item, request)
         except Exception as error:
-            failure = error
+            seconds = self.clock.monotonic() - begun
+            outcome = Failed(item=item, index=index, request=request, error=error, seconds=seconds)
             if stops_the_stream(error, self.settings):
                 self._stop_for(error)
-        self._keep(
-            Outcome(
-                item=item,
-                index=index,
-                request=request,
-                response=response,
-                error=failure,
-                seconds=self.clock.monotonic() - begun,
+        else:
+            seconds = self.clock.monotonic() - begun
+            outcome = Answered(
+                item=item, index=index, request=request, response=response, seconds=seconds
             )
-        )
+        self._keep(outcome)
 
     def _build_request(self, item: Item) -> AnalyzeRequest[A]:
         request: Any = item if self.to_request is None else self.to_request(item)
@@ -238,7 +236,7 @@ class _Pump(Generic[Item, A]):
             worker.cancel()
 
 
-class OutcomeStream(Generic[Item, A]):
+class OutcomeStream(Generic[Item_co, A_co]):
     """The outcomes of `AnalyzeSession.map`: an async iterator and async context manager.
 
     Iterate it, best inside of ``async with``: leaving that cancels the calls in flight and waits
@@ -249,17 +247,17 @@ class OutcomeStream(Generic[Item, A]):
 
     def __init__(
         self,
-        items: Iterable[Item] | AsyncIterable[Item],
-        to_request: Callable[[Item], AnalyzeRequest[A]] | None,
-        perform: Perform[A],
+        items: Iterable[Item_co] | AsyncIterable[Item_co],
+        to_request: Callable[[Item_co], AnalyzeRequest[A_co]] | None,
+        perform: Perform[A_co],
         *,
         settings: Settings,
         clock: Clock,
         window: int,
         ordered: bool,
-        recording: Recording[Item] | None = None,
+        recording: Recording[Item_co] | None = None,
     ) -> None:
-        source: Iterator[Item] | AsyncIterator[Item]
+        source: Iterator[Item_co] | AsyncIterator[Item_co]
         if isinstance(items, AsyncIterable):
             source = aiter(items)
         elif isinstance(items, Iterable) and not isinstance(items, str | bytes):
@@ -283,7 +281,7 @@ class OutcomeStream(Generic[Item, A]):
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Outcome[Item, A]:
+    async def __anext__(self) -> Outcome[Item_co, A_co]:
         """Return the next outcome.
 
         Raises:

@@ -131,7 +131,7 @@ class DetectedTags(Mapping[str, tuple[Detection, ...]]):
     __slots__ = ("_read", "raw")
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
-        self.raw = raw
+        self.raw: Mapping[str, Any] = raw
         self._read: dict[str, tuple[Detection, ...]] = {}
 
     def __getitem__(self, label: str) -> tuple[Detection, ...]:

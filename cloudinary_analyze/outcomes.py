@@ -1,44 +1,81 @@
-"""`Outcome`: what became of one item of bulk work."""
+"""`Outcome`: the result of one item of bulk work, `Answered` or `Failed`.
+
+Both classes have the same fields, so an outcome narrows by ``outcome.error is None``, by
+``isinstance`` and by ``match``.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import attrs
 
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import Response
 
-Item = TypeVar("Item")
-A = TypeVar("A")
+Item_co = TypeVar("Item_co", covariant=True)
+A_co = TypeVar("A_co", covariant=True)
 
 
 @attrs.frozen(kw_only=True)
-class Outcome(Generic[Item, A]):
-    """What became of one item: a response or an error, never both, never neither.
+class Answered(Generic[Item_co, A_co]):
+    """The outcome of an item that has a response.
 
     Attributes:
-        item: The item, as the input gave it.
-        index: Its place in the input, from 0.
-        request: What was asked; ``None`` if no request could be made of the item.
-        response: The answer, on success.
-        seconds: From the item's pull to its answer (monotonic), queueing and retries included.
-        error: Why there is none. An `AnalyzeError`, or whatever ``to_request`` raised.
+        item: The item, as the input yielded it.
+        index: Its position in the input, from 0.
+        request: The request that was built from it.
+        response: The response.
+        error: Always ``None``.
+        restored: Whether the response was read from the ledger instead of requested and charged.
+        seconds: From the start of the first attempt to the response (monotonic), retries
+            included; for a restored response, what the ledger recorded.
+        queued: Seconds before that: the wait for a permit, a pause, a pace or the ledger.
     """
 
-    item: Item
+    item: Item_co
     index: int
-    request: AnalyzeRequest[A] | None = None
-    response: Response[A] | None = None
-    error: Exception | None = None
+    request: AnalyzeRequest[A_co]
+    response: Response[A_co]
+    error: None = attrs.field(default=None, init=False)
+    restored: bool = False
     seconds: float = attrs.field(default=0.0, eq=False)
+    queued: float = attrs.field(default=0.0, eq=False)
 
-    def unwrap(self) -> Response[A]:
-        """Return the response, or raise the error."""
-        if self.response is not None:
-            return self.response
-        assert self.error is not None
+    def unwrap(self) -> Response[A_co]:
+        """Return the response."""
+        return self.response
+
+
+@attrs.frozen(kw_only=True)
+class Failed(Generic[Item_co, A_co]):
+    """The outcome of an item that has no response.
+
+    Attributes:
+        item: The item, as the input yielded it.
+        index: Its position in the input, from 0.
+        request: The request; ``None`` if none could be built from the item.
+        response: Always ``None``.
+        error: An `AnalyzeError`, or the exception that ``to_request`` or ``key`` raised.
+        restored: Whether the error was read from the ledger; nothing was sent.
+        seconds: From the start of the first attempt to the error (monotonic), retries included;
+            0 if nothing was sent; for a restored error, what the ledger recorded.
+        queued: Seconds before that: the wait for a permit, a pause, a pace or the ledger.
+    """
+
+    item: Item_co
+    index: int
+    error: Exception
+    request: AnalyzeRequest[A_co] | None = None
+    response: None = attrs.field(default=None, init=False)
+    restored: bool = False
+    seconds: float = attrs.field(default=0.0, eq=False)
+    queued: float = attrs.field(default=0.0, eq=False)
+
+    def unwrap(self) -> NoReturn:
+        """Raise the error."""
         raise self.error
 
 
+Outcome = Answered[Item_co, A_co] | Failed[Item_co, A_co]
 AnyOutcome = Outcome[Any, Any]

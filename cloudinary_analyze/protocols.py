@@ -5,6 +5,7 @@ Sources are recognised by their methods; no subclassing is needed.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -67,14 +68,14 @@ class NotificationSink(Protocol):
 
 @attrs.frozen(kw_only=True)
 class LedgerRecord:
-    """What a ledger knows of one request key.
+    """What a ledger knows about one request key.
 
     Attributes:
         key: See `AnalyzeRequest.key`.
-        task_id: The task that was submitted for it, if one was.
-        response: The final response's JSON as received, if there is one.
-        error: The final error, if there is one.
-        seconds: How long the answer took, queueing and retries included, if there is one.
+        task_id: The task that was submitted for the key, if any.
+        response: The JSON of the final response as received, if any.
+        error: The final error, if any.
+        seconds: How long the attempts took that led to the response or error, if any.
     """
 
     key: str
@@ -83,43 +84,104 @@ class LedgerRecord:
     error: AnalyzeError | None = None
     seconds: float | None = None
 
+    @property
+    def final(self) -> bool:
+        """Whether the key has a response or a final error, so nothing is sent for it."""
+        return self.response is not None or self.error is not None
 
-class Ledger(Protocol):
-    """What remembers, per request key, the submitted task id and the final response or error.
 
-    So that bulk work can be killed at any moment and knowingly pays twice for nothing. A ledger
-    belongs to one host and cloud name, and to who made it: a session opens it, but never closes
-    it.
+@attrs.frozen(kw_only=True)
+class Claim:
+    """The exclusive right of one worker to send a request for a key.
 
-    What a ``record_`` method returned for is durable. The first of its statements takes note of
-    what is to be recorded, so cancelling the wait loses nothing. A response is never replaced by
-    an error or a task, an error never by a task. Whatever a method raises stops the stream.
+    Attributes:
+        task_id: The task that an earlier holder submitted. Re-attach to it instead of sending.
+        ambiguous: Whether an earlier holder may have sent the request and then vanished.
     """
 
+    task_id: str | None = None
+    ambiguous: bool = False
+
+
+class Ledger(ABC):
+    """Stores, per request key, the submitted task id and the final response or error.
+
+    Lets bulk jobs be interrupted at any time without knowingly paying for the same item twice.
+    Subclass it and implement the abstract methods. The defaults of `claim`, `watch` and `release`
+    fit a ledger with one writer; override them together in a ledger that several workers share.
+
+    A ledger belongs to one host and cloud name. A session opens it but never closes it.
+
+    When a ``record_`` method returns, its record is durable. Each call notes its record before its
+    first ``await``, so cancelling the wait loses nothing. An error or a task never replaces a
+    response, and a task never replaces an error. Any exception from any method stops the stream.
+    """
+
+    @abstractmethod
     async def open(self, *, base_url: str, cloud_name: str) -> None:
-        """Open it for a session; idempotent.
+        """Open the ledger for a session. Idempotent.
 
         Args:
             base_url: ``scheme://host[:port]`` of the service.
             cloud_name: The product environment.
 
         Raises:
-            LedgerError: It is damaged, foreign, or of another host or cloud; it is left untouched.
+            LedgerError: It is damaged, not a ledger, or of another host or cloud name. It is left
+                unchanged.
         """
-        ...
 
+    @abstractmethod
     async def find(self, key: str) -> LedgerRecord | None:
-        """Return what is known of a key, with all that was recorded before."""
-        ...
+        """Return what is known about a key, including everything recorded before the call."""
 
+    @abstractmethod
     async def record_submitted(self, key: str, task_id: str) -> None:
-        """Remember the task that was submitted for a key; it replaces an earlier task."""
-        ...
+        """Record the task that was submitted for a key. It replaces an earlier task."""
 
+    @abstractmethod
     async def record_response(self, key: str, response: Response[Any], *, seconds: float) -> None:
-        """Remember a final response, and how long it took."""
-        ...
+        """Record a final response and how long its attempts took."""
 
+    @abstractmethod
     async def record_error(self, key: str, error: AnalyzeError, *, seconds: float) -> None:
-        """Remember a final error, and how long it took."""
-        ...
+        """Record a final error and how long its attempts took."""
+
+    async def claim(self, key: str) -> Claim | None:
+        """Claim the right to send a request for a key. Never waits for other workers.
+
+        Called immediately before the first attempt of a request. A ``record_`` method for a final
+        response or error, or `release`, ends the claim.
+
+        Returns:
+            ``None`` if another worker holds the claim or if the key is final: call `watch`, then
+            `find` again.
+        """
+        record = await self.find(key)
+        if record is None:
+            return Claim()
+        return None if record.final else Claim(task_id=record.task_id)
+
+    async def watch(self, key: str) -> None:  # noqa: B027 -- one writer never waits for another
+        """Return when `find` or `claim` may have a new result for a key that was denied."""
+
+    def release(self, key: str, *, ambiguous: bool) -> None:  # noqa: B027 -- nothing is held
+        """Give up the claim on a key without a response. Must not block.
+
+        Args:
+            key: The key.
+            ambiguous: Whether the request may have been sent, accepted and charged.
+        """
+
+    async def note_item(  # noqa: B027 -- for ledgers that can be exported
+        self, key: str, *, source: str, model: str, index: int
+    ) -> None:
+        """Note an item of a stream before its key is looked up, so that it can be exported.
+
+        Need not be durable when it returns, but no later than the next record.
+
+        Args:
+            key: The key of its request.
+            source: What is analyzed, as text.
+            model: The model's name.
+            index: Its position in the input of its stream, from 0.
+        """

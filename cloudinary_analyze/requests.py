@@ -40,7 +40,7 @@ from cloudinary_analyze.analyses import (
 )
 from cloudinary_analyze.errors import InvalidRequestError
 
-A = TypeVar("A")
+A_co = TypeVar("A_co", covariant=True)
 
 KEY_VERSION: Final = "1"
 MOST_PARAMETERS: Final = 10
@@ -195,7 +195,7 @@ def _check_text(value: str, noun: str) -> None:
 
 
 @attrs.frozen
-class AnalyzeRequest(Generic[A]):
+class AnalyzeRequest(Generic[A_co]):
     """What every request has. Not made itself: use the class of a model.
 
     Attributes:
@@ -275,7 +275,7 @@ class AIVisionGeneral(AnalyzeRequest[AIVisionGeneralAnalysis]):
     prompts: tuple[str, ...] = attrs.field(kw_only=True, converter=_read_prompts)
 
     model_name = "ai_vision_general"
-    feature = "ai_vision"
+    feature: ClassVar[str | None] = "ai_vision"
     analysis_type = AIVisionGeneralAnalysis
 
     @property
@@ -295,7 +295,7 @@ class AIVisionModeration(AnalyzeRequest[AIVisionModerationAnalysis]):
     rejection_questions: tuple[str, ...] = attrs.field(kw_only=True, converter=_read_questions)
 
     model_name = "ai_vision_moderation"
-    feature = "ai_vision"
+    feature: ClassVar[str | None] = "ai_vision"
     analysis_type = AIVisionModerationAnalysis
 
     @property
@@ -355,7 +355,7 @@ class AIVisionTagging(AnalyzeRequest[AIVisionTaggingAnalysis]):
     )
 
     model_name = "ai_vision_tagging"
-    feature = "ai_vision"
+    feature: ClassVar[str | None] = "ai_vision"
     analysis_type = AIVisionTaggingAnalysis
 
     @property
@@ -370,7 +370,7 @@ class Captioning(AnalyzeRequest[CaptioningAnalysis]):
 
     __slots__ = ()
     model_name = "captioning"
-    feature = "object_detection"
+    feature: ClassVar[str | None] = "object_detection"
     analysis_type = CaptioningAnalysis
 
 
@@ -379,7 +379,7 @@ class CldFashion(AnalyzeRequest[CldFashionAnalysis]):
 
     __slots__ = ()
     model_name = "cld_fashion"
-    feature = "object_detection"
+    feature: ClassVar[str | None] = "object_detection"
     analysis_type = CldFashionAnalysis
 
 
@@ -388,7 +388,7 @@ class CldText(AnalyzeRequest[CldTextAnalysis]):
 
     __slots__ = ()
     model_name = "cld_text"
-    feature = "object_detection"
+    feature: ClassVar[str | None] = "object_detection"
     analysis_type = CldTextAnalysis
 
 
@@ -397,7 +397,7 @@ class Coco(AnalyzeRequest[CocoAnalysis]):
 
     __slots__ = ()
     model_name = "coco"
-    feature = "object_detection"
+    feature: ClassVar[str | None] = "object_detection"
     analysis_type = CocoAnalysis
 
 
@@ -406,7 +406,7 @@ class GoogleLogoDetection(AnalyzeRequest[GoogleLogoDetectionAnalysis]):
 
     __slots__ = ()
     model_name = "google_logo_detection"
-    feature = "google_tagging"
+    feature: ClassVar[str | None] = "google_tagging"
     analysis_type = GoogleLogoDetectionAnalysis
 
 
@@ -415,7 +415,7 @@ class GoogleTagging(AnalyzeRequest[GoogleTaggingAnalysis]):
 
     __slots__ = ()
     model_name = "google_tagging"
-    feature = "google_tagging"
+    feature: ClassVar[str | None] = "google_tagging"
     analysis_type = GoogleTaggingAnalysis
 
 
@@ -424,7 +424,7 @@ class HumanAnatomy(AnalyzeRequest[HumanAnatomyAnalysis]):
 
     __slots__ = ()
     model_name = "human_anatomy"
-    feature = "object_detection"
+    feature: ClassVar[str | None] = "object_detection"
     analysis_type = HumanAnatomyAnalysis
 
 
@@ -433,7 +433,7 @@ class ImageQuality(AnalyzeRequest[ImageQualityAnalysis]):
 
     __slots__ = ()
     model_name = "image_quality"
-    feature = "object_detection"
+    feature: ClassVar[str | None] = "object_detection"
     analysis_type = ImageQualityAnalysis
 
 
@@ -442,7 +442,7 @@ class Lvis(AnalyzeRequest[LvisAnalysis]):
 
     __slots__ = ()
     model_name = "lvis"
-    feature = "object_detection"
+    feature: ClassVar[str | None] = "object_detection"
     analysis_type = LvisAnalysis
 
 
@@ -451,7 +451,7 @@ class ShopClassifier(AnalyzeRequest[ShopClassifierAnalysis]):
 
     __slots__ = ()
     model_name = "shop_classifier"
-    feature = "object_detection"
+    feature: ClassVar[str | None] = "object_detection"
     analysis_type = ShopClassifierAnalysis
 
 
@@ -460,7 +460,7 @@ class Unidet(AnalyzeRequest[UnidetAnalysis]):
 
     __slots__ = ()
     model_name = "unidet"
-    feature = "object_detection"
+    feature: ClassVar[str | None] = "object_detection"
     analysis_type = UnidetAnalysis
 
 
@@ -469,7 +469,7 @@ class WatermarkDetection(AnalyzeRequest[WatermarkDetectionAnalysis]):
 
     __slots__ = ()
     model_name = "watermark_detection"
-    feature = "object_detection"
+    feature: ClassVar[str | None] = "object_detection"
     analysis_type = WatermarkDetectionAnalysis
 
 

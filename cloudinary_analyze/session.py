@@ -38,7 +38,7 @@ from cloudinary_analyze.errors import (
 from cloudinary_analyze.events import EventHook, Meter, SessionStats
 from cloudinary_analyze.notifications import QueueSource
 from cloudinary_analyze.notifications.reading import Claim, claim_source
-from cloudinary_analyze.outcomes import Outcome
+from cloudinary_analyze.outcomes import Failed, Outcome
 from cloudinary_analyze.protocols import Ledger, NotificationSource
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import Delivery, Limit, Response, TaskStatus
@@ -596,7 +596,7 @@ class AnalyzeSession:
         except BulkStoppedError as error:
             for index in range(len(outcomes), len(requests)):
                 request = requests[index]
-                outcomes.append(Outcome(item=request, index=index, request=request, error=error))
+                outcomes.append(Failed(item=request, index=index, request=request, error=error))
         return outcomes
 
     @property

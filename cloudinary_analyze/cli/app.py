@@ -58,7 +58,7 @@ Whichever it is, a result is acknowledged only once the ledger holds it.
 
 {EXIT_CODES}"""
 
-app = App(
+app: App = App(
     name="cloudinary-analyze",
     help=f"Analyse images with Cloudinary's Analyze API.\n\n{EXIT_CODES}",
     help_format="markdown",

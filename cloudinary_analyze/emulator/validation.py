@@ -50,7 +50,7 @@ class Refusal(Exception):
         self.category = category
         self.code = code
         self.message = message
-        self.details = details or {}
+        self.details: dict[str, Any] = details or {}
 
     def build_error(self, request_id: str) -> dict[str, Any]:
         """Return the ``error`` object of the answer."""

@@ -33,7 +33,7 @@ from cloudinary_analyze.webhooks import (
     seal_delivery,
 )
 
-logger = logging.getLogger("cloudinary_analyze")
+logger: logging.Logger = logging.getLogger("cloudinary_analyze")
 
 MAX_BODY: Final = 2**20  # bytes
 BODY_SECONDS: Final = 10.0
@@ -62,7 +62,7 @@ class RefusedError(Exception):
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
-        self.reply = Reply(status, text)
+        self.reply: Reply = Reply(status, text)
 
 
 TOO_LONG: Final = Reply(413, f"A notification has {MAX_BODY} bytes at most.")

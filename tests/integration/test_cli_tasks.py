@@ -25,7 +25,7 @@ from cli_support import (
 )
 from notification_support import RedisServer, build_delivery, start_redis
 
-from cloudinary_analyze import AnalyzeSession, Coco, Credentials, Outcome, Response
+from cloudinary_analyze import AnalyzeSession, Answered, Coco, Credentials, Response
 from cloudinary_analyze.analyses import OtherAnalysis
 from cloudinary_analyze.cli import main, receiving
 from cloudinary_analyze.cli.console import build_console
@@ -199,7 +199,10 @@ async def test_a_webhook_waits_until_its_result_is_kept():
         await asyncio.sleep(0)
         assert not put.done()
         response = Response(OtherAnalysis({}), model="coco", raw={"task_id": "t1"})
-        line.take_note(Outcome(item="x", index=0, response=response))
+        outcome = Answered(
+            item="x", index=0, request=Coco("https://example.com/a.jpg"), response=response
+        )
+        line.take_note(outcome)
         await asyncio.wait_for(put, 1)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from cloudinary_analyze._wire.protocol import read_error, read_response
 from cloudinary_analyze.errors import InvalidRequestError, TransportError
-from cloudinary_analyze.outcomes import Outcome
+from cloudinary_analyze.outcomes import Answered, AnyOutcome, Failed
 from cloudinary_analyze.requests import MODELS, Asset, Coco, Uri
 from cloudinary_analyze.results.records import InputItem, InputLine, build_record, dump_record
 
@@ -22,7 +22,7 @@ FIELDS = [
 Sample = Callable[[str], dict[str, Any]]
 
 
-def reload(outcome: Outcome[Any, Any]) -> dict[str, Any]:
+def reload(outcome: AnyOutcome) -> dict[str, Any]:
     """Return the record as a reader of the file would have it."""
     line = dump_record(build_record(outcome))
     assert line.endswith(b"\n")
@@ -41,7 +41,7 @@ def test_an_answer_is_recorded_with_its_whole_analysis(model: str, sample: Sampl
     request = MODELS[model](URL)
     item = InputItem(InputLine(17, URL, Uri(URL)), model)
     response = read_response(request, json.dumps(payload).encode())
-    record = reload(Outcome(item=item, index=4, request=request, response=response, seconds=1.5))
+    record = reload(Answered(item=item, index=4, request=request, response=response, seconds=1.5))
     assert record["analysis"] == payload["data"]["analysis"]
     assert record["request_id"] == payload["request_id"]
     assert (record["index"], record["line"], record["source"]) == (4, 17, URL)
@@ -52,7 +52,7 @@ def test_an_answer_is_recorded_with_its_whole_analysis(model: str, sample: Sampl
 def test_limits_are_recorded_in_one_shape(sample: Sample):
     request = Coco(URL)
     response = read_response(request, json.dumps(sample("coco")).encode())
-    record = reload(Outcome(item=request, index=0, request=request, response=response))
+    record = reload(Answered(item=request, index=0, request=request, response=response))
     assert record["limits"]
     for limit in record["limits"]:
         assert list(limit) == ["type", "used_by_request", "remaining", "limit", "reset_time"]
@@ -62,7 +62,7 @@ def test_a_refusal_is_recorded_with_what_the_service_said(sample: Sample):
     body = json.dumps(sample("error_429_quota")).encode()
     error = read_error(429, {}, body, now=0.0, model="coco", feature="object_detection")
     request = Coco(Asset("0a1b"))
-    record = reload(Outcome(item=request, index=0, request=request, error=error))
+    record = reload(Failed(item=request, index=0, request=request, error=error))
     assert (record["status"], record["source"], record["line"]) == ("error", "asset:0a1b", None)
     assert record["error"] == {
         "type": "QuotaExceededError",
@@ -79,14 +79,14 @@ def test_a_refusal_is_recorded_with_what_the_service_said(sample: Sample):
 def test_a_failure_that_may_have_been_charged_says_so():
     error = TransportError("No answer.", ambiguous=True)
     request = Coco(URL)
-    told = reload(Outcome(item=request, index=0, request=request, error=error))["error"]
+    told = reload(Failed(item=request, index=0, request=request, error=error))["error"]
     assert told["ambiguous"] is True
     assert (told["status"], told["code"], told["message"]) == (None, None, "No answer.")
 
 
 def test_a_bad_line_is_recorded_without_a_model():
     line = InputLine(3, "nonsense", error=InvalidRequestError("It is no URL."))
-    record = reload(Outcome(item=InputItem(line), index=2, error=line.error))
+    record = reload(Failed(item=InputItem(line), index=2, error=line.error))
     assert (record["line"], record["source"]) == (3, "nonsense")
     assert (record["model"], record["key"]) == (None, None)
     assert record["error"]["type"] == "InvalidRequestError"
@@ -96,12 +96,12 @@ def test_an_error_of_somebody_else_is_recorded_by_its_name():
     class Odd(Exception):
         status = object()  # not ours, so not looked at
 
-    told = reload(Outcome(item=object(), index=0, error=Odd()))["error"]
+    told = reload(Failed(item=object(), index=0, error=Odd()))["error"]
     assert told["type"] == "Odd"
     assert "Odd" in told["message"]
     assert told["status"] is None
 
 
 def test_what_json_cannot_hold_in_utf_8_does_not_break_the_record():
-    record = reload(Outcome(item=None, index=0, error=ValueError("half a pair: \ud83d")))
+    record = reload(Failed(item=None, index=0, error=ValueError("half a pair: \ud83d")))
     assert record["error"]["message"].startswith("half a pair: ")
