@@ -1,6 +1,7 @@
-"""Bulk work with a ledger: what is known is not asked again, what is learned is recorded first.
+"""How one item of a stream reaches the service: directly, or through a ledger.
 
-Stands between the windowed stream and the session's calls. `is_final` decides; `Recording` does the steps in the order that makes a kill at any moment harmless.
+`Sender` makes the call or submits the task. `Recording` asks the ledger first and records before
+it returns, in the order that makes a kill at any moment harmless.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
 import attrs
@@ -21,9 +21,13 @@ from cloudinary_analyze._wire.protocol import Accepted, read_result
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
     AnalyzeError,
+    ForeignCancellationError,
     InvalidRequestError,
     LedgerError,
     NotFoundError,
+    QuotaExceededError,
+    TaskFailedError,
+    TransportError,
 )
 from cloudinary_analyze.protocols import Ledger, LedgerRecord
 from cloudinary_analyze.requests import AnalyzeRequest, KeyBuilder
@@ -35,9 +39,150 @@ T = TypeVar("T")
 
 logger = logging.getLogger("cloudinary_analyze")
 
-SENDING: Final = 2  # times the permits: one half on the wire, one half retrying or waiting
-POST_PATIENCE: Final = 5.0  # seconds for submissions on the wire when the stream is left
-BURST: Final = 64  # answers from the ledger between two yields to the loop
+POST_PATIENCE: Final = 5.0  # seconds for submissions in flight when the stream is left
+TURN: Final = 0.002  # seconds of restoring from the ledger between two yields to the loop
+
+
+def count_cancellations() -> int:
+    """Return how often the running task was cancelled, to tell its cancellation from others'."""
+    task = asyncio.current_task()
+    return 0 if task is None else task.cancelling()
+
+
+def wrap_cancellation(culprit: str, error: asyncio.CancelledError) -> ForeignCancellationError:
+    """Return the error for a `CancelledError` that no cancellation of the running task explains."""
+    wrapped = ForeignCancellationError(
+        f"CancelledError was raised by {culprit}, but nothing cancelled the stream."
+    )
+    wrapped.__cause__ = error
+    return wrapped
+
+
+@attrs.define(eq=False, repr=False)
+class Work(Generic[Item, A]):
+    """One item of a stream, from its pull to its outcome.
+
+    Whoever performs it calls `check` before the request queues, and `start` when it may be sent.
+
+    Attributes:
+        item: The item.
+        index: Its position in the input.
+        clock: For its times.
+        begun: Monotonic instant of the pull.
+        request: The request; set before it is performed.
+        name: Its name in the ledger; ``None``: its source.
+        started: Monotonic instant when its first attempt could start.
+        restored: Whether its response or error was read from the ledger.
+        recorded_seconds: How long its attempts took then.
+        unsent: Whether it was not sent because its kind of request is stopped.
+    """
+
+    item: Item
+    index: int
+    clock: Clock
+    _check: Callable[[Work[Any, Any]], None]
+    begun: float
+    request: AnalyzeRequest[A] = attrs.field(init=False)
+    name: str | None = attrs.field(default=None, init=False)
+    started: float | None = attrs.field(default=None, init=False)
+    restored: bool = attrs.field(default=False, init=False)
+    recorded_seconds: float = attrs.field(default=0.0, init=False)
+    unsent: bool = attrs.field(default=False, init=False)
+
+    def check(self) -> None:
+        """Raise if the service would refuse the request for a known reason.
+
+        Raises:
+            BulkStoppedError: It would. Nothing was sent.
+        """
+        self._check(self)
+
+    async def start(self) -> None:
+        """Note that the first attempt is about to start.
+
+        Raises:
+            BulkStoppedError: See `check`.
+        """
+        self._check(self)
+        if self.started is None:
+            self.started = self.clock.monotonic()
+
+    def measure(self) -> tuple[float, float]:
+        """Return the seconds of its attempts until now, and those that it queued before."""
+        now = self.clock.monotonic()
+        if self.restored:
+            return self.recorded_seconds, now - self.begun
+        if self.started is None:
+            return 0.0, now - self.begun
+        started = max(self.started, self.begun)  # a request that is shared may be older
+        return now - started, started - self.begun
+
+
+@attrs.define(eq=False, repr=False, kw_only=True)
+class Sender:
+    """Sends the requests of one stream.
+
+    Attributes:
+        as_tasks: Whether requests are submitted as tasks, or made as calls.
+        tracker: Sends them, and brings tasks to their answer.
+        settings: How to call.
+        clock: For the deadlines.
+    """
+
+    as_tasks: bool
+    tracker: Tracker
+    settings: Settings
+    clock: Clock
+
+    async def perform(self, work: Work[Item, A]) -> Response[A]:
+        """Send the request of an item and return the response.
+
+        Raises:
+            AnalyzeError: As the call or the task raises.
+        """
+        work.check()
+        if self.as_tasks:
+            return await follow(self.submit(work.request, admit=work.start))
+        return await self.call(work.request, admit=work.start)
+
+    async def call(
+        self,
+        request: AnalyzeRequest[A],
+        *,
+        admit: Callable[[], Awaitable[None]],
+        on_accepted: Callable[[str], Awaitable[None]] | None = None,
+    ) -> Response[A]:
+        """Make a call, and follow the task if the service makes one of it."""
+        answer = await self.tracker.caller.analyze(
+            request, deadline=self._build_deadline(self.settings.call_timeout), admit=admit
+        )
+        if not isinstance(answer, Accepted):
+            return answer
+        task = self.attach(answer.task_id, request, just_accepted=True)
+        return await follow(task, on_accepted=on_accepted)
+
+    def submit(
+        self, request: AnalyzeRequest[A], *, admit: Callable[[], Awaitable[None]]
+    ) -> AnalysisTask[A]:
+        """Submit a request as a task."""
+        deadline = self._build_deadline(self.settings.task_timeout)
+        return self.tracker.submit(request, as_task=True, deadline=deadline, admit=admit)
+
+    def attach(
+        self, task_id: str, request: AnalyzeRequest[A], *, just_accepted: bool = False
+    ) -> AnalysisTask[A]:
+        """Return a handle on an accepted task."""
+        return self.tracker.attach(
+            task_id,
+            request.model,
+            request.analysis_type,
+            request=request,
+            just_accepted=just_accepted,
+            deadline=self._build_deadline(self.settings.task_timeout),
+        )
+
+    def _build_deadline(self, seconds: float | None) -> float | None:
+        return None if seconds is None else self.clock.monotonic() + seconds
 
 
 def restore_response(request: AnalyzeRequest[A], raw: JSONObject) -> Response[A]:
@@ -49,207 +194,280 @@ def restore_response(request: AnalyzeRequest[A], raw: JSONObject) -> Response[A]
     return read_result(request.model, request.analysis_type, raw)
 
 
-# (response, error); None if who asked was cancelled
-Shared = asyncio.Future[tuple[Response[Any] | None, Exception | None] | None]
+@attrs.define(eq=False, repr=False)
+class Leader:
+    """The item that sends the request for a key. Others with the same key share its end.
+
+    Attributes:
+        work: The item.
+        end: Its response or error; ``None`` if it was cancelled, so that another item must send.
+    """
+
+    work: Work[Any, Any]
+    end: asyncio.Future[Response[Any] | Exception | None]
+
+
+class _NotAdmittedError(Exception):
+    """The claim on a key was denied, or an earlier holder submitted a task for it."""
+
+    def __init__(self, task_id: str | None = None) -> None:
+        super().__init__()
+        self.task_id = task_id
+
+
+class _TaskForgottenError(Exception):
+    """The service does not know a recorded task any more, so only a new request helps."""
+
+
+@attrs.define(eq=False, repr=False)
+class _Progress:
+    """What a key's request has come to.
+
+    Attributes:
+        task_id: Its task, if one is known; it is awaited instead of a new request.
+        lost_task_id: A task that the service does not know any more.
+        claimed: Whether this worker holds the claim on the key.
+    """
+
+    task_id: str | None = None
+    lost_task_id: str | None = None
+    claimed: bool = False
 
 
 @attrs.define(eq=False, repr=False, kw_only=True)
-class Recording(Generic[Item]):
-    """The way of one stream's items through a ledger.
+class Recording:
+    """Takes the items of one stream through a ledger.
 
     Attributes:
-        ledger: What remembers.
-        name: The name of an item, which stands in its key for the source; ``None``: the source.
-        as_tasks: Whether requests are submitted as tasks, or made as calls.
-        tracker: Sends them, and brings tasks to their answer.
-        settings: How to call.
-        clock: For the deadlines.
-        shared: The requests under way in the session, by ledger and key.
-        failure: Why the ledger broke, if it did. Nothing is sent from then on.
+        ledger: Where responses and final errors are recorded.
+        sender: Sends what the ledger does not have.
+        leaders: The requests in progress in the session, by ledger and key.
     """
 
     ledger: Ledger
-    name: Callable[[Item], str] | None
-    as_tasks: bool
-    tracker: Tracker
-    settings: Settings
-    clock: Clock
-    shared: dict[tuple[int, str], Shared]
-    failure: LedgerError | None = attrs.field(default=None, init=False)
-    _sending: asyncio.Semaphore = attrs.field(init=False)
-    _restored: int = attrs.field(default=0, init=False)
-
-    def __attrs_post_init__(self) -> None:
-        # a stream that is left, or whose ledger breaks, must not have its whole window committed
-        self._sending = asyncio.Semaphore(SENDING * self.settings.permits)
+    sender: Sender
+    leaders: dict[tuple[int, str], Leader]
+    _yielded_at: float = attrs.field(default=0.0, init=False)
 
     async def open(self) -> None:
         """Open the ledger.
 
         Raises:
-            LedgerError: It cannot be.
+            LedgerError: It cannot be opened.
         """
-        caller = self.tracker.caller
+        caller = self.sender.tracker.caller
         await self._ask(self.ledger.open(base_url=caller.base_url, cloud_name=caller.cloud_name))
 
-    async def perform(self, item: Item, request: AnalyzeRequest[A]) -> Response[A]:
-        """Return the response from the ledger or the service; final answers are durable then.
+    async def perform(self, work: Work[Item, A]) -> Response[A]:
+        """Return the response from the ledger or the service. What is final is durable then.
 
         Raises:
-            LedgerError: The ledger broke; whether the service was asked is not known to it.
+            LedgerError: The ledger failed. It does not know whether the request was sent.
             AnalyzeError: As the call or the task raises.
         """
-        key = self._make_key(item, request)
+        request = work.request
+        key = request.key if work.name is None else KeyBuilder(request).build_named(work.name)
+        await self._ask(
+            self.ledger.note_item(
+                key, source=str(request.source), model=request.model, index=work.index
+            )
+        )
         slot = (id(self.ledger), key)
-        while (other := self.shared.get(slot)) is not None:
-            outcome = await asyncio.shield(other)
-            if outcome is None:
-                continue  # it was cancelled, and somebody else must ask
-            response, error = outcome
-            if error is not None:
-                raise error
-            assert response is not None
-            return response
-        mine: Shared = asyncio.get_running_loop().create_future()
-        self.shared[slot] = mine
+        while (leader := self.leaders.get(slot)) is not None:
+            shared = await self._share(leader, work)
+            if shared is not None:
+                return shared
+        leader = Leader(work, asyncio.get_running_loop().create_future())
+        self.leaders[slot] = leader
         try:
-            response = await self._settle(key, request)
+            response = await self._look_up_or_send(key, work)
         except Exception as error:
-            mine.set_result((None, error))
+            leader.end.set_result(error)
             raise
         else:
-            mine.set_result((response, None))
+            leader.end.set_result(response)
             return response
         finally:
-            del self.shared[slot]
-            if not mine.done():
-                mine.set_result(None)
+            del self.leaders[slot]
+            if not leader.end.done():
+                leader.end.set_result(None)
 
-    def _make_key(self, item: Item, request: AnalyzeRequest[A]) -> str:
-        if self.name is None:
-            return request.key
-        name = self.name(item)
-        if not isinstance(name, str) or not name:
+    async def _share(self, leader: Leader, work: Work[Item, A]) -> Response[A] | None:
+        """Return the response that another item gets; ``None`` if that one was cancelled."""
+        source, other = work.request.source, leader.work.request.source
+        if source != other:
             raise InvalidRequestError(
-                f"`key` must return a non-empty string for each item, not {name!r:.80}."
+                f"The key {work.name!r:.80} names two sources, {str(other)!r:.120} and "
+                f"{str(source)!r:.120}. Nothing was sent for the second. Give each source its own "
+                "key."
             )
-        return KeyBuilder(request).build_named(name)
+        end = await asyncio.shield(leader.end)
+        work.started, work.restored = leader.work.started, leader.work.restored
+        work.recorded_seconds = leader.work.recorded_seconds
+        if isinstance(end, Exception):
+            work.unsent = leader.work.unsent
+            raise end
+        return end
 
-    async def _settle(self, key: str, request: AnalyzeRequest[A]) -> Response[A]:
-        record = await self._ask(self.ledger.find(key))
-        if record is not None and (record.response is not None or record.error is not None):
-            self._restored += 1
-            if self._restored % BURST == 0:
-                await asyncio.sleep(0)
-            if record.response is not None:
-                return restore_response(request, record.response)
-            assert record.error is not None
-            raise record.error
-        begun = self.clock.monotonic()
-        try:
-            response = await self._obtain(key, request, record)
-        except AnalyzeError as error:
-            if is_final(error):
-                seconds = self.clock.monotonic() - begun
-                await self._ask(self.ledger.record_error(key, error, seconds=seconds))
-            raise
-        seconds = self.clock.monotonic() - begun
-        await self._ask(self.ledger.record_response(key, response, seconds=seconds))
-        return response
-
-    async def _obtain(
-        self, key: str, request: AnalyzeRequest[A], record: LedgerRecord | None
-    ) -> Response[A]:
-        if record is not None and record.task_id is not None:
+    async def _look_up_or_send(self, key: str, work: Work[Item, A]) -> Response[A]:
+        progress = _Progress()
+        while True:
+            if progress.task_id is None:
+                record = await self._ask(self.ledger.find(key))
+                if record is not None and record.final:
+                    return await self._restore(record, work)
+                if record is not None and record.task_id != progress.lost_task_id:
+                    progress.task_id = record.task_id
+            work.check()
             try:
-                return await self._resume(record.task_id, request)
-            except NotFoundError as error:
-                if error.model is not None:
-                    raise  # not the task is unknown, but the source of a repeated call
-        if self.as_tasks:
-            return await self._submit(key, request)
-        async with self._sending:
-            self._check()
-            answer = await self.tracker.caller.analyze(
-                request, deadline=self._deadline(self.settings.call_timeout)
-            )
-        if not isinstance(answer, Accepted):
-            return answer
-        task = self._attach(answer.task_id, request, just_accepted=True)
-        return await follow(task, on_accepted=partial(self._record_submitted, key))
-
-    async def _submit(self, key: str, request: AnalyzeRequest[A]) -> Response[A]:
-        async with self._sending:
-            self._check()
-            task = self.tracker.submit(
-                request, as_task=True, deadline=self._deadline(self.settings.task_timeout)
-            )
-            try:
-                await task.accepted()
-            except asyncio.CancelledError:
-                await self._await_acceptance(key, task)
+                response = await self._obtain(key, work, progress)
+            except _NotAdmittedError as denied:
+                progress.task_id = denied.task_id
+                if denied.task_id is None:
+                    await self._ask(self.ledger.watch(key))
+            except _TaskForgottenError:
+                progress.lost_task_id, progress.task_id = progress.task_id, None
+            except AnalyzeError as error:
+                await self._record_failure(key, work, progress, error)
                 raise
-        return await follow(task, on_accepted=partial(self._record_submitted, key))
+            except BaseException:
+                self._release(key, progress, ambiguous=True)
+                raise
+            else:
+                seconds, _ = work.measure()
+                await self._ask(self.ledger.record_response(key, response, seconds=seconds))
+                return response
 
-    async def _record_submitted(self, key: str, task_id: str) -> None:
-        await self._ask(self.ledger.record_submitted(key, task_id))
+    async def _restore(self, record: LedgerRecord, work: Work[Item, A]) -> Response[A]:
+        work.restored, work.recorded_seconds = True, record.seconds or 0.0
+        now = asyncio.get_running_loop().time()
+        if now - self._yielded_at > TURN:
+            await asyncio.sleep(0)
+            self._yielded_at = asyncio.get_running_loop().time()
+        if record.response is not None:
+            return restore_response(work.request, record.response)
+        assert record.error is not None
+        raise record.error
+
+    async def _obtain(self, key: str, work: Work[Item, A], progress: _Progress) -> Response[A]:
+        """Await the task that is known, or send the request."""
+
+        async def admit() -> None:
+            await work.start()
+            await self._claim(key, progress)
+
+        async def record_task(task_id: str) -> None:
+            progress.task_id = task_id
+            await self._ask(self.ledger.record_submitted(key, task_id))
+
+        request = work.request
+        if progress.task_id is not None:
+            return await self._resume(progress.task_id, work)
+        if not self.sender.as_tasks:
+            return await self.sender.call(request, admit=admit, on_accepted=record_task)
+        task = self.sender.submit(request, admit=admit)
+        try:
+            await task.accepted()
+        except asyncio.CancelledError:
+            if work.started is not None:
+                await self._await_acceptance(key, task)
+            task.withdraw()
+            raise
+        return await follow(task, on_accepted=record_task)
+
+    async def _claim(self, key: str, progress: _Progress) -> None:
+        """Claim a key immediately before the first attempt of its request.
+
+        Raises:
+            _NotAdmittedError: Another worker holds the claim, or submitted a task before.
+            TransportError: An earlier holder may have sent the request; it is not repeated.
+        """
+        claim = await self._ask(self.ledger.claim(key))
+        if claim is None:
+            raise _NotAdmittedError
+        progress.claimed = True
+        if claim.task_id not in {None, progress.lost_task_id}:
+            raise _NotAdmittedError(claim.task_id)
+        if claim.ambiguous:
+            if not self.sender.settings.retry_ambiguous:
+                raise TransportError(
+                    "Another worker stopped while it sent this request. It is not repeated, "
+                    "because Settings.retry_ambiguous is false.",
+                    ambiguous=True,
+                )
+            self.sender.tracker.meter.ambiguous_retries += 1
 
     async def _await_acceptance(self, key: str, task: AnalysisTask[Any]) -> None:
         """Let a submission in flight finish, because its task is paid for."""
+        clock = self.sender.clock
         try:
-            async with self.clock.timeout_at(self.clock.monotonic() + POST_PATIENCE):
+            async with clock.timeout_at(clock.monotonic() + POST_PATIENCE):
                 task_id = await task.accepted()
                 if task_id is not None:
                     await self.ledger.record_submitted(key, task_id)
         except Exception as error:
-            logger.debug("A submission was given up: %r", error)
-        finally:
-            task.withdraw()
+            logger.debug("A submission was abandoned: %r", error)
 
-    async def _resume(self, task_id: str, request: AnalyzeRequest[A]) -> Response[A]:
-        """Re-attach a task of an earlier run, unless the service has forgotten it.
+    async def _resume(self, task_id: str, work: Work[Item, A]) -> Response[A]:
+        """Re-attach to a recorded task, unless the service has forgotten it.
 
         Raises:
-            NotFoundError: It has. Its result is lost, and only a new request helps.
+            _TaskForgottenError: It has.
         """
-        task = self._attach(task_id, request)
+        await work.start()
+        task = self.sender.attach(task_id, work.request)
         try:
             if not await task.is_known():
-                raise NotFoundError(f"The service does not know the task {task_id}.")
+                raise _TaskForgottenError
         except BaseException:
             task.withdraw()
             raise
-        return await follow(task)
+        try:
+            return await follow(task)
+        except NotFoundError as error:
+            if error.model is not None:
+                raise  # the source of a repeated call is unknown, not the task
+            raise _TaskForgottenError from error
 
-    def _attach(
-        self, task_id: str, request: AnalyzeRequest[A], *, just_accepted: bool = False
-    ) -> AnalysisTask[A]:
-        return self.tracker.attach(
-            task_id,
-            request.model,
-            request.analysis_type,
-            request=request,
-            just_accepted=just_accepted,
-            deadline=self._deadline(self.settings.task_timeout),
-        )
+    async def _record_failure(
+        self, key: str, work: Work[Any, Any], progress: _Progress, error: AnalyzeError
+    ) -> None:
+        """Record a permanent error; of another, record that the next run sends again."""
+        if isinstance(error, LedgerError):
+            return  # nothing more can be recorded; a claim expires
+        if is_final(error):
+            seconds, _ = work.measure()
+            await self._ask(self.ledger.record_error(key, error, seconds=seconds))
+            return
+        if progress.task_id is not None and isinstance(error, TaskFailedError | QuotaExceededError):
+            await self._ask(self.ledger.record_submitted(key, None))  # this task has ended
+        self._release(key, progress, ambiguous=error.ambiguous)
 
-    def _deadline(self, seconds: float | None) -> float | None:
-        return None if seconds is None else self.clock.monotonic() + seconds
-
-    def _check(self) -> None:
-        if self.failure is not None:
-            raise self.failure
+    def _release(self, key: str, progress: _Progress, *, ambiguous: bool) -> None:
+        if not progress.claimed:
+            return
+        try:
+            self.ledger.release(key, ambiguous=ambiguous)
+        except Exception as error:
+            raise _build_ledger_error(error) from error
 
     async def _ask(self, answer: Awaitable[T]) -> T:
-        """Await the ledger; whatever it raises breaks it for this stream."""
+        """Await the ledger; whatever it raises is a `LedgerError`."""
+        cancelling = count_cancellations()
         try:
             return await answer
-        except LedgerError as error:
-            self.failure = error
+        except LedgerError:
             raise
         except Exception as error:
-            self.failure = LedgerError(
-                f"The ledger failed ({type(error).__name__}: {error}), so no answer can be "
-                "recorded. Mend it and run again; what was recorded is kept."
-            )
-            raise self.failure from error
+            raise _build_ledger_error(error) from error
+        except asyncio.CancelledError as error:
+            if count_cancellations() > cancelling:
+                raise
+            raise _build_ledger_error(error) from error
+
+
+def _build_ledger_error(error: BaseException) -> LedgerError:
+    return LedgerError(
+        f"The ledger failed ({type(error).__name__}: {error}), so no response can be recorded. Fix "
+        "the problem and run again; existing records are intact."
+    )

@@ -1,8 +1,11 @@
-"""The windowed stream: bounded concurrency and memory over any input, an outcome per item.
+"""The windowed stream: bounded concurrency and memory over any input, one outcome per item.
 
-Workers pull items themselves, so there is no task per item and nothing is pulled that has no
-place in the window. The window counts every item between its pull and its outcome's hand-over,
-so a slow consumer slows the input down.
+Workers pull items themselves, so there is no task per item, and nothing is pulled without a place
+in the window. The window counts every item from its pull until its outcome is handed over, so a
+slow consumer slows the input down.
+
+The input, ``to_request``, ``key`` and whatever ``perform`` calls may raise anything. A
+`CancelledError` that no cancellation of the worker explains is their error, not an end.
 """
 
 from __future__ import annotations
@@ -17,15 +20,16 @@ from collections.abc import (
     Callable,
     Iterable,
     Iterator,
+    Mapping,
 )
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Never, Self, TypeVar
 
 import attrs
 
 from cloudinary_analyze._clock import Clock
-from cloudinary_analyze._policy import stops_the_stream
-from cloudinary_analyze._recording import Recording
+from cloudinary_analyze._policy import Stop, find_stop
+from cloudinary_analyze._recording import Work, count_cancellations, wrap_cancellation
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
     BulkStoppedError,
@@ -41,25 +45,84 @@ A = TypeVar("A")
 Item_co = TypeVar("Item_co", covariant=True)
 A_co = TypeVar("A_co", covariant=True)
 
-Perform = Callable[[AnalyzeRequest[A]], Awaitable[Response[A]]]
+Perform = Callable[[Work[Item, A]], Awaitable[Response[A]]]
+
+UNUSABLE: Final = 100  # items from the first on that make no request, before the stream stops
+_TABLES: Final = frozenset({"DataFrame", "LazyFrame"})  # iterating one yields its columns
+
+
+@attrs.define(eq=False, repr=False)
+class _Stops:
+    """What is not sent any more, because the service would refuse it.
+
+    Attributes:
+        seen: The models of all requests so far, and their features.
+        reasons: What is refused, and the error that said so.
+        unsent: Items in a row that were not sent for that reason.
+    """
+
+    seen: dict[str, str | None] = attrs.field(factory=dict)
+    reasons: dict[tuple[Stop, str], Exception] = attrs.field(factory=dict)
+    unsent: int = 0
+
+    def check(self, work: Work[Any, Any]) -> None:
+        """Raise if an item's request would be refused; called before it queues and is sent.
+
+        Raises:
+            BulkStoppedError: Its kind is stopped. Nothing was sent.
+        """
+        if not self.reasons:
+            return
+        reason = self.find(work.request.model, work.request.feature)
+        if reason is not None:
+            work.unsent = True
+            raise BulkStoppedError(
+                f"Not sent, because it would fail with an earlier error: {reason}", reason=reason
+            ) from reason
+
+    def find(self, model: str, feature: str | None) -> Exception | None:
+        """Return why a kind of request is stopped; ``None`` if it is not."""
+        reasons = self.reasons
+        return (
+            reasons.get((Stop.EVERYTHING, ""))
+            or reasons.get((Stop.MODEL, model))
+            or reasons.get((Stop.FEATURE, feature or ""))
+        )
+
+    def add(self, stop: Stop, request: AnalyzeRequest[Any], error: Exception) -> bool:
+        """Stop a kind of request; return whether no request so far was of another kind."""
+        name = ""
+        if stop is not Stop.EVERYTHING:
+            feature = request.feature if stop is Stop.FEATURE else None
+            stop, name = (Stop.FEATURE, feature) if feature else (Stop.MODEL, request.model)
+        self.reasons.setdefault((stop, name), error)
+        return all(self.find(model, feature) for model, feature in self.seen.items())
 
 
 @attrs.define(eq=False, repr=False)
 class _Pump(Generic[Item, A]):
-    """The working part of a stream. Holds no reference to it, so a dropped stream can stop it."""
+    """The working part of a stream. Holds no reference to it, so a dropped stream can stop it.
+
+    It pulls until it is `exhausted`: the input ended or failed, an error stopped the stream, or
+    the stream was closed. Then each worker finishes its item and ends.
+    """
 
     source: Iterator[Item] | AsyncIterator[Item]
+    asynchronous: bool
     to_request: Callable[[Item], AnalyzeRequest[A]] | None
-    perform: Perform[A]
+    name: Callable[[Item], str] | None
+    open: Callable[[], Awaitable[None]] | None
+    perform: Perform[Item, A]
     settings: Settings
     clock: Clock
     window: int
     ordered: bool
-    recording: Recording[Item] | None = None
     ready: deque[Outcome[Item, A]] = attrs.field(factory=deque)
     early: dict[int, Outcome[Item, A]] = attrs.field(factory=dict)
     pulled: int = 0
     handed_over: int = 0
+    unusable: int = 0
+    stops: _Stops = attrs.field(factory=_Stops)
     exhausted: bool = False
     failure: Exception | None = None
     workers: set[asyncio.Task[None]] = attrs.field(factory=set)
@@ -68,62 +131,58 @@ class _Pump(Generic[Item, A]):
     pulling: asyncio.Lock = attrs.field(factory=asyncio.Lock)
 
     def start(self) -> None:
-        worker = asyncio.create_task(self._work())
+        # not through the loop's task factory: an eager one runs each worker inside of the last
+        worker = asyncio.Task(self._work(), loop=asyncio.get_running_loop())
         self.workers.add(worker)
         worker.add_done_callback(self._end)
 
     def _end(self, worker: asyncio.Task[None]) -> None:
         self.workers.discard(worker)
-        if not worker.cancelled() and (error := worker.exception()) is not None:
-            # only what is no Exception (KeyboardInterrupt, SystemExit) comes here
+        if worker.cancelled():
+            if not self.exhausted:
+                self.stop(BulkStoppedError("A task of the stream was cancelled from outside."))
+        elif (error := worker.exception()) is not None:
+            # only exceptions that are no `Exception` get here (KeyboardInterrupt, SystemExit)
             self.stop(BulkStoppedError(f"The stream broke: {error!r}."))
         if not self.workers:
             self._wake(self.consumers, everybody=True)
 
     async def _work(self) -> None:
-        if self.recording is not None and not self.pulled:
+        if self.open is not None and not self.pulled:
             try:
-                await self.recording.open()
+                await self.open()
             except Exception as error:
                 self.stop(error)
-        asynchronous = isinstance(self.source, AsyncIterator)
         while not self.exhausted:
             if self.pulled - self.handed_over >= self.window:
                 place = asyncio.get_running_loop().create_future()
                 self.parked.append(place)
                 await place
                 continue
-            if asynchronous:
-                async with self.pulling:
-                    if self.exhausted or self.pulled - self.handed_over >= self.window:
-                        continue
-                    pulled = await self._pull_async()
-            else:
-                pulled = self._pull()
+            pulled = await self._pull()
             if pulled is not None:
                 if len(self.workers) < self.window and not self.exhausted:
                     self.start()  # one more, as long as there is something to pull
                 await self._answer(*pulled)
 
-    def _pull(self) -> tuple[int, Item] | None:
+    async def _pull(self) -> tuple[int, Item] | None:
+        """Return the next index and item; ``None`` if there is none, or no place for one."""
         try:
-            item = next(self.source)  # type: ignore[arg-type]
-        except StopIteration:
+            if self.asynchronous:
+                async with self.pulling:
+                    if self.exhausted or self.pulled - self.handed_over >= self.window:
+                        return None
+                    item = await anext(self.source)  # type: ignore[arg-type]
+            else:
+                item = next(self.source)  # type: ignore[arg-type]
+        except (StopIteration, StopAsyncIteration):
             self.stop(None)
         except Exception as error:
             self.stop(error)
-        else:
-            self.pulled += 1
-            return self.pulled - 1, item
-        return None
-
-    async def _pull_async(self) -> tuple[int, Item] | None:
-        try:
-            item = await anext(self.source)  # type: ignore[arg-type]
-        except StopAsyncIteration:
-            self.stop(None)
-        except Exception as error:
-            self.stop(error)
+        except asyncio.CancelledError as error:
+            if count_cancellations():
+                raise
+            self.stop(wrap_cancellation("the input of the stream", error))
         else:
             self.pulled += 1
             return self.pulled - 1, item
@@ -131,34 +190,95 @@ class _Pump(Generic[Item, A]):
 
     async def _answer(self, index: int, item: Item) -> None:
         request: AnalyzeRequest[A] | None = None
-        outcome: Outcome[Item, A]
-        begun = self.clock.monotonic()
+        work: Work[Item, A] = Work(
+            item, index, self.clock, self.stops.check, self.clock.monotonic()
+        )
+        error: Exception
         try:
-            request = self._build_request(item)
-            if self.recording is None:
-                response = await self.perform(request)
-            else:
-                response = await self.recording.perform(item, request)
-        except Exception as error:
-            seconds = self.clock.monotonic() - begun
-            outcome = Failed(item=item, index=index, request=request, error=error, seconds=seconds)
-            if stops_the_stream(error, self.settings):
-                self._stop_for(error)
+            request = self._prepare(work)
+            response = await self.perform(work)
+        except Exception as raised:
+            error = raised
+        except asyncio.CancelledError as raised:
+            if count_cancellations():
+                raise
+            error = wrap_cancellation("code that handled this item", raised)
         else:
-            seconds = self.clock.monotonic() - begun
-            outcome = Answered(
-                item=item, index=index, request=request, response=response, seconds=seconds
+            self.stops.unsent = 0
+            seconds, queued = work.measure()
+            self._keep(
+                Answered(
+                    item=item,
+                    index=index,
+                    request=request,
+                    response=response,
+                    restored=work.restored,
+                    seconds=seconds,
+                    queued=queued,
+                )
             )
-        self._keep(outcome)
+            return
+        self._judge(work, request, error)
+        seconds, queued = work.measure()
+        self._keep(
+            Failed(
+                item=item,
+                index=index,
+                request=request,
+                error=error,
+                restored=work.restored,
+                seconds=seconds,
+                queued=queued,
+            )
+        )
 
-    def _build_request(self, item: Item) -> AnalyzeRequest[A]:
+    def _prepare(self, work: Work[Item, A]) -> AnalyzeRequest[A]:
+        """Build the request of an item, and its name in the ledger."""
+        item = work.item
         request: Any = item if self.to_request is None else self.to_request(item)
         if not isinstance(request, AnalyzeRequest):
             raise InvalidRequestError(
-                f"{type(request).__name__} is no request. Pass requests, or a `to_request` that "
+                f"{type(request).__name__} is not a request. Pass requests, or a `to_request` that "
                 "builds one from each item: session.map(urls, Captioning)."
             )
+        if self.name is not None:
+            name: object = self.name(item)
+            if not isinstance(name, str) or not name:
+                raise InvalidRequestError(
+                    f"`key` must return a non-empty string for each item, not {name!r:.80}."
+                )
+            work.name = name
+        work.request = request
+        self.stops.seen[request.model] = request.feature
         return request
+
+    def _judge(
+        self, work: Work[Item, A], request: AnalyzeRequest[A] | None, error: Exception
+    ) -> None:
+        """Decide what a failed item means for the items after it."""
+        stops = self.stops
+        if request is None:
+            self.unusable += 1
+            if self.unusable == UNUSABLE and not stops.seen:
+                self._stop_for(error, f"None of the first {UNUSABLE} items made a request.")
+        elif work.unsent:
+            stops.unsent += 1
+            if stops.unsent == self.window:
+                reason = stops.find(request.model, request.feature) or error
+                self._stop_for(reason, f"{self.window} items in a row would fail.")
+        elif not work.restored and (stop := find_stop(error, self.settings)) is not None:
+            stops.unsent = 0
+            if stops.add(stop, request, error):
+                self._stop_for(error, "Every remaining item would fail with the same error.")
+        else:
+            stops.unsent = 0
+
+    def _stop_for(self, error: Exception, why: str) -> None:
+        stopped = BulkStoppedError(
+            f"Stopped: {why} {error} No further items were sent.", reason=error
+        )
+        stopped.__cause__ = error
+        self.stop(stopped)
 
     def _keep(self, outcome: Outcome[Item, A]) -> None:
         if not self.ordered:
@@ -171,15 +291,6 @@ class _Pump(Generic[Item, A]):
                 following += 1
         if self.ready:
             self._wake(self.consumers)
-
-    def _stop_for(self, error: Exception) -> None:
-        stopped = BulkStoppedError(
-            f"The stream stopped, because every further item would fail alike: {error} "
-            "Items that were not sent yet stay unsent.",
-            reason=error,
-        )
-        stopped.__cause__ = error
-        self.stop(stopped)
 
     def stop(self, failure: Exception | None) -> None:
         """Pull no more. What is in flight is finished and handed over, then `failure` raised."""
@@ -203,8 +314,10 @@ class _Pump(Generic[Item, A]):
             try:
                 await woken
             except asyncio.CancelledError:
-                if woken.done() and not woken.cancelled():
+                if not woken.cancelled():
                     self._wake(self.consumers)  # pass the turn on
+                elif woken in self.consumers:
+                    self.consumers.remove(woken)
                 raise
         outcome = self.ready.popleft()
         self.handed_over += 1
@@ -249,33 +362,49 @@ class OutcomeStream(Generic[Item_co, A_co]):
         self,
         items: Iterable[Item_co] | AsyncIterable[Item_co],
         to_request: Callable[[Item_co], AnalyzeRequest[A_co]] | None,
-        perform: Perform[A_co],
+        perform: Perform[Item_co, A_co],
         *,
         settings: Settings,
         clock: Clock,
         window: int,
         ordered: bool,
-        recording: Recording[Item_co] | None = None,
+        name: Callable[[Item_co], str] | None = None,
+        open: Callable[[], Awaitable[None]] | None = None,  # noqa: A002 -- a ledger's
     ) -> None:
         source: Iterator[Item_co] | AsyncIterator[Item_co]
+        asynchronous = isinstance(items, AsyncIterable)
         if isinstance(items, AsyncIterable):
             source = aiter(items)
-        elif isinstance(items, Iterable) and not isinstance(items, str | bytes):
+        elif _is_iterable_of_items(items):
             source = iter(items)
         else:
             raise InvalidRequestError(
-                f"map() takes an iterable or async iterable of items, not {type(items).__name__}."
+                f"map() takes an iterable or async iterable of items, not {type(items).__name__}. "
+                "Pass a list, a generator, the values of a mapping, or the rows of a table."
             )
         if to_request is not None and not callable(to_request):
             raise ConfigurationError(
-                f"`to_request` makes a request of an item: Captioning, or a function; not "
-                f"{to_request!r:.80}."
+                "`to_request` must be a request class such as Captioning, or a function that "
+                f"builds a request from an item; not {to_request!r:.80}."
             )
+        if name is not None and not callable(name):
+            raise ConfigurationError(f"`key` must be a function of one item, not {name!r:.80}.")
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
             raise ConfigurationError(f"The window must be a whole number from 1, not {window!r}.")
-        self._pump = _Pump(source, to_request, perform, settings, clock, window, ordered, recording)
+        self._pump = _Pump(
+            source,
+            asynchronous,
+            to_request,
+            name,
+            open,
+            perform,
+            settings,
+            clock,
+            window,
+            ordered,
+        )
         self._started = False
-        # a stage before this one would else stay open until it is collected
+        # a stage before this one would otherwise stay open until it is collected
         self._stage = source if isinstance(source, AsyncGenerator | OutcomeStream) else None
 
     def __aiter__(self) -> Self:
@@ -317,7 +446,29 @@ class OutcomeStream(Generic[Item_co, A_co]):
             await asyncio.wait(self._pump.workers)
         stage, self._stage = self._stage, None
         if stage is not None:
-            await stage.aclose()
+            cancelling = count_cancellations()
+            try:
+                await stage.aclose()
+            except asyncio.CancelledError as error:
+                if count_cancellations() > cancelling:
+                    raise
+                raise wrap_cancellation("the input of the stream", error) from error
+
+    if not TYPE_CHECKING:  # a type checker reports these by their absence
+
+        def __iter__(self) -> Never:
+            raise TypeError("An OutcomeStream is asynchronous. Use `async for`, not `for`.")
+
+        def __enter__(self) -> Never:
+            raise TypeError("An OutcomeStream is asynchronous. Use `async with`, not `with`.")
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def __await__(self) -> Never:
+            raise TypeError(
+                "An OutcomeStream cannot be awaited. Iterate it with `async for`; to get a list, "
+                "`await session.analyze_all(requests)`."
+            )
 
     def __del__(self) -> None:
         pump = getattr(self, "_pump", None)
@@ -325,3 +476,10 @@ class OutcomeStream(Generic[Item_co, A_co]):
             loop = next(iter(pump.workers)).get_loop()
             if not loop.is_closed():
                 loop.call_soon_threadsafe(pump.cancel)
+
+
+def _is_iterable_of_items(items: object) -> bool:
+    """Whether iterating a value yields items, and not characters, keys or columns."""
+    if isinstance(items, str | bytes | bytearray | memoryview | Mapping):
+        return False
+    return isinstance(items, Iterable) and type(items).__name__ not in _TABLES

@@ -135,8 +135,11 @@ class Ledger(ABC):
         """Return what is known about a key, including everything recorded before the call."""
 
     @abstractmethod
-    async def record_submitted(self, key: str, task_id: str) -> None:
-        """Record the task that was submitted for a key. It replaces an earlier task."""
+    async def record_submitted(self, key: str, task_id: str | None) -> None:
+        """Record the task that was submitted for a key. It replaces an earlier task.
+
+        ``None``: the recorded task failed for a transient reason, so the next run sends again.
+        """
 
     @abstractmethod
     async def record_response(self, key: str, response: Response[Any], *, seconds: float) -> None:

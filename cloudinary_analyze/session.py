@@ -18,7 +18,7 @@ from cloudinary_analyze import _policy
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
 from cloudinary_analyze._http.permits import Permits
 from cloudinary_analyze._http.quota import Quota
-from cloudinary_analyze._recording import Recording, Shared
+from cloudinary_analyze._recording import Leader, Recording, Sender
 from cloudinary_analyze._stream import OutcomeStream
 from cloudinary_analyze._tasks.handle import AnalysisTask, follow
 from cloudinary_analyze._tasks.tracker import Tracker
@@ -201,7 +201,7 @@ class AnalyzeSession:
         self._connection: _Connection | None = None
         self._closed = False
         self._warned_of_tasks = False
-        self._under_way: dict[tuple[int, str], Shared] = {}
+        self._leaders: dict[tuple[int, str], Leader] = {}
         self._streams: weakref.WeakSet[OutcomeStream[Any, Any]] = weakref.WeakSet()
 
     def __repr__(self) -> str:
@@ -507,85 +507,85 @@ class AnalyzeSession:
     ) -> OutcomeStream[Any, Any]:
         """Analyse any number of items, lazily, and yield an outcome for each.
 
-        An item's failure is its outcome's ``error``, never an exception out of the loop. An error
-        that would fail every further item alike (401, 403, an exhausted quota, a server that
-        asks for too long a wait) stops the stream: what is in flight is yielded, then
-        `BulkStoppedError` is raised. What the input raises is raised once what is in flight was
-        yielded.
+        A failed item is a `Failed` outcome; it never raises out of the loop. Some errors stop more
+        than their item: an exhausted quota stops its add-on feature, a missing add-on its model,
+        and refused credentials, a server that asks for too long a wait, a closed session or a
+        broken ledger everything. Later items of a stopped kind fail unsent, with
+        `BulkStoppedError`. The stream ends with `BulkStoppedError` at once if every request so far
+        was of a stopped kind, and otherwise after ``window`` unsent items in a row. It also ends
+        if none of the first 100 items makes a request. An exception from the input is raised after
+        the outcomes of everything in flight.
 
-        With a ledger, outcomes are yielded only once they are recorded, so that a run can be
-        killed at any moment and begun anew: what is recorded is yielded from the ledger, tasks
-        that were submitted are taken up again, and the rest is asked. Equal requests in flight
-        are asked once. Passing errors (rate limits, 5xx, timeouts, the network) are not recorded.
-        A ledger that breaks stops the stream; the answers in flight are lost then, and their
-        outcomes say so. Leaving the stream waits up to 5 s for submissions on the wire, to record
-        their tasks.
+        With a ledger, an outcome is yielded only once its record is durable, so a run can be
+        killed at any moment and repeated: recorded responses and permanent errors are yielded from
+        the ledger (``outcome.restored``), submitted tasks are re-attached, and the rest is sent.
+        Equal requests in flight share one call. Rate limits, server errors, timeouts and network
+        errors are not recorded. A ledger that fails stops the stream; responses in flight are then
+        lost, and their outcomes say so. Leaving the stream waits up to 5 s for submissions in
+        flight, to record their tasks.
 
         Args:
-            items: Requests, or anything that ``to_request`` makes requests of. An iterable or
-                async iterable, infinite ones included.
-            to_request: Makes a request of an item: ``Captioning``, or any function. What it
-                raises is that item's error.
+            items: Requests, or values that ``to_request`` builds requests from. An iterable or
+                async iterable; it may be infinite.
+            to_request: Builds a request from an item: ``Captioning``, or any function. An exception
+                is that item's error.
             mode: As for `submit`; the default makes calls.
-            window: Items in memory at most, from their pull to the hand-over of their outcome.
-                Default: twice the permits for calls, 10,000 for tasks.
-            ordered: Whether outcomes come in the order of the items, instead of as completed.
-            ledger: What remembers, such as ``SQLiteLedger(path)``. It is opened by the stream and
-                stays yours to close, after the session.
-            key: Names an item in the ledger, instead of its source: for URLs that differ from run
-                to run, being signed, say. Model and parameters count beside it.
+            window: Maximum number of items in memory, from their pull until their outcome is
+                handed over. Default: twice the permits for calls, 10,000 for tasks.
+            ordered: Whether outcomes arrive in the order of the items, not as they complete.
+            ledger: Where responses are recorded, such as ``SQLiteLedger(path)``. The stream opens
+                it; close it yourself, after the session.
+            key: Names an item in the ledger instead of its source, for URLs that change between
+                runs (for example, signed URLs). Model and parameters are part of the key, too. A
+                key names one source: a second source with the same key in the window fails.
 
         Raises:
             ConfigurationError: The arguments do not fit together.
+            InvalidRequestError: ``items`` is a string, a mapping, a table, or not iterable.
         """
-        self._opened()
+        tracker = self._opened().tracker
         as_tasks = self._is_for_tasks(mode)
         if window is None:
             window = TASK_WINDOW if as_tasks else CALL_WINDOW * self._settings.permits
+        if key is not None and ledger is None:
+            raise ConfigurationError("`key` names items in a ledger: pass `ledger` too.")
+        sender = Sender(
+            as_tasks=as_tasks, tracker=tracker, settings=self._settings, clock=self._clock
+        )
+        recording = None if ledger is None else self._attach_ledger(ledger, sender)
+        if as_tasks and self._source is None:
+            self._warn_of_tasks(stacklevel=3)
         stream = OutcomeStream(
             items,
             to_request,
-            self._perform_task if as_tasks else self.analyze,
+            sender.perform if recording is None else recording.perform,
             settings=self._settings,
             clock=self._clock,
             window=window,
             ordered=ordered,
-            recording=self._attach_ledger(ledger, key, as_tasks=as_tasks),
+            name=key,
+            open=self._check_open if recording is None else recording.open,
         )
         self._streams.add(stream)
         return stream
 
-    def _attach_ledger(
-        self, ledger: Ledger | None, name: Callable[[Any], str] | None, *, as_tasks: bool
-    ) -> Recording[Any] | None:
-        if ledger is None:
-            if name is not None:
-                raise ConfigurationError("`key` names items in a ledger: pass `ledger` too.")
-            return None
-        if not callable(getattr(ledger, "record_response", None)):
-            raise ConfigurationError(f"{ledger!r:.80} is no ledger. Pass SQLiteLedger(path), say.")
-        if as_tasks and self._source is None:
-            self._warn_of_tasks(stacklevel=4)
-        return Recording(
-            ledger=ledger,
-            name=name,
-            as_tasks=as_tasks,
-            tracker=self._opened().tracker,
-            settings=self._settings,
-            clock=self._clock,
-            shared=self._under_way,
-        )
+    async def _check_open(self) -> None:
+        self._opened()
 
-    async def _perform_task(self, request: AnalyzeRequest[A]) -> Response[A]:
-        return await follow(self.submit(request, mode="task"))
+    def _attach_ledger(self, ledger: Ledger, sender: Sender) -> Recording:
+        if not isinstance(ledger, Ledger):
+            raise ConfigurationError(
+                f"`ledger` must be a Ledger, such as SQLiteLedger(path); not {ledger!r:.80}."
+            )
+        return Recording(ledger=ledger, sender=sender, leaders=self._leaders)
 
     async def analyze_all(
         self, requests: Iterable[AnalyzeRequest[A]]
     ) -> list[Outcome[AnalyzeRequest[A], A]]:
         """Analyse some requests and return an outcome for each, in their order.
 
-        For lists that fit into memory; `map` is for the others. Nothing is raised for a failed
-        item; requests left unsent when the stream stopped have the `BulkStoppedError` as theirs.
+        For lists that fit into memory; use `map` for the others. A failed item does not raise.
+        Requests that were not sent because the stream stopped fail with its `BulkStoppedError`.
         """
         requests = list(requests)
         outcomes: list[Outcome[AnalyzeRequest[A], A]] = []

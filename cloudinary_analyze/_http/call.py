@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from copy import copy
 from functools import partial
 from typing import TypeVar
@@ -64,6 +64,8 @@ class _Call:
         feature: The add-on feature that it is charged to.
         content: The JSON to POST; ``None``: a GET.
         deadline: Monotonic instant when it gives up.
+        admit: Awaited with the permit held, immediately before the first attempt.
+        denied: Whether `admit` did not return, so that the call does not count.
         attempts: Attempts begun.
         number: The number of the last of them among all attempts of the session.
         sending: The body of the attempt in flight.
@@ -80,6 +82,8 @@ class _Call:
     feature: str = ""
     content: bytes | None = None
     deadline: float | None = None
+    admit: Callable[[], Awaitable[None]] | None = None
+    denied: bool = False
     attempts: int = 0
     number: int = 0
     sending: Body | None = None
@@ -119,6 +123,7 @@ class Caller:
         deadline: float | None = None,
         as_task: bool = False,
         notification_url: str | None = None,
+        admit: Callable[[], Awaitable[None]] | None = None,
     ) -> Response[A] | Accepted:
         """Make an analyze call and return the response, or the task that the service made of it.
 
@@ -127,9 +132,11 @@ class Caller:
             deadline: Monotonic instant when the call gives up.
             as_task: Whether to ask for a task.
             notification_url: Where the service is to send the task's result.
+            admit: Awaited with the permit held, immediately before the first attempt.
 
         Raises:
             AnalyzeError: See `AnalyzeSession.analyze`.
+            Exception: What `admit` raised. Nothing was sent.
         """
         model = request.model
         call = _Call(
@@ -140,6 +147,7 @@ class Caller:
             request.feature or model,
             build_body(request, as_task=as_task, notification_url=notification_url),
             deadline,
+            admit,
         )
         meter = self.meter
         meter.calls += 1
@@ -158,7 +166,9 @@ class Caller:
             raise
         finally:
             meter.in_flight -= 1
-            if meter.hook is not None:
+            if call.denied:
+                meter.calls -= 1
+            elif meter.hook is not None:
                 meter.tell(
                     CallFinished(
                         model=model,
@@ -229,6 +239,10 @@ class Caller:
                 await permits.acquire()
             generation = permits.generation
             try:
+                if call.admit is not None and not call.attempts:
+                    call.denied = True
+                    await call.admit()
+                    call.denied = False
                 self._begin(call)
                 try:
                     result = read(call, await self.transport.send(call.url, call.sending))

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -114,7 +114,12 @@ class Tracker:
     # Handles.
 
     def submit(
-        self, request: AnalyzeRequest[A], *, as_task: bool, deadline: float | None
+        self,
+        request: AnalyzeRequest[A],
+        *,
+        as_task: bool,
+        deadline: float | None,
+        admit: Callable[[], Awaitable[None]] | None = None,
     ) -> AnalysisTask[A]:
         """Send a request in the background and return its handle at once."""
         wait = self.table.submit(request)
@@ -129,6 +134,7 @@ class Tracker:
                 deadline=deadline,
                 as_task=as_task,
                 notification_url=self.notification_url,
+                admit=admit,
             )
         )
         self._calls[wait.entry] = call

@@ -31,6 +31,13 @@ from cloudinary_analyze.results.records import InputItem
 _ANY_SOURCE: Final = Uri("https://example.com/")
 
 
+class _RunLedger(SQLiteLedger):
+    """The ledger of a run, which notes its items by itself: with their lines, bad ones too."""
+
+    async def note_item(self, key: str, *, source: str, model: str, index: int) -> None:
+        """Do nothing; see `Book.note_all`."""
+
+
 @attrs.define(eq=False)
 class Book:
     """The ledger of a run.
@@ -154,7 +161,7 @@ async def open_book(
         begun_before = False
     credentials = service.credentials
     base_url = read_base_url(credentials.host or DEFAULT_HOST, credentials.cloud_name)
-    async with SQLiteLedger(path) as ledger:
+    async with _RunLedger(path) as ledger:
         await ledger.open(base_url=base_url, cloud_name=credentials.cloud_name)
         with closing(iter(ledger.iter_items())) as items:  # type: ignore[type-var]
             begun_before = begun_before or next(items, None) is not None

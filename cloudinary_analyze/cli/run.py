@@ -25,7 +25,12 @@ from cloudinary_analyze.cli.service import Service, open_service
 from cloudinary_analyze.cli.sources import build_sample_source
 from cloudinary_analyze.cli.summary import Tally, print_summary
 from cloudinary_analyze.config import Settings
-from cloudinary_analyze.errors import AnalyzeError, ConfigurationError, ResultNotDeliveredError
+from cloudinary_analyze.errors import (
+    AnalyzeError,
+    BulkStoppedError,
+    ConfigurationError,
+    ResultNotDeliveredError,
+)
 from cloudinary_analyze.outcomes import AnyOutcome
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.results.records import InputItem, build_record, dump_record
@@ -120,7 +125,9 @@ class _Run:
 
     async def _take(self, outcome: AnyOutcome) -> None:
         error, item = outcome.error, outcome.item
-        if error is not None and stops_the_stream(error, self.settings):
+        if isinstance(error, BulkStoppedError):
+            self.stopping = error.reason or error  # it was not sent, and is left for another run
+        elif error is not None and stops_the_stream(error, self.settings):
             self.stopping = error
         elif self.book is not None and await self.book.note_outcome(outcome, self.settings):
             if isinstance(error, ResultNotDeliveredError):

@@ -39,6 +39,7 @@ from cloudinary_analyze.ledger.writer import (
     delete_errors,
     write_answer,
     write_item,
+    write_stream_item,
     write_task,
 )
 from cloudinary_analyze.protocols import Ledger, LedgerRecord
@@ -106,6 +107,10 @@ def _pack(key: str) -> bytes:
         raise LedgerError(
             f"A ledger's keys are hexadecimal, as AnalyzeRequest.key makes them, not {key!r:.80}."
         ) from None
+
+
+def _make_encodable(source: str) -> str:
+    return source.encode(errors="replace").decode()
 
 
 class SQLiteLedger(Ledger):
@@ -244,7 +249,7 @@ class SQLiteLedger(Ledger):
             key=key, task_id=task_id, response=response, error=error, seconds=seconds
         )
 
-    async def record_submitted(self, key: str, task_id: str) -> None:
+    async def record_submitted(self, key: str, task_id: str | None) -> None:
         """See `Ledger.record_submitted`.
 
         Raises:
@@ -268,6 +273,22 @@ class SQLiteLedger(Ledger):
             LedgerError: It could not be written.
         """
         await self._record_answer(_pack(key), FAILED, dump_error(error), seconds)
+
+    async def note_item(self, key: str, *, source: str, model: str, index: int) -> None:
+        """See `Ledger.note_item`. Items of several streams are kept one after the other.
+
+        Raises:
+            LedgerError: Something could not be written.
+        """
+        await self._note(
+            partial(
+                write_stream_item,
+                key=_pack(key),
+                position=index,
+                source=_make_encodable(source),
+                model=model,
+            )
+        )
 
     async def add_item(
         self,
@@ -296,16 +317,20 @@ class SQLiteLedger(Ledger):
         Raises:
             LedgerError: Something could not be written.
         """
-        writer = self._use()
-        step = partial(
-            write_item,
-            key=None if key is None else _pack(key),
-            position=index,
-            line=line,
-            source=source.encode(errors="replace").decode(),
-            model=model,
-            error=None if error is None else dump_error(error),
+        await self._note(
+            partial(
+                write_item,
+                key=None if key is None else _pack(key),
+                position=index,
+                line=line,
+                source=_make_encodable(source),
+                model=model,
+                error=None if error is None else dump_error(error),
+            )
         )
+
+    async def _note(self, step: Step) -> None:
+        writer = self._use()
         writer.put(Entry(step))
         if writer.backlog > BACKLOG:
             await self.flush()

@@ -34,12 +34,13 @@ GATHERING: Final = 0.02  # seconds that a commit waits for further records
 Step = Callable[[sqlite3.Connection], object]
 
 
-def write_task(connection: sqlite3.Connection, key: bytes, task_id: str) -> None:
-    """Note a task, unless the key has its final answer."""
+def write_task(connection: sqlite3.Connection, key: bytes, task_id: str | None) -> None:
+    """Note a task, or that there is none any more, unless the key has its final answer."""
     record, state = _take_record(connection, key)
     if state <= SUBMITTED:
         connection.execute(
-            "UPDATE records SET state = ?, task_id = ? WHERE id = ?", (SUBMITTED, task_id, record)
+            "UPDATE records SET state = ?, task_id = ? WHERE id = ?",
+            (OPEN if task_id is None else SUBMITTED, task_id, record),
         )
 
 
@@ -71,6 +72,30 @@ def write_item(
     connection.execute(
         "INSERT OR REPLACE INTO items VALUES (?, ?, ?, ?, ?, ?)",
         (position, line, source, model, record, error),
+    )
+
+
+def write_stream_item(
+    connection: sqlite3.Connection, key: bytes, *, position: int, source: str, model: str
+) -> None:
+    """Note an item of a stream: at its index, or after all others if that belongs to another.
+
+    Streams that share a ledger all count from 0. A record is noted once after the others, so that
+    repeating a run adds nothing.
+    """
+    record = _take_record(connection, key)[0]
+    found = connection.execute(
+        "SELECT record FROM items WHERE position = ?", (position,)
+    ).fetchone()
+    if found is not None:
+        if found[0] == record:
+            return
+        connection.execute("CREATE INDEX IF NOT EXISTS items_by_record ON items (record)")
+        if connection.execute("SELECT 1 FROM items WHERE record = ?", (record,)).fetchone():
+            return
+        ((position,),) = connection.execute("SELECT max(position) + 1 FROM items")
+    connection.execute(
+        "INSERT INTO items VALUES (?, NULL, ?, ?, ?, NULL)", (position, source, model, record)
     )
 
 

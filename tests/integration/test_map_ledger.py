@@ -258,7 +258,11 @@ async def test_a_ledger_that_breaks_stops_the_stream_and_nothing_more_is_sent(ca
             await drain(stream, got)
     assert isinstance(caught.value.reason, LedgerError)
     assert sum(outcome.response is not None for outcome in got) == 5
-    assert {type(outcome.error) for outcome in got if outcome.error} == {LedgerError}
+    failed = [outcome.error for outcome in got if outcome.error]
+    assert {type(error) for error in failed} == {LedgerError, BulkStoppedError}
+    unsent = [error for error in failed if isinstance(error, BulkStoppedError)]
+    assert {type(error.reason) for error in unsent} == {LedgerError}
+    assert len(server.seen) + len(unsent) <= len(got)  # they were not sent
     assert {outcome.request.key for outcome in got if outcome.response} == set(ledger.records)
     assert len(server.seen) <= 5 + 2 * 2 + 1
 

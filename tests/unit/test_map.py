@@ -51,8 +51,10 @@ class Service:
         self.errors: dict[int, Exception] = {}
         self.delay: Callable[[int], int] = lambda _: 1
 
-    async def perform(self, request: Any) -> Any:
-        number = int(request.source.uri.removeprefix(BASE))
+    async def perform(self, work: Any) -> Any:
+        work.check()
+        number = int(work.request.source.uri.removeprefix(BASE))
+        await work.start()
         self.sent.append(number)
         self.now += 1
         self.most = max(self.most, self.now)
