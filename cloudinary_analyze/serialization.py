@@ -56,7 +56,7 @@ from cloudinary_analyze.analyses import (
 )
 from cloudinary_analyze.errors import AnalyzeError, ConfigurationError
 from cloudinary_analyze.events import SessionStats
-from cloudinary_analyze.outcomes import Outcome
+from cloudinary_analyze.outcomes import Answered, Failed
 from cloudinary_analyze.requests import AnalyzeRequest, Asset, Uri
 from cloudinary_analyze.responses import Limit, Response, TaskStatus
 
@@ -73,7 +73,8 @@ _KINDS: Final = (
     Analysis,
     Detection,
     DetectedTags,
-    *(get_origin(kind) or kind for kind in get_args(Outcome) or (Outcome,)),  # FIXME
+    Answered,
+    Failed,
     AnalyzeRequest,
     Limit,
     TaskStatus,
