@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import attrs
 
-from cloudinary_analyze._tasks.table import Answer, Wait
+from cloudinary_analyze._tasks.entries import Answer, Wait
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze._wire.protocol import read_result
 from cloudinary_analyze.errors import SessionClosedError, WrongEventLoopError

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from cloudinary_analyze._clock import Clock, TimerHandle, wake
-from cloudinary_analyze._tasks.table import REFUSALS, Entry
+from cloudinary_analyze._tasks.entries import Entry
+from cloudinary_analyze._tasks.table import REFUSALS
 from cloudinary_analyze._tasks.timers import DueHeap
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import AnalyzeError

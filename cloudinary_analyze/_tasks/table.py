@@ -1,233 +1,51 @@
 """The state machine of tasks: one entry per task id, any number of waits on it. Pure.
 
 Every method takes the instant, changes the table, and returns effects. `tracker` performs them;
-the table itself never calls, schedules or wakes anything. The states of an entry:
-
-| phase        | task id | in      | waits | polls  | `due`           | next                       |
-|--------------|---------|---------|-------|--------|-----------------|----------------------------|
-| `SUBMITTING` | None    | -       | 0..n  | no     | None            | PENDING, RESTING, OVER     |
-| `PENDING`    | set     | pending | 1..n  | yes    | None            | GRACE, RESTING, OVER       |
-| `GRACE`      | set     | pending | 1..n  | no     | grace ends then | REPEATING, RESTING, OVER   |
-| `REPEATING`  | set     | pending | 0..n  | no     | grace ended     | OVER                       |
-| `RESTING`    | set     | resting | 0     | no     | None or grace's | PENDING, GRACE, OVER       |
-| `OVER`       | any     | -       | 0     | no     | None            | -                          |
-
-`OVER` means answered, merged into another entry of the same task, or refused. `due` is set by the
-first poll that says *completed* or *failed*, and whoever comes and goes later never moves it.
+the table itself never calls, schedules or wakes anything. `entries` lists the legal states.
 """
 
 from __future__ import annotations
 
-import asyncio
-import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, Final, final
+from typing import Any, Final
 
 import attrs
 
+from cloudinary_analyze._tasks.entries import (
+    AWAITED,
+    LEFT,
+    NOBODY,
+    UNKNOWN,
+    Answer,
+    Changed,
+    Effect,
+    Ended,
+    Entry,
+    Phase,
+    Poll,
+    Repeat,
+    Seen,
+    Wait,
+    build_timeout,
+)
 from cloudinary_analyze._tasks.timers import DueHeap, Shelf
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze._wire.protocol import build_task_failure, find_result
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
-    ApiError,
     AuthenticationError,
     NotFoundError,
     PermissionDeniedError,
-    QuotaExceededError,
     ResultNotDeliveredError,
-    TaskFailedError,
-    TaskTimeoutError,
 )
 from cloudinary_analyze.requests import AnalyzeRequest
-from cloudinary_analyze.responses import Notification, Response, TaskStatus
+from cloudinary_analyze.responses import Notification, TaskStatus
 from cloudinary_analyze.webhooks import parse_notification
 
 FIRST_MINUTE: Final = 60.0  # a new task may be unknown to the service for a while
-MISSES: Final = 2
-LEFT: Final = -1  # the index of a wait that its entry no longer has
-UNKNOWN: Final = "unknown"
 REFUSALS: Final = (AuthenticationError, PermissionDeniedError)
-
-
-class Phase(enum.Enum):
-    """See the table in the module's docstring."""
-
-    SUBMITTING = enum.auto()
-    PENDING = enum.auto()
-    GRACE = enum.auto()
-    REPEATING = enum.auto()
-    RESTING = enum.auto()
-    OVER = enum.auto()
-
-
-AWAITED: Final = frozenset({Phase.PENDING, Phase.GRACE})
-
-
-@attrs.define(eq=False, repr=False, weakref_slot=False)
-class Answer:
-    """What ended a task or a wait: bytes that are decoded on demand, a response, or an error.
-
-    Attributes:
-        by: See `TaskAnswered`.
-        error: Why there is no result.
-        body: The JSON object that holds the result.
-        response: The response of a call.
-        guess: Whether it was given because the notification is missing, and may be corrected.
-    """
-
-    by: str
-    error: Exception | None = None
-    body: bytes | None = None
-    response: Response[Any] | None = None
-    guess: bool = False
-
-    @property
-    def status(self) -> str:
-        """The remote state that it implies."""
-        failures = (TaskFailedError, QuotaExceededError)
-        return "failed" if isinstance(self.error, failures) else "completed"
-
-    @property
-    def lasting(self) -> bool:
-        """Whether it is the outcome of the task itself, also for later handles."""
-        return self.by != "session" and not (self.by == "poll" and isinstance(self.error, ApiError))
-
-
-@attrs.define(eq=False, repr=False, weakref_slot=False)
-class Wait:
-    """One handle's interest in an entry.
-
-    Attributes:
-        entry: What it waits for; another one once two entries turned out to be one task.
-        model: The model's wire name.
-        analysis_type: How to decode the result.
-        answer: What ended it; final.
-        due: The monotonic instant when it ends without an answer.
-        index: Its place in the entry's list, or `LEFT`.
-        future: The handle's, if somebody awaits it. The table never touches it.
-    """
-
-    entry: Entry
-    model: str
-    analysis_type: type[Any]
-    answer: Answer | None = None
-    due: float | None = None
-    index: int = 0
-    future: asyncio.Future[Any] | None = None
-
-    def __lt__(self, _: object) -> bool:
-        return False
-
-
-@attrs.define(eq=False, repr=False, weakref_slot=False)
-class Entry:
-    """What is known of one task.
-
-    Attributes:
-        request: The request; ``None`` if the task was attached by its id alone.
-        task_id: ``None`` until the service accepted it.
-        status: The remote state as last reported.
-        phase: See the module's docstring.
-        waits: The handles that still wait.
-        since: Monotonic instant of its registration.
-        due: When the grace for its notification ends.
-        poll_at: When its next poll is due; written by the poller, cleared here.
-        interval: Seconds before the last poll; written by the poller.
-        misses: Polls after the first minute that did not find the task.
-        verified: Whether the service has ever named or found the task.
-        unobserved: Whether a handle was dropped that nobody had awaited.
-    """
-
-    request: AnalyzeRequest[Any] | None
-    task_id: str | None = None
-    status: str = "submitting"
-    phase: Phase = Phase.SUBMITTING
-    waits: list[Wait] = attrs.field(factory=list)
-    since: float = 0.0
-    due: float | None = None
-    poll_at: float | None = None
-    interval: float = 0.0
-    misses: int = 0
-    verified: bool = False
-    unobserved: bool = False
-
-    def __lt__(self, _: object) -> bool:
-        return False
-
-    @property
-    def model(self) -> str:
-        """The model's wire name, for messages."""
-        if self.request is not None:
-            return self.request.model
-        return self.waits[0].model if self.waits else "model unknown"
-
-    @property
-    def forgotten(self) -> bool:
-        """Whether the service repeatedly did not know the task."""
-        return self.misses >= MISSES
-
-
-@final
-@attrs.define(eq=False, weakref_slot=False)
-class Ended:
-    """Waits ended with an answer; ``entry`` is set if it answered the whole task.
-
-    ``raw`` is what the answer's body was parsed to.
-    """
-
-    waits: Sequence[Wait]
-    answer: Answer
-    entry: Entry | None = None
-    raw: Mapping[str, Any] | None = None
-
-
-@final
-@attrs.define(eq=False, weakref_slot=False)
-class Changed:
-    """The status or the id of a task changed."""
-
-    waits: Sequence[Wait]
-
-
-@final
-@attrs.define(eq=False, weakref_slot=False)
-class Poll:
-    """Schedule the next poll of an entry."""
-
-    entry: Entry
-    at_once: bool = False
-
-
-@final
-@attrs.define(eq=False, weakref_slot=False)
-class Fetch:
-    """Ask the source for earlier notifications of a task."""
-
-    task_id: str
-
-
-@final
-@attrs.define(eq=False, weakref_slot=False)
-class Repeat:
-    """Repeat a task as a call."""
-
-    entry: Entry
-    request: AnalyzeRequest[Any]
-
-
-@final
-@attrs.define(eq=False, weakref_slot=False)
-class Seen:
-    """Count a parked notification that was used, or that found no task."""
-
-    verdict: str
-    task_id: str
-
-
-Effect = Ended | Changed | Poll | Fetch | Repeat | Seen
 
 
 @attrs.define(eq=False, repr=False)
@@ -333,7 +151,7 @@ class Table:
 
     def abandon(self, wait: Wait, now: float) -> Sequence[Effect]:
         """End a wait at its owner's request."""
-        error = _build_timeout(wait.entry, "The wait for the task {} was abandoned.")
+        error = build_timeout(wait.entry, "The wait for the task {} was abandoned.")
         return self.leave(wait, now, error=error)
 
     def _register(
@@ -358,11 +176,11 @@ class Table:
         if not entry.waits:
             self._rest(entry, now)
             return ()
-        return (Changed(entry.waits), Fetch(task_id), Poll(entry, at_once))
+        return (Changed(entry.waits), Poll(entry, at_once))
 
     def _merge(self, entry: Entry, known: Entry, now: float) -> Sequence[Effect]:
         """Move the waits of an entry to another one of the same task."""
-        waits, entry.waits = entry.waits, []
+        waits, entry.waits = entry.waits, NOBODY
         entry.phase = Phase.OVER
         known.request = known.request or entry.request
         known.verified |= entry.verified
@@ -384,9 +202,9 @@ class Table:
         self.pending[task_id] = entry
         if entry.due is None:
             entry.phase = Phase.PENDING
-            return (Fetch(task_id), Poll(entry, at_once=True))
+            return (Poll(entry, at_once=True),)
         entry.phase = Phase.GRACE
-        return (Fetch(task_id), *self._end_grace(entry, now))
+        return self._end_grace(entry, now)
 
     def _rest(self, entry: Entry, now: float) -> None:
         """Stop polling a task that nobody waits for. An id that may not exist is forgotten."""
@@ -422,9 +240,8 @@ class Table:
         if entry is None and (entry := self.resting.get(task_id)) is None:
             return self._deliver_later(task_id, notification, body, now)
         answer = _read(notification, body, task_id, entry.model)
-        return "resolved", self.answer(
-            entry, answer, now, status=answer.status, raw=notification.raw
-        )
+        raw = notification.raw
+        return "resolved", self.answer(entry, answer, now, status=answer.status, raw=raw)
 
     def _deliver_later(
         self, task_id: str, notification: Notification, body: bytes, now: float
@@ -580,7 +397,7 @@ class Table:
             if isinstance(item, Entry):
                 return self._end_grace(item, now)
             message = "No answer for the task {} arrived in time."
-            return self.leave(item, now, error=_build_timeout(item.entry, message))
+            return self.leave(item, now, error=build_timeout(item.entry, message))
         if (task_id := self.parked.expire(now)) is not None:
             return (Seen("foreign", task_id),)
         if self.resting.expire(now) is not None or self.answered.expire(now) is not None:
@@ -631,7 +448,7 @@ def _end_waits(entry: Entry, answer: Answer, status: str | None) -> list[Wait]:
     entry.poll_at = entry.due = None
     if status is not None:
         entry.status = status
-    waits, entry.waits = entry.waits, []
+    waits, entry.waits = entry.waits, NOBODY
     for wait in waits:
         wait.answer = answer
         wait.due = None
@@ -645,20 +462,3 @@ def _read(notification: Notification, body: bytes, task_id: str, model: str) -> 
         return Answer("notification", error)
     guess = find_result(notification.raw) is None
     return Answer("notification", None, body, None, guess)
-
-
-def _build_timeout(entry: Entry, what: str) -> TaskTimeoutError:
-    if entry.task_id is None:
-        message = what.format("that the service had not accepted yet")
-    elif entry.status == UNKNOWN:
-        message = (
-            f"{what.format(entry.task_id)} The service does not know a task with this id (404). "
-            "Check the id and the cloud name."
-        )
-    else:
-        message = (
-            f"{what.format(entry.task_id)} The remote work continues; its last known status is "
-            f"{entry.status!r}. Call session.task(task_id, …) to wait again."
-        )
-    ambiguous = entry.phase is Phase.SUBMITTING
-    return TaskTimeoutError(message, task_id=entry.task_id, ambiguous=ambiguous)

@@ -14,22 +14,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import attrs
 
 from cloudinary_analyze._clock import Clock, TimerHandle, wake
-from cloudinary_analyze._tasks.handle import AnalysisTask, complete, report
-from cloudinary_analyze._tasks.listener import Listener
-from cloudinary_analyze._tasks.poller import Poller
-from cloudinary_analyze._tasks.table import (
+from cloudinary_analyze._tasks.entries import (
     Answer,
     Changed,
     Effect,
     Ended,
     Entry,
-    Fetch,
     Phase,
     Poll,
     Repeat,
-    Table,
     Wait,
 )
+from cloudinary_analyze._tasks.handle import AnalysisTask, complete, report
+from cloudinary_analyze._tasks.listener import Listener
+from cloudinary_analyze._tasks.poller import Poller
+from cloudinary_analyze._tasks.table import Table
 from cloudinary_analyze._tasks.timers import SLICE
 from cloudinary_analyze._wire.protocol import Accepted
 from cloudinary_analyze.config import Credentials, Settings
@@ -167,6 +166,7 @@ class Tracker:
                 self._tell_accepted(answer.task_id, entry.model)
                 now = self.clock.monotonic()
                 self._perform(self.table.accept(wait, answer.task_id, now, deadline=deadline))
+                self._fetch(wait)
             else:
                 self._answer(entry, Answer("call", response=answer), status="completed")
 
@@ -203,7 +203,14 @@ class Tracker:
             verified=just_accepted,
         )
         self._perform(effects)
+        self._fetch(wait)
         return AnalysisTask(self, wait)
+
+    def _fetch(self, wait: Wait) -> None:
+        """Ask for what the source received before the task was known here."""
+        task_id = wait.entry.task_id
+        if wait.answer is None and task_id is not None and self.listener is not None:
+            self.listener.ask_for((task_id,))
 
     def _tell_accepted(self, task_id: str, model: str) -> None:
         if self.meter.hook is not None:
@@ -263,9 +270,6 @@ class Tracker:
                 self.poller.schedule(effect.entry, at_once=effect.at_once)
             elif type(effect) is Changed:
                 self._wake(effect.waits)
-            elif type(effect) is Fetch:
-                if self.listener is not None:
-                    self.listener.ask_for([effect.task_id])
             elif type(effect) is Repeat:
                 self._repeat(effect.entry, effect.request)
             else:

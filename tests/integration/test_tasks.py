@@ -21,7 +21,7 @@ from cloudinary_analyze import (
     TaskTimeoutError,
 )
 from cloudinary_analyze.emulator import FaultPlan
-from cloudinary_analyze.errors import BadRequestError, InvalidRequestError
+from cloudinary_analyze.errors import BadRequestError, InvalidRequestError, ResponseDecodeError
 
 NEVER = 3600.0
 FAILING = FaultPlan(failed=1)
@@ -87,6 +87,14 @@ class TestAwaiting:
             assert all(member.result().analysis.caption for member in members)
 
             tasks = [session.submit(request(index)) for index in range(4)]
+            done, pending = await asyncio.wait(tasks)
+            assert (done, pending) == (set(tasks), set())
+            tasks = [session.submit(request(index)) for index in range(4)]
+            done, pending = await asyncio.wait(tasks, return_when="FIRST_COMPLETED")
+            assert done
+            assert done | pending == set(tasks)
+            await asyncio.wait(tasks, return_when="FIRST_EXCEPTION")
+
             done, pending = await asyncio.wait([task.as_future() for task in tasks])
             assert (len(done), pending) == (4, set())
             assert tasks[0].as_future() is tasks[0].as_future()
@@ -146,6 +154,120 @@ class TestAwaiting:
                         await wait
                 assert task.task_id is None
                 assert idle(session) == (0, 0, 0, 0)
+
+    async def test_a_removed_callback_is_not_called(self):
+        async with connected() as (_, session):
+            told = []
+            task = session.submit(request())
+            assert task.remove_done_callback(told.append) == 0
+            for _ in range(2):
+                task.add_done_callback(told.append)
+            assert task.remove_done_callback(told.append) == 2
+            await task
+            await asyncio.sleep(0)
+            assert not told
+
+    async def test_a_future_outlives_the_handle_that_it_was_taken_from(self):
+        async with connected(task_seconds=0.1) as (_, session):
+            future = session.submit(request()).as_future()
+            gc.collect()
+            assert (await future).analysis.caption
+
+    async def test_a_signed_result_that_cannot_be_read_ends_its_task_with_the_body(self):
+        async with connected(task_seconds=NEVER) as (_, session):
+            task = session.submit(request())
+            body = build_result(await task.accepted(), data={"progress": 50})
+            secret, now = session._credentials.api_secret, time.time()
+            session._source.queue.put_nowait(sign(body, secret=secret, at=now, received_at=now))
+            with pytest.raises(ResponseDecodeError) as caught:
+                await task
+            assert caught.value.raw_body == body
+
+
+@pytest.mark.timeout(20)
+class TestEveryHandleEnds:
+    """Whatever is closed, cancelled or dropped, and in whatever order."""
+
+    @pytest.mark.parametrize("mode", ["call", "task"])
+    @pytest.mark.parametrize("turns", range(6))
+    async def test_when_its_session_closes_a_few_turns_after_the_submission(self, mode, turns):
+        async with connected() as (_, session):
+            tasks = [session.submit(request(index), mode=mode) for index in range(3)]
+            waiters = [
+                asyncio.ensure_future(wait)
+                for wait in (tasks[0], tasks[0].accepted(), tasks[1].wait(), tasks[1].as_future())
+            ]
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await session.aclose()
+            await asyncio.wait(waiters)
+            await asyncio.wait(tasks)
+            for task in tasks:
+                assert task.done()
+                assert isinstance(task.exception(), SessionClosedError | None)
+
+    async def test_when_the_close_is_cancelled_in_the_turn_of_the_submission(self):
+        async with connected() as (_, session):
+            task = session.submit(request())
+            closing = asyncio.ensure_future(session.aclose())
+            await asyncio.sleep(0)
+            closing.cancel()
+            await asyncio.wait([closing])
+            assert isinstance((await asyncio.gather(task, return_exceptions=True))[0], Exception)
+
+    async def test_when_the_submission_was_cancelled_by_others(self):
+        async with connected() as (_, session):
+            task = session.submit(request())
+            for call in session._tracker._calls.values():
+                call.cancel()
+            with pytest.raises(SessionClosedError):
+                await task
+
+
+@pytest.mark.timeout(20)
+class TestDropped:
+    """A dropped handle leaves nothing behind."""
+
+    async def test_by_a_handler_that_polls_one_task_again_and_again(self):
+        settings = quick(poll_first=NEVER, poll_longest=NEVER)
+        async with connected(settings, task_seconds=NEVER) as (_, session):
+            tracker = session._tracker
+            task_id = await session.submit(request()).accepted()
+            for _ in range(50):
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(session.task(task_id, Captioning), 0.001)
+                session.task(task_id, Captioning)
+            await until(lambda: not tracker._dropped)
+            gc.collect()
+            await until(lambda: not tracker.table.pending)
+            assert len(tracker.table.dues) == 0
+            assert not tracker._changes
+            assert len(tracker.table.resting) == 1
+
+    async def test_by_strangers_who_ask_for_made_up_ids(self):
+        async with connected() as (_, session):
+            tracker = session._tracker
+            for index in range(200):
+                session.task(f"made-up-{index}", Captioning)
+            await until(lambda: not tracker.table.pending)
+            assert len(tracker.table.resting) == len(tracker.table.dues) == 0
+            assert tracker.poller.scheduled == 0
+
+    async def test_in_another_thread(self):
+        settings = quick(poll_first=NEVER, poll_longest=NEVER)
+        async with connected(settings, task_seconds=NEVER) as (_, session):
+            tasks = [session.submit(request(index)) for index in range(100)]
+            await asyncio.gather(*(task.accepted() for task in tasks))
+            await asyncio.to_thread(tasks.clear)
+            await until(lambda: not session._tracker.table.pending)
+
+    async def test_and_awaited_before_its_failure_is_not_reported(self, reported):
+        async with connected(faults=FAILING, task_seconds=0.1) as (_, session):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(session.submit(request()), 0.02)
+            await until(lambda: session.stats.notifications.get("resolved"))
+            gc.collect()
+            assert not reported
 
 
 class TestTakingUp:

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import sys
 import time
 
 import pytest
@@ -255,6 +256,20 @@ class TestSourceEnds:
             assert isinstance(attach(tracker, "t9").answer.error, NotificationSourceError)
             await settled()
             assert service.calls == paid  # its result could not arrive, so it was not sent
+
+    @pytest.mark.skipif(sys.version_info < (3, 13), reason="needs asyncio.Queue.shutdown")
+    @pytest.mark.timeout(10)
+    @pytest.mark.parametrize("immediate", [True, False])
+    async def test_a_queue_that_was_shut_down_has_ended(self, clock, immediate):
+        source = QueueSource(asyncio.Queue())
+        async with resolving(clock, source=source) as (_, tracker):
+            waits = [await submit(tracker) for _ in range(2)]
+            source.queue.put_nowait(sign(build_result("t1")))
+            source.queue.shutdown(immediate=immediate)
+            await settled()
+            assert all(wait.answer is not None for wait in waits)
+            assert isinstance(waits[1].answer.error, NotificationSourceError)
+            assert immediate or waits[0].answer.body is not None
 
 
 class TestSourceBreaks:

@@ -106,6 +106,38 @@ class TestPace:
             assert service.when("known-elsewhere") == [1]
             assert service.when("t1") == []
 
+    async def test_a_requested_poll_runs_before_the_backlog(self, clock):
+        async with resolving(clock, polls_per_second=20, poll_first=1) as (service, tracker):
+            waits = [await submit(tracker) for _ in range(1500)]
+            await clock.advance(10)
+            attach(tracker, "mine")
+            attach(tracker, "mine too")
+            await clock.advance(0.5)
+            assert service.when("mine")
+            assert service.when("mine too")
+            tracker.abandon(waits[-1])
+            attach(tracker, "t1500")
+            made = len(service.when("t1500"))
+            await clock.advance(0.5)
+            assert len(service.when("t1500")) == made + 1
+
+    async def test_a_flood_of_made_up_ids_takes_half_of_the_polls_at_most(self, clock):
+        def answer(task_id):
+            return NotFoundError("404", status=404) if "made" in task_id else "pending"
+
+        service = Service(clock, state=answer)
+        async with resolving(
+            clock, service=service, polls_per_second=20, poll_first=1, poll_longest=1
+        ) as (_, tracker):
+            for _ in range(100):
+                await submit(tracker)
+            for index in range(2000):
+                attach(tracker, f"made-up-{index}")
+            await clock.advance(20)
+            honest = sum("made" not in asked for _, asked in service.polls)
+            assert honest >= len(service.polls) / 2 - 20
+            assert len(service.polls) >= 390
+
     async def test_an_answered_task_is_polled_no_more(self, clock):
         async with resolving(clock, poll_first=1) as (service, tracker):
             await submit(tracker)

@@ -13,7 +13,8 @@ from cloudinary_analyze import (
     TaskFailedError,
     TaskTimeoutError,
 )
-from cloudinary_analyze._tasks.table import Answer, Changed, Ended, Fetch, Phase, Poll, Seen, Table
+from cloudinary_analyze._tasks.entries import Answer, Changed, Ended, Phase, Poll, Seen
+from cloudinary_analyze._tasks.table import Table
 from cloudinary_analyze._wire.protocol import build_task_failure
 from cloudinary_analyze.errors import NotFoundError, ResultNotDeliveredError, SessionClosedError
 from cloudinary_analyze.responses import TaskStatus
@@ -296,8 +297,8 @@ class TestWaits:
         wait = accept(table, "t1")
         table.abandon(wait, 0)
         again, effects = attach(table, "t1", 50)
-        assert [type(effect) for effect in effects] == [Fetch, Poll]
-        assert effects[1].at_once
+        assert [type(effect) for effect in effects] == [Poll]
+        assert effects[0].at_once
         advance(table, 1000)
         assert again.entry is wait.entry is table.pending["t1"]
 

@@ -6,7 +6,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from task_support import build_failure, build_result
 
 from cloudinary_analyze import Captioning, CaptioningAnalysis, NotFoundError, Settings
-from cloudinary_analyze._tasks.table import AWAITED, Answer, Ended, Phase, Repeat, Table
+from cloudinary_analyze._tasks.entries import AWAITED, NOBODY, Answer, Ended, Phase, Repeat
+from cloudinary_analyze._tasks.table import Table
 from cloudinary_analyze.errors import ServerError, SessionClosedError
 from cloudinary_analyze.responses import TaskStatus
 from cloudinary_analyze.webhooks import parse_notification
@@ -164,6 +165,7 @@ class TableMachine(RuleBasedStateMachine):
             if entry.phase is Phase.OVER:
                 assert not entry.waits
                 assert (entry.due, entry.poll_at) == (None, None)
+            assert entry.waits is not NOBODY or entry.phase is Phase.OVER
             if entry.phase is Phase.RESTING:
                 assert not entry.waits
         assert len(table.answered) <= 3

@@ -1,0 +1,227 @@
+"""What the table of tasks consists of: entries, the waits on them, answers, and effects.
+
+The states of an entry:
+
+| phase        | task id | in      | waits | polls  | `due`           | next                       |
+|--------------|---------|---------|-------|--------|-----------------|----------------------------|
+| `SUBMITTING` | None    | -       | 0..n  | no     | None            | PENDING, RESTING, OVER     |
+| `PENDING`    | set     | pending | 1..n  | yes    | None            | GRACE, RESTING, OVER       |
+| `GRACE`      | set     | pending | 1..n  | no     | grace ends then | REPEATING, RESTING, OVER   |
+| `REPEATING`  | set     | pending | 0..n  | no     | grace ended     | OVER                       |
+| `RESTING`    | set     | resting | 0     | no     | None or grace's | PENDING, GRACE, OVER       |
+| `OVER`       | any     | -       | 0     | no     | None            | -                          |
+
+`OVER` means answered, merged into another entry of the same task, or refused. `due` is set by the
+first poll that says *completed* or *failed*, and whoever comes and goes later never moves it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, final
+
+import attrs
+
+from cloudinary_analyze.errors import (
+    ApiError,
+    QuotaExceededError,
+    TaskFailedError,
+    TaskTimeoutError,
+)
+from cloudinary_analyze.requests import AnalyzeRequest
+from cloudinary_analyze.responses import Response
+
+MISSES: Final = 2
+LEFT: Final = -1  # the index of a wait that its entry no longer has
+UNKNOWN: Final = "unknown"
+
+
+class Phase(enum.Enum):
+    """See the table in the module's docstring."""
+
+    SUBMITTING = enum.auto()
+    PENDING = enum.auto()
+    GRACE = enum.auto()
+    REPEATING = enum.auto()
+    RESTING = enum.auto()
+    OVER = enum.auto()
+
+
+AWAITED: Final = frozenset({Phase.PENDING, Phase.GRACE})
+
+
+@attrs.define(eq=False, repr=False, weakref_slot=False)
+class Answer:
+    """What ended a task or a wait: bytes that are decoded on demand, a response, or an error.
+
+    Attributes:
+        by: See `TaskAnswered`.
+        error: Why there is no result.
+        body: The JSON object that holds the result.
+        response: The response of a call.
+        guess: Whether it was given because the notification is missing, and may be corrected.
+    """
+
+    by: str
+    error: Exception | None = None
+    body: bytes | None = None
+    response: Response[Any] | None = None
+    guess: bool = False
+
+    @property
+    def status(self) -> str:
+        """The remote state that it implies."""
+        failures = (TaskFailedError, QuotaExceededError)
+        return "failed" if isinstance(self.error, failures) else "completed"
+
+    @property
+    def lasting(self) -> bool:
+        """Whether it is the outcome of the task itself, also for later handles."""
+        return self.by != "session" and not (self.by == "poll" and isinstance(self.error, ApiError))
+
+
+@attrs.define(eq=False, repr=False, weakref_slot=False)
+class Wait:
+    """One handle's interest in an entry.
+
+    Attributes:
+        entry: What it waits for; another one once two entries turned out to be one task.
+        model: The model's wire name.
+        analysis_type: How to decode the result.
+        answer: What ended it; final.
+        due: The monotonic instant when it ends without an answer.
+        index: Its place in the entry's list, or `LEFT`.
+        future: The handle's, if somebody awaits it. The table never touches it.
+    """
+
+    entry: Entry
+    model: str
+    analysis_type: type[Any]
+    answer: Answer | None = None
+    due: float | None = None
+    index: int = 0
+    future: asyncio.Future[Any] | None = None
+
+    def __lt__(self, _: object) -> bool:
+        return False
+
+
+@attrs.define(eq=False, repr=False, weakref_slot=False)
+class Entry:
+    """What is known of one task.
+
+    Attributes:
+        request: The request; ``None`` if the task was attached by its id alone.
+        task_id: ``None`` until the service accepted it.
+        status: The remote state as last reported.
+        phase: See the module's docstring.
+        waits: The handles that still wait.
+        since: Monotonic instant of its registration.
+        due: When the grace for its notification ends.
+        poll_at: When its next poll is due; written by the poller, cleared here.
+        interval: Seconds before the last poll; written by the poller.
+        misses: Polls after the first minute that did not find the task.
+        verified: Whether the service has ever named or found the task.
+        unobserved: Whether a handle was dropped that nobody had awaited.
+    """
+
+    request: AnalyzeRequest[Any] | None
+    task_id: str | None = None
+    status: str = "submitting"
+    phase: Phase = Phase.SUBMITTING
+    waits: list[Wait] = attrs.field(factory=list)
+    since: float = 0.0
+    due: float | None = None
+    poll_at: float | None = None
+    interval: float = 0.0
+    misses: int = 0
+    verified: bool = False
+    unobserved: bool = False
+
+    def __lt__(self, _: object) -> bool:
+        return False
+
+    @property
+    def model(self) -> str:
+        """The model's wire name, for messages."""
+        if self.request is not None:
+            return self.request.model
+        return self.waits[0].model if self.waits else "model unknown"
+
+    @property
+    def forgotten(self) -> bool:
+        """Whether the service repeatedly did not know the task."""
+        return self.misses >= MISSES
+
+
+@final
+@attrs.define(eq=False, weakref_slot=False)
+class Ended:
+    """Waits ended with an answer; ``entry`` is set if it answered the whole task.
+
+    ``raw`` is what the answer's body was parsed to.
+    """
+
+    waits: Sequence[Wait]
+    answer: Answer
+    entry: Entry | None = None
+    raw: Mapping[str, Any] | None = None
+
+
+@final
+@attrs.define(eq=False, weakref_slot=False)
+class Changed:
+    """The status or the id of a task changed."""
+
+    waits: Sequence[Wait]
+
+
+@final
+@attrs.define(eq=False, weakref_slot=False)
+class Poll:
+    """Schedule the next poll of an entry."""
+
+    entry: Entry
+    at_once: bool = False
+
+
+@final
+@attrs.define(eq=False, weakref_slot=False)
+class Repeat:
+    """Repeat a task as a call."""
+
+    entry: Entry
+    request: AnalyzeRequest[Any]
+
+
+@final
+@attrs.define(eq=False, weakref_slot=False)
+class Seen:
+    """Count a parked notification that was used, or that found no task."""
+
+    verdict: str
+    task_id: str
+
+
+Effect = Ended | Changed | Poll | Repeat | Seen
+
+NOBODY: Final[list[Wait]] = []  # of every entry that is over; nothing is ever appended
+
+
+def build_timeout(entry: Entry, what: str) -> TaskTimeoutError:
+    if entry.task_id is None:
+        message = what.format("that the service had not accepted yet")
+    elif entry.status == UNKNOWN:
+        message = (
+            f"{what.format(entry.task_id)} The service does not know a task with this id (404). "
+            "Check the id and the cloud name."
+        )
+    else:
+        message = (
+            f"{what.format(entry.task_id)} The remote work continues; its last known status is "
+            f"{entry.status!r}. Call session.task(task_id, …) to wait again."
+        )
+    ambiguous = entry.phase is Phase.SUBMITTING
+    return TaskTimeoutError(message, task_id=entry.task_id, ambiguous=ambiguous)
