@@ -30,6 +30,7 @@ import attrs
 from cloudinary_analyze._clock import Clock
 from cloudinary_analyze._policy import Stop, find_stop
 from cloudinary_analyze._recording import Work, count_cancellations, wrap_cancellation
+from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
     BulkStoppedError,
@@ -349,7 +350,7 @@ class _Pump(Generic[Item, A]):
             worker.cancel()
 
 
-class OutcomeStream(Generic[Item_co, A_co]):
+class OutcomeStream(NotPicklable, Generic[Item_co, A_co]):
     """The outcomes of `AnalyzeSession.map`: an async iterator and async context manager.
 
     Iterate it, best inside of ``async with``: leaving that cancels the calls in flight and waits

@@ -58,3 +58,18 @@ class Jsonable:
         from cloudinary_analyze.serialization import PydanticHooks
 
         return handler.generate_schema(Annotated[Any, PydanticHooks(source)])
+
+
+class NotPicklable:
+    """An object with a lifetime. It cannot be copied, and a pickle of it would hold secrets."""
+
+    __slots__ = ()
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        raise TypeError(
+            f"{type(self).__name__} cannot be pickled or copied: it belongs to one process, and "
+            "may hold credentials. Make a new one where it is needed."
+        )
+
+    def __reduce__(self) -> Any:
+        return self.__reduce_ex__(2)

@@ -119,6 +119,10 @@ Event: TypeAlias = (
 EventHook: TypeAlias = Callable[[Event], None]
 
 
+def _copy_counts(counts: Mapping[str, int]) -> Mapping[str, int]:
+    return dict(counts)
+
+
 @attrs.frozen(kw_only=True)
 class SessionStats(Jsonable):
     """A snapshot of a session's counts since it was opened.
@@ -151,7 +155,8 @@ class SessionStats(Jsonable):
     polls: int = 0
     pending: int = 0
     parked: int = 0
-    notifications: Mapping[str, int] = attrs.field(factory=dict)
+    # a dict of its own: what a session counts with goes on changing
+    notifications: Mapping[str, int] = attrs.field(factory=dict, converter=_copy_counts, hash=False)
 
 
 @attrs.define(eq=False, repr=False)

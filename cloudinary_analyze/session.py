@@ -22,6 +22,7 @@ from cloudinary_analyze._recording import Leader, Recording, Sender
 from cloudinary_analyze._stream import OutcomeStream
 from cloudinary_analyze._tasks.handle import AnalysisTask, follow
 from cloudinary_analyze._tasks.tracker import Tracker
+from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze._version import __version__
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze._wire.protocol import Accepted
@@ -128,7 +129,7 @@ class _Connection:
     closer: asyncio.Task[Any] | None = None
 
 
-class AnalyzeSession:
+class AnalyzeSession(NotPicklable):
     """An open line to the Analyze API: one pool, one set of permits, one event loop.
 
     Make one for the life of the application and share it between tasks::

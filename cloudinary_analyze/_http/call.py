@@ -23,6 +23,7 @@ from cloudinary_analyze._http.permits import Permits
 from cloudinary_analyze._http.quota import Quota
 from cloudinary_analyze._http.transport import Answer, Body, Transport
 from cloudinary_analyze._policy import build_waits, decide_wait, is_throttle
+from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze._wire.protocol import (
     Accepted,
     build_analyze_url,
@@ -94,7 +95,7 @@ class _Call:
 
 
 @attrs.define(eq=False, repr=False)
-class Caller:
+class Caller(NotPicklable):
     """Makes calls of one session.
 
     Attributes:

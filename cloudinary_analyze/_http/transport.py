@@ -17,6 +17,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from cloudinary_analyze._cancellation import Sections, get_task
+from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze.config import Credentials, Settings
 from cloudinary_analyze.errors import (
     AttemptTimeoutError,
@@ -46,7 +47,7 @@ class Body(aiohttp.BytesPayload):
 
 
 @attrs.define(eq=False, repr=False)
-class Transport:
+class Transport(NotPicklable):
     """Sends one attempt at a time on a pooled connection, and reads the whole response.
 
     All attempts have the same read timeout, so the oldest expires first, and one timer for the

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 import attrs
 
 from cloudinary_analyze._tasks.entries import Answer, Wait
+from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze._wire.protocol import read_result
 from cloudinary_analyze.errors import SessionClosedError, WrongEventLoopError
@@ -24,7 +25,7 @@ A_co = TypeVar("A_co", covariant=True)
 FINISHED: Final = frozenset({"completed", "failed"})
 
 
-class AnalysisTask(Generic[A_co]):
+class AnalysisTask(NotPicklable, Generic[A_co]):
     """A handle on one analysis, from `AnalyzeSession.submit` or `AnalyzeSession.task`.
 
     ``await task`` returns the response or raises. Any number of tasks can await one handle, at any

@@ -18,6 +18,7 @@ import attrs
 
 from cloudinary_analyze._clock import Clock, wake
 from cloudinary_analyze._tasks.timers import SLICE
+from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze.config import Credentials
 from cloudinary_analyze.errors import (
     InvalidSignatureError,
@@ -45,7 +46,7 @@ _VERDICTS: Final[dict[type[NotificationError], str]] = {
 
 
 @attrs.define(eq=False, repr=False)
-class Listener:
+class Listener(NotPicklable):
     """Reads the source for as long as the session is open.
 
     Attributes:

@@ -30,6 +30,7 @@ from cloudinary_analyze._tasks.listener import Listener
 from cloudinary_analyze._tasks.poller import Poller
 from cloudinary_analyze._tasks.table import Table
 from cloudinary_analyze._tasks.timers import SLICE
+from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze._wire.protocol import Accepted
 from cloudinary_analyze.config import Credentials, Settings
 from cloudinary_analyze.errors import (
@@ -53,7 +54,7 @@ Call = asyncio.Task[Response[Any] | Accepted]
 
 
 @attrs.define(eq=False, repr=False)
-class Tracker:
+class Tracker(NotPicklable):
     """The tasks of one session. Created on its event loop.
 
     Attributes:

@@ -21,6 +21,7 @@ from typing import Any, Final, Literal, Self
 
 import attrs
 
+from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze.errors import AnalyzeError, LedgerError
 from cloudinary_analyze.ledger.encoding import dump_error, load_error
@@ -113,7 +114,7 @@ def _make_encodable(source: str) -> str:
     return source.encode(errors="replace").decode()
 
 
-class SQLiteLedger(Ledger):
+class SQLiteLedger(NotPicklable, Ledger):
     """A ledger in a SQLite file, for `AnalyzeSession.map`.
 
     Open it round the session, so that it closes last::

@@ -54,12 +54,13 @@ from collections.abc import AsyncIterator
 
 import attrs
 
+from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze.responses import Delivery
 from cloudinary_analyze.webhooks import SIGNATURE_HEADERS, find_header
 
 
 @attrs.define(eq=False, repr=False)
-class QueueSource:
+class QueueSource(NotPicklable):
     """A plain ``asyncio.Queue[Delivery]`` as a source; sessions wrap the queue they are given.
 
     Attributes:

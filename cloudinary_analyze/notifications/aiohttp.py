@@ -11,6 +11,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
+from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze.config import Credentials
 from cloudinary_analyze.notifications.receiver import (
     BODY_SECONDS,
@@ -27,7 +28,7 @@ from cloudinary_analyze.notifications.receiver import (
 from cloudinary_analyze.protocols import NotificationSink
 
 
-class WebhookReceiver:
+class WebhookReceiver(NotPicklable):
     """Takes Cloudinary's webhooks in and puts them into a sink.
 
     Answers as `cloudinary_analyze.notifications.asgi.WebhookReceiver` does.

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final
 
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
+from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze.config import Credentials
 from cloudinary_analyze.notifications.receiver import (
     BODY_SECONDS,
@@ -37,7 +38,7 @@ Send = Callable[[Message], Awaitable[None]]
 _GONE: Final = "http.disconnect"
 
 
-class WebhookReceiver:
+class WebhookReceiver(NotPicklable):
     """An ASGI application that takes Cloudinary's webhooks in and puts them into a sink.
 
     Answers 200 only once a delivery is stored. Refuses what is not signed with the credentials'

@@ -14,6 +14,7 @@ from typing import Final
 import attrs
 
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
+from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze.config import Credentials
 from cloudinary_analyze.errors import (
     ConfigurationError,
@@ -127,7 +128,7 @@ def check_secrets(credentials: Credentials) -> None:
 
 
 @attrs.define(eq=False)
-class Intake:
+class Intake(NotPicklable):
     """Takes in webhooks whose body was read, whatever the web framework.
 
     Whatever is signed and names a task is stored, whatever its shape: the session that awaits the

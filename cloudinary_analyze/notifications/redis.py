@@ -28,6 +28,7 @@ from urllib.parse import parse_qsl, urlsplit
 import attrs
 
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
+from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze._wire.protocol import find_result
 from cloudinary_analyze.errors import (
     ConfigurationError,
@@ -114,7 +115,7 @@ class _StoredDelivery(Delivery):
 
 
 @attrs.define(eq=False)
-class RedisNotifications:
+class RedisNotifications(NotPicklable):
     """Redis between the receivers and the sessions of all processes.
 
     ::
