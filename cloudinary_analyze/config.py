@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import pickle
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import cached_property
 from typing import Any, Final, Literal, Protocol, Self, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -67,8 +68,23 @@ def _clean_api_secret(value: str | None) -> str | None:
     return _clean(value, "The API secret")
 
 
-def _clean_oauth_token(value: str | None) -> str | None:
+def _read_oauth_token(
+    value: str | Callable[[], Awaitable[str]] | None,
+) -> str | Callable[[], Awaitable[str]] | None:
+    if callable(value) and not isinstance(value, type):
+        return value
     return _clean(value, "The OAuth token")
+
+
+def clean_oauth_token(value: object) -> str:
+    """Return the token that a user's function returned.
+
+    Raises:
+        ConfigurationError: It is not a token.
+    """
+    if (token := _clean(value, "The OAuth token")) is None:
+        raise ConfigurationError("Credentials.oauth_token() returned no token.")
+    return token
 
 
 def _clean_host(value: str | URLObject | None) -> str | None:
@@ -162,7 +178,9 @@ class Credentials:
         cloud_name: The product environment. Required before anything is sent.
         api_key: The API key.
         api_secret: Its secret. Also signs notifications, unless `notification_secrets` are given.
-        oauth_token: An OAuth access token (scopes ``media_analysis``, ``query_analysis_tasks``).
+        oauth_token: An OAuth access token (scopes ``media_analysis``, ``query_analysis_tasks``), or
+            an async function without arguments that returns one. A session calls the function when
+            it opens, and once more for each call that is answered 401; calls that wait share it.
             Used instead of key and secret if both are given.
         notification_secrets: The secrets that may sign notifications, several while one is
             rotated. Default: the API secret.
@@ -178,8 +196,8 @@ class Credentials:
     cloud_name: str = attrs.field(converter=_clean_cloud_name)
     api_key: str | None = attrs.field(default=None, converter=_clean_api_key)
     api_secret: str | None = attrs.field(default=None, converter=_clean_api_secret, repr=False)
-    oauth_token: str | None = attrs.field(
-        default=None, converter=_clean_oauth_token, repr=False, kw_only=True
+    oauth_token: str | Callable[[], Awaitable[str]] | None = attrs.field(
+        default=None, converter=_read_oauth_token, repr=False, kw_only=True
     )
     notification_secrets: tuple[str, ...] = attrs.field(
         default=(), converter=_read_secrets, repr=False, kw_only=True
@@ -210,6 +228,29 @@ class Credentials:
                 raise ConfigurationError("The API key has invalid characters.")
         if self.host is not None:
             read_base_url(self.host, self.cloud_name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the fields, for pickling."""
+        if callable(self.oauth_token):
+            try:
+                pickle.dumps(self.oauth_token)
+            except Exception:  # its text may quote what the function holds
+                raise TypeError(
+                    "Credentials with this oauth_token cannot be pickled. Use a function that is "
+                    "defined at the top level of a module."
+                ) from None
+        return {field.name: getattr(self, field.name) for field in attrs.fields(Credentials)}
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _: Any) -> Self:
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the fields."""
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
 
     @cached_property
     def signing_secrets(self) -> tuple[str, ...]:

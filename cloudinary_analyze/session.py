@@ -9,7 +9,7 @@ import re
 import warnings
 import weakref
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Self, TypeVar, overload
 
 import attrs
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     import aiohttp
 
     from cloudinary_analyze._http.call import Caller
+    from cloudinary_analyze._http.token import Token
 
 Item = TypeVar("Item")
 A = TypeVar("A")
@@ -215,8 +216,8 @@ class AnalyzeSession(NotPicklable):
         Raises:
             SessionAlreadyOpenError: It is open.
             SessionClosedError: It was closed; a session opens once.
-            ConfigurationError: Another session reads the notification source, or the aiohttp
-                session passed as ``http`` cannot be used.
+            ConfigurationError: Another session reads the notification source, the aiohttp session
+                passed as ``http`` cannot be used, or ``oauth_token()`` returned no token.
         """
         if self._closed:
             raise SessionClosedError("A closed session cannot be opened again. Create a new one.")
@@ -234,6 +235,7 @@ class AnalyzeSession(NotPicklable):
                 base_url=self._base_url,
                 version=__version__,
                 http=self._http,
+                clock=self._clock,
             )
         except ConfigurationError:
             if claim is not None:
@@ -260,7 +262,20 @@ class AnalyzeSession(NotPicklable):
             notification_url=self._notification_url,
         )
         self._connection = _Connection(loop, caller, tracker, claim, loop.create_future())
+        if transport.token is not None:
+            await self._ask_for_token(transport.token)
         return self
+
+    async def _ask_for_token(self, token: Token) -> None:
+        """Get the first OAuth token; without one, the session closes and raises."""
+        try:
+            failure = await token.renew(0)
+        except BaseException:
+            await self.aclose()
+            raise
+        if failure is not None:
+            await self.aclose()
+            raise failure
 
     async def __aexit__(
         self,
@@ -625,7 +640,7 @@ class AnalyzeSession(NotPicklable):
             polls=meter.polls,
             pending=len(table.pending) if table else 0,
             parked=len(table.parked) if table else 0,
-            notifications=MappingProxyType(dict(meter.notifications)),
+            notifications=meter.notifications,
         )
 
     async def aclose(self, drain: float = 0.0) -> None:

@@ -38,6 +38,7 @@ from cloudinary_analyze.config import Pacer, Settings
 from cloudinary_analyze.errors import (
     AnalyzeError,
     ApiError,
+    AuthenticationError,
     CallTimeoutError,
     ForeignCancellationError,
     InvalidRequestError,
@@ -73,6 +74,8 @@ class _Call:
         ambiguous: Whether an earlier attempt may have been charged.
         error: Why the last attempt failed.
         waits: Our own waits between attempts, once there was a failure.
+        token: The number of the OAuth token that the last attempt was sent with.
+        renewed: Whether a refusal has led to a new token already.
         probing: Whether this call tests if a used up quota was renewed.
     """
 
@@ -91,6 +94,8 @@ class _Call:
     ambiguous: bool = False
     error: AnalyzeError | None = None
     waits: Iterator[float] | None = None
+    token: int = 0
+    renewed: bool = False
     probing: bool = False
 
 
@@ -249,7 +254,8 @@ class Caller(NotPicklable):
                     result = read(call, await self.transport.send(call.url, call.sending))
                 except (ApiError, TransportError) as error:
                     wait = self._judge(call, error, generation)
-                    if wait is None:
+                    refused = error
+                    if wait is None and not self._may_renew(call, error):
                         raise
                 except ResponseDecodeError as error:
                     error.model = call.model
@@ -260,7 +266,31 @@ class Caller(NotPicklable):
                     return result
             finally:
                 permits.release()
-            await self._sleep(wait)
+            if wait is None:
+                await self._renew_token(call, refused)
+            else:
+                await self._sleep(wait)
+
+    def _may_renew(self, call: _Call, error: AnalyzeError) -> bool:
+        """Whether a new OAuth token may help a call that failed, once."""
+        refused = isinstance(error, AuthenticationError)
+        return refused and self.transport.token is not None and not call.renewed
+
+    async def _renew_token(self, call: _Call, error: AnalyzeError) -> None:
+        """Wait for a newer OAuth token than the one that was refused.
+
+        Raises:
+            AuthenticationError: There is none; its cause says why.
+            SessionClosedError: The session was closed meanwhile.
+        """
+        assert self.transport.token is not None
+        call.renewed = True
+        failure = await self.transport.token.renew(call.token)
+        if self._closed is not None:
+            raise copy(self._closed) from error
+        if failure is not None:
+            raise error from failure
+        self._count_retry(call, error, 0.0)
 
     def _begin(self, call: _Call) -> None:
         """Check that an attempt may still be sent, and count it."""
@@ -279,6 +309,8 @@ class Caller(NotPicklable):
             self.meter.attempts += 1
             call.number = self.meter.attempts
         call.attempts += 1
+        if self.transport.token is not None:
+            call.token = self.transport.token.number
 
     async def _await_pacer(self, pacer: Pacer) -> None:
         """Wait for the user's pacer; closing the session ends the wait."""
@@ -426,6 +458,8 @@ class Caller(NotPicklable):
         self._closed = error
         self.permits.close(error)
         self._pacing.interrupt_all()
+        if self.transport.token is not None:
+            self.transport.token.close()
         for woken in self._sleepers:
             if not woken.done():
                 woken.set_exception(copy(error))

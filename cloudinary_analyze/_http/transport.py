@@ -17,6 +17,8 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from cloudinary_analyze._cancellation import Sections, get_task
+from cloudinary_analyze._clock import Clock
+from cloudinary_analyze._http.token import Token
 from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze.config import Credentials, Settings
 from cloudinary_analyze.errors import (
@@ -56,6 +58,7 @@ class Transport(NotPicklable):
     Attributes:
         settings: For timeouts and the longest body.
         owned: Whether the aiohttp session is ours to close.
+        token: The OAuth token, if it can be renewed.
     """
 
     settings: Settings
@@ -67,6 +70,7 @@ class Transport(NotPicklable):
     _attempts: Sections = attrs.field(factory=Sections)
     _timer: asyncio.TimerHandle | None = None
     _closed: bool = False
+    token: Token | None = None
 
     @classmethod
     def open(
@@ -77,6 +81,7 @@ class Transport(NotPicklable):
         base_url: str,
         version: str,
         http: aiohttp.ClientSession | None,
+        clock: Clock,
     ) -> Transport:
         """Make the pool, or take the given one. Needs the running loop.
 
@@ -86,9 +91,12 @@ class Transport(NotPicklable):
         headers = build_headers(credentials, version=version)
         timeout = aiohttp.ClientTimeout(total=None, connect=settings.connect_timeout)
         loop = asyncio.get_running_loop()
+        token = None
+        if callable(credentials.oauth_token):
+            token = Token(credentials.oauth_token, settings.read_timeout, clock)
         if http is not None:
             check_client_session(http, settings, host=URL(base_url).host or "")
-            return cls(settings, False, http, headers, timeout, loop)
+            return cls(settings, False, http, headers, timeout, loop, token=token)
         # our own permits bound what is in flight, so the pool need not
         connector = aiohttp.TCPConnector(limit=0)
         own = aiohttp.ClientSession(
@@ -97,11 +105,13 @@ class Transport(NotPicklable):
             timeout=timeout,
             cookie_jar=aiohttp.DummyCookieJar(),
         )
-        return cls(settings, True, own, None, timeout, loop)
+        return cls(settings, True, own, None, timeout, loop, token=token)
 
     async def close(self) -> None:
         """Interrupt the attempts that are still in flight, and close the pool if it is ours."""
         self._closed = True
+        if self.token is not None:
+            self.token.close()
         if self._timer is not None:
             self._timer.cancel()
         self._attempts.interrupt_all()
@@ -136,7 +146,7 @@ class Transport(NotPicklable):
                 "GET" if body is None else "POST",
                 url,
                 data=body,
-                headers=self._headers,
+                headers=self._headers if self.token is None else self._add_token(self.token),
                 allow_redirects=False,
                 raise_for_status=False,
                 timeout=self._timeout,
@@ -189,6 +199,11 @@ class Transport(NotPicklable):
             self._attempts.leave(task)
         failure.ambiguous = body is not None and body.sent
         raise failure from cause
+
+    def _add_token(self, token: Token) -> CIMultiDict[str]:
+        headers = CIMultiDict(self._headers or ())
+        headers["Authorization"] = f"Bearer {token.value}"
+        return headers
 
     def _end_overdue(self) -> None:
         """Interrupt the attempts whose time is over, and set the timer for the next one."""
@@ -245,16 +260,18 @@ def build_transport_error(
 
 
 def build_headers(credentials: Credentials, *, version: str) -> CIMultiDict[str]:
-    """Return the headers of every call; the only place where the secrets are written out."""
-    if credentials.oauth_token is not None:
+    """Return the headers of every call. Those with a token that can be renewed get it later."""
+    if callable(credentials.oauth_token):
+        authorization = ""
+    elif credentials.oauth_token is not None:
         authorization = f"Bearer {credentials.oauth_token}"
     else:
         pair = f"{credentials.api_key}:{credentials.api_secret}".encode()
         authorization = f"Basic {base64.b64encode(pair).decode()}"
     return CIMultiDict(
         {
+            **({"Authorization": authorization} if authorization else {}),
             "Accept": "application/json",
-            "Authorization": authorization,
             "Content-Type": "application/json",
             "User-Agent": f"cloudinary-analyze/{version} "
             f"(Python/{platform.python_version()}; aiohttp/{aiohttp.__version__})",

@@ -1,0 +1,78 @@
+"""OAuth tokens that expire: asks the user's function for a new one, for one caller at a time.
+
+States of a `Token`: unasked (number 0), asking (a task runs), known (number 1 and above), closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable
+
+import attrs
+
+from cloudinary_analyze._clock import Clock
+from cloudinary_analyze._values import NotPicklable
+from cloudinary_analyze.config import clean_oauth_token
+from cloudinary_analyze.errors import AnalyzeError, ConfigurationError
+
+
+@attrs.define(eq=False, repr=False)
+class Token(NotPicklable):
+    """The current token of a session.
+
+    Attributes:
+        ask: `Credentials.oauth_token`.
+        seconds: How long it may take.
+        clock: For that time.
+        value: The token.
+        number: How many tokens there have been. A call remembers the number that it was sent with.
+    """
+
+    ask: Callable[[], Awaitable[str]]
+    seconds: float
+    clock: Clock
+    value: str = ""
+    number: int = 0
+    _asking: asyncio.Task[AnalyzeError | None] | None = None
+
+    async def renew(self, number: int) -> AnalyzeError | None:
+        """Wait for a token newer than a number, and return why there is none.
+
+        All that wait share one call of the user's function. It goes on if one of them is
+        cancelled; closing ends it.
+        """
+        if self.number > number:
+            return None
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.ensure_future(self._ask())
+        asking = self._asking
+        await asyncio.wait([asking])
+        if asking.cancelled():
+            return ConfigurationError("The session was closed while it asked for an OAuth token.")
+        return asking.result()
+
+    async def _ask(self) -> AnalyzeError | None:
+        try:
+            async with self.clock.timeout_at(self.clock.monotonic() + self.seconds):
+                answer = self.ask()
+                if not inspect.isawaitable(answer):
+                    raise ConfigurationError("Credentials.oauth_token must be an async function.")
+                self.value = clean_oauth_token(await answer)
+        except ConfigurationError as error:
+            return error
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                raise
+            failure = ConfigurationError(
+                f"Credentials.oauth_token() failed with {type(error).__name__}."
+            )
+            failure.__cause__ = error
+            return failure
+        self.number += 1
+        return None
+
+    def close(self) -> None:
+        """Stop asking."""
+        if self._asking is not None:
+            self._asking.cancel()
