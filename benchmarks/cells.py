@@ -15,6 +15,7 @@ from benchmarks import (
     mapping,
     notifying,
     pending,
+    queueing,
     resuming,
 )
 from benchmarks.model import Cell
@@ -27,6 +28,7 @@ FAMILIES: Final = (
     notifying,
     delivering,
     pending,
+    queueing,
     resuming,
 )
 CELLS: Final[dict[str, Cell]] = {cell.name: cell for family in FAMILIES for cell in family.CELLS}

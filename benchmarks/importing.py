@@ -76,7 +76,7 @@ CELLS: Final = (
             "vendor's SDK": partial(_measure, "import cloudinary_analysis"),
         },
         baseline=BASELINE,
-        targets=(Target(figure="ratio", most=1.2),),
+        targets=(Target(figure="ratio", most=0.6),),
         quick=True,
         sliced=True,
         prepare=_prepare,
