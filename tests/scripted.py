@@ -202,6 +202,38 @@ class Suspensions:
                 thrown = error
 
 
+async def step_through(
+    session: AnalyzeSession,
+    build: Any,
+    *,
+    late: bool,
+    most: int = 400,
+    idle: Callable[[], bool] | None = None,
+) -> int:
+    """Cancel at the first suspension, then at the second, and so on until it completes.
+
+    Args:
+        session: Must be idle again after each cancellation.
+        build: Makes the coroutine to cancel.
+        late: As for `Suspensions.drive`.
+        most: Suspensions at which it must have completed.
+        idle: Says whether everything is as before; default: no permit is used or waited for.
+    """
+    idle = idle or (lambda: busy(session.stats) == (0, 0, 0))
+    for number in range(1, most):
+        steps = Suspensions(number, late)
+        task = asyncio.ensure_future(asyncio.create_task(steps.drive(build())))
+        await asyncio.wait([task], timeout=10)
+        assert task.done(), f"it hangs when cancelled at {number}"
+        if not task.cancelled():
+            assert task.exception() is None
+            if steps.count < number:
+                return number
+            continue  # the last cancel came when there was nothing left to cancel
+        await until(idle, seconds=5)
+    raise AssertionError("it never completed")
+
+
 def requests_of(count: int, kind: Any) -> Iterable[Any]:
     """Return requests of different sources."""
     return [kind(f"https://example.com/{index}.jpg") for index in range(count)]

@@ -302,7 +302,7 @@ class RedisNotifications(NotPicklable):
                     yield delivery
         finally:
             self._cursor = None
-            await reader.aclose()
+            await _close(reader)
 
     async def _read_wake_ups(self, reader: Any) -> list[str]:
         """Wait for wake-ups; return the tasks among them that are awaited here."""
@@ -400,7 +400,7 @@ class RedisNotifications(NotPicklable):
                 await asyncio.wait({writer}, timeout=ANSWER_SECONDS)
                 writer.cancel()
         finally:
-            await self._redis.aclose()
+            await _close(self._redis)
 
     async def __aenter__(self) -> Self:
         return self
@@ -444,6 +444,11 @@ def _fail(puts: Iterable[_Put], error: Exception) -> None:
         if not put.stored.done():
             put.stored.set_exception(error)
             put.stored.exception()  # retrieved, even if the receiver is cancelled right now
+
+
+async def _close(client: Any) -> None:
+    """Close a client; if cancelled, in the background: redis would leave its connections open."""
+    await asyncio.shield(client.aclose())
 
 
 def _read_entry_id(entry_id: bytes) -> tuple[int, int]:

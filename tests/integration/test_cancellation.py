@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import pytest
 from aiohttp import web
@@ -18,10 +17,11 @@ from scripted import (
     hang_up,
     one_after_the_other,
     requests_of,
+    step_through,
     until,
 )
 
-from cloudinary_analyze import AnalyzeSession, Captioning
+from cloudinary_analyze import Captioning
 
 SLOW_DOWN = answer(429, headers={"Retry-After": "0.001"})
 
@@ -38,22 +38,6 @@ class Troubled:
         if self.count % 2:
             return await CAPTION(request)
         return await self.failures[self.count // 2 % 4](request)
-
-
-async def step_through(session: AnalyzeSession, build: Any, *, late: bool, most: int = 400) -> int:
-    """Cancel at the first suspension, then at the second, and so on until it completes."""
-    for number in range(1, most):
-        steps = Suspensions(number, late)
-        task = asyncio.ensure_future(asyncio.create_task(steps.drive(build())))
-        await asyncio.wait([task], timeout=10)
-        assert task.done(), f"it hangs when cancelled at {number}"
-        if not task.cancelled():
-            assert task.exception() is None
-            if steps.count < number:
-                return number
-            continue  # the last cancel came when there was nothing left to cancel
-        await until(lambda: busy(session.stats) == (0, 0, 0), seconds=5)
-    raise AssertionError("it never completed")
 
 
 @pytest.mark.parametrize("late", [False, True])
