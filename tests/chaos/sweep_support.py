@@ -350,7 +350,7 @@ async def end_all(tasks: list[asyncio.Task[Any]], what: str) -> None:
 async def run_users(users: Users, chance: random.Random) -> list[asyncio.Task[Any]]:
     """Start users and cancel some of them, until it is time to close."""
     tasks: list[asyncio.Task[Any]] = []
-    users.interrupt = lambda: chance.choice(tasks).cancel()
+    users.interrupt = lambda: tasks and chance.choice(tasks).cancel()
     for _ in range(chance.randrange(2, 14)):
         tasks.append(asyncio.create_task(users.choose()))
         await asyncio.sleep(chance.choice((0, 0, 0.001, 0.01, 0.03)))
