@@ -112,7 +112,7 @@ async def test_tasks_under_way_are_taken_up_again_and_not_submitted_again(tmp_pa
         async with start(*RUN, *receive, folder=tmp_path, emulator=emulator) as process:
             await until(lambda: len(emulator.tasks) == 30)
             process.send_signal(signal.SIGINT)
-            await see(process, "30 tasks in flight")
+            await see(process, "in flight will be")  # fewer than 30 if 202s are still on their way
             process.send_signal(signal.SIGINT)
             code, _, err = await end(process)
         assert code == 130
