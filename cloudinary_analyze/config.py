@@ -460,10 +460,10 @@ class Settings:
     """Attempts per call, the first included."""
 
     connect_timeout: float = attrs.field(default=10, validator=_positive)
-    """For one attempt: until the connection stands (real time)."""
+    """For one attempt: until the connection is established, name lookup included (real time)."""
 
     read_timeout: float = attrs.field(default=120, validator=_positive)
-    """For one attempt: until its whole answer is read, from when its permit is held (real time)."""
+    """For one attempt: until the whole response is read, connecting included (real time)."""
 
     call_timeout: float | None = attrs.field(default=None, validator=_maybe_positive)
     """For a whole `analyze`, queueing and retries included, where the call names no ``timeout``.

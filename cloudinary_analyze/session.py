@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Protocol, Self, TypeVar, overload
 
 import attrs
 
@@ -86,8 +86,17 @@ def _check_arguments(credentials: object, settings: object, on_event: object) ->
         raise ConfigurationError(f"`on_event` is a function of one event, not {on_event!r:.80}.")
 
 
+class URLObject(Protocol):
+    """A URL of another library, such as yarl, pydantic or Starlette; ``str()`` gives its text."""
+
+    @property
+    def scheme(self) -> str:
+        """The part before the colon."""
+        ...
+
+
 def _read_notification_url(value: object) -> str:
-    """Return a URL, or a URL object of another library (yarl, pydantic, Starlette), as text."""
+    """Return a URL or URL object as text."""
     if isinstance(value, str):
         text = str.__str__(value)
     elif hasattr(value, "scheme"):
@@ -131,30 +140,35 @@ class _Connection:
 
 
 class AnalyzeSession(NotPicklable):
-    """An open line to the Analyze API: one pool, one set of permits, one event loop.
+    """A client of the Analyze API: one connection pool, one set of permits, one event loop.
 
-    Make one for the life of the application and share it between tasks::
+    Create one for the life of the application and share it between tasks::
 
         async with AnalyzeSession() as session:
             response = await session.analyze(Captioning("https://…/a.jpg"))
 
-    The first session that is made imports aiohttp, which takes some tenths of a second: make it
-    while the application starts, not in the request that first needs it.
+    Opening it with ``async with`` binds the running event loop; nothing is sent until the first
+    request. All times are seconds. Every error is an `AnalyzeError`, except what your own input
+    or callbacks raise.
+
+    The first session imports aiohttp, which takes some tenths of a second. Create it while the
+    application starts, not in the request that first needs it.
 
     Args:
-        credentials: Who calls. Default: the environment's, see `Credentials.from_environment`.
-        settings: How to call; default: `Settings()`.
+        credentials: Cloud and keys. Default: `Credentials.from_environment`.
+        settings: Limits, timeouts and retries. Default: `Settings()`.
         notifications: Where the results of tasks arrive: an ``asyncio.Queue[Delivery]`` that a
             receiver in this process fills, or a `NotificationSource`. It serves one session at
             a time.
-        notification_url: Where the service is to send them; ``None``: to the URL configured for
-            the account.
-        http: A ready aiohttp session to send through, which stays yours to close.
-        on_event: Is told what happens inside, see `cloudinary_analyze.events`.
-        clock: For tests: see `cloudinary_analyze.testing.ManualClock`.
+        notification_url: Where the service sends the results of tasks: a string or a URL object.
+            Default: the URL configured for the account.
+        http: An aiohttp session of this event loop to send through. You close it, after this
+            session. Its timeouts and ``raise_for_status`` are overridden.
+        on_event: Called with each event, see `cloudinary_analyze.events`. Must not block.
+        clock: For tests: a `cloudinary_analyze.testing.ManualClock`.
 
     Raises:
-        ConfigurationError: Credentials or settings cannot work.
+        ConfigurationError: Invalid credentials, settings or arguments.
 
     Warns:
         ResourceWarning: It was dropped without being closed.
@@ -166,7 +180,7 @@ class AnalyzeSession(NotPicklable):
         *,
         settings: Settings | None = None,
         notifications: asyncio.Queue[Delivery] | NotificationSource | None = None,
-        notification_url: str | None = None,
+        notification_url: str | URLObject | None = None,
         http: aiohttp.ClientSession | None = None,
         on_event: EventHook | None = None,
         clock: Clock = SYSTEM_CLOCK,
@@ -327,19 +341,25 @@ class AnalyzeSession(NotPicklable):
     ) -> Response[A]:
         """Analyse an image and return the typed response.
 
-        Implements ``POST /analyze/{model}``. Cancelling is safe; whether the service got a
-        request that was on the wire is then unknown.
+        Sends ``POST /analyze/{model}``, retries transient failures, and follows a task if the
+        service makes one of the call. Cancelling is safe at any time and closes the connection
+        in use; a request already sent may still be charged.
 
         Args:
-            request: What to analyse.
+            request: The model, source and parameters.
             timeout: Seconds for the whole call, queueing and retries included. Default:
                 `Settings.call_timeout`.
 
+        Returns:
+            The response; ``response.analysis`` is typed by the request's model.
+
         Raises:
-            ApiError: The service said no; see its subclasses.
-            TransportError: No answer came, after all attempts.
-            CallTimeoutError: The time ran out.
-            ResponseDecodeError: The answer cannot be read.
+            ApiError: The service refused the request, or failed at every attempt; see subclasses.
+            TransportError: No response arrived at any attempt; ``ambiguous`` says whether the
+                request may have been charged.
+            CallTimeoutError: ``timeout`` expired.
+            ResponseDecodeError: The response cannot be read.
+            SessionStateError: The session is not open, was closed, or belongs to another loop.
         """
         connection = self._opened()
         if not isinstance(request, AnalyzeRequest):
@@ -373,19 +393,24 @@ class AnalyzeSession(NotPicklable):
     def submit(
         self, request: AnalyzeRequest[A], *, mode: Mode = "auto", timeout: float | None = None
     ) -> AnalysisTask[A]:
-        """Send a request in the background and return an awaitable handle on it, at once.
+        """Send a request in the background and return its handle, a future, at once.
 
-        Not a coroutine; the POST waits for a permit by itself. What goes wrong is raised by the
-        handle.
+        Not a coroutine: the request waits for a permit by itself, and its errors are raised by
+        the handle. Sends ``POST /analyze/{model}``.
 
         Args:
-            request: What to analyse.
-            mode: ``"task"``: ask for a task, whose result arrives as a notification and which
-                polls watch. ``"call"``: make the synchronous call in the background. ``"auto"``:
-                a task if the session has a notification source, else a call, because without a
-                source nothing brings a task's result.
+            request: The model, source and parameters.
+            mode: ``"task"``: ask for a task; its result arrives as a notification, and polls watch
+                its status. ``"call"``: make the synchronous call in the background. ``"auto"``:
+                a task if the session has a notification source, otherwise a call, because without
+                a source nothing delivers a task's result.
             timeout: Seconds for the whole wait: permit, retries, polls, delivery. Default:
                 `Settings.task_timeout`.
+
+        Raises:
+            ConfigurationError: Invalid ``mode`` or ``timeout``.
+            InvalidRequestError: Not a request.
+            SessionStateError: The session is not open, was closed, or belongs to another loop.
 
         Warns:
             UserWarning: Once, on ``mode="task"`` without a notification source.
@@ -401,7 +426,7 @@ class AnalyzeSession(NotPicklable):
 
     def _is_for_tasks(self, mode: Mode) -> bool:
         if mode not in {"auto", "task", "call"}:
-            raise ConfigurationError(f"The mode is 'auto', 'task' or 'call', not {mode!r}.")
+            raise ConfigurationError(f"`mode` must be 'auto', 'task' or 'call', not {mode!r}.")
         return mode == "task" or (mode == "auto" and self._source is not None)
 
     def _warn_of_tasks(self, *, stacklevel: int) -> None:
@@ -435,15 +460,20 @@ class AnalyzeSession(NotPicklable):
         *,
         timeout: float | None = None,
     ) -> AnalysisTask[Any]:
-        """Return another handle on an accepted task: after a restart, in another request handler.
+        """Return another handle on an accepted task: after a restart, or in another handler.
 
-        A task answered lately is answered at once. Sends nothing but status polls.
+        Sends only status polls. A task that was answered recently (`Settings.answered_seconds`)
+        is answered at once.
 
         Args:
             task_id: From `AnalysisTask.accepted`.
-            request_type: The request class (``Coco``), which tells how to read the result, or the
-                request, which can also be repeated (`Settings.on_missing_result`).
+            request_type: The request class (``Coco``), which says how to read the result, or the
+                request itself, which can also be repeated (`Settings.on_missing_result`).
             timeout: Seconds for the wait. Default: `Settings.task_timeout`.
+
+        Raises:
+            InvalidRequestError: Not a task id, or not a request class.
+            SessionStateError: The session is not open, was closed, or belongs to another loop.
         """
         connection = self._opened()
         if not isinstance(task_id, str) or not task_id:
@@ -471,17 +501,20 @@ class AnalyzeSession(NotPicklable):
         if timeout is None:
             return None
         if not isinstance(timeout, int | float) or math.isnan(timeout):
-            raise ConfigurationError(f"`timeout` is a number of seconds, not {timeout!r}.")
+            raise ConfigurationError(f"`timeout` must be a number of seconds, not {timeout!r}.")
         return self._clock.monotonic() + timeout
 
     async def task_status(self, task_id: str) -> TaskStatus:
-        """Ask for a task's status once, retries aside. It never carries the result.
+        """Return a task's status, which never carries the result.
 
-        Implements ``GET /tasks/{task_id}``. Cancelling is safe.
+        Sends ``GET /tasks/{task_id}``, with retries. Costs no quota. Cancelling is safe.
+
+        Args:
+            task_id: From `AnalysisTask.accepted`.
 
         Raises:
             NotFoundError: The service does not know the task.
-            AnalyzeError: No status could be had.
+            AnalyzeError: The status could not be fetched; see `analyze`.
         """
         return await self._opened().caller.get_task_status(task_id)
 
@@ -617,12 +650,12 @@ class AnalyzeSession(NotPicklable):
 
     @property
     def quota(self) -> Mapping[str, Limit]:
-        """Add-on feature to its limit, with the lowest remainder seen in the present period."""
+        """Add-on feature to its newest `Limit`: the lowest remainder of the newest period seen."""
         return self._quota.limits
 
     @property
     def stats(self) -> SessionStats:
-        """A snapshot of the counts since the session was opened."""
+        """A snapshot of the counts since the session was created."""
         meter = self._meter
         connection = self._connection
         permits = connection.caller.permits if connection else None

@@ -349,7 +349,9 @@ class Caller(NotPicklable):
         call.sending = None
         if status == 200:
             response = read_response(request, body)
-            if limits := response.limits:
+            if raw := response.raw.get("limits"):
+                self.quota.note(call.feature, raw, number=call.number, newest=self.meter.attempts)
+            elif limits := response.limits:  # in another place
                 self.quota.learn(limits, number=call.number, newest=self.meter.attempts)
             result: Response[A] | Accepted = response
         elif status == 202:

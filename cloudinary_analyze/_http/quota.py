@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 import attrs
 
 from cloudinary_analyze._clock import Clock
 from cloudinary_analyze.errors import QuotaExceededError
-from cloudinary_analyze.responses import Limit
+from cloudinary_analyze.responses import Limit, read_limits
 
 PROBE_INTERVAL: Final = 300.0
+UNREAD: Final = 64  # responses of a feature; each says more than the ones before
 
 
 @attrs.define(eq=False, repr=False)
@@ -45,11 +47,25 @@ class Quota:
     permits: int = 64
     breakers: dict[str, _Breaker] = attrs.field(factory=dict)
     _known: dict[str, _Known] = attrs.field(factory=dict)
+    _unread: dict[str, deque[tuple[Any, int, int]]] = attrs.field(factory=dict)
 
     @property
     def limits(self) -> Mapping[str, Limit]:
         """Feature to its newest figures: the lowest remainder of the newest period."""
+        for feature in list(self._unread):
+            for raw, number, newest in self._unread.pop(feature):
+                self.learn(read_limits(raw), number=number, newest=newest)
         return MappingProxyType({feature: known.limit for feature, known in self._known.items()})
+
+    def note(self, feature: str, raw: Any, *, number: int, newest: int) -> None:
+        """Keep the limits of a response as received, until somebody asks for them.
+
+        Reading them costs more than all the rest of a small response.
+        """
+        unread = self._unread.get(feature)
+        if unread is None:
+            unread = self._unread[feature] = deque(maxlen=UNREAD)
+        unread.append((raw, number, newest))
 
     def learn(self, limits: tuple[Limit, ...], *, number: int, newest: int) -> None:
         """Take note of what a response says. Responses of attempts in flight come in any order.
