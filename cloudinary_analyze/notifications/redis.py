@@ -22,7 +22,7 @@ import logging
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Final, NoReturn, Self
+from typing import Any, Final, Self
 from urllib.parse import parse_qsl, urlsplit
 
 import attrs
@@ -168,9 +168,6 @@ class RedisNotifications(NotPicklable):
                 )
         _check_url(self.url)
         self._redis = self._build_client(CONNECTIONS, retries=1)
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("RedisNotifications cannot be pickled: its URL may contain a password.")
 
     def _build_client(self, connections: int, *, retries: int) -> Any:
         options: dict[str, Any] = {

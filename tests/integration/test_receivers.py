@@ -17,7 +17,7 @@ from cloudinary_analyze import AnalyzeSession, Captioning, Credentials
 from cloudinary_analyze.emulator import Emulator, WebhookPolicy
 from cloudinary_analyze.notifications import aiohttp as for_aiohttp
 from cloudinary_analyze.notifications import asgi
-from cloudinary_analyze.notifications.receiver import MAX_BODY
+from cloudinary_analyze.notifications.receiver import MAX_BODY, SINK_SECONDS
 
 PATH = "/hooks/cloudinary"
 
@@ -162,7 +162,7 @@ async def test_a_sender_is_told_to_try_again_while_the_sink_is_full(server, cloc
         body = build_answer("t1")
         sending = asyncio.create_task(send(body))
         await until(lambda: clock.next_at is not None)
-        await clock.advance(5.1)
+        await clock.advance(SINK_SECONDS + 0.1)
         assert (await sending)[0] == 503
         queue.get_nowait()
         assert (await send(body))[0] == 200

@@ -218,7 +218,7 @@ class TestEveryHandleEnds:
     async def test_when_the_submission_was_cancelled_by_others(self):
         async with connected() as (_, session):
             task = session.submit(request())
-            for call in session._tracker._calls.values():
+            for call in session._connection.tracker._calls.values():
                 call.cancel()
             with pytest.raises(SessionClosedError):
                 await task
@@ -231,7 +231,7 @@ class TestDropped:
     async def test_by_a_handler_that_polls_one_task_again_and_again(self):
         settings = quick(poll_first=NEVER, poll_longest=NEVER)
         async with connected(settings, task_seconds=NEVER) as (_, session):
-            tracker = session._tracker
+            tracker = session._connection.tracker
             task_id = await session.submit(request()).accepted()
             for _ in range(50):
                 with pytest.raises(TimeoutError):
@@ -246,7 +246,7 @@ class TestDropped:
 
     async def test_by_strangers_who_ask_for_made_up_ids(self):
         async with connected() as (_, session):
-            tracker = session._tracker
+            tracker = session._connection.tracker
             for index in range(200):
                 session.task(f"made-up-{index}", Captioning)
             await until(lambda: not tracker.table.pending)
@@ -259,7 +259,7 @@ class TestDropped:
             tasks = [session.submit(request(index)) for index in range(100)]
             await asyncio.gather(*(task.accepted() for task in tasks))
             await asyncio.to_thread(tasks.clear)
-            await until(lambda: not session._tracker.table.pending)
+            await until(lambda: not session._connection.tracker.table.pending)
 
     async def test_and_awaited_before_its_failure_is_not_reported(self, reported):
         async with connected(faults=FAILING, task_seconds=0.1) as (_, session):
