@@ -40,7 +40,7 @@ class Body(aiohttp.BytesPayload):
             cannot have acted on the request.
     """
 
-    sent = False
+    sent: bool = False
 
     async def write_with_length(self, writer: Any, content_length: int | None) -> None:
         """Write the body to the connection; called by aiohttp."""
