@@ -73,7 +73,7 @@ class Tracker(NotPicklable):
     poller: Poller = attrs.field(init=False)
     listener: Listener | None = attrs.field(default=None, init=False)
     _calls: dict[Entry, Call] = attrs.field(factory=dict, init=False)
-    _changes: dict[Wait, asyncio.Future[None]] = attrs.field(factory=dict, init=False)
+    _changes: dict[Wait, set[asyncio.Future[None]]] = attrs.field(factory=dict, init=False)
     _dropped: deque[tuple[Wait, bool]] = attrs.field(factory=deque, init=False)
     _timer: TimerHandle | None = attrs.field(default=None, init=False)
     _timer_at: float = attrs.field(default=math.inf, init=False)
@@ -256,10 +256,18 @@ class Tracker(NotPicklable):
 
     async def change(self, wait: Wait) -> None:
         """Wait until a task's id, status or answer changes. Cancelling is safe."""
-        future = self._changes.get(wait)
-        if future is None:
-            future = self._changes[wait] = self.loop.create_future()
-        await asyncio.shield(future)
+        waiters = self._changes.get(wait)
+        if waiters is None:
+            waiters = self._changes[wait] = set()
+        future = self.loop.create_future()
+        waiters.add(future)
+        try:
+            await future
+        except asyncio.CancelledError:
+            waiters.discard(future)
+            if not waiters and self._changes.get(wait) is waiters:
+                del self._changes[wait]
+            raise
 
     # Effects.
 
@@ -296,8 +304,7 @@ class Tracker(NotPicklable):
 
     def _wake(self, waits: Iterable[Wait]) -> None:
         for wait in waits:
-            future = self._changes.pop(wait, None)
-            if future is not None:
+            for future in self._changes.pop(wait, ()):
                 wake(future)
 
     def _answer(self, entry: Entry, answer: Answer, *, status: str | None = None) -> None:
