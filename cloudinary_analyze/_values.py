@@ -68,7 +68,7 @@ class NotPicklable:
     def __reduce_ex__(self, _: Any) -> Any:
         raise TypeError(
             f"{type(self).__name__} cannot be pickled or copied: it belongs to one process, and "
-            "may hold credentials. Make a new one where it is needed."
+            "may hold a secret or a password. Make a new one where it is needed."
         )
 
     def __reduce__(self) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 import attrs
 
+from cloudinary_analyze._values import Jsonable
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import Response
 
@@ -18,7 +19,7 @@ A_co = TypeVar("A_co", covariant=True)
 
 
 @attrs.frozen(kw_only=True)
-class Answered(Generic[Item_co, A_co]):
+class Answered(Jsonable, Generic[Item_co, A_co]):
     """The outcome of an item that has a response.
 
     Attributes:
@@ -48,7 +49,7 @@ class Answered(Generic[Item_co, A_co]):
 
 
 @attrs.frozen(kw_only=True)
-class Failed(Generic[Item_co, A_co]):
+class Failed(Jsonable, Generic[Item_co, A_co]):
     """The outcome of an item that has no response.
 
     Attributes:

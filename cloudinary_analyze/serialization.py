@@ -136,7 +136,7 @@ def to_json(value: Any, *, raw: bool = False) -> str:
         )
     try:
         return _dump(_build_converter(raw=raw).unstructure(value))
-    except (TypeError, ValueError, RecursionError) as error:
+    except Exception as error:  # an item of the user may raise anything
         raise ConfigurationError(
             f"The {type(value).__name__} cannot be written as JSON: {quote(error)}."
         ) from error
@@ -207,7 +207,6 @@ def _build_converter(*, raw: bool) -> cattrs.Converter:
     hooks: list[tuple[Callable[[Any], bool], Callable[[Any], Any]]] = [
         (lambda _: True, str),
         (lambda kind: issubclass(kind, str | int | float | NoneType), lambda value: value),
-        (lambda kind: issubclass(kind, bytes), lambda value: value.decode("utf-8", "replace")),
         (lambda kind: issubclass(kind, date), lambda value: value.isoformat()),
         (lambda kind: issubclass(kind, Enum), lambda value: write(value.value)),
         (
@@ -225,6 +224,7 @@ def _build_converter(*, raw: bool) -> cattrs.Converter:
     converter.register_unstructure_hook_factory(
         lambda kind: issubclass(kind, _KINDS) and kind is not DetectedTags, build_object
     )
+    converter.register_unstructure_hook(bytes, lambda value: value.decode("utf-8", "replace"))
     converter.register_unstructure_hook(Uri, lambda source: {"uri": source.uri})
     converter.register_unstructure_hook(Asset, lambda source: {"asset_id": source.asset_id})
     return converter

@@ -22,7 +22,7 @@ from cloudinary_analyze._recording import Leader, Recording, Sender
 from cloudinary_analyze._stream import OutcomeStream
 from cloudinary_analyze._tasks.handle import AnalysisTask, follow
 from cloudinary_analyze._tasks.tracker import Tracker
-from cloudinary_analyze._values import NotPicklable
+from cloudinary_analyze._values import NotPicklable, read_url
 from cloudinary_analyze._version import __version__
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze._wire.protocol import Accepted
@@ -97,11 +97,8 @@ class URLObject(Protocol):
 
 def _read_notification_url(value: object) -> str:
     """Return a URL or URL object as text."""
-    if isinstance(value, str):
-        text = str.__str__(value)
-    elif hasattr(value, "scheme"):
-        text = str(value)
-    else:
+    text = read_url(value)
+    if not isinstance(text, str):
         raise ConfigurationError(
             f"`notification_url` must be a string or a URL object, not {type(value).__name__}."
         )

@@ -28,7 +28,7 @@ from urllib.parse import parse_qsl, urlsplit
 import attrs
 
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
-from cloudinary_analyze._values import NotPicklable
+from cloudinary_analyze._values import NotPicklable, URLObject, read_url
 from cloudinary_analyze._wire.protocol import find_result
 from cloudinary_analyze.errors import (
     ConfigurationError,
@@ -114,6 +114,13 @@ class _StoredDelivery(Delivery):
     task_id: str = attrs.field(kw_only=True)
 
 
+def _read_url(value: str | URLObject) -> str:
+    url = read_url(value)
+    if not isinstance(url, str):
+        raise ConfigurationError(f"The Redis URL must be a string, not {type(value).__name__}.")
+    return url
+
+
 @attrs.define(eq=False)
 class RedisNotifications(NotPicklable):
     """Redis between the receivers and the sessions of all processes.
@@ -143,7 +150,7 @@ class RedisNotifications(NotPicklable):
         ConfigurationError: The URL, the namespace or a time is invalid.
     """
 
-    url: str = attrs.field(repr=False)
+    url: str = attrs.field(repr=False, converter=_read_url)
     namespace: str = attrs.field(default="cloudinary-analyze", kw_only=True)
     keep: float = attrs.field(default=86_400.0, kw_only=True)
     keep_resolved: float = attrs.field(default=3_600.0, kw_only=True)

@@ -17,6 +17,7 @@ from cloudinary_analyze import (
     CldFashion,
     CldFashionAnalysis,
     Limit,
+    Outcome,
     Response,
     SessionStats,
     TaskStatus,
@@ -164,6 +165,13 @@ def test_a_pydantic_model_holds_a_value(response: Response[CldFashionAnalysis]) 
     with pytest.raises(ValidationError):
         Page(found=to_dict(response), analysis=response.analysis)  # type: ignore[arg-type]
     assert "Detection" in json.dumps(Page.model_json_schema())
+
+
+def test_an_outcome_has_a_schema(response: Response[CldFashionAnalysis]) -> None:
+    adapter: TypeAdapter[Any] = TypeAdapter(Outcome[str, CldFashionAnalysis])
+    schema = json.dumps(adapter.json_schema(mode="serialization"))
+    assert "Response[CldFashionAnalysis]" in schema
+    assert "ambiguous" in schema
 
 
 def test_hostile_values_are_returned_too() -> None:

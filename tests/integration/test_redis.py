@@ -7,7 +7,9 @@ import signal
 import sys
 import time
 
+import pydantic
 import pytest
+import yarl
 from notification_support import CREDENTIALS, build_answer, build_delivery, sign, start_redis, until
 from redis.exceptions import RedisError
 
@@ -124,6 +126,18 @@ def test_options_that_change_replies_or_limits_and_unknown_ones_are_refused(url,
 )
 def test_other_options_are_accepted(url):
     RedisNotifications(url)
+
+
+@pytest.mark.parametrize("make", [yarl.URL, pydantic.RedisDsn])
+def test_its_url_may_be_a_url_object(make):
+    url = "redis://user:hunter2@localhost:6379/1"
+    assert RedisNotifications(make(url)).url == url
+
+
+@pytest.mark.parametrize("url", [None, 5, b"redis://localhost", ["redis://localhost"]], ids=repr)
+def test_what_is_no_url_is_refused(url):
+    with pytest.raises(ConfigurationError):
+        RedisNotifications(url)
 
 
 def test_it_cannot_be_pickled():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import math
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -15,12 +17,14 @@ from hypothesis import strategies as st
 from cloudinary_analyze import (
     MODELS,
     AnalyzeError,
+    Answered,
     Asset,
     BulkStoppedError,
     Captioning,
     Coco,
     ConfigurationError,
     Credentials,
+    Failed,
     Limit,
     OtherModel,
     QuotaExceededError,
@@ -28,6 +32,7 @@ from cloudinary_analyze import (
     ResultNotDeliveredError,
     SessionStats,
     TaskStatus,
+    Uri,
     analyses,
     errors,
     serialization,
@@ -246,3 +251,66 @@ def test_whatever_the_service_sends_is_written_as_strict_json(
         text = to_json(response, raw=with_raw)
         text.encode()
         json.loads(text, parse_constant=pytest.fail)
+
+
+class Unwritable:
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def write_item(item: Any) -> Any:
+    return to_dict(make_outcome(item))["item"]
+
+
+@pytest.mark.parametrize(
+    ("item", "shown"),
+    [
+        (URL, URL),
+        (None, None),
+        ({"a": (1, 2.5, True), 3: {4}}, {"a": [1, 2.5, True], "3": [4]}),
+        (Path("a.jpg"), "a.jpg"),
+        (Uri(URL), {"uri": URL}),
+        (Coco(URL), {"model": "coco", "source": {"uri": URL}, "parameters": {}}),
+        (LIMIT, to_dict(LIMIT)),
+        (datetime(2026, 1, 1, tzinfo=UTC), "2026-01-01T00:00:00+00:00"),
+        (enum.Enum("Shade", {"red": "r"})["red"], "r"),
+        (2**100, 2**100),
+        (b"a\xff", "a\ufffd"),
+        (math.nan, None),
+        ("\ud800", "\ufffd"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_item_is_written_as_json_or_as_its_text(item: Any, shown: Any) -> None:
+    assert write_item(item) == shown
+
+
+def test_an_item_that_holds_credentials_shows_no_secret() -> None:
+    credentials = Credentials("demo", "1", "pLanted")
+    assert "pLanted" not in str(write_item([credentials]))
+
+
+def test_items_that_cannot_be_written_are_refused() -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    for item in (endless, Unwritable(), 10**5000):
+        with pytest.raises(ConfigurationError, match="cannot be written as JSON"):
+            write_item(item)
+
+
+def make_outcome(item: Any, error: Exception | None = None) -> Any:
+    if error is not None:
+        return Failed(item=item, index=3, error=error)
+    return Answered(item=item, index=3, request=Captioning(URL), response=read_caption("a cat"))
+
+
+def test_outcomes_are_written_with_item_request_and_response() -> None:
+    outcome = make_outcome(URL)
+    written = to_dict(outcome)
+    assert set(written) == {field.name for field in attrs.fields(type(outcome))}
+    assert written["response"] == to_dict(outcome.response)
+    assert written["request"] == to_dict(outcome.request)
+    assert (written["item"], written["index"], written["error"]) == (URL, 3, None)
+    failed = to_dict(make_outcome(URL, KeyError("photo")))
+    assert failed["error"] == {"type": "KeyError", "message": "'photo'", "ambiguous": False}
+    assert (failed["response"], failed["request"]) == (None, None)
