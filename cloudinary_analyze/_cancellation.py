@@ -24,6 +24,22 @@ def get_task() -> asyncio.Task[object]:
     return task
 
 
+def count_cancellations() -> int:
+    """Return how many cancellations of the running task were requested."""
+    task = asyncio.current_task()
+    return 0 if task is None else task.cancelling()
+
+
+def is_own_cancellation(error: BaseException, before: int) -> bool:
+    """Whether an error is a cancellation of the running task, and not one that foreign code raised.
+
+    Args:
+        error: What was raised.
+        before: How many cancellations were requested before the code ran.
+    """
+    return isinstance(error, asyncio.CancelledError) and count_cancellations() > before
+
+
 @attrs.define(eq=False, repr=False)
 class Sections:
     """Parts of tasks that we may interrupt, by cancelling them.

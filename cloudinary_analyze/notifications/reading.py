@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import attrs
 
+from cloudinary_analyze._cancellation import count_cancellations, is_own_cancellation
 from cloudinary_analyze._clock import Clock
 from cloudinary_analyze.errors import ConfigurationError
 from cloudinary_analyze.notifications import QueueSource
@@ -75,22 +76,6 @@ async def open_deliveries(source: NotificationSource) -> AsyncIterator[AsyncIter
     finally:
         if isinstance(deliveries, AsyncGenerator):
             await deliveries.aclose()
-
-
-def count_cancellations() -> int:
-    """Return how many cancellations of the running task were requested."""
-    task = asyncio.current_task()
-    return 0 if task is None else task.cancelling()
-
-
-def is_own_cancellation(error: BaseException, before: int) -> bool:
-    """Whether an error is a cancellation of the running task, and not one that foreign code raised.
-
-    Args:
-        error: What was raised.
-        before: How many cancellations were requested before the code ran.
-    """
-    return isinstance(error, asyncio.CancelledError) and count_cancellations() > before
 
 
 @attrs.define(eq=False)

@@ -13,6 +13,7 @@ from typing import Final
 
 import attrs
 
+from cloudinary_analyze._cancellation import count_cancellations, is_own_cancellation
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
 from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze.config import Credentials
@@ -21,7 +22,6 @@ from cloudinary_analyze.errors import (
     MalformedNotificationError,
     NotificationError,
 )
-from cloudinary_analyze.notifications.reading import count_cancellations, is_own_cancellation
 from cloudinary_analyze.protocols import NotificationSink
 from cloudinary_analyze.responses import Delivery
 from cloudinary_analyze.webhooks import (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -17,10 +18,11 @@ from cloudinary_analyze import (
     CallTimeoutError,
     Captioning,
     ForeignCancellationError,
+    Response,
     SessionClosedError,
 )
 
-LOOPS = ["asyncio", "uvloop"]
+LOOPS = ["asyncio", "uvloop", *(["eager"] if sys.version_info >= (3, 12) else [])]
 READ_TIMEOUT = 0.2
 # the read timeout may also fire some milliseconds before the caller's end; no retry comes between
 SLOW_RETRIES = {"read_timeout": READ_TIMEOUT, "attempts": 6, "backoff_first": 1, "backoff_max": 1}
@@ -35,12 +37,13 @@ def run(kind: str, main: Callable[[], Awaitable[None]]) -> None:
     """Run a test on a kind of loop; a hang is a failure."""
 
     async def bounded() -> None:
+        if kind == "eager":
+            asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
         async with asyncio.timeout(20):
             await main()
 
-    if kind == "asyncio":
-        factory = asyncio.new_event_loop
-    else:
+    factory = asyncio.new_event_loop
+    if kind == "uvloop":
         factory = pytest.importorskip("uvloop").new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(bounded())
@@ -226,3 +229,22 @@ async def test_a_hook_that_raises_cancelled_error_disturbs_nothing() -> None:
         async with server.session(on_event=hook) as session:
             response = await session.analyze(Captioning(URL))
             assert response.model == "captioning"
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_calls_and_handles_work_on_every_kind_of_loop(loop: str) -> None:
+    async def main() -> None:
+        async with ScriptedServer(CAPTION) as server:
+            async with server.session(permits=4) as session:
+                calls = [asyncio.create_task(session.analyze(Captioning(URL))) for _ in range(50)]
+                handles = [session.submit(Captioning(URL)) for _ in range(50)]
+                left = session.submit(Captioning(URL))
+                for response in await asyncio.gather(*calls, *handles):
+                    assert response.model == "captioning"
+                await left
+                assert busy(session.stats) == (0, 0, 0)
+                dropped = session.submit(Captioning(URL))
+        (ending,) = await asyncio.gather(dropped, return_exceptions=True)
+        assert isinstance(ending, Response | SessionClosedError)  # an eager task has begun
+
+    run(loop, main)
