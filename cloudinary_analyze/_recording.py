@@ -369,9 +369,11 @@ class Recording:
         try:
             await task.accepted()
         except asyncio.CancelledError:
-            if work.started is not None:
-                await self._await_acceptance(key, task)
-            task.withdraw()
+            try:
+                if work.started is not None:
+                    await self._await_acceptance(key, task)
+            finally:  # a second cancellation ends the patience, not the withdrawal
+                task.withdraw()
             raise
         return await follow(task, on_accepted=record_task)
 

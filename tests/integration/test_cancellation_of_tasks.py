@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import time
 from collections.abc import AsyncIterator, Callable
@@ -164,6 +165,38 @@ async def test_map_of_tasks_and_with_a_ledger_can_be_cancelled_everywhere(
         assert await step_through(session, run, late=late, idle=idle_again) > 3
         for ledger in ledgers:
             await ledger.aclose()
+
+
+async def test_a_stream_closed_twice_withdraws_the_submission_in_flight(tmp_path: Path) -> None:
+    """The first close waits for the 202, to record the task; the second does not."""
+    reported: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+    holding, release = asyncio.Event(), asyncio.Event()
+
+    async def hold(request: web.Request) -> web.StreamResponse:
+        holding.set()
+        await release.wait()
+        return await answer(400)(request)
+
+    async with ScriptedServer(hold) as server, SQLiteLedger(tmp_path / "ledger") as ledger:
+        async with server.session(notifications=asyncio.Queue()) as session:
+            stream = session.map(requests_of(1, Captioning), mode="task", ledger=ledger)
+            consumer = asyncio.ensure_future(anext(aiter(stream)))
+            await holding.wait()
+            closings = []
+            for _ in range(2):
+                closings.append(asyncio.create_task(stream.aclose()))
+                for _ in range(5):
+                    await asyncio.sleep(0)
+            _, hanging = await asyncio.wait(closings, timeout=2)
+            assert not hanging
+            consumer.cancel()
+            await asyncio.wait([consumer])
+            await until(lambda: idle(session) == (0, 0, 0, 0), seconds=2)
+            assert not release.is_set()  # the submission was withdrawn, not answered
+            release.set()
+        gc.collect()
+    assert not reported
 
 
 @both
