@@ -75,7 +75,10 @@ class _Stops:
         if not self.reasons:
             return
         reason = self.find(work.request.model, work.request.feature)
-        if reason is not None:
+        if reason is None:
+            self.unsent = 0
+        else:
+            self.unsent += 1
             work.unsent = True
             raise BulkStoppedError(
                 f"Not sent, because it would fail with an earlier error: {reason}", reason=reason
@@ -263,16 +266,13 @@ class _Pump(Generic[Item, A]):
             if self.unusable == UNUSABLE and not stops.seen:
                 self._stop_for(error, f"None of the first {UNUSABLE} items made a request.")
         elif work.unsent:
-            stops.unsent += 1
-            if stops.unsent == self.window:
+            if stops.unsent >= self.window:
                 reason = stops.find(request.model, request.feature) or error
                 self._stop_for(reason, f"{self.window} items in a row would fail.")
-        elif not work.restored and (stop := find_stop(error, self.settings)) is not None:
-            stops.unsent = 0
-            if stops.add(stop, request, error):
+        elif not work.restored:
+            stop = find_stop(error, self.settings)
+            if stop is not None and stops.add(stop, request, error):
                 self._stop_for(error, "Every remaining item would fail with the same error.")
-        else:
-            stops.unsent = 0
 
     def _stop_for(self, error: Exception, why: str) -> None:
         stopped = BulkStoppedError(

@@ -18,7 +18,12 @@ from cloudinary_analyze import (
     AuthenticationError,
     BulkStoppedError,
     Captioning,
+    CldText,
+    Coco,
     ConfigurationError,
+    Failed,
+    ForeignCancellationError,
+    GoogleTagging,
     InvalidRequestError,
     Outcome,
     OutcomeStream,
@@ -31,6 +36,7 @@ from cloudinary_analyze import (
     Settings,
 )
 from cloudinary_analyze._clock import SYSTEM_CLOCK
+from cloudinary_analyze.testing import ManualClock
 
 BASE = "https://example.com/"
 
@@ -468,3 +474,337 @@ async def test_a_window_is_a_whole_number_from_one(window: Any) -> None:
 async def test_an_input_without_items_ends_at_once() -> None:
     assert [o async for o in stream(Service(), [])] == []
     assert [o async for o in stream(Service(), later([]))] == []
+
+
+# foreign cancellations
+
+
+async def raise_cancelled(*_: Any) -> Any:
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    future.cancel()
+    await future
+
+
+class Cancelled:
+    """An iterator, synchronous and asynchronous, that raises `CancelledError` in the end."""
+
+    left = 7
+
+    def __iter__(self) -> Cancelled:
+        return self
+
+    def __next__(self) -> int:
+        self.left -= 1
+        if self.left < 0:
+            raise asyncio.CancelledError
+        return self.left
+
+
+async def later_cancelled() -> AsyncIterator[int]:
+    for item in range(7):
+        yield item
+    await raise_cancelled()
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("items", [Cancelled, later_cancelled])
+async def test_a_cancelled_error_of_the_input_is_raised_after_what_was_in_flight(
+    items: Callable[[], Any], ordered: bool
+) -> None:
+    outcomes = stream(Service(), items(), window=3, ordered=ordered)
+    found = []
+    async with asyncio.timeout(5):
+        with pytest.raises(ForeignCancellationError, match="input") as caught:  # noqa: PT012
+            async for outcome in outcomes:
+                found.append(outcome.item)
+    assert isinstance(caught.value.__cause__, asyncio.CancelledError)
+    assert sorted(found) == list(range(7))
+
+
+@pytest.mark.parametrize("culprit", ["to_request", "key", "perform"])
+async def test_a_cancelled_error_of_other_code_fails_its_item_alone(culprit: str) -> None:
+    def fail_at_three(item: int, result: Any) -> Any:
+        if item == 3:
+            raise asyncio.CancelledError
+        return result
+
+    service = Service()
+    perform = service.perform
+
+    async def perform_three(work: Any) -> Any:
+        if work.item == 3:
+            await raise_cancelled()
+        return await perform(work)
+
+    outcomes = OutcomeStream(
+        range(9),
+        lambda item: fail_at_three(item if culprit == "to_request" else 0, to_request(item)),
+        perform_three if culprit == "perform" else perform,
+        settings=Settings(),
+        clock=SYSTEM_CLOCK,
+        window=4,
+        ordered=True,
+        name=lambda item: fail_at_three(item if culprit == "key" else 0, "name"),
+    )
+    async with asyncio.timeout(5):
+        found = [outcome async for outcome in outcomes]
+    assert [type(o.error) for o in found] == [
+        ForeignCancellationError if n == 3 else type(None) for n in range(9)
+    ]
+
+
+async def test_a_worker_that_others_cancel_does_not_look_like_the_end_of_the_input() -> None:
+    service = Service(held=True)
+    outcomes = stream(service, range(40), window=4)
+    consumer = asyncio.create_task(anext(outcomes))
+    await settle()
+    for worker in list(outcomes._pump.workers):
+        worker.cancel()
+    async with asyncio.timeout(5):
+        with pytest.raises(BulkStoppedError, match="cancelled"):
+            await consumer
+
+
+async def test_a_stage_whose_end_raises_cancelled_error_is_told_apart_from_a_cancellation() -> None:
+    async def rows() -> AsyncIterator[int]:
+        try:
+            while True:
+                yield 1
+        finally:
+            await raise_cancelled()
+
+    outcomes = stream(Service(), rows())
+    await anext(outcomes)
+    with pytest.raises(ForeignCancellationError):
+        await outcomes.aclose()
+    assert not asyncio.current_task().cancelling()  # type: ignore[union-attr]
+
+
+@pytest.mark.skipif(not hasattr(asyncio, "eager_task_factory"), reason="needs Python 3.12")
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_a_stream_works_on_a_loop_whose_tasks_start_eagerly(asynchronous: bool) -> None:
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined,unused-ignore]
+    service = Service()
+    service.delay = lambda _: 0  # so that an eager task would end before it is known
+    items = later(range(3000)) if asynchronous else range(3000)
+    async with asyncio.timeout(20):
+        assert len([o async for o in stream(service, items, window=2000)]) == 3000
+
+
+# kinds of requests that are stopped
+
+
+MODELS = [Captioning, Coco, CldText, GoogleTagging]  # one feature has the first three
+
+
+def by_turns(item: int) -> Any:
+    return MODELS[item % 4](f"{BASE}{item}")
+
+
+def refuse_model(service: Service, kind: type, error: Exception) -> Any:
+    async def perform(work: Any) -> Any:
+        response = await service.perform(work)
+        if isinstance(work.request, kind):
+            raise error
+        return response
+
+    return perform
+
+
+def stream_by_turns(perform: Any, items: Any, *, window: int, convert: Any = by_turns) -> Any:
+    return OutcomeStream(
+        items,
+        convert,
+        perform,
+        settings=Settings(),
+        clock=SYSTEM_CLOCK,
+        window=window,
+        ordered=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "stopped"),
+    [
+        (QuotaExceededError("quota", status=429), {Captioning, Coco, CldText}),
+        (PermissionDeniedError("no add-on", status=403, feature="x"), {Coco}),
+    ],
+    ids=["quota", "add-on"],
+)
+async def test_what_an_error_stops_is_a_feature_or_a_model_and_the_rest_goes_on(
+    error: Exception, stopped: set[type]
+) -> None:
+    service = Service()
+    found = [
+        outcome
+        async for outcome in stream_by_turns(
+            refuse_model(service, Coco, error), range(80), window=4
+        )
+    ]
+    assert len(found) == 80
+    for outcome in found[20:]:
+        kind = MODELS[outcome.item % 4]
+        assert (outcome.response is None) == (kind in stopped)
+        if kind in stopped:
+            assert isinstance(outcome.error, BulkStoppedError)
+            assert outcome.error.reason is error
+            assert (outcome.seconds, outcome.request) == (0.0, by_turns(outcome.item))
+    assert len(service.sent) < 80 - 60 * len(stopped) / 4 + 4
+
+
+async def test_a_stream_of_one_stopped_kind_ends_at_once() -> None:
+    error = QuotaExceededError("quota", status=429)
+    service, items = Service(), Pulled()
+    perform = refuse_model(service, Captioning, error)
+    found = []
+    with pytest.raises(BulkStoppedError) as caught:  # noqa: PT012
+        async for outcome in stream_by_turns(perform, items, window=4, convert=to_request):
+            found.append(outcome)
+    assert caught.value.reason is error
+    assert items.pulled == len(found) <= 8
+    assert len(service.sent) <= 4
+
+
+async def test_a_stream_ends_after_a_window_of_unsent_items() -> None:
+    """Else an endless input would be drained as failures."""
+    error = QuotaExceededError("quota", status=429)
+    service, items = Service(), Pulled()
+
+    def convert(item: int) -> Any:
+        return GoogleTagging(f"{BASE}{item}") if item < 10 else to_request(item)
+
+    found = []
+    with pytest.raises(BulkStoppedError) as caught:  # noqa: PT012
+        async for outcome in stream_by_turns(
+            refuse_model(service, Captioning, error), items, window=6, convert=convert
+        ):
+            found.append(outcome)
+    assert caught.value.reason is error
+    assert sum(outcome.error is None for outcome in found) == 10
+    assert items.pulled == len(found) <= 10 + 6 + 6 + 6
+
+
+async def test_what_waits_for_its_turn_when_its_kind_stops_is_not_sent() -> None:
+    """The check is made again when the request may be sent."""
+    error = QuotaExceededError("quota", status=429)
+    service = Service()
+    turn = asyncio.Semaphore(1)
+
+    async def perform(work: Any) -> Any:
+        work.check()
+        async with turn:
+            await service.perform(work)
+            raise error
+
+    found = []
+    with pytest.raises(BulkStoppedError):  # noqa: PT012
+        async for outcome in stream(service, range(50)).__class__(
+            range(50),
+            to_request,
+            perform,
+            settings=Settings(),
+            clock=SYSTEM_CLOCK,
+            window=8,
+            ordered=False,
+        ):
+            found.append(outcome)
+    assert service.sent == [0]
+    assert [outcome.error for outcome in found].count(error) == 1
+
+
+@pytest.mark.parametrize("convert", [None, lambda _: 1 / 0, lambda _: None])
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_an_input_of_which_nothing_makes_a_request_ends_after_a_hundred_items(
+    convert: Any, asynchronous: bool
+) -> None:
+    items = Pulled()
+    source = later(items) if asynchronous else items
+    outcomes = stream(Service(), source, convert)
+    found = []
+    with pytest.raises(BulkStoppedError, match="first 100 items"):  # noqa: PT012
+        async for outcome in outcomes:
+            found.append(outcome)
+    assert len(found) == items.pulled == 100
+    assert all(isinstance(outcome, Failed) and outcome.request is None for outcome in found)
+
+
+async def test_bad_items_after_a_good_one_are_their_own_failures_however_many() -> None:
+    def convert(item: int) -> Captioning:
+        if item:
+            raise ValueError(item)
+        return to_request(item)
+
+    found = [o async for o in stream(Service(), range(1000), convert)]
+    assert [o.error is None for o in found].count(True) == 1
+    assert len(found) == 1000
+
+
+# misuse
+
+
+async def test_a_stream_that_is_used_like_a_list_says_how_to_use_it() -> None:
+    outcomes: Any = stream(Service(), range(3))
+    with pytest.raises(TypeError, match="async for"):
+        for _ in outcomes:
+            pass
+    with pytest.raises(TypeError, match="async for"):
+        list(outcomes)
+    with pytest.raises(TypeError, match="async with"):
+        with outcomes:
+            pass
+    with pytest.raises(TypeError, match="async for"):
+        await outcomes
+
+
+class DataFrame:
+    """Iterates its columns, as those of pandas and polars do."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["url"])
+
+
+@pytest.mark.parametrize("items", [{"a": 1}, bytearray(b"x"), memoryview(b"x"), DataFrame()])
+async def test_what_would_be_iterated_by_its_keys_is_refused(items: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="rows of a table"):
+        stream(Service(), items)
+
+
+# figures
+
+
+async def test_an_outcome_tells_how_long_it_queued_and_how_long_its_attempts_took() -> None:
+    clock = ManualClock()
+
+    async def perform(work: Any) -> Any:
+        work.check()
+        clock.now += 3
+        if work.item == 1:
+            raise ValueError
+        await work.start()
+        clock.now += 5
+        return Response(1, model="captioning")
+
+    outcomes = OutcomeStream(
+        range(2),
+        to_request,
+        perform,
+        settings=Settings(),
+        clock=clock,
+        window=1,
+        ordered=True,
+    )
+    first, second = [outcome async for outcome in outcomes]
+    assert (first.queued, first.seconds, first.restored) == (3.0, 5.0, False)
+    assert (second.queued, second.seconds, second.restored) == (3.0, 0.0, False)
+
+
+async def test_consumers_that_give_up_leave_nothing_behind() -> None:
+    service = Service(held=True)
+    outcomes = stream(service, range(3))
+    for _ in range(50):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0):
+                await anext(outcomes)
+    assert len(outcomes._pump.consumers) == 0
+    await outcomes.aclose()
