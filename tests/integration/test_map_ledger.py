@@ -23,7 +23,7 @@ from cloudinary_analyze import (
     TaskFailedError,
 )
 from cloudinary_analyze.ledger.sqlite import SQLiteLedger
-from cloudinary_analyze.protocols import Ledger, LedgerRecord
+from cloudinary_analyze.protocols import Claim, Ledger, LedgerRecord
 from cloudinary_analyze.testing import ManualClock
 from tests.scripted import CAPTION, SECRET, ScriptedServer, answer, until, wind
 from tests.task_support import build_failure, build_result, sign
@@ -414,3 +414,208 @@ async def test_a_result_that_was_not_delivered_is_not_recorded(path):
             (outcome,) = await collect(session, URLS[:1], ledger=ledger, mode="task")
             assert isinstance(outcome.error, ResultNotDeliveredError)
             assert (ledger.counts().submitted, ledger.counts().failed) == (1, 0)
+
+
+# a failure of a task is judged like that of a call
+
+
+async def test_a_task_that_failed_for_now_is_submitted_again_by_the_next_run(path):
+    service = TaskService()
+    async with ScriptedServer(service) as server:
+        async with SQLiteLedger(path) as ledger, service.session(server) as session:
+            stream = session.map(URLS[:1], Captioning, mode="task", ledger=ledger)
+            waiting = asyncio.ensure_future(anext(stream))
+            await until(lambda: service.accepted)
+            error = {"category": "server_error", "message": "unavailable"}
+            body = build_result("task-0", data=None, error=error, http_status=503)
+            headers = sign(body, secret=SECRET).headers
+            service.deliveries.put_nowait(Delivery(body, headers, received_at=1_790_000_000.0))
+            assert isinstance((await waiting).error, TaskFailedError)
+            await stream.aclose()
+            assert (ledger.counts().submitted, ledger.counts().failed) == (0, 0)
+        async with SQLiteLedger(path) as ledger, service.session(server) as session:
+            again = asyncio.create_task(collect(session, URLS[:1], mode="task", ledger=ledger))
+            await until(lambda: len(service.accepted) == 2)
+            service.deliver("task-0")
+            (outcome,) = await again
+        assert outcome.response is not None
+
+
+# what outcomes and ledgers tell
+
+
+async def test_a_restored_outcome_says_so_and_how_long_its_attempts_took(path):
+    faults = {"1.jpg": answer(400, {"error": {"message": "no"}})}
+    async with ScriptedServer(by_source(faults)) as server:
+        for run in range(2):
+            async with SQLiteLedger(path) as ledger, server.session() as session:
+                outcomes = await collect(session, URLS[:3], ledger=ledger, ordered=True)
+                assert [outcome.restored for outcome in outcomes] == [run == 1] * 3
+                records = [await ledger.find(outcome.request.key) for outcome in outcomes]
+            if run == 0:
+                for outcome, record in zip(outcomes, records, strict=True):
+                    assert 0 < record.seconds <= outcome.seconds
+            else:
+                seconds = [record.seconds for record in records]
+                assert [outcome.seconds for outcome in outcomes] == seconds
+        assert len(server.seen) == 3
+
+
+async def test_every_item_of_any_stream_can_be_read_from_the_ledger_again(path):
+    """The items of two streams over one ledger are all there, however often they run."""
+    async with ScriptedServer(CAPTION) as server:
+        for _ in range(2):
+            async with SQLiteLedger(path) as ledger, server.session() as session:
+                server.handler = CAPTION
+                await collect(session, URLS, ledger=ledger)
+                server.handler = answer(sample="coco")
+                await collect(session, URLS[:5], Coco, ledger=ledger)
+            items = list(SQLiteLedger(path).iter_items())
+            assert [(item.index, item.source, item.model) for item in items[:12]] == [
+                (index, url, "captioning") for index, url in enumerate(URLS)
+            ]
+            assert sorted((item.source, item.model) for item in items[12:]) == [
+                (url, "coco") for url in sorted(URLS[:5])
+            ]
+            assert all(item.response is not None for item in items)
+        assert len(server.seen) == 17
+
+
+async def test_two_sources_of_one_key_in_the_window_are_refused(path):
+    released = asyncio.Event()
+
+    async def handle(request):
+        await released.wait()
+        return await CAPTION(request)
+
+    async with ScriptedServer(handle) as server:
+        async with SQLiteLedger(path) as ledger, server.session() as session:
+            stream = session.map(
+                URLS[:2], Captioning, ledger=ledger, key=lambda _: "same", ordered=True
+            )
+            both = asyncio.create_task(drain(stream, outcomes := []))
+            await until(lambda: server.seen)
+            released.set()
+            await both
+        assert len(server.seen) == 1
+    assert outcomes[0].response is not None
+    assert isinstance(outcomes[1].error, InvalidRequestError)
+    assert URLS[0] in str(outcomes[1].error)
+    assert URLS[1] in str(outcomes[1].error)
+
+
+# claims, as a ledger of several workers gives them
+
+
+class Claims(Recorder):
+    """A ledger whose claims a test decides on."""
+
+    def __init__(self, *claims):
+        super().__init__()
+        self.claims = list(claims)
+        self.steps = []
+        self.on_watch = None
+
+    async def claim(self, key):
+        self.steps.append("claim")
+        return self.claims.pop(0) if self.claims else Claim()
+
+    async def watch(self, key):
+        self.steps.append("watch")
+        if self.on_watch is not None:
+            self.records[key] = self.on_watch
+
+    def release(self, key, *, ambiguous):
+        self.steps.append(("release", ambiguous))
+
+    async def note_item(self, key, **fields):
+        self.noted = fields
+
+
+async def test_a_denied_claim_waits_and_asks_the_ledger_again():
+    ledger = Claims(None, None)
+    async with ScriptedServer(CAPTION) as server, server.session() as session:
+        (outcome,) = await collect(session, URLS[:1], ledger=ledger)
+        assert outcome.response is not None
+        assert ledger.steps == ["claim", "watch", "claim", "watch", "claim"]
+        assert (len(server.seen), session.stats.calls) == (1, 1)  # what was denied does not count
+        assert ledger.noted == {"source": URLS[0], "model": "captioning", "index": 0}
+
+
+async def test_what_another_worker_answers_meanwhile_is_restored():
+    ledger = Claims(None)
+    raw = {"data": {"analysis": {"data": {"caption": "theirs"}, "model_version": 1.0}}}
+    ledger.on_watch = LedgerRecord(key="x", response=raw, seconds=2.0)
+    async with ScriptedServer(CAPTION) as server, server.session() as session:
+        (outcome,) = await collect(session, URLS[:1], ledger=ledger)
+        assert (outcome.restored, outcome.seconds) == (True, 2.0)
+        assert outcome.unwrap().analysis.caption == "theirs"
+        assert (server.seen, session.stats.calls) == ([], 0)
+
+
+async def test_a_claim_with_a_task_attaches_to_it_and_sends_nothing():
+    service = TaskService()
+    ledger = Claims(Claim(task_id="task-9"))
+    async with ScriptedServer(service) as server, service.session(server) as session:
+        service.deliver("task-9")
+        (outcome,) = await collect(session, URLS[:1], ledger=ledger)
+    assert outcome.response is not None
+    assert service.accepted == []
+
+
+async def test_an_ambiguous_claim_counts_as_a_repeated_attempt_or_fails_unsent():
+    async with ScriptedServer(CAPTION) as server:
+        async with server.session() as session:
+            ledger = Claims(Claim(ambiguous=True))
+            (outcome,) = await collect(session, URLS[:1], ledger=ledger)
+            assert outcome.response is not None
+            assert session.stats.ambiguous_retries == 1
+        async with server.session(retry_ambiguous=False) as session:
+            ledger = Claims(Claim(ambiguous=True))
+            (outcome,) = await collect(session, URLS[1:2], ledger=ledger)
+            assert outcome.error.ambiguous
+            assert ledger.steps == ["claim", ("release", True)]
+        assert len(server.seen) == 1
+
+
+async def test_a_passing_error_releases_the_claim_and_a_final_one_records_it():
+    faults = {"0.jpg": answer(503), "1.jpg": answer(400), "2.jpg": answer(500)}
+    async with ScriptedServer(by_source(faults)) as server:
+        async with server.session(attempts=1) as session:
+            releases = [[("release", False)], [], [("release", True)]]
+            for url, release in zip(URLS[:3], releases, strict=True):
+                ledger = Claims()
+                await collect(session, [url], ledger=ledger)
+                assert ledger.steps == ["claim", *release]
+                assert bool(ledger.records) == (not release)
+
+
+async def test_leaving_the_stream_releases_a_claim_as_ambiguous():
+    ledger = Claims()
+    async with ScriptedServer(lambda _: asyncio.Event().wait()) as server:
+        async with server.session() as session:
+            stream = session.map(URLS[:1], Captioning, ledger=ledger)
+            waiting = asyncio.ensure_future(anext(stream))
+            await until(lambda: server.seen)
+            await stream.aclose()
+            assert ledger.steps == ["claim", ("release", True)]
+            with pytest.raises(BulkStoppedError):
+                await waiting
+
+
+@pytest.mark.parametrize("step", ["open", "note_item", "find", "claim", "record_response"])
+async def test_a_cancelled_error_of_the_ledger_stops_the_stream_and_nothing_hangs(step):
+    class Broken(Claims):
+        pass
+
+    async def fail(self, *_, **__):
+        raise asyncio.CancelledError
+
+    setattr(Broken, step, fail)
+    async with ScriptedServer(CAPTION) as server, server.session(permits=2) as session:
+        with pytest.raises((BulkStoppedError, LedgerError)) as caught:
+            async with asyncio.timeout(5):
+                await collect(session, ledger=Broken())
+    reason = getattr(caught.value, "reason", None) or caught.value
+    assert isinstance(reason, LedgerError)
+    assert isinstance(reason.__cause__, asyncio.CancelledError)
