@@ -1,8 +1,8 @@
-"""`SQLiteLedger`: a ledger in one file, and the items of a run beside what became of them.
+"""`SQLiteLedger`: a ledger in one file, with the items of a run and their results.
 
-The event loop's thread encodes and looks up; a thread of its own writes, many records to a commit.
-Records wait for nothing but that commit, and a record that was waited for survives a kill and a
-power cut, as far as the disk keeps what it said it did.
+The event loop's thread encodes and looks up. A second thread writes many records per commit. A
+record that was awaited survives a kill and a power cut, provided that the disk keeps what it
+acknowledged.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ _DONE: Final = frozenset({ANSWERED, FAILED})
 
 @attrs.frozen(kw_only=True)
 class LedgerCounts:
-    """How much a ledger holds.
+    """The number of entries in a ledger.
 
     Attributes:
         answered: Request keys with a response.
         failed: Request keys with a final error.
-        submitted: Request keys with a task under way.
+        submitted: Request keys with a task in progress.
         items: Items of the run.
     """
 
@@ -71,18 +71,18 @@ class LedgerCounts:
 
 @attrs.frozen(kw_only=True)
 class LedgerItem:
-    """An item of a run, and what became of it.
+    """An item of a run and its result.
 
     Attributes:
-        index: Its place among the items of the run, from 0.
-        line: Line of the input, from 1, if there is one.
-        source: What was to be analysed, as text.
-        model: The model's wire name; ``None`` if no request could be made.
-        key: The key of its request; ``None`` if no request could be made.
-        task_id: The task that was submitted for it, if one was.
-        response: The response's JSON as received, if there is one.
-        error: The final error, if there is one: the request's, or why none could be made.
-        seconds: How long the answer took, if there is one.
+        index: Its position among the items of the run, from 0.
+        line: Line of the input, from 1, if any.
+        source: What is analysed, as text.
+        model: The model's name; ``None`` if no request could be built.
+        key: The key of its request; ``None`` if no request could be built.
+        task_id: The task that was submitted for it, if any.
+        response: The response's JSON as received, if any.
+        error: The final error, if any: the request's, or why none could be built.
+        seconds: How long its attempts took, if it has a response or a final error.
     """
 
     index: int
@@ -117,19 +117,19 @@ def _make_encodable(source: str) -> str:
 class SQLiteLedger(NotPicklable, Ledger):
     """A ledger in a SQLite file, for `AnalyzeSession.map`.
 
-    Open it round the session, so that it closes last::
+    Open it before the session, so that it closes last::
 
         async with SQLiteLedger("run.ledger") as ledger, AnalyzeSession() as session:
             async for outcome in session.map(urls, Captioning, ledger=ledger):
                 ...
 
-    Run again, the same lines go on where they were left, however they were left. The file belongs
-    to one host and cloud name and has one writer at a time; it holds source URLs in clear,
-    query strings included. Beside it lie SQLite's ``-wal`` and ``-shm`` while it is open or
-    after a kill, and an empty ``-lock``. Readers (`iter_items`, `counts`) need no `open`, and
-    disturb no writer.
+    Running the same code again resumes the job, even after a crash. The file belongs to one host
+    and cloud name, and has one writer at a time. It contains source URLs in full, query strings
+    included. SQLite keeps ``-wal`` and ``-shm`` files next to it while it is open or after a kill;
+    an empty ``-lock`` file stays. Reading (`iter_items`, `counts`) needs no `open` and does not
+    affect a writer.
 
-    Belongs to the event loop that opened it, until it is closed.
+    An open ledger belongs to the event loop that opened it.
 
     Args:
         path: The file. Its directory must exist.
@@ -303,8 +303,8 @@ class SQLiteLedger(NotPicklable, Ledger):
     ) -> None:
         """Note an item of the run; it replaces an earlier one of the same index.
 
-        Does not wait: it is durable before whatever is recorded after it. Only when very many
-        wait to be written does it wait for them.
+        Does not wait: it is durable no later than the next record. It waits only while very many
+        entries wait to be written.
 
         Args:
             index: See `LedgerItem`.
@@ -312,8 +312,8 @@ class SQLiteLedger(NotPicklable, Ledger):
             source: See `LedgerItem`.
             model: See `LedgerItem`.
             key: See `LedgerItem`.
-            error: Why no request could be made of it, or why its last one failed for now. A
-                response that is recorded for its key goes before it.
+            error: Why no request could be built from it, or why its last one failed for a
+                transient reason. A recorded response takes precedence.
 
         Raises:
             LedgerError: Something could not be written.
@@ -337,7 +337,7 @@ class SQLiteLedger(NotPicklable, Ledger):
             await self.flush()
 
     async def keep_items(self, count: int) -> None:
-        """Forget items from an index on: those of an earlier, longer run. Answers are kept.
+        """Delete the items from an index on: those of an earlier, longer run. Results are kept.
 
         Raises:
             LedgerError: Something could not be written.
@@ -347,7 +347,7 @@ class SQLiteLedger(NotPicklable, Ledger):
         )
 
     async def forget_errors(self) -> None:
-        """Forget the final errors, so that their requests are made again.
+        """Delete the final errors, so that their requests are sent again.
 
         Raises:
             LedgerError: Something could not be written.
@@ -355,7 +355,7 @@ class SQLiteLedger(NotPicklable, Ledger):
         await self._use().perform(delete_errors)
 
     async def flush(self) -> None:
-        """Return once all that was noted is durable.
+        """Return once everything noted so far is durable.
 
         Raises:
             LedgerError: Something could not be written.
@@ -363,7 +363,7 @@ class SQLiteLedger(NotPicklable, Ledger):
         await self._use().perform(lambda _: None)
 
     def earlier_items(self) -> EarlierItems:
-        """Return what tells quickly, in item order, which items of an earlier run are done."""
+        """Return a fast reader, in item order, of which items of an earlier run are done."""
         return EarlierItems(self._path)
 
     def counts(self) -> LedgerCounts:

@@ -1,7 +1,7 @@
-"""The record of an outcome: one line of ``results.jsonl``. The one place that decides its format.
+"""The record of an outcome: one line of ``results.jsonl``. Only this module decides its format.
 
-Pure. A record holds what was asked, what was answered and what went wrong, and no secret; source
-URLs stand in it in full, query strings included.
+Pure. A record holds the request, the response and the error, and no secret. It contains source URLs
+in full, query strings included.
 """
 
 from __future__ import annotations
@@ -57,20 +57,20 @@ class InputItem:
 def build_record(outcome: AnyOutcome) -> dict[str, Any]:
     """Return the record of an outcome, ready for JSON.
 
-    Every record has every field; what is not known is ``None``.
+    Every record has every field. Unknown values are ``None``.
 
     ====================  =====================================================================
     ``index``             Place among the items of the run, from 0.
     ``line``              Line of the input file, from 1.
     ``source``            The URL or ``asset:ID``; of a bad line, the beginning of its text.
     ``model``             The model's wire name; ``None`` for a bad line.
-    ``key``               What the item is known by in a ledger, see `AnalyzeRequest.key`.
+    ``key``               The item's key in a ledger, see `AnalyzeRequest.key`.
     ``status``            ``"ok"`` or ``"error"``.
     ``analysis``          ``data.analysis`` as received.
-    ``entity``            What the service says it analysed.
-    ``request_id``        The service's id of the request; of a failed one too.
-    ``limits``            What the answer said of quotas, a list.
-    ``seconds``           From the item's pull to its answer.
+    ``entity``            The service's name of what it analysed.
+    ``request_id``        The service's id of the request, also of a failed one.
+    ``limits``            The quotas in the response, a list.
+    ``seconds``           How long its attempts took, retries included; 0 if nothing was sent.
     ``error``             ``type``, ``message``, ``status``, ``code``, ``details``,
                           ``request_id``, ``ambiguous`` (it may have been charged).
     ====================  =====================================================================
