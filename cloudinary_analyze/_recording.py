@@ -13,6 +13,7 @@ from typing import Any, Final, Generic, TypeVar
 
 import attrs
 
+from cloudinary_analyze._cancellation import count_cancellations
 from cloudinary_analyze._clock import Clock
 from cloudinary_analyze._policy import is_final
 from cloudinary_analyze._tasks.handle import AnalysisTask, follow
@@ -41,12 +42,6 @@ logger = logging.getLogger("cloudinary_analyze")
 
 POST_PATIENCE: Final = 5.0  # seconds for submissions in flight when the stream is left
 TURN: Final = 0.002  # seconds of restoring from the ledger between two yields to the loop
-
-
-def count_cancellations() -> int:
-    """Return how often the running task was cancelled, to tell its cancellation from others'."""
-    task = asyncio.current_task()
-    return 0 if task is None else task.cancelling()
 
 
 def wrap_cancellation(culprit: str, error: asyncio.CancelledError) -> ForeignCancellationError:

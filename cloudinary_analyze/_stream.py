@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Never, Self, TypeVar
 
 import attrs
 
+from cloudinary_analyze._cancellation import count_cancellations
 from cloudinary_analyze._clock import Clock
 from cloudinary_analyze._policy import Stop, find_stop
-from cloudinary_analyze._recording import Work, count_cancellations, wrap_cancellation
+from cloudinary_analyze._recording import Work, wrap_cancellation
 from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (

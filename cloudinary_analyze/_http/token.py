@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 
 import attrs
 
+from cloudinary_analyze._cancellation import is_own_cancellation
 from cloudinary_analyze._clock import Clock
 from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze.config import clean_oauth_token
@@ -62,7 +63,7 @@ class Token(NotPicklable):
         except ConfigurationError as error:
             return error
         except (Exception, asyncio.CancelledError) as error:
-            if isinstance(error, asyncio.CancelledError) and asyncio.current_task().cancelling():  # type: ignore[union-attr]
+            if is_own_cancellation(error, 0):
                 raise
             failure = ConfigurationError(
                 f"Credentials.oauth_token() failed with {type(error).__name__}."
