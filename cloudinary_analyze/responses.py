@@ -221,7 +221,7 @@ class Delivery:
         headers: The HTTP headers; names are compared without regard to case.
         received_at: Unix seconds (wall clock) of the first receipt. The age of the signature is
             judged against this instant, so a delivery may be stored for hours before it is read.
-            ``None``: the age is unknown (pulled from a queue) and is not judged.
+            ``None``: the age is unknown and is not judged.
     """
 
     body: bytes = attrs.field(repr=lambda body: f"<{len(body)} bytes>")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -64,7 +64,7 @@ def claim_source(source: NotificationSource) -> Claim:
 
 @asynccontextmanager
 async def open_deliveries(source: NotificationSource) -> AsyncIterator[AsyncIterator[Delivery]]:
-    """Listen to a source, and close its generator at the end.
+    """Listen to a source, and close what it returned at the end.
 
     A queue that was shut down ends the block as the end of the deliveries does.
     """
@@ -74,8 +74,9 @@ async def open_deliveries(source: NotificationSource) -> AsyncIterator[AsyncIter
     except _SHUT_DOWN:
         return
     finally:
-        if isinstance(deliveries, AsyncGenerator):
-            await deliveries.aclose()
+        close = getattr(deliveries, "aclose", None)  # generators have one
+        if close is not None:
+            await close()
 
 
 @attrs.define(eq=False)

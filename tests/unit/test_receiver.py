@@ -241,3 +241,46 @@ async def test_a_cancellation_in_the_turn_of_the_deadline_is_not_swallowed(clock
     taking.cancel()
     await asyncio.wait({taking})
     assert taking.cancelled()
+
+
+@pytest.mark.parametrize("steps", range(10))
+@pytest.mark.parametrize("size", [0, 1])
+async def test_a_receiver_that_is_cancelled_at_any_step_ends_and_takes_the_next(
+    queue, clock, steps, size
+):
+    sink = asyncio.Queue(maxsize=size)
+    receiver, told = WebhookReceiver(sink, CREDENTIALS, clock=clock), []
+    body = build_answer("t1")
+    headers = [
+        (name.lower().encode(), value.encode())
+        for name, value in sign(body, at=clock.wall()).items()
+    ]
+
+    def start():
+        parts = [body[:10], body[10:]]
+
+        async def receive():
+            await asyncio.sleep(0)
+            return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
+
+        async def send(message):
+            await asyncio.sleep(0)
+            told.append(message.get("status"))
+
+        scope = {"type": "http", "method": "POST", "headers": headers}
+        return asyncio.create_task(receiver(scope, receive, send))
+
+    serving = start()
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    serving.cancel()
+    done, _ = await asyncio.wait({serving}, timeout=5)
+    assert done
+    assert serving.cancelled() or told[-2:] == [200, None]
+    while not sink.empty():
+        sink.get_nowait()
+    told.clear()
+    await asyncio.wait_for(start(), 5)
+    assert told == [200, None]
+    assert sink.get_nowait().body == body
+    assert clock.next_at is None

@@ -174,3 +174,60 @@ def test_what_every_stored_source_needs_is_there_without_the_redis_library():
         "from cloudinary_analyze.notifications import encode_delivery, decode_delivery"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=30)
+
+
+async def test_an_iterator_that_is_no_generator_is_closed_with_its_session():
+    class Iterator:
+        closed = 0
+
+        def listen(self):
+            return self
+
+        def __aiter__(self):
+            return self
+
+        async def __anext__(self):
+            await asyncio.Event().wait()
+
+        async def aclose(self):
+            self.closed += 1
+
+    source = Iterator()
+    async with open_session(source):
+        await asyncio.sleep(0.01)
+        assert not source.closed
+    assert source.closed == 1
+
+
+async def test_forwarding_survives_cancellations_that_are_not_its_own_and_ends_by_its_own(clock):
+    class Odd:
+        """Raises what a library leaks that cancels its own futures."""
+
+        def __init__(self):
+            self.ends = 3
+
+        async def listen(self):
+            self.ends -= 1
+            if self.ends:
+                raise asyncio.CancelledError
+            yield build_delivery("t1")
+            await asyncio.Event().wait()
+
+    class OddSink:
+        def __init__(self):
+            self.ends, self.stored = 3, []
+
+        async def put(self, delivery, /):
+            self.ends -= 1
+            if self.ends:
+                raise asyncio.CancelledError
+            self.stored.append(delivery)
+
+    sink = OddSink()
+    forwarding = asyncio.create_task(forward(Odd(), sink, CREDENTIALS, clock=clock))
+    await clock.advance(10)
+    assert len(sink.stored) == 1
+    forwarding.cancel()
+    done, _ = await asyncio.wait({forwarding}, timeout=5)
+    assert done
+    assert forwarding.cancelled()
