@@ -19,6 +19,7 @@ from cloudinary_analyze import (
     Delivery,
     Settings,
 )
+from cloudinary_analyze._http.quota import Quota
 from cloudinary_analyze._tasks.tracker import Tracker
 from cloudinary_analyze._wire.protocol import Accepted
 from cloudinary_analyze.emulator import Emulator
@@ -152,6 +153,10 @@ class Service:
     on_the_wire: int = 0
     most_on_the_wire: int = 0
     hold: asyncio.Event | None = None
+    quota: Quota = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.quota = Quota(self.clock)
 
     async def analyze(self, request: Any, *, as_task: bool = False, **_: Any) -> Any:
         self.calls += 1

@@ -193,7 +193,7 @@ class Transport(NotPicklable):
                 "the rest was not read.",
                 status=response.status,
                 raw_body=payload[:4096],
-                ambiguous=response.status == 200,
+                ambiguous=response.status in {200, 202},
             )
         finally:
             self._attempts.leave(task)

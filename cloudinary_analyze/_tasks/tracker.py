@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -36,6 +36,7 @@ from cloudinary_analyze.config import Credentials, Settings
 from cloudinary_analyze.errors import (
     CallTimeoutError,
     NotificationSourceError,
+    RemoteError,
     ResultNotDeliveredError,
     SessionClosedError,
     TaskTimeoutError,
@@ -297,10 +298,22 @@ class Tracker(NotPicklable):
         if entry is None:
             return
         error = ended.answer.error
+        if ended.raw is not None:
+            self._note_limits(entry.model, ended.raw)
+        elif isinstance(error, RemoteError) and ended.answer.by == "notification":
+            self.caller.quota.learn(error.limits, number=0, newest=self.meter.attempts)
         if entry.unobserved and error is not None:
             report(error, self.loop)
         if self.meter.hook is not None and entry.task_id is not None:
             self.meter.tell(TaskAnswered(task_id=entry.task_id, by=ended.answer.by, error=error))
+
+    def _note_limits(self, model: str, raw: Mapping[str, Any]) -> None:
+        """Keep the quotas that came with a result: as the oldest figures, because of any order."""
+        limits = raw.get("limits")
+        if limits is None and isinstance(data := raw.get("data"), dict):
+            limits = data.get("limits")
+        if limits:
+            self.caller.quota.note(model, limits, number=0, newest=self.meter.attempts)
 
     def _wake(self, waits: Iterable[Wait]) -> None:
         for wait in waits:

@@ -25,6 +25,7 @@ from cloudinary_analyze.errors import NotificationSourceError
 from cloudinary_analyze.notifications import QueueSource
 
 HOUR = 3600.0
+LIMITS = {"addons_quota": [{"type": "object_detection", "remaining": 40}]}
 
 
 class Recorder(QueueSource):
@@ -373,3 +374,28 @@ class TestMemory:
                 attach(tracker, f"t{index}")
             await settled()
             assert [len(batch) for batch in source.asked] == [FETCH_BATCH, FETCH_BATCH, 1]
+
+
+class TestQuota:
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"limits": LIMITS},
+            {"limits": LIMITS, "data": None, "http_status": 400},
+            {"limits": LIMITS, "data": None, "http_status": 429},
+            {"data": {"limits": LIMITS, "analysis": {"data": {"caption": "a cat"}}}},
+        ],
+    )
+    async def test_the_limits_of_a_notification_are_in_the_quota(self, clock, fields):
+        source = Recorder()
+        async with resolving(clock, source=source) as (service, tracker):
+            wait = await submit(tracker)
+            source.send(sign(build_result("t1", **fields)))
+            await settled()
+            assert wait.answer is not None
+            assert service.quota.limits["object_detection"].remaining == 40
+            await submit(tracker)
+            odd = {**fields, "limits": {"items": "odd"}, "data": {"limits": 5}}
+            source.send(sign(build_result("t2", **odd)))
+            await settled()
+            assert service.quota.limits["object_detection"].remaining == 40
