@@ -222,11 +222,13 @@ class _Progress:
         task_id: Its task, if one is known; it is awaited instead of a new request.
         lost_task_id: A task that the service does not know any more.
         claimed: Whether this worker holds the claim on the key.
+        noted: Whether the item was noted for later exports.
     """
 
     task_id: str | None = None
     lost_task_id: str | None = None
     claimed: bool = False
+    noted: bool = False
 
 
 @attrs.define(eq=False, repr=False, kw_only=True)
@@ -262,11 +264,6 @@ class Recording:
         """
         request = work.request
         key = request.key if work.name is None else KeyBuilder(request).build_named(work.name)
-        await self._ask(
-            self.ledger.note_item(
-                key, source=str(request.source), model=request.model, index=work.index
-            )
-        )
         slot = (id(self.ledger), key)
         while (leader := self.leaders.get(slot)) is not None:
             shared = await self._share(leader, work)
@@ -313,6 +310,9 @@ class Recording:
                     return await self._restore(record, work)
                 if record is not None and record.task_id != progress.lost_task_id:
                     progress.task_id = record.task_id
+            if not progress.noted:  # what is final was noted when it was sent
+                await self._note(key, work)
+                progress.noted = True
             work.check()
             try:
                 response = await self._obtain(key, work, progress)
@@ -332,6 +332,14 @@ class Recording:
                 seconds, _ = work.measure()
                 await self._ask(self.ledger.record_response(key, response, seconds=seconds))
                 return response
+
+    async def _note(self, key: str, work: Work[Any, Any]) -> None:
+        request = work.request
+        await self._ask(
+            self.ledger.note_item(
+                key, source=str(request.source), model=request.model, index=work.index
+            )
+        )
 
     async def _restore(self, record: LedgerRecord, work: Work[Item, A]) -> Response[A]:
         work.restored, work.recorded_seconds = True, record.seconds or 0.0

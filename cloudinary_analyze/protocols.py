@@ -178,7 +178,7 @@ class Ledger(ABC):
     async def note_item(  # noqa: B027 -- for ledgers that can be exported
         self, key: str, *, source: str, model: str, index: int
     ) -> None:
-        """Note an item of a stream before its key is looked up, so that it can be exported.
+        """Note an item of a stream before its request is sent, so that it can be exported.
 
         Need not be durable when it returns, but no later than the next record.
 
