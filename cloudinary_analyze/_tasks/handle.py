@@ -80,7 +80,12 @@ class AnalysisTask(NotPicklable, Generic[A_co]):
         if self._wait.answer is not None:
             return self.result()
         # Shielded, because `wait_for` and `gather` cancel what they wait for.
-        return await asyncio.shield(self._get_future())
+        outer = asyncio.shield(self._get_future())
+        try:
+            return await outer
+        finally:
+            if outer.done() and not outer.cancelled():
+                outer.exception()  # retrieved also if this waiter is cancelled in the same turn
 
     def _get_future(self) -> asyncio.Future[Response[A_co]]:
         future = self._future

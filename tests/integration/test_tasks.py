@@ -7,7 +7,7 @@ import time
 
 import pytest
 from scripted import ScriptedServer, answer, until
-from task_support import build_result, connected, idle, library_tasks, quick, sign
+from task_support import build_failure, build_result, connected, idle, library_tasks, quick, sign
 
 from cloudinary_analyze import (
     AnalysisTask,
@@ -22,6 +22,7 @@ from cloudinary_analyze import (
 )
 from cloudinary_analyze.emulator import FaultPlan
 from cloudinary_analyze.errors import BadRequestError, InvalidRequestError, ResponseDecodeError
+from cloudinary_analyze.webhooks import parse_notification
 
 NEVER = 3600.0
 FAILING = FaultPlan(failed=1)
@@ -260,6 +261,28 @@ class TestDropped:
             await asyncio.gather(*(task.accepted() for task in tasks))
             await asyncio.to_thread(tasks.clear)
             await until(lambda: not session._connection.tracker.table.pending)
+
+    @pytest.mark.parametrize("turns", range(5))
+    async def test_by_a_waiter_cancelled_in_the_turn_of_the_failure(self, reported, turns):
+        async with connected(quick(poll_first=NEVER, poll_longest=NEVER), task_seconds=NEVER) as (
+            _,
+            session,
+        ):
+            task = session.submit(request())
+            body = build_failure(await task.accepted())
+            waiter = asyncio.ensure_future(task)
+            await asyncio.sleep(0)
+            session._opened().tracker.deliver(parse_notification(body), body)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            waiter.cancel()
+            await asyncio.wait([waiter])
+            if not waiter.cancelled():
+                waiter.exception()
+            assert isinstance(task.exception(), TaskFailedError)
+            del task, waiter
+            gc.collect()
+            assert not reported
 
     async def test_and_awaited_before_its_failure_is_not_reported(self, reported):
         async with connected(faults=FAILING, task_seconds=0.1) as (_, session):
