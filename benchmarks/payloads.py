@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any, Final
 
@@ -19,8 +20,8 @@ def build_image_url(number: int) -> str:
 
 
 def build_task_id(number: int) -> str:
-    """Return the id of a task, as long as the service's."""
-    return f"{number:0160x}"
+    """Return the id of a task: 160 hexadecimal digits in any order, like the service's."""
+    return hashlib.shake_256(str(number).encode()).hexdigest(80)
 
 
 def _build_answer(analysis: dict[str, Any]) -> bytes:

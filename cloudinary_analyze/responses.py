@@ -274,10 +274,11 @@ class Notification:
     @property
     def failed(self) -> bool:
         """Whether the task failed, by its HTTP status, its error object or its task status."""
-        if (self.http_status or 0) >= 400 or self.error is not None:
+        raw = self.raw  # read directly, because this is asked of every notification
+        if raw.get("error") or (_read_integer(raw.get("http_status")) or 0) >= 400:
             return True
-        data = self.data
-        return data is not None and data.get("status") == "failed"
+        data = raw.get("data")
+        return type(data) is dict and (data.get("status") == "failed" or bool(data.get("error")))
 
 
 def read_error_object(error: Any) -> JSONObject:
