@@ -73,12 +73,16 @@ class Answer:
     @property
     def status(self) -> str:
         """The remote state that it implies."""
+        if self.error is None:
+            return "completed"
         failures = (TaskFailedError, QuotaExceededError)
         return "failed" if isinstance(self.error, failures) else "completed"
 
     @property
     def lasting(self) -> bool:
         """Whether it is the outcome of the task itself, also for later handles."""
+        if self.error is None:
+            return True
         return self.by != "session" and not (self.by == "poll" and isinstance(self.error, ApiError))
 
 

@@ -77,7 +77,7 @@ class Table:
         kept, count = self.settings.answered_seconds, self.settings.answered_count
         self.resting = Shelf(kept, count)
         self.answered = Shelf(kept, count, self.settings.answered_bytes)
-        self.parked = Shelf(self.settings.parked_seconds, None, self.settings.parked_bytes)
+        self.parked = Shelf(self.settings.parked_seconds, most_bytes=self.settings.parked_bytes)
         self.dues = DueHeap(attrgetter("due"))
 
     # Handles come and go.
@@ -239,7 +239,7 @@ class Table:
         entry = self.pending.get(task_id)
         if entry is None and (entry := self.resting.get(task_id)) is None:
             return self._deliver_later(task_id, notification, body, now)
-        answer = _read(notification, body, task_id, entry.model)
+        answer = _read(notification, body, task_id, entry)
         raw = notification.raw
         return "resolved", self.answer(entry, answer, now, status=answer.status, raw=raw)
 
@@ -249,7 +249,7 @@ class Table:
         """Correct an answer that was a guess, or park what nobody waits for yet."""
         kept = self.answered.get(task_id)
         if kept is not None:
-            answer = _read(notification, body, task_id, "model unknown")
+            answer = _read(notification, body, task_id, None)
             if not kept.guess or answer.guess:
                 return "duplicate", ()
             self._keep(task_id, answer, now)
@@ -455,9 +455,10 @@ def _end_waits(entry: Entry, answer: Answer, status: str | None) -> list[Wait]:
     return waits
 
 
-def _read(notification: Notification, body: bytes, task_id: str, model: str) -> Answer:
+def _read(notification: Notification, body: bytes, task_id: str, entry: Entry | None) -> Answer:
     """Return the answer of a notification; one without an analysis is decoded to an error."""
     if notification.failed:
+        model = "model unknown" if entry is None else entry.model
         error = build_task_failure(task_id, model=model, notification=notification, body=body)
         return Answer("notification", error)
     guess = find_result(notification.raw) is None

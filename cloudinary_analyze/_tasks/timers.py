@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Final, Generic, TypeVar
@@ -72,13 +73,13 @@ class Shelf(Generic[T]):
 
     Attributes:
         seconds: How long a value is kept.
-        most: How many values are kept; ``None``: any number.
-        most_bytes: How many bytes they may have together; ``None``: any number.
+        most: How many values are kept; default: any number.
+        most_bytes: How many bytes they may have together; default: any number.
     """
 
     seconds: float
-    most: int | None = None
-    most_bytes: int | None = None
+    most: float = math.inf
+    most_bytes: float = math.inf
     bytes: int = attrs.field(default=0, init=False)
     _items: OrderedDict[str, tuple[float, int, T]] = attrs.field(factory=OrderedDict, init=False)
 
@@ -115,21 +116,14 @@ class Shelf(Generic[T]):
         """
         if key in self._items:
             self.pop(key)
-        if self.most_bytes is not None and size > self.most_bytes:
+        if size > self.most_bytes:
             return (key,)
         self._items[key] = (now + self.seconds, size, value)
         self.bytes += size
-        if self._is_full():
-            gone = [self._drop_oldest()]
-            while self._is_full():
-                gone.append(self._drop_oldest())
-            return gone
-        return ()
-
-    def _is_full(self) -> bool:
-        return (self.most is not None and len(self._items) > self.most) or (
-            self.most_bytes is not None and self.bytes > self.most_bytes
-        )
+        gone: list[str] = []
+        while len(self._items) > self.most or self.bytes > self.most_bytes:
+            gone.append(self._drop_oldest())
+        return gone
 
     def _drop_oldest(self) -> str:
         key, (_, size, _) = self._items.popitem(last=False)

@@ -79,8 +79,8 @@ class TestShelf:
 
     def test_count_and_bytes_bound_what_is_kept_and_the_oldest_go_first(self):
         shelf = Shelf(10.0, 3, 100)
-        assert shelf.put("a", 1, 0, size=40) == ()
-        assert shelf.put("b", 2, 0, size=40) == ()
+        assert shelf.put("a", 1, 0, size=40) == []
+        assert shelf.put("b", 2, 0, size=40) == []
         assert shelf.put("c", 3, 0, size=70) == ["a", "b"]
         assert shelf.put("d", 4, 0, size=101) == ("d",)
         assert (shelf.get("c"), shelf.bytes, len(shelf)) == (3, 70, 1)
