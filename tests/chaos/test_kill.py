@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cloudinary_analyze import Captioning
-from cloudinary_analyze.ledger.file import ANSWERED, SUBMITTED, connect_for_reading
+from cloudinary_analyze.ledger.file import ANSWERED, OPEN, SUBMITTED, connect_for_reading
 from tests.chaos.kill_support import ITEMS, build_urls
 
 KILLS = 20
@@ -52,7 +52,8 @@ def read_durable(path, sources):
     """Return the sources that the ledger has an answer of, and those that it has a task of."""
     found = {ANSWERED: set(), SUBMITTED: set()}
     with closing(connect_for_reading(path)) as connection:
-        for key, state in connection.execute("SELECT key, state FROM records"):
+        query = "SELECT key, state FROM records WHERE state <> ?"
+        for key, state in connection.execute(query, (OPEN,)):
             found[state].add(sources[key.hex()])
     return found[ANSWERED], found[SUBMITTED]
 

@@ -411,6 +411,7 @@ async def test_interactive_calls_beside_bulk_work_take_less_than_twice_as_long(
     await asyncio.gather(*bulk, return_exceptions=True)
 
 
+@pytest.mark.slow
 async def test_a_hundred_thousand_waiters_cost_no_more_each(clock: ManualClock) -> None:
     queue = build_queue(1, clock)
     held = await queue.start()
