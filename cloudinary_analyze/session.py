@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Protocol, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Self, TypeVar, overload
 
 import attrs
 
@@ -22,7 +22,7 @@ from cloudinary_analyze._recording import Leader, Recording, Sender
 from cloudinary_analyze._stream import OutcomeStream
 from cloudinary_analyze._tasks.handle import AnalysisTask, follow
 from cloudinary_analyze._tasks.tracker import Tracker
-from cloudinary_analyze._values import NotPicklable, read_url
+from cloudinary_analyze._values import NotPicklable, URLObject, read_url
 from cloudinary_analyze._version import __version__
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze._wire.protocol import Accepted
@@ -84,15 +84,6 @@ def _check_arguments(credentials: object, settings: object, on_event: object) ->
         raise ConfigurationError(f"`settings` are Settings(…), not {type(settings).__name__}.")
     if on_event is not None and not callable(on_event):
         raise ConfigurationError(f"`on_event` is a function of one event, not {on_event!r:.80}.")
-
-
-class URLObject(Protocol):
-    """A URL of another library, such as yarl, pydantic or Starlette; ``str()`` gives its text."""
-
-    @property
-    def scheme(self) -> str:
-        """The part before the colon."""
-        ...
 
 
 def _read_notification_url(value: object) -> str:
