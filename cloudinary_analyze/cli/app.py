@@ -17,19 +17,20 @@ from cloudinary_analyze.cli.emulate import EmulatorPlan, read_latency, read_quot
 from cloudinary_analyze.cli.input import InputFormat, read_source
 from cloudinary_analyze.cli.listen import ListenPlan, perform_listen
 from cloudinary_analyze.cli.listing import print_models
-from cloudinary_analyze.cli.receiving import WAYS, plan_receiving
-from cloudinary_analyze.cli.results import (
+from cloudinary_analyze.cli.output import (
     check_extra,
     check_place,
     detect_output_format,
+    export_ledger,
     is_stream,
     plan_places,
+    report_results,
 )
+from cloudinary_analyze.cli.receiving import WAYS, plan_receiving
 from cloudinary_analyze.cli.run import RunPlan, perform_run
 from cloudinary_analyze.cli.single import SinglePlan, perform_analyze
 from cloudinary_analyze.cli.sources import open_source
 from cloudinary_analyze.cli.status import perform_status
-from cloudinary_analyze.cli.tables import export_ledger, report_results
 from cloudinary_analyze.errors import AnalyzeError
 from cloudinary_analyze.results.export import ExportFormat
 
