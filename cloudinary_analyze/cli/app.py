@@ -15,8 +15,8 @@ from cloudinary_analyze.cli.choices import Parameters, choose_models
 from cloudinary_analyze.cli.console import CommandError, ExitCode, build_console, say
 from cloudinary_analyze.cli.emulate import EmulatorPlan, read_latency, read_quotas, serve
 from cloudinary_analyze.cli.input import InputFormat, read_source
-from cloudinary_analyze.cli.listen import ListenPlan, perform_listen
 from cloudinary_analyze.cli.listing import print_models
+from cloudinary_analyze.cli.notifications import WAYS, ListenPlan, perform_listen, plan_receiving
 from cloudinary_analyze.cli.output import (
     check_extra,
     check_place,
@@ -26,7 +26,6 @@ from cloudinary_analyze.cli.output import (
     plan_places,
     report_results,
 )
-from cloudinary_analyze.cli.receiving import WAYS, plan_receiving
 from cloudinary_analyze.cli.run import RunPlan, perform_run
 from cloudinary_analyze.cli.single import SinglePlan, perform_analyze
 from cloudinary_analyze.cli.sources import open_source

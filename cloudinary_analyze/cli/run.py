@@ -18,9 +18,9 @@ from cloudinary_analyze.cli.ending import AGAIN, Balance, Position, decide_endin
 from cloudinary_analyze.cli.feed import ItemFeed, LineSource
 from cloudinary_analyze.cli.interrupts import handle_interrupts
 from cloudinary_analyze.cli.ledger import Book, open_book
+from cloudinary_analyze.cli.notifications import Line, ReceivingPlan, open_line
 from cloudinary_analyze.cli.output import STANDARD, LedgerExport, Places, StreamResults
 from cloudinary_analyze.cli.progress import Reading, RunProgress
-from cloudinary_analyze.cli.receiving import Line, ReceivingPlan, open_line
 from cloudinary_analyze.cli.service import Service, open_service
 from cloudinary_analyze.cli.sources import build_sample_source
 from cloudinary_analyze.cli.summary import Tally, print_summary

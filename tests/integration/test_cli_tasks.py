@@ -29,8 +29,8 @@ from cloudinary_analyze import AnalyzeSession, Answered, Coco, Credentials, Resp
 from cloudinary_analyze.analyses import OtherAnalysis
 from cloudinary_analyze.cli import main, receiving
 from cloudinary_analyze.cli.console import build_console
+from cloudinary_analyze.cli.notifications import ReceivingPlan, open_line
 from cloudinary_analyze.cli.output import plan_places
-from cloudinary_analyze.cli.receiving import ReceivingPlan, open_line
 from cloudinary_analyze.cli.run import RunPlan
 from cloudinary_analyze.cli.service import Service
 from cloudinary_analyze.emulator import Emulator, FaultPlan, WebhookPolicy
