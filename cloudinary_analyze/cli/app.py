@@ -11,11 +11,10 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 from cloudinary_analyze._version import __version__
-from cloudinary_analyze.cli.choices import Parameters, choose_models
 from cloudinary_analyze.cli.console import CommandError, ExitCode, build_console, say
 from cloudinary_analyze.cli.emulate import EmulatorPlan, read_latency, read_quotas, serve
 from cloudinary_analyze.cli.input import InputFormat, read_source
-from cloudinary_analyze.cli.listing import print_models
+from cloudinary_analyze.cli.models import Parameters, choose_models, print_models
 from cloudinary_analyze.cli.notifications import WAYS, ListenPlan, perform_listen, plan_receiving
 from cloudinary_analyze.cli.output import (
     check_extra,
