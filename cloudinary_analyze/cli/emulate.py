@@ -9,8 +9,7 @@ from typing import Literal
 import attrs
 from rich.console import Console
 
-from cloudinary_analyze.cli.console import CommandError, ExitCode, say, show_logs
-from cloudinary_analyze.cli.interrupts import handle_interrupts
+from cloudinary_analyze.cli.screen import CommandError, ExitCode, handle_interrupts, say, show_logs
 
 
 @attrs.frozen(kw_only=True)

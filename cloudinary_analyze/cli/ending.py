@@ -7,7 +7,7 @@ from typing import Final
 
 import attrs
 
-from cloudinary_analyze.cli.console import CommandError, ExitCode
+from cloudinary_analyze.cli.screen import CommandError, ExitCode
 from cloudinary_analyze.errors import AnalyzeError, BulkStoppedError, QuotaExceededError
 
 AGAIN: Final = "To go on, run the same command again: what is recorded is not asked again."

@@ -11,9 +11,9 @@ import attrs
 from rich.console import Console
 
 from cloudinary_analyze._policy import is_final, stops_the_stream
-from cloudinary_analyze.cli.console import say
 from cloudinary_analyze.cli.feed import ItemFeed
 from cloudinary_analyze.cli.models import BuildRequest
+from cloudinary_analyze.cli.screen import say
 from cloudinary_analyze.cli.service import Service
 from cloudinary_analyze.config import DEFAULT_HOST, Settings, read_base_url
 from cloudinary_analyze.errors import AnalyzeError, LedgerError

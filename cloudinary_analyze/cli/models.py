@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cloudinary_analyze.cli.console import CommandError, is_interactive
+from cloudinary_analyze.cli.screen import CommandError, is_interactive
 from cloudinary_analyze.errors import InvalidRequestError
 from cloudinary_analyze.requests import (
     MODELS,

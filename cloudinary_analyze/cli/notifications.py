@@ -19,14 +19,14 @@ from rich.json import JSON
 from rich.text import Text
 
 from cloudinary_analyze._wire import codec
-from cloudinary_analyze.cli.console import (
+from cloudinary_analyze.cli.screen import (
     CommandError,
     ExitCode,
+    handle_interrupts,
     is_interactive,
     say,
     show_logs,
 )
-from cloudinary_analyze.cli.interrupts import handle_interrupts
 from cloudinary_analyze.cli.service import EMULATOR_ASIDE, Service, read_credentials
 from cloudinary_analyze.errors import LedgerError
 from cloudinary_analyze.events import Event, NotificationSeen

@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 import attrs
 from rich.console import Console
 
-from cloudinary_analyze.cli.console import CommandError, ExitCode, say
+from cloudinary_analyze.cli.screen import CommandError, ExitCode, say
 from cloudinary_analyze.cli.summary import Tally
 from cloudinary_analyze.ledger.sqlite import SQLiteLedger
 from cloudinary_analyze.results.export import ExportFormat, export_results, write_records

@@ -12,15 +12,22 @@ import attrs
 from rich.console import Console
 
 from cloudinary_analyze._policy import stops_the_stream
-from cloudinary_analyze.cli.console import CommandError, ExitCode, is_interactive, say, show_logs
 from cloudinary_analyze.cli.ending import AGAIN, Balance, Position, decide_ending
 from cloudinary_analyze.cli.feed import ItemFeed, LineSource
-from cloudinary_analyze.cli.interrupts import handle_interrupts
 from cloudinary_analyze.cli.ledger import Book, open_book
 from cloudinary_analyze.cli.models import BuildRequest
 from cloudinary_analyze.cli.notifications import Line, ReceivingPlan, open_line
 from cloudinary_analyze.cli.output import STANDARD, LedgerExport, Places, StreamResults
-from cloudinary_analyze.cli.progress import Reading, RunProgress
+from cloudinary_analyze.cli.screen import (
+    CommandError,
+    ExitCode,
+    Reading,
+    RunProgress,
+    handle_interrupts,
+    is_interactive,
+    say,
+    show_logs,
+)
 from cloudinary_analyze.cli.service import Service, open_service
 from cloudinary_analyze.cli.sources import build_sample_source
 from cloudinary_analyze.cli.summary import Tally, print_summary

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 from rich.console import Console
 
-from cloudinary_analyze.cli.console import CommandError, say
+from cloudinary_analyze.cli.screen import CommandError, say
 from cloudinary_analyze.config import URL_FORM, URL_VARIABLE, Credentials
 from cloudinary_analyze.errors import ConfigurationError
 

@@ -11,9 +11,14 @@ from rich.json import JSON
 from rich.text import Text
 
 from cloudinary_analyze._wire import codec
-from cloudinary_analyze.cli.console import CommandError, ExitCode, is_interactive, show_logs
 from cloudinary_analyze.cli.models import BuildRequest
-from cloudinary_analyze.cli.progress import describe_quota
+from cloudinary_analyze.cli.screen import (
+    CommandError,
+    ExitCode,
+    describe_quota,
+    is_interactive,
+    show_logs,
+)
 from cloudinary_analyze.cli.service import open_service
 from cloudinary_analyze.errors import (
     AnalyzeError,

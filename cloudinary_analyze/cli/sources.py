@@ -10,9 +10,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Final
 
-from cloudinary_analyze.cli.console import CommandError
 from cloudinary_analyze.cli.feed import LineSource
 from cloudinary_analyze.cli.input import InputFormat, detect_format, read_input
+from cloudinary_analyze.cli.screen import CommandError
 from cloudinary_analyze.requests import Uri
 from cloudinary_analyze.results.records import InputLine
 

@@ -9,7 +9,7 @@ from rich.json import JSON
 from rich.text import Text
 
 from cloudinary_analyze._wire import codec
-from cloudinary_analyze.cli.console import CommandError, ExitCode, is_interactive, show_logs
+from cloudinary_analyze.cli.screen import CommandError, ExitCode, is_interactive, show_logs
 from cloudinary_analyze.cli.service import EMULATOR_ASIDE, read_credentials
 from cloudinary_analyze.cli.single import choose_code
 from cloudinary_analyze.errors import AnalyzeError, NotFoundError

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cloudinary_analyze.cli.console import say
+from cloudinary_analyze.cli.screen import say
 from cloudinary_analyze.events import SessionStats
 from cloudinary_analyze.responses import Limit
 

@@ -24,8 +24,8 @@ from cli_support import (
 )
 
 from cloudinary_analyze.cli import main
-from cloudinary_analyze.cli.console import CommandError
 from cloudinary_analyze.cli.output import LedgerExport, plan_places
+from cloudinary_analyze.cli.screen import CommandError
 from cloudinary_analyze.emulator import Emulator, FaultPlan
 from cloudinary_analyze.errors import AnalyzeError
 from cloudinary_analyze.ledger.sqlite import SQLiteLedger

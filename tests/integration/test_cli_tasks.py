@@ -28,10 +28,10 @@ from notification_support import RedisServer, build_delivery, start_redis
 from cloudinary_analyze import AnalyzeSession, Answered, Coco, Credentials, Response
 from cloudinary_analyze.analyses import OtherAnalysis
 from cloudinary_analyze.cli import main, receiving
-from cloudinary_analyze.cli.console import build_console
 from cloudinary_analyze.cli.notifications import ReceivingPlan, open_line
 from cloudinary_analyze.cli.output import plan_places
 from cloudinary_analyze.cli.run import RunPlan
+from cloudinary_analyze.cli.screen import build_console
 from cloudinary_analyze.cli.service import Service
 from cloudinary_analyze.emulator import Emulator, FaultPlan, WebhookPolicy
 from cloudinary_analyze.events import NotificationSeen

@@ -1,11 +1,16 @@
-"""The progress of a run, drawn on a terminal's stderr: done, failed, rate, time and quota left."""
+"""Where the command line speaks: results on stdout, all else on stderr; and its exit codes."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
-from types import TracebackType
-from typing import Final, Self
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from enum import IntEnum
+from types import FrameType, TracebackType
+from typing import Final, Self, TextIO
 
 import attrs
 from rich.console import Console
@@ -22,6 +27,73 @@ from rich.progress import (
 from rich.text import Text
 
 from cloudinary_analyze.responses import Limit
+
+
+class ExitCode(IntEnum):
+    """What the process says when it ends."""
+
+    DONE = 0
+    FAILURES = 1
+    USAGE = 2
+    STOPPED = 3
+    INTERRUPTED = 130
+
+
+class CommandError(Exception):
+    """A command cannot go on; its message is a sentence for the user.
+
+    Attributes:
+        exit_code: What the process ends with.
+    """
+
+    def __init__(self, message: str, *, exit_code: ExitCode = ExitCode.USAGE) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def build_console() -> Console:
+    """Return a console on stderr, as stderr is now."""
+    return Console(file=sys.stderr, highlight=False)
+
+
+def is_interactive(stream: TextIO) -> bool:
+    """Whether a person looks at a stream, on a terminal that can redraw."""
+    return stream.isatty() and not Console(file=stream).is_dumb_terminal
+
+
+def say(console: Console, sentence: str, *, style: str = "") -> None:
+    """Print a sentence; it is wrapped by the terminal alone, and never read as markup."""
+    console.print(Text(sentence, style=style), soft_wrap=True)
+
+
+class ConsoleHandler(logging.Handler):
+    """Sends log records through a console, so that they do not tear a progress bar."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+        self.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record."""
+        try:
+            say(self._console, self.format(record), style="dim")
+        except Exception:
+            self.handleError(record)
+
+
+@contextmanager
+def show_logs(console: Console) -> Iterator[None]:
+    """Show warnings and errors of all loggers on a console."""
+    handler = ConsoleHandler(console)
+    handler.setLevel(logging.WARNING)
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+
 
 INTERVAL: Final = 0.2  # seconds
 
@@ -122,3 +194,37 @@ class RunProgress:
             quota=describe_quota(reading.quota),
             refresh=True,
         )
+
+
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def handle_interrupts(finish: Callable[[], object], abort: Callable[[], object]) -> Iterator[None]:
+    """Call ``finish`` at the first interrupt and ``abort`` at each later one, on the loop.
+
+    SIGTERM counts as an interrupt: what is in flight was paid for.
+    """
+    loop = asyncio.get_running_loop()
+    steps = iter((finish,))
+
+    def interrupt() -> None:
+        next(steps, abort)()
+
+    def interrupt_soon(_number: int, _frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(interrupt)
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        try:
+            loop.add_signal_handler(number, interrupt)
+        except NotImplementedError:  # Windows
+            signal.signal(number, interrupt_soon)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            with suppress(NotImplementedError):
+                loop.remove_signal_handler(number)
+            if handler is not None:  # None: not set from Python
+                signal.signal(number, handler)
