@@ -12,7 +12,6 @@ import attrs
 from rich.console import Console
 
 from cloudinary_analyze._policy import stops_the_stream
-from cloudinary_analyze.cli.ending import AGAIN, Balance, Position, decide_ending
 from cloudinary_analyze.cli.feed import ItemFeed, LineSource
 from cloudinary_analyze.cli.ledger import Book, open_book
 from cloudinary_analyze.cli.models import BuildRequest
@@ -30,7 +29,14 @@ from cloudinary_analyze.cli.screen import (
 )
 from cloudinary_analyze.cli.service import Service, open_service
 from cloudinary_analyze.cli.sources import build_sample_source
-from cloudinary_analyze.cli.summary import Tally, print_summary
+from cloudinary_analyze.cli.summary import (
+    AGAIN,
+    Balance,
+    Position,
+    Tally,
+    decide_ending,
+    print_summary,
+)
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
     AnalyzeError,

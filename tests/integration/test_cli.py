@@ -12,9 +12,8 @@ from cli_support import StartEmulator, read_records, write_lines
 
 from cloudinary_analyze import MODELS
 from cloudinary_analyze.cli import main
-from cloudinary_analyze.cli.ending import Balance, Position, decide_ending
 from cloudinary_analyze.cli.feed import READ_AHEAD, ItemFeed, LineSource
-from cloudinary_analyze.cli.summary import Durations
+from cloudinary_analyze.cli.summary import Balance, Durations, Position, decide_ending
 from cloudinary_analyze.requests import Uri
 from cloudinary_analyze.results.records import InputLine
 
