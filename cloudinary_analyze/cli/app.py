@@ -26,9 +26,8 @@ from cloudinary_analyze.cli.output import (
 from cloudinary_analyze.cli.run import RunPlan, perform_run
 from cloudinary_analyze.cli.screen import CommandError, ExitCode, build_console, say
 from cloudinary_analyze.cli.service import EmulatorPlan, read_latency, read_quotas, serve
-from cloudinary_analyze.cli.single import SinglePlan, perform_analyze
+from cloudinary_analyze.cli.single import SinglePlan, perform_analyze, perform_status
 from cloudinary_analyze.cli.sources import open_source
-from cloudinary_analyze.cli.status import perform_status
 from cloudinary_analyze.errors import AnalyzeError
 from cloudinary_analyze.results.export import ExportFormat
 

@@ -19,15 +19,16 @@ from cloudinary_analyze.cli.screen import (
     is_interactive,
     show_logs,
 )
-from cloudinary_analyze.cli.service import open_service
+from cloudinary_analyze.cli.service import EMULATOR_ASIDE, open_service, read_credentials
 from cloudinary_analyze.errors import (
     AnalyzeError,
     AuthenticationError,
+    NotFoundError,
     PermissionDeniedError,
     QuotaExceededError,
 )
 from cloudinary_analyze.requests import Asset, Uri
-from cloudinary_analyze.responses import Response
+from cloudinary_analyze.responses import Response, TaskStatus
 from cloudinary_analyze.session import AnalyzeSession
 
 
@@ -82,3 +83,41 @@ def _print_response(console: Console, response: Response[Any]) -> None:
     quota = describe_quota({limit.type: limit for limit in response.limits})
     told = [f"request id: {response.request_id}" if response.request_id else "", quota]
     console.print(Text(" · ".join(filter(None, told)), style="dim"), soft_wrap=True)
+
+
+_STYLES = {"completed": "green", "failed": "red"}
+
+
+async def perform_status(task_id: str, console: Console) -> ExitCode:
+    """Ask for a task's status once and print it.
+
+    Raises:
+        CommandError: There is none; its sentence says why.
+    """
+    with show_logs(console):
+        async with AnalyzeSession(read_credentials(EMULATOR_ASIDE)) as session:
+            try:
+                status = await session.task_status(task_id)
+            except NotFoundError as error:
+                raise CommandError(
+                    f"The service knows no such task: {error}", exit_code=ExitCode.FAILURES
+                ) from error
+            except AnalyzeError as error:
+                raise CommandError(str(error), exit_code=choose_code(error)) from error
+    if is_interactive(sys.stdout):
+        _print_status(Console(file=sys.stdout), status)
+    else:
+        print(codec.dumps(status.raw).decode())
+    return ExitCode.DONE
+
+
+def _print_status(console: Console, status: TaskStatus) -> None:
+    style = _STYLES.get(status.state, "yellow")
+    console.print(
+        Text.assemble((status.state, f"bold {style}"), f"  {status.task_id}"), soft_wrap=True
+    )
+    console.print(JSON.from_data(dict(status.raw)), soft_wrap=True)
+    if status.state == "completed":
+        console.print(
+            Text("The result comes by notification; a status never carries it.", style="dim")
+        )
