@@ -11,6 +11,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 from cloudinary_analyze._version import __version__
+from cloudinary_analyze.cli.feed import open_source
 from cloudinary_analyze.cli.input import InputFormat, read_source
 from cloudinary_analyze.cli.models import Parameters, choose_models, print_models
 from cloudinary_analyze.cli.notifications import WAYS, ListenPlan, perform_listen, plan_receiving
@@ -27,7 +28,6 @@ from cloudinary_analyze.cli.run import RunPlan, perform_run
 from cloudinary_analyze.cli.screen import CommandError, ExitCode, build_console, say
 from cloudinary_analyze.cli.service import EmulatorPlan, read_latency, read_quotas, serve
 from cloudinary_analyze.cli.single import SinglePlan, perform_analyze, perform_status
-from cloudinary_analyze.cli.sources import open_source
 from cloudinary_analyze.errors import AnalyzeError
 from cloudinary_analyze.results.export import ExportFormat
 

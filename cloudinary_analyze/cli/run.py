@@ -12,7 +12,7 @@ import attrs
 from rich.console import Console
 
 from cloudinary_analyze._policy import stops_the_stream
-from cloudinary_analyze.cli.feed import ItemFeed, LineSource
+from cloudinary_analyze.cli.feed import ItemFeed, LineSource, build_sample_source
 from cloudinary_analyze.cli.ledger import Book, open_book
 from cloudinary_analyze.cli.models import BuildRequest
 from cloudinary_analyze.cli.notifications import Line, ReceivingPlan, open_line
@@ -28,7 +28,6 @@ from cloudinary_analyze.cli.screen import (
     show_logs,
 )
 from cloudinary_analyze.cli.service import Service, open_service
-from cloudinary_analyze.cli.sources import build_sample_source
 from cloudinary_analyze.cli.summary import (
     AGAIN,
     Balance,
