@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from cloudinary_analyze import ConfigurationError
 from cloudinary_analyze.results.report.findings import NOTHING, Findings, Mark, read_findings
 from cloudinary_analyze.results.report.gallery import Gallery, embed_json, find_address
-from cloudinary_analyze.results.report.statistics import Durations, Statistics, build_axis
+from cloudinary_analyze.results.statistics import Durations, Statistics, build_axis
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),

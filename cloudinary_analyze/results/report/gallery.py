@@ -12,7 +12,7 @@ from typing import Any, Final
 import attrs
 
 from cloudinary_analyze.results.report.findings import Findings, Mark, read_number
-from cloudinary_analyze.results.report.statistics import get_error, name_cause, name_model
+from cloudinary_analyze.results.statistics import get_error, name_cause, name_model
 
 MOST_PICTURES: Final = 10_000
 MOST_BYTES: Final = 32 * 2**20  # of embedded data; a browser reads them in well under a second
