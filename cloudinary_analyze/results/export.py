@@ -10,8 +10,8 @@ from io import TextIOWrapper
 from typing import Any, BinaryIO, Final, Literal
 
 from cloudinary_analyze.errors import ConfigurationError
+from cloudinary_analyze.results.findings import NOTHING, read_findings, read_number
 from cloudinary_analyze.results.records import dump_record
-from cloudinary_analyze.results.report.findings import NOTHING, read_findings, read_number
 from cloudinary_analyze.results.report.results import open_replacement, read_records
 
 __all__ = [

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import attrs
 
-from cloudinary_analyze.results.report.findings import Findings, read_number
+from cloudinary_analyze.results.findings import Findings, read_number
 
 SCORE_COLUMNS: Final = 20
 BAD_LINES: Final = "bad input lines"

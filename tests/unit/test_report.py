@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloudinary_analyze import ConfigurationError
-from cloudinary_analyze.results.report.findings import NOTHING, Findings, Mark, read_findings
+from cloudinary_analyze.results.findings import NOTHING, Findings, Mark, read_findings
 from cloudinary_analyze.results.report.gallery import Gallery, embed_json, find_address
 from cloudinary_analyze.results.statistics import Durations, Statistics, build_axis
 

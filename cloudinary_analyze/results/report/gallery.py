@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import attrs
 
-from cloudinary_analyze.results.report.findings import Findings, Mark, read_number
+from cloudinary_analyze.results.findings import Findings, Mark, read_number
 from cloudinary_analyze.results.statistics import get_error, name_cause, name_model
 
 MOST_PICTURES: Final = 10_000
