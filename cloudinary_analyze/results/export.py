@@ -10,9 +10,9 @@ from io import TextIOWrapper
 from typing import Any, BinaryIO, Final, Literal
 
 from cloudinary_analyze.errors import ConfigurationError
+from cloudinary_analyze.results.files import open_replacement, read_records
 from cloudinary_analyze.results.findings import NOTHING, read_findings, read_number
 from cloudinary_analyze.results.records import dump_record
-from cloudinary_analyze.results.report.results import open_replacement, read_records
 
 __all__ = [
     "COLUMNS",

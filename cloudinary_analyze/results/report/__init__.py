@@ -17,9 +17,9 @@ from typing import Any, Final
 import attrs
 
 from cloudinary_analyze.errors import ConfigurationError
+from cloudinary_analyze.results.files import open_replacement, read_records
 from cloudinary_analyze.results.findings import NOTHING, read_findings
 from cloudinary_analyze.results.report.gallery import MOST_PICTURES, Gallery
-from cloudinary_analyze.results.report.results import open_replacement, read_records
 from cloudinary_analyze.results.statistics import Statistics, build_axis, format_seconds
 
 __all__ = ["MOST_PICTURES", "WrittenReport", "write_report"]
