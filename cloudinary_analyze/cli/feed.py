@@ -23,7 +23,7 @@ from typing import Final, Protocol
 import attrs
 
 from cloudinary_analyze.cli.input import InputFormat, detect_format, read_input
-from cloudinary_analyze.cli.screen import CommandError
+from cloudinary_analyze.cli.screen import STANDARD, CommandError
 from cloudinary_analyze.requests import Uri
 from cloudinary_analyze.results.records import InputItem, InputLine
 
@@ -247,9 +247,6 @@ class ItemFeed:
         except Exception:
             return  # the reading thread meets the same error, and tells of it
         self.total_lines, self.total_items = lines, items
-
-
-STANDARD: Final = "-"
 
 
 def open_source(

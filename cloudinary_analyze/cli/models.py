@@ -1,4 +1,4 @@
-"""Which models a run asks, and with which parameters. Pure; decided before anything is sent."""
+"""The models that a command uses, with their parameters; and ``cloudinary-analyze models``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How the results of a run's tasks come in: a receiver in this process, or Redis.
+"""Receiving of notifications: for the tasks of a run, and for ``cloudinary-analyze listen``.
 
-A task's webhook is answered only once its result is kept for good: the sender sends it again if
-this process is killed before.
+A task's webhook is acknowledged only once its result is durable. If this process is killed before,
+the sender delivers the webhook again.
 """
 
 from __future__ import annotations

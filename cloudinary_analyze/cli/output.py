@@ -1,4 +1,4 @@
-"""Where the records of a run go: a file that is exported from the ledger, or a stream."""
+"""Where results go: a file written from the ledger, or a stream; `export` and `report` as well."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from typing import Any, Final, Self
 import attrs
 from rich.console import Console
 
-from cloudinary_analyze.cli.screen import CommandError, ExitCode, say
+from cloudinary_analyze.cli.screen import STANDARD, CommandError, ExitCode, say
 from cloudinary_analyze.cli.summary import Tally
 from cloudinary_analyze.ledger.sqlite import SQLiteLedger
 from cloudinary_analyze.results.export import ExportFormat, export_results, write_records
 from cloudinary_analyze.results.records import build_ledger_record, dump_record
 from cloudinary_analyze.results.report import write_report
 
-STANDARD: Final = "-"
 LEDGER_SUFFIX: Final = ".ledger"
 
 _FORMATS: Final[dict[str, ExportFormat]] = {".csv": "csv", ".parquet": "parquet", ".pq": "parquet"}

@@ -16,8 +16,9 @@ from cloudinary_analyze.cli.feed import ItemFeed, LineSource, build_sample_sourc
 from cloudinary_analyze.cli.ledger import Book, open_book
 from cloudinary_analyze.cli.models import BuildRequest
 from cloudinary_analyze.cli.notifications import Line, ReceivingPlan, open_line
-from cloudinary_analyze.cli.output import STANDARD, LedgerExport, Places, StreamResults
+from cloudinary_analyze.cli.output import LedgerExport, Places, StreamResults
 from cloudinary_analyze.cli.screen import (
+    STANDARD,
     CommandError,
     ExitCode,
     Reading,

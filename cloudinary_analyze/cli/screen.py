@@ -1,4 +1,7 @@
-"""Where the command line speaks: results on stdout, all else on stderr; and its exit codes."""
+"""What a person sees while a command runs: messages, progress, and the answer to Ctrl-C.
+
+Results go to stdout, everything else to stderr.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,8 @@ from rich.progress import (
 from rich.text import Text
 
 from cloudinary_analyze.responses import Limit
+
+STANDARD: Final = "-"  # standard input or output, as the name of a file
 
 
 class ExitCode(IntEnum):

@@ -1,4 +1,4 @@
-"""Whom the commands call: the account of the environment, or an emulator in this process."""
+"""The service that commands call: the account of the environment, or an emulator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``cloudinary-analyze analyze``: one source, one model, shown at once."""
+"""``cloudinary-analyze analyze`` and ``status``: one image or one task, shown at once."""
 
 from __future__ import annotations
 

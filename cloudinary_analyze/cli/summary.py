@@ -1,6 +1,6 @@
-"""What a run came to: counts while it lasts, and the table at its end.
+"""How a run ended: counts, the closing tables, the exit code and the closing sentence.
 
-Memory stays flat: times are kept in a histogram, causes up to a number.
+Memory stays flat: durations are kept in a histogram, causes up to a number.
 """
 
 from __future__ import annotations
