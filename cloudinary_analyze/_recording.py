@@ -18,7 +18,7 @@ from cloudinary_analyze._clock import Clock
 from cloudinary_analyze._policy import is_final
 from cloudinary_analyze._tasks.handle import AnalysisTask, follow
 from cloudinary_analyze._tasks.tracker import Tracker
-from cloudinary_analyze._wire.protocol import Accepted, read_result
+from cloudinary_analyze._wire.protocol import Accepted
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
     AnalyzeError,
@@ -32,7 +32,7 @@ from cloudinary_analyze.errors import (
 )
 from cloudinary_analyze.protocols import Ledger, LedgerRecord
 from cloudinary_analyze.requests import AnalyzeRequest, KeyBuilder
-from cloudinary_analyze.responses import JSONObject, Response
+from cloudinary_analyze.responses import Response
 
 Item = TypeVar("Item")
 A = TypeVar("A")
@@ -178,15 +178,6 @@ class Sender:
 
     def _build_deadline(self, seconds: float | None) -> float | None:
         return None if seconds is None else self.clock.monotonic() + seconds
-
-
-def restore_response(request: AnalyzeRequest[A], raw: JSONObject) -> Response[A]:
-    """Build the response from its JSON.
-
-    Raises:
-        ResponseDecodeError: It holds no analysis of the request's model.
-    """
-    return read_result(request.model, request.analysis_type, raw)
 
 
 @attrs.define(eq=False, repr=False)
@@ -348,7 +339,7 @@ class Recording:
             await asyncio.sleep(0)
             self._yielded_at = asyncio.get_running_loop().time()
         if record.response is not None:
-            return restore_response(work.request, record.response)
+            return Response.from_raw(work.request, record.response)
         assert record.error is not None
         raise record.error
 
