@@ -42,7 +42,6 @@ from cloudinary_analyze.errors import (
     CallTimeoutError,
     ForeignCancellationError,
     InvalidRequestError,
-    QuotaExceededError,
     ResponseDecodeError,
     TransportError,
 )
@@ -366,7 +365,7 @@ class Caller(NotPicklable):
                 feature=request.feature,
             )
         if call.probing:
-            self.quota.reset(call.feature)
+            self.quota.reset(call.feature, accepted=status == 202)
         return result
 
     def _read_status(self, task_id: str, _: _Call, answer: Answer) -> TaskStatus:
@@ -408,9 +407,9 @@ class Caller(NotPicklable):
         if is_throttle(error):
             self._throttle(call.permits, error, generation, own_wait if wait is None else wait)
         if call.model is not None and isinstance(error, ApiError):
-            self.quota.learn(error.limits, number=call.number, newest=self.meter.attempts)
-            if isinstance(error, QuotaExceededError):
-                self.quota.trip(call.feature, error)
+            self.quota.take_failure(
+                call.feature, error, number=call.number, newest=self.meter.attempts
+            )
         if wait is not None:
             self._count_retry(call, error, wait)
         return wait

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -10,7 +11,7 @@ from typing import Any, Final
 import attrs
 
 from cloudinary_analyze._clock import Clock
-from cloudinary_analyze.errors import QuotaExceededError
+from cloudinary_analyze.errors import QuotaExceededError, RemoteError
 from cloudinary_analyze.responses import Limit, read_limits
 
 PROBE_INTERVAL: Final = 300.0
@@ -20,7 +21,8 @@ UNREAD: Final = 64  # responses of a feature; each says more than the ones befor
 @attrs.define(eq=False, repr=False)
 class _Breaker:
     error: QuotaExceededError
-    probe_at: float  # monotonic
+    since: float  # monotonic, like the next
+    probe_at: float
 
 
 @attrs.define(eq=False, repr=False)
@@ -46,6 +48,7 @@ class Quota:
     clock: Clock
     permits: int = 64
     breakers: dict[str, _Breaker] = attrs.field(factory=dict)
+    _renewed: dict[str, float] = attrs.field(factory=dict)  # monotonic
     _known: dict[str, _Known] = attrs.field(factory=dict)
     _unread: dict[str, deque[tuple[Any, int, int]]] = attrs.field(factory=dict)
 
@@ -104,21 +107,65 @@ class Quota:
         if now < breaker.probe_at:
             raise build_unsent_error(breaker.error, seconds=breaker.probe_at - now)
         if breaker.error.reset_time is not None:
-            del self.breakers[feature]
+            self.reset(feature)
             return False
         breaker.probe_at = now + PROBE_INTERVAL
         return True
+
+    def take_failure(
+        self,
+        feature: str,
+        error: RemoteError,
+        *,
+        number: int,
+        newest: int,
+        since: float = math.inf,
+    ) -> None:
+        """Take note of what the failure of a call or of a task says.
+
+        Args:
+            feature: What the call or the task is charged to; empty if that is unknown.
+            error: The failure.
+            number: As for `learn`.
+            newest: As for `learn`.
+            since: Monotonic instant when the service accepted the task. A feature that was
+                renewed later stays open.
+        """
+        self.learn(error.limits, number=number, newest=newest)
+        if not feature or not isinstance(error, QuotaExceededError):
+            return
+        if since >= self._renewed.get(feature, since):
+            self.trip(feature, error)
 
     def trip(self, feature: str, error: QuotaExceededError) -> None:
         """Take note that a feature's quota is used up."""
         wait = PROBE_INTERVAL
         if error.reset_time is not None:
             wait = max(0.0, error.reset_time - self.clock.wall())
-        self.breakers[feature] = _Breaker(error, self.clock.monotonic() + wait)
+        elif feature in self.breakers:
+            return  # tasks can fail for hours; each would delay the probe
+        now = self.clock.monotonic()
+        self.breakers[feature] = _Breaker(error, now, now + wait)
 
-    def reset(self, feature: str) -> None:
-        """Take note that a probe succeeded. What was sent before the trip tells nothing."""
-        self.breakers.pop(feature, None)
+    def take_result(self, feature: str, *, since: float) -> None:
+        """Take note of the result of a task that the service accepted at a monotonic instant."""
+        breaker = self.breakers.get(feature)
+        if breaker is not None and since > breaker.since:
+            self.reset(feature)
+
+    def reset(self, feature: str, *, accepted: bool = False) -> None:
+        """Take note that a quota was renewed. What was sent before tells nothing.
+
+        Args:
+            feature: The feature.
+            accepted: Whether the service only accepted a task, which means nothing where an
+                accepted task failed for the quota. The task's result means something.
+        """
+        breaker = self.breakers.get(feature)
+        if breaker is None or (accepted and breaker.error.task_id is not None):
+            return
+        del self.breakers[feature]
+        self._renewed[feature] = self.clock.monotonic()
 
 
 def is_newer(limit: Limit, known: Limit, *, least_rise: float) -> bool:
@@ -147,10 +194,11 @@ def is_newer(limit: Limit, known: Limit, *, least_rise: float) -> bool:
 def build_unsent_error(error: QuotaExceededError, *, seconds: float) -> QuotaExceededError:
     """Return the error for a call that was not sent because of an earlier answer."""
     fields = {name: value for name, value in vars(error).items() if name != "message"}
-    fields["attempts"], fields["ambiguous"] = 0, False  # that was the other call's
+    # these were the other call's
+    fields["attempts"], fields["ambiguous"], fields["task_id"] = 0, False, None
     then = "the quota is renewed" if error.reset_time is not None else "it is tried again"
     return QuotaExceededError(
         f"Not sent: the quota of the add-on feature {error.feature or 'of this model'!r} was used "
-        f"up at an earlier call; in {seconds:.0f} s {then}.",
+        f"up at an earlier request; in {seconds:.0f} s {then}.",
         **fields,
     )

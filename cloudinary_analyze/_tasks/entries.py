@@ -83,7 +83,9 @@ class Answer:
         """Whether it is the outcome of the task itself, also for later handles."""
         if self.error is None:
             return True
-        return self.by != "session" and not (self.by == "poll" and isinstance(self.error, ApiError))
+        if self.by == "poll" and isinstance(self.error, ApiError):
+            return isinstance(self.error, QuotaExceededError)  # others are of the poll itself
+        return self.by != "session"
 
 
 @attrs.define(eq=False, repr=False, weakref_slot=False)

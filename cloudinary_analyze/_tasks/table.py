@@ -304,12 +304,17 @@ class Table:
         """Act on what a poll says about a task."""
         entry.misses = 0
         entry.verified = True
-        phase = entry.phase
-        if phase is Phase.OVER:
+        phase, task_id = entry.phase, entry.task_id
+        if phase is Phase.OVER or task_id is None:
             return ()
         if find_result(status.raw) is not None:
             answer = Answer("poll", body=codec.dumps(status.raw))
             return self.answer(entry, answer, now, status=status.state, raw=status.raw)
+        if status.state == "failed" and (report := Notification(task_id, status.raw)).error:
+            error = build_task_failure(
+                task_id, model=entry.model, notification=report, body=codec.dumps(status.raw)
+            )
+            return self.answer(entry, Answer("poll", error), now, status=status.state)
         effects: list[Effect] = []
         if entry.status != status.state:
             entry.status = status.state

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -43,7 +43,7 @@ from cloudinary_analyze.errors import (
 )
 from cloudinary_analyze.events import Meter, TaskAccepted, TaskAnswered
 from cloudinary_analyze.protocols import NotificationSource
-from cloudinary_analyze.requests import AnalyzeRequest
+from cloudinary_analyze.requests import MODELS, AnalyzeRequest
 from cloudinary_analyze.responses import Notification, Response, TaskStatus
 
 if TYPE_CHECKING:
@@ -298,22 +298,27 @@ class Tracker(NotPicklable):
         if entry is None:
             return
         error = ended.answer.error
-        if ended.raw is not None:
-            self._note_limits(entry.model, ended.raw)
-        elif isinstance(error, RemoteError) and ended.answer.by == "notification":
-            self.caller.quota.learn(error.limits, number=0, newest=self.meter.attempts)
+        self._note_quota(entry, ended)
         if entry.unobserved and error is not None:
             report(error, self.loop)
         if self.meter.hook is not None and entry.task_id is not None:
             self.meter.tell(TaskAnswered(task_id=entry.task_id, by=ended.answer.by, error=error))
 
-    def _note_limits(self, model: str, raw: Mapping[str, Any]) -> None:
-        """Keep the quotas that came with a result: as the oldest figures, because of any order."""
-        limits = raw.get("limits")
-        if limits is None and isinstance(data := raw.get("data"), dict):
-            limits = data.get("limits")
-        if limits:
-            self.caller.quota.note(model, limits, number=0, newest=self.meter.attempts)
+    def _note_quota(self, entry: Entry, ended: Ended) -> None:
+        """Keep what a task says of quotas: as the oldest figures, because of any order."""
+        answer, raw, quota = ended.answer, ended.raw, self.caller.quota
+        error, newest = answer.error, self.meter.attempts
+        if error is None and raw is not None:
+            limits = raw.get("limits")
+            if limits is None and isinstance(data := raw.get("data"), dict):
+                limits = data.get("limits")
+            if limits:
+                quota.note(entry.model, limits, number=0, newest=newest)
+            if quota.breakers and not answer.guess:
+                quota.take_result(_find_feature(entry, ended), since=entry.since)
+        elif isinstance(error, RemoteError) and answer.lasting and answer.by != "analyze":
+            feature = _find_feature(entry, ended)
+            quota.take_failure(feature, error, number=0, newest=newest, since=entry.since)
 
     def _wake(self, waits: Iterable[Wait]) -> None:
         for wait in waits:
@@ -424,6 +429,16 @@ class Tracker(NotPicklable):
             self._timer_at = -math.inf  # no timer is set any more
             self._perform(self.table.end(_build_closed, self.clock.monotonic()))
             self.table.clear()
+
+
+def _find_feature(entry: Entry, ended: Ended) -> str:
+    """Return the feature that a task is charged to; empty if neither side names it."""
+    request, error = entry.request, ended.answer.error
+    if request is not None:
+        return request.feature or request.model
+    model = ended.waits[0].model if ended.waits else getattr(error, "model", None)
+    kind = MODELS.get(model or "")
+    return (kind.feature if kind is not None else getattr(error, "feature", None)) or ""
 
 
 def _build_closed(task_id: str | None) -> SessionClosedError:

@@ -147,3 +147,55 @@ def test_a_reset_time_that_is_past_bars_nobody(clock: ManualClock) -> None:
     quota = Quota(clock)
     quota.trip("ai_vision", QuotaExceededError("used up", reset_time=clock.wall() - 60))
     quota.check("ai_vision")
+
+
+USED_UP = QuotaExceededError("used up", status=429, task_id="t1")
+
+
+def fail(quota: Quota, *, since: float) -> None:
+    """Let a task fail for its quota that was accepted at an instant."""
+    quota.take_failure("ai_vision", USED_UP, number=0, newest=8, since=since)
+
+
+def test_tasks_that_fail_for_hours_do_not_delay_the_probe(clock: ManualClock) -> None:
+    quota = Quota(clock)
+    for minute in range(5):
+        clock.now = 60.0 * minute
+        fail(quota, since=0)
+        with pytest.raises(QuotaExceededError):
+            quota.check("ai_vision")
+    clock.now = 300.0
+    assert quota.check("ai_vision")
+
+
+def test_a_task_accepted_before_a_renewal_trips_nothing(clock: ManualClock) -> None:
+    quota = Quota(clock)
+    fail(quota, since=0)
+    clock.now = 300.0
+    assert quota.check("ai_vision")
+    quota.reset("ai_vision")
+    fail(quota, since=299)
+    assert not quota.breakers
+    fail(quota, since=301)
+    assert quota.breakers
+
+
+def test_only_the_result_of_a_task_shows_a_renewal(clock: ManualClock) -> None:
+    """The service accepts tasks although their quota is used up."""
+    quota = Quota(clock)
+    fail(quota, since=0)
+    quota.take_result("ai_vision", since=0)  # accepted before the quota ended
+    clock.now = 300.0
+    assert quota.check("ai_vision")
+    quota.reset("ai_vision", accepted=True)
+    with pytest.raises(QuotaExceededError) as caught:
+        quota.check("ai_vision")
+    assert caught.value.task_id is None
+    quota.take_result("ai_vision", since=300.0)
+    assert not quota.check("ai_vision")
+
+
+def test_a_failure_of_an_unknown_feature_trips_nothing(clock: ManualClock) -> None:
+    quota = Quota(clock)
+    quota.take_failure("", USED_UP, number=0, newest=8)
+    assert not quota.breakers
