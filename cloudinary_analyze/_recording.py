@@ -30,6 +30,7 @@ from cloudinary_analyze.errors import (
     TaskFailedError,
     TransportError,
 )
+from cloudinary_analyze.events import ItemRestored
 from cloudinary_analyze.protocols import Ledger, LedgerRecord
 from cloudinary_analyze.requests import AnalyzeRequest, KeyBuilder
 from cloudinary_analyze.responses import Response
@@ -257,7 +258,7 @@ class Recording:
         key = request.key if work.name is None else KeyBuilder(request).build_named(work.name)
         slot = (id(self.ledger), key)
         while (leader := self.leaders.get(slot)) is not None:
-            shared = await self._share(leader, work)
+            shared = await self._share(leader, key, work)
             if shared is not None:
                 return shared
         leader = Leader(work, asyncio.get_running_loop().create_future())
@@ -275,7 +276,7 @@ class Recording:
             if not leader.end.done():
                 leader.end.set_result(None)
 
-    async def _share(self, leader: Leader, work: Work[Item, A]) -> Response[A] | None:
+    async def _share(self, leader: Leader, key: str, work: Work[Item, A]) -> Response[A] | None:
         """Return the response that another item gets; ``None`` if that one was cancelled."""
         source, other = work.request.source, leader.work.request.source
         if source != other:
@@ -287,6 +288,8 @@ class Recording:
         end = await asyncio.shield(leader.end)
         work.started, work.restored = leader.work.started, leader.work.restored
         work.recorded_seconds = leader.work.recorded_seconds
+        if work.restored and end is not None:
+            self._tell_restored(key, work, end if isinstance(end, Exception) else None)
         if isinstance(end, Exception):
             work.unsent = leader.work.unsent
             raise end
@@ -338,10 +341,20 @@ class Recording:
         if now - self._yielded_at > TURN:
             await asyncio.sleep(0)
             self._yielded_at = asyncio.get_running_loop().time()
+        self._tell_restored(record.key, work, record.error)
         if record.response is not None:
             return Response.from_raw(work.request, record.response)
         assert record.error is not None
         raise record.error
+
+    def _tell_restored(self, key: str, work: Work[Any, Any], error: Exception | None) -> None:
+        meter = self.sender.tracker.meter
+        if meter.hook is not None:
+            meter.tell(
+                ItemRestored(
+                    key=key, model=work.request.model, seconds=work.recorded_seconds, error=error
+                )
+            )
 
     async def _obtain(self, key: str, work: Work[Item, A], progress: _Progress) -> Response[A]:
         """Await the task that is known, or send the request."""

@@ -1,7 +1,40 @@
-"""What happens inside a session, told to one hook: progress, statistics and telemetry hang on it.
+"""What happens inside a session, for one hook: progress, statistics and telemetry build on it.
 
-A hook is any callable that takes one event. It runs on the event loop, so it must be quick; what
-it raises is logged and never disturbs a call. No event holds a secret or a source URL.
+Pass ``on_event`` to `AnalyzeSession`: any function of one event. It runs on the event loop, so it
+must be quick. An exception of it is logged and never breaks a call. Without a hook no event is
+built. Events hold no secret and no source URL; ``error`` may quote what the service said.
+
+==================  ===========================================  ===================================
+event               when                                         fields
+==================  ===========================================  ===================================
+`CallStarted`       an analyze call begins to queue              ``call``, ``model``, ``as_task``
+`AttemptFinished`   an HTTP request of a call or poll ended      ``call``, ``model``, ``attempt``,
+                                                                 ``seconds``, ``permit_wait``,
+                                                                 ``status``, ``ambiguous``,
+                                                                 ``error``
+`AttemptRetried`    the attempt failed and will be repeated      ``call``, ``model``, ``attempt``,
+                                                                 ``wait``, ``ambiguous``, ``error``
+`CallFinished`      the call has its response, its task or its   ``call``, ``model``, ``attempts``,
+                    error; exactly one for each `CallStarted`    ``seconds``, ``permit_wait``,
+                                                                 ``status``, ``request_id``,
+                                                                 ``task_id``, ``limits``,
+                                                                 ``denied``, ``error``
+`TaskAccepted`      the service made a task of a call            ``task_id``, ``model``
+`PollFinished`      a status poll ended                          ``call``, ``task_id``, ``attempts``,
+                                                                 ``seconds``, ``permit_wait``,
+                                                                 ``state``, ``error``
+`NotificationSeen`  a delivery was read and judged               ``verdict``, ``task_id``,
+                                                                 ``queued``
+`TaskAnswered`      a task has its result or its error           ``task_id``, ``by``, ``model``,
+                                                                 ``seconds``, ``limits``, ``error``
+`ItemRestored`      a stream read an item from its ledger        ``key``, ``model``, ``seconds``,
+                                                                 ``error``
+`SessionPaused`     no new attempt starts for a while            ``seconds``, ``permits``,
+                                                                 ``polls``, ``cause``
+==================  ===========================================  ===================================
+
+``call`` joins the events of one call or poll: a number that is unique in its session. ``task_id``
+joins the events of one task; the call that submitted it is the one that finished with it.
 """
 
 from __future__ import annotations
@@ -14,24 +47,48 @@ from typing import TypeAlias
 import attrs
 
 from cloudinary_analyze._values import Jsonable
+from cloudinary_analyze.responses import Limit
 
 logger: logging.Logger = logging.getLogger("cloudinary_analyze")
 
 
 @attrs.frozen(kw_only=True)
-class CallFinished:
-    """An analyze call has its answer, or has none after all attempts.
+class CallStarted:
+    """An analyze call begins: it queues for a permit.
 
     Attributes:
+        call: The number of the call.
         model: The model's wire name.
-        seconds: From the call to its answer, queueing and retries included (monotonic).
-        attempts: HTTP attempts made.
+        as_task: Whether it asks for a task.
+    """
+
+    call: int
+    model: str
+    as_task: bool = False
+
+
+@attrs.frozen(kw_only=True)
+class AttemptFinished:
+    """An HTTP request ended: with a response, with an error, or because it was cancelled.
+
+    Attributes:
+        call: The call or poll that it belongs to.
+        model: The model's wire name; ``None`` for a status poll.
+        attempt: Its number in the call, from 1.
+        seconds: From sending to the decoded response (monotonic).
+        permit_wait: Seconds that it queued before: for a permit, a pause, a pace or a claim.
+        status: HTTP status; ``None`` if no response arrived.
+        ambiguous: Whether it may have been charged although it has no usable response.
         error: ``None`` on success.
     """
 
-    model: str
+    call: int
+    model: str | None
+    attempt: int
     seconds: float
-    attempts: int
+    permit_wait: float
+    status: int | None = None
+    ambiguous: bool = False
     error: BaseException | None = None
 
 
@@ -40,13 +97,15 @@ class AttemptRetried:
     """An attempt failed and will be repeated.
 
     Attributes:
+        call: The call or poll that it belongs to.
         model: The model's wire name; ``None`` for a status poll.
         attempt: Number of the attempt that failed, from 1.
-        wait: Seconds until the next one.
+        wait: Seconds until the next one begins to queue.
         ambiguous: Whether the failed attempt may have been charged.
         error: Why it failed.
     """
 
+    call: int
     model: str | None
     attempt: int
     wait: float
@@ -55,18 +114,34 @@ class AttemptRetried:
 
 
 @attrs.frozen(kw_only=True)
-class SessionPaused:
-    """The service asked to slow down; no new attempt starts for a while.
+class CallFinished:
+    """An analyze call ended: with its response, with a task, or without either.
 
     Attributes:
-        seconds: How long from now.
-        permits: How many permits are allowed afterwards.
-        polls: Whether it is the status polls that pause, not the analyses.
+        call: The number of the call.
+        model: The model's wire name.
+        attempts: HTTP attempts made.
+        seconds: From the call to its end, queueing and retries included (monotonic).
+        permit_wait: Seconds of these that its attempts queued.
+        status: HTTP status of the last attempt; ``None`` if that got no response.
+        request_id: The service's id of the last request, if it sent one.
+        task_id: The task, if the service made one of the call.
+        limits: The quotas that came with the response or error.
+        denied: Whether a ledger refused the claim, so that nothing was sent and nothing is counted.
+        error: ``None`` on success.
     """
 
+    call: int
+    model: str
+    attempts: int
     seconds: float
-    permits: int
-    polls: bool = False
+    permit_wait: float = 0.0
+    status: int | None = None
+    request_id: str | None = None
+    task_id: str | None = None
+    limits: tuple[Limit, ...] = ()
+    denied: bool = False
+    error: BaseException | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -83,38 +158,114 @@ class TaskAccepted:
 
 
 @attrs.frozen(kw_only=True)
-class TaskAnswered:
-    """A task has its answer.
-
-    A task that was answered for want of a notification is told of again when that comes.
+class PollFinished:
+    """A request for a task's status ended.
 
     Attributes:
+        call: The number of the poll, in the sequence of the calls.
         task_id: The task.
-        by: ``"notification"``, ``"poll"``, ``"analyze"`` (repeated as a call), or ``"session"``.
+        attempts: HTTP attempts made.
+        seconds: From the start to the end, queueing and retries included (monotonic).
+        permit_wait: Seconds of these that its attempts queued.
+        state: The task's state as reported; ``None`` if there is an error.
         error: ``None`` on success.
     """
 
+    call: int
     task_id: str
-    by: str
+    attempts: int
+    seconds: float
+    permit_wait: float = 0.0
+    state: str | None = None
     error: BaseException | None = None
 
 
 @attrs.frozen(kw_only=True)
 class NotificationSeen:
-    """A delivery was looked at.
+    """A delivery was read and judged.
 
     Attributes:
         verdict: ``"resolved"``, ``"parked"``, ``"duplicate"``, ``"foreign"``, ``"forged"``,
             ``"stale"``, ``"malformed"`` or ``"unrelated"``.
         task_id: The task it names, if it was verified.
+        queued: Seconds from its receipt to now (wall clock), if the receiver noted the time.
+            ``None`` for a delivery that was parked before.
     """
 
     verdict: str
     task_id: str | None = None
+    queued: float | None = None
+
+
+@attrs.frozen(kw_only=True)
+class TaskAnswered:
+    """A task has its result or its error.
+
+    A task that was answered without a notification is reported again if that arrives later.
+
+    Attributes:
+        task_id: The task.
+        by: ``"notification"``, ``"poll"``, ``"analyze"`` (repeated as a call), or ``"session"``.
+        model: The model's wire name, if a handle or the request is known.
+        seconds: Since the session learned the task's id (monotonic); ``None`` if it is gone.
+        limits: The quotas that came with the notification or poll.
+        error: ``None`` on success.
+    """
+
+    task_id: str
+    by: str
+    model: str | None = None
+    seconds: float | None = None
+    limits: tuple[Limit, ...] = ()
+    error: BaseException | None = None
+
+
+@attrs.frozen(kw_only=True)
+class ItemRestored:
+    """An item of a stream was answered from the ledger: nothing was sent.
+
+    Attributes:
+        key: The request's key in the ledger, a hash.
+        model: The model's wire name.
+        seconds: How long the recorded attempts took.
+        error: The recorded error; ``None`` if a response is recorded.
+    """
+
+    key: str
+    model: str
+    seconds: float = 0.0
+    error: BaseException | None = None
+
+
+@attrs.frozen(kw_only=True)
+class SessionPaused:
+    """No new attempt starts for a while.
+
+    Attributes:
+        seconds: How long from now.
+        permits: How many permits are allowed afterwards.
+        polls: Whether the status polls pause, and not the analyses.
+        cause: ``"throttled"``: the service asked to slow down (429, 420, 503 with Retry-After).
+            ``"refused"``: it refused a poll (401, 403).
+    """
+
+    seconds: float
+    permits: int
+    polls: bool = False
+    cause: str = "throttled"
 
 
 Event: TypeAlias = (
-    CallFinished | AttemptRetried | SessionPaused | TaskAccepted | TaskAnswered | NotificationSeen
+    CallStarted
+    | AttemptFinished
+    | AttemptRetried
+    | CallFinished
+    | TaskAccepted
+    | PollFinished
+    | NotificationSeen
+    | TaskAnswered
+    | ItemRestored
+    | SessionPaused
 )
 EventHook: TypeAlias = Callable[[Event], None]
 
@@ -175,12 +326,15 @@ class Meter:
     in_flight: int = 0
     polls: int = 0
     notifications: dict[str, int] = attrs.field(factory=dict)
+    watched: int = 0  # the number of the last call or poll that events name
 
-    def count(self, verdict: str, task_id: str | None = None) -> None:
+    def count(
+        self, verdict: str, task_id: str | None = None, *, queued: float | None = None
+    ) -> None:
         """Count a delivery by its verdict."""
         self.notifications[verdict] = self.notifications.get(verdict, 0) + 1
         if self.hook is not None:
-            self.tell(NotificationSeen(verdict=verdict, task_id=task_id))
+            self.tell(NotificationSeen(verdict=verdict, task_id=task_id, queued=queued))
 
     def tell(self, event: Event) -> None:
         """Tell the hook of an event; what the hook raises is logged and goes no further."""

@@ -9,6 +9,7 @@ import re
 import warnings
 import weakref
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping
+from inspect import iscoroutinefunction
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Self, TypeVar, overload
 
@@ -84,6 +85,11 @@ def _check_arguments(credentials: object, settings: object, on_event: object) ->
         raise ConfigurationError(f"`settings` are Settings(…), not {type(settings).__name__}.")
     if on_event is not None and not callable(on_event):
         raise ConfigurationError(f"`on_event` is a function of one event, not {on_event!r:.80}.")
+    if iscoroutinefunction(on_event) or iscoroutinefunction(getattr(on_event, "__call__", None)):  # noqa: B004
+        raise ConfigurationError(
+            "`on_event` must be a plain function, because events are not awaited. In it, start an "
+            "asyncio task or put the event into a queue."
+        )
 
 
 def _read_notification_url(value: object) -> str:

@@ -154,6 +154,7 @@ class Service:
     most_on_the_wire: int = 0
     hold: asyncio.Event | None = None
     quota: Quota = attrs.field(init=False)
+    meter: Meter = attrs.field(factory=Meter)
 
     def __attrs_post_init__(self) -> None:
         self.quota = Quota(self.clock)

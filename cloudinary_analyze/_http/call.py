@@ -22,6 +22,7 @@ from cloudinary_analyze._clock import Clock, wake
 from cloudinary_analyze._http.permits import Permits
 from cloudinary_analyze._http.quota import Quota
 from cloudinary_analyze._http.transport import Answer, Body, Transport
+from cloudinary_analyze._http.watch import Watch
 from cloudinary_analyze._policy import build_waits, decide_wait, is_throttle
 from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze._wire.protocol import (
@@ -45,7 +46,7 @@ from cloudinary_analyze.errors import (
     ResponseDecodeError,
     TransportError,
 )
-from cloudinary_analyze.events import AttemptRetried, CallFinished, Meter, SessionPaused
+from cloudinary_analyze.events import Meter, SessionPaused
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import Response, TaskStatus
 
@@ -76,6 +77,7 @@ class _Call:
         token: The number of the OAuth token that the last attempt was sent with.
         renewed: Whether a refusal has led to a new token already.
         probing: Whether this call tests if a used up quota was renewed.
+        watch: Reports its events; ``None`` if the session has no hook.
     """
 
     url: URL
@@ -96,6 +98,7 @@ class _Call:
     token: int = 0
     renewed: bool = False
     probing: bool = False
+    watch: Watch | None = None
 
 
 @attrs.define(eq=False, repr=False)
@@ -157,13 +160,18 @@ class Caller(NotPicklable):
         meter = self.meter
         meter.calls += 1
         meter.in_flight += 1
-        begun = self.clock.monotonic()
+        result: Response[A] | Accepted | None = None
         error: BaseException | None = None
         try:
+            if meter.hook is not None:
+                call.watch = Watch(meter, self.clock, model)
+                call.watch.start_call(model, as_task=as_task)
             read = partial(self._read_analysis, request)
             if deadline is None:
-                return await self._repeat(call, read)
-            return await self._repeat_until(deadline, call, read)
+                result = await self._repeat(call, read)
+            else:
+                result = await self._repeat_until(deadline, call, read)
+            return result
         except BaseException as raised:
             error = raised
             if isinstance(raised, AnalyzeError):
@@ -173,15 +181,8 @@ class Caller(NotPicklable):
             meter.in_flight -= 1
             if call.denied:
                 meter.calls -= 1
-            elif meter.hook is not None:
-                meter.tell(
-                    CallFinished(
-                        model=model,
-                        seconds=self.clock.monotonic() - begun,
-                        attempts=call.attempts,
-                        error=error,
-                    )
-                )
+            if call.watch is not None:
+                call.watch.finish_call(result, error, denied=call.denied)
 
     async def get_task_status(self, task_id: str, *, attempts: int | None = None) -> TaskStatus:
         """Ask for a task's status, under the permits for polls.
@@ -198,7 +199,11 @@ class Caller(NotPicklable):
             self.poll_permits,
             self.settings.attempts if attempts is None else attempts,
         )
-        return await self._repeat(call, partial(self._read_status, task_id))
+        polling = self._repeat(call, partial(self._read_status, task_id))
+        if self.meter.hook is None:
+            return await polling
+        call.watch = Watch(self.meter, self.clock)
+        return await call.watch.poll(task_id, polling)
 
     def _build_url(self, model: str) -> URL:
         if not model:
@@ -233,7 +238,10 @@ class Caller(NotPicklable):
         permits = call.permits
         quota = self.quota
         pacer = None if call.model is None else self.settings.pacer
+        watch = call.watch
         while True:
+            if watch is not None:
+                watch.queue()
             if quota.breakers and call.model is not None and not call.probing:
                 call.probing = quota.check(call.feature)
             if pacer is not None:
@@ -250,7 +258,11 @@ class Caller(NotPicklable):
                     call.denied = False
                 self._begin(call)
                 try:
-                    result = read(call, await self.transport.send(call.url, call.sending))
+                    sending = self.transport.send(call.url, call.sending)
+                    if watch is None:
+                        result = read(call, await sending)
+                    else:
+                        result = await watch.attempt(sending, call.sending, partial(read, call))
                 except (ApiError, TransportError) as error:
                     wait = self._judge(call, error, generation)
                     refused = error
@@ -417,16 +429,8 @@ class Caller(NotPicklable):
     def _count_retry(self, call: _Call, error: AnalyzeError, wait: float) -> None:
         self.meter.retries += 1
         self.meter.ambiguous_retries += error.ambiguous
-        if self.meter.hook is not None:
-            self.meter.tell(
-                AttemptRetried(
-                    model=call.model,
-                    attempt=call.attempts,
-                    wait=wait,
-                    ambiguous=error.ambiguous,
-                    error=error,
-                )
-            )
+        if call.watch is not None:
+            call.watch.retry(error, wait)
 
     def _throttle(
         self, permits: Permits, error: AnalyzeError, generation: int, seconds: float

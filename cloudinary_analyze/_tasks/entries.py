@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, final
 
@@ -124,7 +125,7 @@ class Entry:
         status: The remote state as last reported.
         phase: See the module's docstring.
         waits: The handles that still wait.
-        since: Monotonic instant of its registration.
+        since: Monotonic instant of its registration; NaN before.
         due: When the grace for its notification ends.
         poll_at: When its next poll is due; written by the poller, cleared here.
         interval: Seconds before the last poll; written by the poller.
@@ -138,7 +139,7 @@ class Entry:
     status: str = "submitting"
     phase: Phase = Phase.SUBMITTING
     waits: list[Wait] = attrs.field(factory=list)
-    since: float = 0.0
+    since: float = math.nan
     due: float | None = None
     poll_at: float | None = None
     interval: float = 0.0

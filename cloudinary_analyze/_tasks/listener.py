@@ -157,7 +157,10 @@ class Listener(NotPicklable):
             self.meter.count("malformed")
             logger.warning("A delivery could not be read (%s).", type(error).__name__)
             return "malformed"
-        self.meter.count(verdict, notification.task_id)
+        queued = None
+        if self.meter.hook is not None and delivery.received_at is not None:
+            queued = max(0.0, self.clock.wall() - delivery.received_at)
+        self.meter.count(verdict, notification.task_id, queued=queued)
         if self._acknowledge is not None and verdict in {"resolved", "duplicate"}:
             try:
                 self._acknowledge(delivery)

@@ -24,6 +24,7 @@ from cloudinary_analyze._tasks.table import REFUSALS
 from cloudinary_analyze._tasks.timers import DueHeap
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import AnalyzeError
+from cloudinary_analyze.events import SessionPaused
 from cloudinary_analyze.responses import TaskStatus
 
 if TYPE_CHECKING:
@@ -142,6 +143,15 @@ class Poller:
             self._pause = min(self._pause * PAUSE_GROWTH or FIRST_PAUSE, LONGEST_PAUSE)
             self._paused_at = self.clock.monotonic()
             self._next_start = self._paused_at + self._pause
+            if self.caller.meter.hook is not None:
+                self.caller.meter.tell(
+                    SessionPaused(
+                        seconds=self._pause,
+                        permits=self.settings.poll_permits,
+                        polls=True,
+                        cause="refused",
+                    )
+                )
         elif not isinstance(outcome, AnalyzeError):
             logger.error("A status poll failed unexpectedly; it is retried.", exc_info=outcome)
 

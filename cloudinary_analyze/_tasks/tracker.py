@@ -44,7 +44,13 @@ from cloudinary_analyze.errors import (
 from cloudinary_analyze.events import Meter, TaskAccepted, TaskAnswered
 from cloudinary_analyze.protocols import NotificationSource
 from cloudinary_analyze.requests import MODELS, AnalyzeRequest
-from cloudinary_analyze.responses import Notification, Response, TaskStatus
+from cloudinary_analyze.responses import (
+    Limit,
+    Notification,
+    Response,
+    TaskStatus,
+    find_limits,
+)
 
 if TYPE_CHECKING:
     from cloudinary_analyze._http.call import Caller
@@ -302,7 +308,28 @@ class Tracker(NotPicklable):
         if entry.unobserved and error is not None:
             report(error, self.loop)
         if self.meter.hook is not None and entry.task_id is not None:
-            self.meter.tell(TaskAnswered(task_id=entry.task_id, by=ended.answer.by, error=error))
+            self._tell_answered(ended, entry, entry.task_id)
+
+    def _tell_answered(self, ended: Ended, entry: Entry, task_id: str) -> None:
+        answer, model = ended.answer, None
+        if entry.request is not None or ended.waits:
+            model = ended.waits[0].model if entry.request is None else entry.request.model
+        seconds = self.clock.monotonic() - entry.since
+        limits: tuple[Limit, ...] = ()
+        if ended.raw is not None:
+            limits = find_limits(ended.raw)
+        elif isinstance(answer.error, RemoteError) and answer.by != "analyze":
+            limits = answer.error.limits
+        self.meter.tell(
+            TaskAnswered(
+                task_id=task_id,
+                by=answer.by,
+                model=model,
+                seconds=None if math.isnan(seconds) else seconds,
+                limits=limits,
+                error=answer.error,
+            )
+        )
 
     def _note_quota(self, entry: Entry, ended: Ended) -> None:
         """Keep what a task says of quotas: as the oldest figures, because of any order."""

@@ -1,0 +1,178 @@
+"""The events of one call or poll. Made only for a session that has a hook (`on_event`)."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import attrs
+
+from cloudinary_analyze._clock import Clock
+from cloudinary_analyze._http.transport import Answer, Body
+from cloudinary_analyze._wire.protocol import Accepted
+from cloudinary_analyze.errors import AnalyzeError, RemoteError
+from cloudinary_analyze.events import (
+    AttemptFinished,
+    AttemptRetried,
+    CallFinished,
+    CallStarted,
+    Meter,
+    PollFinished,
+)
+from cloudinary_analyze.responses import Limit, Response, TaskStatus
+
+T = TypeVar("T")
+
+
+@attrs.define(eq=False, repr=False)
+class Watch:
+    """Follows one call or poll, and tells the hook of its attempts and its end.
+
+    Attributes:
+        meter: Calls the hook.
+        clock: For the times.
+        model: The model's wire name; ``None`` for a status poll.
+        number: What joins its events.
+        begun: Monotonic instant when it began.
+        queued_at: Monotonic instant since when it queues; ``None`` while it does not.
+        permit_wait: Seconds that it queued.
+        attempts: Attempts that ended.
+        status: HTTP status of the last of them.
+    """
+
+    meter: Meter
+    clock: Clock
+    model: str | None = None
+    number: int = attrs.field(init=False)
+    begun: float = attrs.field(init=False)
+    queued_at: float | None = attrs.field(default=None, init=False)
+    permit_wait: float = attrs.field(default=0.0, init=False)
+    attempts: int = attrs.field(default=0, init=False)
+    status: int | None = attrs.field(default=None, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.meter.watched += 1
+        self.number = self.meter.watched
+        self.begun = self.clock.monotonic()
+
+    def start_call(self, model: str, *, as_task: bool) -> None:
+        """Report the start of a call."""
+        self.meter.tell(CallStarted(call=self.number, model=model, as_task=as_task))
+
+    def queue(self) -> None:
+        """Note that the next attempt begins to queue."""
+        self.queued_at = self.clock.monotonic()
+
+    def _end_queueing(self) -> float:
+        since, self.queued_at = self.queued_at, None
+        waited = 0.0 if since is None else self.clock.monotonic() - since
+        self.permit_wait += waited
+        return waited
+
+    async def attempt(
+        self, sending: Awaitable[Answer], body: Body | None, read: Callable[[Answer], T]
+    ) -> T:
+        """Make an attempt and report its end.
+
+        Args:
+            sending: Sends the request and returns the response.
+            body: What it sends; ``None`` for a poll.
+            read: Reads the response, or raises.
+        """
+        waited = self._end_queueing()
+        begun = self.clock.monotonic()
+        self.attempts += 1
+        self.status = None
+        error: BaseException | None = None
+        try:
+            answer = await sending
+            self.status = answer[0]
+            return read(answer)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            if isinstance(error, AnalyzeError):
+                ambiguous = error.ambiguous
+            else:
+                ambiguous = error is not None and body is not None and body.sent
+            self.meter.tell(
+                AttemptFinished(
+                    call=self.number,
+                    model=self.model,
+                    attempt=self.attempts,
+                    seconds=self.clock.monotonic() - begun,
+                    permit_wait=waited,
+                    status=self.status,
+                    ambiguous=ambiguous and self.model is not None,
+                    error=error,
+                )
+            )
+
+    def retry(self, error: AnalyzeError, wait: float) -> None:
+        """Report that the last attempt will be repeated."""
+        self.meter.tell(
+            AttemptRetried(
+                call=self.number,
+                model=self.model,
+                attempt=self.attempts,
+                wait=wait,
+                ambiguous=error.ambiguous,
+                error=error,
+            )
+        )
+
+    def finish_call(
+        self,
+        result: Response[Any] | Accepted | None,
+        error: BaseException | None,
+        *,
+        denied: bool,
+    ) -> None:
+        """Report the end of a call."""
+        self._end_queueing()
+        limits: tuple[Limit, ...] = ()
+        if isinstance(result, Response):
+            limits = result.limits
+        elif isinstance(error, RemoteError):
+            limits = error.limits
+        self.meter.tell(
+            CallFinished(
+                call=self.number,
+                model=self.model or "",
+                attempts=self.attempts,
+                seconds=self.clock.monotonic() - self.begun,
+                permit_wait=self.permit_wait,
+                status=self.status,
+                request_id=getattr(error if result is None else result, "request_id", None),
+                task_id=result.task_id if isinstance(result, Accepted) else None,
+                limits=limits,
+                denied=denied,
+                error=error,
+            )
+        )
+
+    async def poll(self, task_id: str, polling: Awaitable[TaskStatus]) -> TaskStatus:
+        """Wait for a poll and report its end."""
+        state: str | None = None
+        error: BaseException | None = None
+        try:
+            status = await polling
+            state = status.state
+            return status
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self._end_queueing()
+            self.meter.tell(
+                PollFinished(
+                    call=self.number,
+                    task_id=task_id,
+                    attempts=self.attempts,
+                    seconds=self.clock.monotonic() - self.begun,
+                    permit_wait=self.permit_wait,
+                    state=state,
+                    error=error,
+                )
+            )

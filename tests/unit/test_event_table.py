@@ -1,0 +1,45 @@
+"""The table of events in the module's docstring says what the classes say."""
+
+from __future__ import annotations
+
+import re
+
+import attrs
+
+from cloudinary_analyze import events
+
+
+def read_table() -> dict[str, list[str]]:
+    """Return the fields of each event as the docstring lists them."""
+    _, _, rest = (events.__doc__ or "").partition("fields\n")
+    table: dict[str, list[str]] = {}
+    columns = [match.start() for match in re.finditer("=+", rest.splitlines()[0])]
+    for line in rest.splitlines()[1:]:
+        if line.startswith("==="):
+            break
+        if line.startswith("`"):
+            table[line[: columns[1]].strip().strip("`")] = []
+        table[[*table][-1]] += re.findall(r"``(\w+)``", line[columns[2] :])
+    return table
+
+
+def test_the_table_lists_every_event_and_field() -> None:
+    kinds = events.Event.__args__
+    assert read_table() == {
+        kind.__name__: [field.name for field in attrs.fields(kind)] for kind in kinds
+    }
+
+
+def test_every_event_class_is_in_the_union() -> None:
+    kinds = {
+        kind
+        for kind in vars(events).values()
+        if isinstance(kind, type) and kind.__module__ == events.__name__ and attrs.has(kind)
+    }
+    assert kinds - {events.SessionStats, events.Meter} == set(events.Event.__args__)
+
+
+def test_every_field_is_documented() -> None:
+    for kind in events.Event.__args__:
+        documented = re.findall(r"^        (\w+):", kind.__doc__ or "", re.MULTILINE)
+        assert documented == [field.name for field in attrs.fields(kind)], kind
