@@ -18,9 +18,10 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from itertools import islice
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Annotated, Final, Protocol
 
 import attrs
+from cyclopts import Parameter, validators
 
 from cloudinary_analyze.cli.input import InputFormat, detect_format, read_input
 from cloudinary_analyze.cli.screen import STANDARD, CommandError
@@ -249,13 +250,64 @@ class ItemFeed:
         self.total_lines, self.total_items = lines, items
 
 
-def open_source(
-    name: str,
-    *,
-    input_format: InputFormat | None,
-    column: str | None,
-    key_column: str | None = None,
-) -> LineSource:
+@Parameter(name="*")
+@attrs.frozen(kw_only=True)
+class InputOptions:
+    """Where the sources of a run come from.
+
+    Attributes:
+        name: The file; ``-`` is standard input; ``None``: there is none.
+        input_format: How to read it; ``None``: by its extension.
+        column: The column of the sources.
+        key_column: The column that names an item for good.
+        limit: The number of lines to process at most.
+    """
+
+    name: Annotated[
+        str | None,
+        Parameter(
+            name=["--input", "-i"],
+            help="File with one URL or asset:ID per line, or CSV or JSON Lines; - is stdin.",
+            allow_leading_hyphen=True,
+        ),
+    ] = None
+    input_format: Annotated[
+        InputFormat | None,
+        Parameter(name="--input-format", help="Format of the input. Default: by its extension."),
+    ] = None
+    column: Annotated[
+        str | None,
+        Parameter(
+            name="--column", help="Column or field of the sources. Default: url, uri or source."
+        ),
+    ] = None
+    key_column: Annotated[
+        str | None,
+        Parameter(
+            name="--key-column",
+            help="Column that identifies each image, for inputs whose URLs change between runs "
+            "(for example, signed URLs).",
+        ),
+    ] = None
+    limit: Annotated[
+        int | None,
+        Parameter(
+            name="--limit",
+            help="Process only the first N lines.",
+            validator=validators.Number(gte=1),
+        ),
+    ] = None
+
+    @property
+    def described(self) -> bool:
+        """Whether there is an option that describes an input."""
+        return not (self.input_format is self.column is self.key_column is None)
+
+
+NO_INPUT: Final = InputOptions()
+
+
+def open_source(options: InputOptions) -> LineSource:
     """Return the source that a name on the command line means.
 
     Of a file the beginning is read, so that one that is no such text is refused at once.
@@ -264,7 +316,9 @@ def open_source(
         CommandError: There is no such file, or the options do not fit it.
         ConfigurationError: It is no text, or has no such column.
     """
-    chosen = input_format or detect_format(name)
+    name, column, key_column = options.name, options.column, options.key_column
+    assert name is not None
+    chosen = options.input_format or detect_format(name)
     for option, value in (("--column", column), ("--key-column", key_column)):
         if value is not None and chosen == "text":
             raise CommandError(

@@ -6,9 +6,10 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import attrs
+from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -39,9 +40,10 @@ OPTIONS: Final[Mapping[str, str]] = {
 _ANY_SOURCE: Final = Uri("https://example.com/")
 
 
+@Parameter(name="*")
 @attrs.frozen(kw_only=True)
 class Parameters:
-    """The parameters of the AI Vision models, as given on the command line.
+    """The parameters of the AI Vision models.
 
     Attributes:
         prompts: For `AIVisionGeneral`.
@@ -49,9 +51,33 @@ class Parameters:
         tags: ``name=description``, for `AIVisionTagging`.
     """
 
-    prompts: tuple[str, ...] = ()
-    questions: tuple[str, ...] = ()
-    tags: tuple[str, ...] = ()
+    prompts: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name="--prompt",
+            help="Prompt for ai_vision_general; up to 10 times.",
+            show_default=False,
+        ),
+    ] = ()
+    questions: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name="--question",
+            help="Yes/no question for ai_vision_moderation; up to 10 times.",
+            show_default=False,
+        ),
+    ] = ()
+    tags: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name="--tag",
+            help="name=description of a tag for ai_vision_tagging; up to 10 times.",
+            show_default=False,
+        ),
+    ] = ()
+
+
+NO_PARAMETERS: Final = Parameters()
 
 
 def choose_models(names: Sequence[str], parameters: Parameters) -> dict[str, BuildRequest]:

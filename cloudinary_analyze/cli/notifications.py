@@ -11,9 +11,10 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
 
 import attrs
+from cyclopts import Parameter
 from rich.console import Console
 from rich.json import JSON
 from rich.text import Text
@@ -52,19 +53,86 @@ STOP_SECONDS: Final = 0.1
 Handle: TypeAlias = "Callable[[web.Request], Awaitable[web.StreamResponse]]"
 
 
+@Parameter(name="*")
 @attrs.frozen(kw_only=True)
-class ReceivingPlan:
-    """How the results of tasks are to come in; at most one way.
+class ReceivingOptions:
+    """How the results of a run arrive.
 
     Attributes:
-        receive: Address and port to take webhooks in at.
-        public_url: Where the service is to send them; ``None``: where the account says.
+        mode: Whether images are analyzed by calls or by tasks.
+        receive: Address and port where webhooks are received, as ``HOST:PORT``.
+        public_url: Where the service sends them; ``None``: as configured in the account.
         redis: The URL of a Redis that a receiver elsewhere fills.
     """
 
-    receive: tuple[str, int] | None = None
-    public_url: str | None = None
-    redis: str | None = attrs.field(default=None, repr=False)
+    mode: Annotated[
+        Literal["call", "task"], Parameter(name="--mode", help="Make calls, or submit tasks.")
+    ] = "call"
+    receive: Annotated[
+        str | None,
+        Parameter(
+            name="--receive",
+            help="With --mode task: HOST:PORT to listen on for webhooks (any path).",
+        ),
+    ] = None
+    public_url: Annotated[
+        str | None,
+        Parameter(
+            name="--public-url",
+            help="URL that leads to --receive, or to the receiver that fills --redis.",
+        ),
+    ] = None
+    redis: Annotated[
+        str | None,
+        Parameter(
+            name="--redis",
+            help="With --mode task: URL of the Redis that a receiver, such as `listen`, fills.",
+        ),
+    ] = attrs.field(default=None, repr=False)
+
+    @property
+    def as_tasks(self) -> bool:
+        """Whether the run submits tasks."""
+        return self.mode == "task"
+
+    def check(self, *, emulated: bool) -> None:
+        """See beforehand that results can arrive.
+
+        Raises:
+            CommandError: The options do not fit together.
+        """
+        given = [
+            name
+            for name, value in (("--receive", self.receive), ("--redis", self.redis))
+            if value is not None
+        ]
+        named = given + ([] if self.public_url is None else ["--public-url"])
+        if not self.as_tasks:
+            if named:
+                raise CommandError(f"{named[0]} is for tasks; add --mode task.")
+            return
+        if emulated:
+            if named:
+                raise CommandError(
+                    f"The emulator delivers its webhooks to a built-in receiver. Omit {named[0]}."
+                )
+            return
+        if len(given) != 1:
+            which = "only one of these" if given else "one of these"
+            raise CommandError(
+                f"--mode task needs a way to receive results. Pass {which}: {WAYS}. "
+                "Or add --emulator, which has a receiver."
+            )
+        if self.receive is not None:
+            if self.public_url is None:
+                raise CommandError(
+                    "--receive needs --public-url with the address that leads there from outside, "
+                    "because the service must know where to send its webhooks."
+                )
+            read_address(self.receive)
+
+
+CALLS: Final = ReceivingOptions()
 
 
 def read_address(text: str) -> tuple[str, int]:
@@ -77,50 +145,6 @@ def read_address(text: str) -> tuple[str, int]:
     if not host or not port.isdecimal() or int(port) > 65_535:
         raise CommandError(f"--receive takes HOST:PORT, such as 0.0.0.0:8080; not {text!r}.")
     return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def plan_receiving(
-    mode: str,
-    *,
-    receive: str | None,
-    public_url: str | None,
-    redis: str | None,
-    emulated: bool,
-) -> ReceivingPlan | None:
-    """Decide how the results of a run's tasks come in; ``None``: it makes calls.
-
-    Raises:
-        CommandError: The options do not fit together.
-    """
-    options = {"--receive": receive, "--redis": redis}
-    given = [name for name, value in options.items() if value is not None]
-    named = given + ([] if public_url is None else ["--public-url"])
-    if mode == "call":
-        if named:
-            raise CommandError(f"{named[0]} is for tasks; add --mode task.")
-        return None
-    if emulated:
-        if named:
-            raise CommandError(
-                f"The emulator's webhooks come to a receiver of its own; leave {named[0]} out."
-            )
-        return ReceivingPlan()
-    if len(given) != 1:
-        way = "one of these alone" if given else "one of these"
-        raise CommandError(
-            f"The results of tasks must come in somehow; with --mode task pass {way}: {WAYS}. "
-            "Or add --emulator, which brings a receiver."
-        )
-    if receive is not None and public_url is None:
-        raise CommandError(
-            "--receive needs --public-url with the address that leads there from outside: the "
-            "service must be told where to send its webhooks."
-        )
-    return ReceivingPlan(
-        receive=None if receive is None else read_address(receive),
-        public_url=public_url,
-        redis=redis,
-    )
 
 
 @attrs.define(eq=False)
@@ -205,7 +229,7 @@ class _Waiting:
 
 @asynccontextmanager
 async def open_line(
-    plan: ReceivingPlan | None, service: Service, console: Console
+    options: ReceivingOptions, service: Service, console: Console
 ) -> AsyncIterator[Line | None]:
     """Open the way that results of tasks come in by; ``None`` where there are no tasks.
 
@@ -214,20 +238,21 @@ async def open_line(
         ConfigurationError: The credentials hold no secret to verify with, or the plan cannot be
             right.
     """
-    if plan is None:
+    if not options.as_tasks:
         yield None
-    elif plan.redis is not None:
-        async with open_redis(plan.redis) as notifications:
-            yield Line(notifications, plan.public_url)
+    elif options.redis is not None:
+        async with open_redis(options.redis) as notifications:
+            yield Line(notifications, options.public_url)
     else:
         from cloudinary_analyze.notifications.aiohttp import WebhookReceiver
 
         waiting = _Waiting()
         handle = WebhookReceiver(waiting, service.credentials).handle
-        async with serve(handle, *(plan.receive or ("127.0.0.1", 0))) as origin:
-            if plan.receive is not None:
+        address = ("127.0.0.1", 0) if options.receive is None else read_address(options.receive)
+        async with serve(handle, *address) as origin:
+            if options.receive is not None:
                 say(console, f"Receiving webhooks on {origin}.", style="dim")
-            yield Line(waiting, plan.public_url or f"{origin}/")
+            yield Line(waiting, options.public_url or f"{origin}/")
 
 
 def open_redis(url: str) -> AbstractAsyncContextManager[Any]:

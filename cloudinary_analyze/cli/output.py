@@ -13,9 +13,10 @@ from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Annotated, Any, Final, Self
 
 import attrs
+from cyclopts import Parameter
 from rich.console import Console
 
 from cloudinary_analyze.cli.screen import STANDARD, CommandError, ExitCode, say
@@ -72,6 +73,46 @@ def check_extra(wanted: bool, module: str, extra: str, what: str) -> None:
         )
 
 
+ExportFormatOption = Annotated[
+    ExportFormat | None,
+    Parameter(
+        name="--format", help="Format of the output. Default: by its extension, else JSON Lines."
+    ),
+]
+
+
+@Parameter(name="*")
+@attrs.frozen(kw_only=True)
+class OutputOptions:
+    """Where the results of a run go.
+
+    Attributes:
+        output: The file, or ``-``.
+        output_format: Its format; ``None``: by its extension.
+        ledger: The file of the ledger; ``None``: beside the output.
+        report: The file of the report, if one is wanted.
+    """
+
+    output: Annotated[
+        str,
+        Parameter(
+            name=["--output", "-o"],
+            help="Where the results go; - is stdout, as JSON Lines.",
+            allow_leading_hyphen=True,
+        ),
+    ] = "results.jsonl"
+    output_format: ExportFormatOption = None
+    ledger: Annotated[
+        Path | None, Parameter(name="--ledger", help="File of the ledger. Default: OUTPUT.ledger.")
+    ] = None
+    report: Annotated[
+        Path | None, Parameter(name="--report", help="Also write an HTML report of the results.")
+    ] = None
+
+
+DEFAULT_OUTPUT: Final = OutputOptions()
+
+
 @attrs.frozen(kw_only=True)
 class Places:
     """Where the results of a run go.
@@ -91,21 +132,15 @@ class Places:
     report: Path | None
 
 
-def plan_places(
-    output: str,
-    output_format: ExportFormat | None,
-    *,
-    ledger: Path | None,
-    report: Path | None,
-    needs_ledger: bool,
-) -> Places:
+def plan_places(options: OutputOptions, *, needs_ledger: bool) -> Places:
     """Decide where the results of a run go, and see beforehand that they can.
 
     Raises:
         CommandError: They cannot, or the options do not fit together.
     """
+    output, ledger, report = options.output, options.ledger, options.report
     streamed = is_stream(output)
-    chosen = output_format or ("jsonl" if streamed else detect_output_format(output))
+    chosen = options.output_format or ("jsonl" if streamed else detect_output_format(output))
     if streamed:
         if chosen != "jsonl":
             raise CommandError(

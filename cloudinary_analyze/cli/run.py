@@ -15,7 +15,7 @@ from cloudinary_analyze._policy import stops_the_stream
 from cloudinary_analyze.cli.feed import ItemFeed, LineSource, build_sample_source
 from cloudinary_analyze.cli.ledger import Book, open_book
 from cloudinary_analyze.cli.models import BuildRequest
-from cloudinary_analyze.cli.notifications import Line, ReceivingPlan, open_line
+from cloudinary_analyze.cli.notifications import Line, ReceivingOptions, open_line
 from cloudinary_analyze.cli.output import LedgerExport, Places, StreamResults
 from cloudinary_analyze.cli.screen import (
     STANDARD,
@@ -63,7 +63,7 @@ class RunPlan:
         places: Where the results go.
         named: Whether the input names its items.
         retry_failed: Whether what failed for good is asked again.
-        receiving: How the results of tasks come in; ``None``: there are none, but calls.
+        receiving: How the results arrive.
         permits: Calls in flight at once.
         limit: How many lines to take at the most.
         emulated: Whether to call an emulator in this process.
@@ -75,7 +75,7 @@ class RunPlan:
     places: Places
     named: bool
     retry_failed: bool
-    receiving: ReceivingPlan | None
+    receiving: ReceivingOptions
     permits: int
     limit: int | None
     emulated: bool
@@ -83,12 +83,12 @@ class RunPlan:
     @property
     def mode(self) -> Literal["call", "task"]:
         """See `AnalyzeSession.map`."""
-        return "call" if self.receiving is None else "task"
+        return self.receiving.mode
 
     def build_settings(self) -> Settings:
         """Return the settings of the session."""
         # a result that was never delivered is the one failure that asking again must pay for
-        again = self.retry_failed and self.receiving is not None
+        again = self.retry_failed and self.receiving.as_tasks
         return Settings(permits=self.permits, on_missing_result="analyze" if again else "raise")
 
 

@@ -220,7 +220,7 @@ def test_help_documents_the_exit_codes(capfd: pytest.CaptureFixture[str]):
     for arguments in (["--help"], ["run", "--help"]):
         assert main(arguments) == 0
         out = capfd.readouterr().out
-        for code in ("0: every", "1: some", "2: the", "3: stopped", "130: interrupted"):
+        for code in ("0: every", "1: some", "2: invalid", "3: stopped", "130: interrupted"):
             assert code in out
 
 

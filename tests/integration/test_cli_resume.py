@@ -24,7 +24,7 @@ from cli_support import (
 )
 
 from cloudinary_analyze.cli import main
-from cloudinary_analyze.cli.output import LedgerExport, plan_places
+from cloudinary_analyze.cli.output import DEFAULT_OUTPUT, LedgerExport, plan_places
 from cloudinary_analyze.cli.screen import CommandError
 from cloudinary_analyze.emulator import Emulator, FaultPlan
 from cloudinary_analyze.errors import AnalyzeError
@@ -366,7 +366,7 @@ async def test_an_interrupt_while_the_results_are_written_leaves_the_earlier_one
         )
         await ledger.flush()
         export = LedgerExport(ledger)
-        places = plan_places("results.jsonl", None, ledger=None, report=None, needs_ledger=False)
+        places = plan_places(DEFAULT_OUTPUT, needs_ledger=False)
         export.halt()
         with pytest.raises(CommandError, match="cloudinary-analyze export") as caught:
             await export.write(places, keep_earlier=keep_earlier)

@@ -27,9 +27,9 @@ from notification_support import RedisServer, build_delivery, start_redis
 
 from cloudinary_analyze import AnalyzeSession, Answered, Coco, Credentials, Response
 from cloudinary_analyze.analyses import OtherAnalysis
-from cloudinary_analyze.cli import main, receiving
-from cloudinary_analyze.cli.notifications import ReceivingPlan, open_line
-from cloudinary_analyze.cli.output import plan_places
+from cloudinary_analyze.cli import main, notifications
+from cloudinary_analyze.cli.notifications import CALLS, ReceivingOptions, open_line
+from cloudinary_analyze.cli.output import DEFAULT_OUTPUT, plan_places
 from cloudinary_analyze.cli.run import RunPlan
 from cloudinary_analyze.cli.screen import build_console
 from cloudinary_analyze.cli.service import Service
@@ -64,8 +64,8 @@ def test_tasks_of_the_emulator_need_nothing_else(capfd: pytest.CaptureFixture[st
         ("", ("--receive", "--redis", "--emulator")),
         ("--receive 127.0.0.1:8080", ("--public-url",)),
         ("--receive 8080 --public-url https://x.example/", ("HOST:PORT",)),
-        ("--receive 127.0.0.1:1 --redis redis://127.0.0.1", ("one of these alone",)),
-        ("--redis redis://127.0.0.1 --emulator", ("leave --redis out",)),
+        ("--receive 127.0.0.1:1 --redis redis://127.0.0.1", ("only one of these",)),
+        ("--redis redis://127.0.0.1 --emulator", ("Omit --redis",)),
         ("--redis nonsense://", ("Redis URL",)),
         ("--receive 127.0.0.1:8080 --public-url ftp://x.example/", ("notification URL",)),
     ],
@@ -162,19 +162,19 @@ async def test_results_come_out_of_redis_where_listen_puts_them(
 @pytest.mark.parametrize(
     ("retry_failed", "receiving", "expected"),
     [
-        (False, ReceivingPlan(), "raise"),
-        (True, ReceivingPlan(), "analyze"),
-        (True, None, "raise"),
+        (False, ReceivingOptions(mode="task"), "raise"),
+        (True, ReceivingOptions(mode="task"), "analyze"),
+        (True, CALLS, "raise"),
     ],
 )
 def test_what_was_never_delivered_is_paid_for_again_only_if_that_is_wished(
-    retry_failed: bool, receiving: ReceivingPlan | None, expected: str
+    retry_failed: bool, receiving: ReceivingOptions, expected: str
 ):
     plan = RunPlan(
         models={},
         source=None,
         samples=1,
-        places=plan_places("r.jsonl", None, ledger=None, report=None, needs_ledger=False),
+        places=plan_places(DEFAULT_OUTPUT, needs_ledger=False),
         named=False,
         retry_failed=retry_failed,
         receiving=receiving,
@@ -190,7 +190,7 @@ def test_what_was_never_delivered_is_paid_for_again_only_if_that_is_wished(
 
 async def test_a_webhook_waits_until_its_result_is_kept():
     service = Service(Credentials("emulator-demo", "123456789012345", "emulator-secret"))
-    async with open_line(ReceivingPlan(), service, build_console()) as line:
+    async with open_line(ReceivingOptions(mode="task"), service, build_console()) as line:
         assert line is not None
         put = asyncio.create_task(line.source.put(build_delivery("t1")))  # type: ignore[attr-defined]
         await anext(aiter(line.source.listen()))
@@ -209,7 +209,7 @@ async def test_a_webhook_waits_until_its_result_is_kept():
 @pytest.mark.parametrize("verdict", ["duplicate", "foreign", "malformed"])
 async def test_a_webhook_that_nobody_waits_for_is_answered_at_once(verdict: str):
     service = Service(Credentials("emulator-demo", "123456789012345", "emulator-secret"))
-    async with open_line(ReceivingPlan(), service, build_console()) as line:
+    async with open_line(ReceivingOptions(mode="task"), service, build_console()) as line:
         assert line is not None
         put = asyncio.create_task(line.source.put(build_delivery("t1")))  # type: ignore[attr-defined]
         await anext(aiter(line.source.listen()))
@@ -220,14 +220,14 @@ async def test_a_webhook_that_nobody_waits_for_is_answered_at_once(verdict: str)
 async def test_a_webhook_for_a_task_that_stays_unknown_is_refused_soon(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(receiving, "PARKED_SECONDS", 0.01)
+    monkeypatch.setattr(notifications, "PARKED_SECONDS", 0.01)
     service = Service(Credentials("emulator-demo", "123456789012345", "emulator-secret"))
-    async with open_line(ReceivingPlan(), service, build_console()) as line:
+    async with open_line(ReceivingOptions(mode="task"), service, build_console()) as line:
         assert line is not None
         put = asyncio.create_task(line.source.put(build_delivery("t1")))  # type: ignore[attr-defined]
         await anext(aiter(line.source.listen()))
         line.hear(NotificationSeen(verdict="parked", task_id="t1"))
-        with pytest.raises(receiving.UnknownTaskError):
+        with pytest.raises(notifications.UnknownTaskError):
             await asyncio.wait_for(put, 1)
 
 
