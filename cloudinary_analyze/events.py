@@ -185,8 +185,9 @@ class NotificationSeen:
     """A delivery was read and judged.
 
     Attributes:
-        verdict: ``"resolved"``, ``"parked"``, ``"duplicate"``, ``"foreign"``, ``"forged"``,
-            ``"stale"``, ``"malformed"`` or ``"unrelated"``.
+        verdict: ``"resolved"``, ``"progress"`` (the task is still running), ``"parked"``,
+            ``"duplicate"``, ``"foreign"``, ``"forged"``, ``"stale"``, ``"malformed"`` or
+            ``"unrelated"``.
         task_id: The task it names, if it was verified.
         queued: Seconds from its receipt to now (wall clock), if the receiver noted the time.
             ``None`` for a delivery that was parked before.

@@ -278,7 +278,9 @@ class Notification:
         if raw.get("error") or (_read_integer(raw.get("http_status")) or 0) >= 400:
             return True
         data = raw.get("data")
-        return type(data) is dict and (data.get("status") == "failed" or bool(data.get("error")))
+        if type(data) is dict and data:
+            return data.get("status") == "failed" or bool(data.get("error"))
+        return bool(raw.get("status") == "failed")
 
 
 def read_error_object(error: Any) -> JSONObject:

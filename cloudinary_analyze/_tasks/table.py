@@ -32,7 +32,7 @@ from cloudinary_analyze._tasks.entries import (
 )
 from cloudinary_analyze._tasks.timers import DueHeap, Shelf
 from cloudinary_analyze._wire import codec
-from cloudinary_analyze._wire.protocol import build_task_failure, find_result
+from cloudinary_analyze._wire.protocol import build_task_failure, find_result, reports_progress
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
     AuthenticationError,
@@ -41,7 +41,7 @@ from cloudinary_analyze.errors import (
     ResultNotDeliveredError,
 )
 from cloudinary_analyze.requests import AnalyzeRequest
-from cloudinary_analyze.responses import Notification, TaskStatus
+from cloudinary_analyze.responses import Notification, TaskStatus, find_string
 from cloudinary_analyze.webhooks import parse_notification
 
 FIRST_MINUTE: Final = 60.0  # a new task may be unknown to the service for a while
@@ -231,7 +231,8 @@ class Table:
     ) -> tuple[str, Sequence[Effect]]:
         """Answer the task that a verified notification names; return the verdict, too.
 
-        Whatever its shape is, it answers a task that somebody waits for.
+        Whatever its shape is, it answers a task that somebody waits for, unless it says that the
+        task is still running.
         """
         task_id = notification.task_id
         if task_id is None:
@@ -240,8 +241,20 @@ class Table:
         if entry is None and (entry := self.resting.get(task_id)) is None:
             return self._deliver_later(task_id, notification, body, now)
         answer = _read(notification, body, task_id, entry)
+        if answer is None:
+            return "progress", self._note_progress(entry, notification)
         raw = notification.raw
         return "resolved", self.answer(entry, answer, now, status=answer.status, raw=raw)
+
+    def _note_progress(self, entry: Entry, notification: Notification) -> Sequence[Effect]:
+        """Learn that a task is known and still running. Only polls and results end it."""
+        entry.verified = True
+        entry.misses = 0
+        state = find_string(notification.raw, "status")
+        if state is None or entry.phase is not Phase.PENDING or entry.status == state:
+            return ()
+        entry.status = state
+        return (Changed(entry.waits),)
 
     def _deliver_later(
         self, task_id: str, notification: Notification, body: bytes, now: float
@@ -250,11 +263,14 @@ class Table:
         kept = self.answered.get(task_id)
         if kept is not None:
             answer = _read(notification, body, task_id, None)
-            if not kept.guess or answer.guess:
+            if answer is None or not kept.guess or answer.guess:
                 return "duplicate", ()
             self._keep(task_id, answer, now)
             return "resolved", (Ended((), answer, Entry(None, task_id, phase=Phase.OVER)),)
-        if task_id in self.parked:
+        if reports_progress(notification):
+            return "progress", ()  # parked, it would take the place of the result
+        parked = self.parked.get(task_id)
+        if parked is not None and not _corrects(notification, parked):
             return "parked", ()
         gone = self.parked.put(task_id, body, now, size=len(body))
         self._wake_at(now + self.parked.seconds)
@@ -307,7 +323,8 @@ class Table:
         phase, task_id = entry.phase, entry.task_id
         if phase is Phase.OVER or task_id is None:
             return ()
-        if find_result(status.raw) is not None:
+        result = find_result(status.raw)
+        if result or (result is not None and status.finished):
             answer = Answer("poll", body=codec.dumps(status.raw))
             return self.answer(entry, answer, now, status=status.state, raw=status.raw)
         if status.state == "failed" and (report := Notification(task_id, status.raw)).error:
@@ -460,11 +477,27 @@ def _end_waits(entry: Entry, answer: Answer, status: str | None) -> list[Wait]:
     return waits
 
 
-def _read(notification: Notification, body: bytes, task_id: str, entry: Entry | None) -> Answer:
-    """Return the answer of a notification; one without an analysis is decoded to an error."""
+def _read(
+    notification: Notification, body: bytes, task_id: str, entry: Entry | None
+) -> Answer | None:
+    """Return the answer of a notification, or ``None`` if its task is still running.
+
+    An end without an analysis is decoded to an error.
+    """
     if notification.failed:
         model = "model unknown" if entry is None else entry.model
         error = build_task_failure(task_id, model=model, notification=notification, body=body)
         return Answer("notification", error)
-    guess = find_result(notification.raw) is None
-    return Answer("notification", None, body, None, guess)
+    result = find_result(notification.raw)
+    if not result and reports_progress(notification):
+        return None
+    return Answer("notification", None, body, None, result is None)
+
+
+def _corrects(notification: Notification, parked: bytes) -> bool:
+    """Whether a notification says how a task ended, and the one that is parked does not."""
+    return _is_readable(notification) and not _is_readable(parse_notification(parked))
+
+
+def _is_readable(notification: Notification) -> bool:
+    return notification.failed or find_result(notification.raw) is not None

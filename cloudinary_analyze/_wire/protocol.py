@@ -53,6 +53,11 @@ _RESULT_KEYS: Final = frozenset(
     {"caption", "detections", "label_annotations", "labels", "logo_annotations", "quality"}
     | {"responses", "score", "tags"}
 )
+# `pending` and `processing` are documented, for polls; a notification may use other words
+_RUNNING: Final = frozenset(
+    {"accepted", "in_progress", "pending", "processing", "progress", "queued", "running"}
+    | {"scheduled", "started", "submitted", "waiting"}
+)
 
 
 @attrs.frozen
@@ -206,6 +211,25 @@ def _locate_result(
         if _is_analysis(envelope, analysis_type):
             return path, envelope
     return None
+
+
+def reports_progress(notification: Notification) -> bool:
+    """Whether a notification says only that its task is still running.
+
+    It does if it carries neither an error nor an analysis that is not empty, and each status in
+    it is one of a running task. The status of the task comes first: ``http_status`` is that of the call.
+    """
+    raw = notification.raw
+    if find_result(raw) or notification.failed:
+        return False
+    envelopes = [envelope for _, envelope in walk_envelopes(raw)]
+    if any(envelope.get("analysis") for envelope in envelopes):
+        return False  # of another shape than ours, but paid for
+    states = [state for envelope in envelopes if isinstance(state := envelope.get("status"), str)]
+    if not states:
+        return notification.http_status == 202
+    words = (state.strip().lower().replace(" ", "_").replace("-", "_") for state in states)
+    return _RUNNING.issuperset(words)
 
 
 def _is_analysis(value: JSONObject, analysis_type: type[Any] | None) -> bool:

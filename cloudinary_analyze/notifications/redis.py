@@ -29,7 +29,7 @@ import attrs
 
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
 from cloudinary_analyze._values import NotPicklable, URLObject, read_url
-from cloudinary_analyze._wire.protocol import find_result
+from cloudinary_analyze._wire.protocol import find_result, reports_progress
 from cloudinary_analyze.errors import (
     ConfigurationError,
     MalformedNotificationError,
@@ -205,7 +205,7 @@ class RedisNotifications(NotPicklable):
         """Store a delivery and wake the processes that wait for it.
 
         One with a result or an error replaces what the mailbox holds; any other fills an empty
-        mailbox only. Cancelling is safe: the delivery is stored or not, and storing it again is
+        mailbox only. One that says that its task is still running is not stored. Cancelling is safe: the delivery is stored or not, and storing it again is
         harmless.
 
         Raises:
@@ -219,6 +219,8 @@ class RedisNotifications(NotPicklable):
             raise MalformedNotificationError(
                 "The notification names no analysis task, so there is no mailbox for it."
             )
+        if reports_progress(notification):
+            return
         final = notification.failed or find_result(notification.raw) is not None
         stored = asyncio.get_running_loop().create_future()
         self._waiting.append(_Put(task_id, delivery, final, stored))

@@ -19,6 +19,7 @@ from cloudinary_analyze import (
     ConfigurationError,
     Credentials,
     MalformedNotificationError,
+    ResponseDecodeError,
 )
 from cloudinary_analyze.emulator import Emulator
 from cloudinary_analyze.notifications import encode_delivery
@@ -191,7 +192,9 @@ async def test_what_came_hours_before_the_process_started_is_found(open_worker, 
     [
         ({"caption": "first"}, {"caption": "second"}, "second"),
         ({"caption": "first"}, {"data": None}, "first"),
+        ({"data": {"progress": 50}}, {"caption": "second"}, "second"),
         ({"data": {"status": "processing"}}, {"caption": "second"}, "second"),
+        ({"caption": "first"}, {"data": {"status": "processing"}}, "first"),
     ],
 )
 async def test_a_result_stays_whatever_else_arrives_for_its_task(open_worker, first, second, kept):
@@ -200,6 +203,17 @@ async def test_a_result_stays_whatever_else_arrives_for_its_task(open_worker, fi
         await notifications.put(build_delivery("t1", **second))
         async with asyncio.timeout(5):
             assert (await session.task("t1", Captioning)).analysis.caption == kept
+
+
+async def test_progress_does_not_take_the_place_of_an_unreadable_result(open_worker):
+    async with open_worker() as (session, notifications):
+        await notifications.put(build_delivery("t1", data={"status": "processing"}))
+        end = build_delivery("t1", data={"status": "completed"})
+        await notifications.put(end)
+        async with asyncio.timeout(5):
+            with pytest.raises(ResponseDecodeError) as caught:
+                await session.task("t1", Captioning)
+        assert caught.value.raw_body == end.body
 
 
 async def test_a_wake_up_between_the_first_look_and_the_wait_is_not_missed(shared, namespace):

@@ -184,6 +184,23 @@ class TestAwaiting:
                 await task
             assert caught.value.raw_body == body
 
+    async def test_signed_progress_changes_the_status_and_ends_nothing(self):
+        async with connected(task_seconds=NEVER) as (_, session):
+            task = session.submit(request())
+            task_id = await task.accepted()
+            secret, now = session._credentials.api_secret, time.time()
+
+            def notify(**fields):
+                body = build_result(task_id, **fields)
+                session._source.queue.put_nowait(sign(body, secret=secret, at=now, received_at=now))
+
+            notify(data={"status": "processing", "progress": 50})
+            await until(lambda: task.status == "processing")
+            assert not task.done()
+            notify()
+            assert (await task).analysis.caption == "a cat"
+            assert session.stats.notifications == {"progress": 1, "resolved": 1}
+
 
 @pytest.mark.timeout(20)
 class TestEveryHandleEnds:

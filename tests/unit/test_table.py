@@ -16,7 +16,12 @@ from cloudinary_analyze import (
 from cloudinary_analyze._tasks.entries import Answer, Changed, Ended, Phase, Poll, Seen
 from cloudinary_analyze._tasks.table import Table
 from cloudinary_analyze._wire.protocol import build_task_failure
-from cloudinary_analyze.errors import NotFoundError, ResultNotDeliveredError, SessionClosedError
+from cloudinary_analyze.errors import (
+    NotFoundError,
+    ResponseDecodeError,
+    ResultNotDeliveredError,
+    SessionClosedError,
+)
 from cloudinary_analyze.responses import TaskStatus
 from cloudinary_analyze.webhooks import parse_notification
 
@@ -141,7 +146,145 @@ class TestFirstAnswerWins:
         assert b"a dog" in find(table, "t1").body
 
 
+PROGRESS = [
+    {"data": {"status": "pending"}},
+    {"data": {"task_id": "t1", "status": "processing"}, "http_status": 202},
+    {"data": {"status": "processing", "progress": 50}},
+    {"data": {"status": "In Progress"}, "http_status": None},
+    {"data": None, "status": "progress"},
+    {"data": {"data": {"status": "queued"}}},
+    {"data": {"result": {"status": "running", "analysis": None}}},
+    {"data": {"analysis": {}, "status": "pending"}, "error": None},
+    {"data": None, "http_status": 202},
+]
+UNREADABLE_ENDS = [
+    {"data": {"status": "completed"}},
+    {"data": {"status": "done"}},
+    {"data": {"status": "pending"}, "status": "completed"},
+    {"data": {"status": "pending", "analysis": ["a cat"]}},
+    {"data": {"progress": 50}},
+    {"data": None, "status": 7},
+    {"data": None},
+]
+
+
+class TestProgress:
+    """A signed body without a result does not end a task that it calls running."""
+
+    @pytest.mark.parametrize("fields", PROGRESS)
+    def test_ends_nothing_and_the_result_is_awaited(self, fields):
+        table = build_table()
+        wait, _ = attach(table, "t1")
+        assert not wait.entry.verified
+        assert deliver(table, build_result("t1", **fields)) == "progress"
+        assert wait.answer is None
+        assert wait.entry.verified
+        assert deliver(table, build_result("t1")) == "resolved"
+        assert b"a cat" in wait.answer.body
+
+    @pytest.mark.parametrize("fields", UNREADABLE_ENDS)
+    def test_an_end_without_a_readable_result_is_none(self, fields):
+        table = build_table()
+        wait = accept(table, "t1")
+        body = build_result("t1", **fields)
+        assert deliver(table, body) == "resolved"
+        assert wait.answer.body == body
+        with pytest.raises(ResponseDecodeError):
+            Response.from_raw(Captioning, json.loads(body))
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"data": {"status": "pending", "analysis": {"data": {"caption": "a cat"}}}},
+            {"data": {"status": "pending", "result": {"caption": "a cat"}}},
+        ],
+    )
+    def test_a_result_counts_whatever_its_status(self, fields):
+        table = build_table()
+        wait = accept(table, "t1")
+        assert deliver(table, build_result("t1", **fields)) == "resolved"
+        assert not wait.answer.guess
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"data": {"status": "pending"}, "http_status": 500},
+            {"data": {"status": "pending", "error": "it broke"}},
+            {"data": {"status": "failed"}},
+            {"data": None, "status": "failed"},
+        ],
+    )
+    def test_a_failure_counts_whatever_its_status(self, fields):
+        table = build_table()
+        wait = accept(table, "t1")
+        assert deliver(table, build_result("t1", **fields)) == "resolved"
+        assert isinstance(wait.answer.error, TaskFailedError)
+
+    def test_its_status_is_shown_until_a_poll_knows_more(self):
+        table = build_table()
+        wait = accept(table, "t1")
+        body = build_result("t1", data={"status": "processing"})
+        _, effects = table.deliver(parse_notification(body), body, 0)
+        assert [type(effect) for effect in effects] == [Changed]
+        assert wait.entry.status == "processing"
+        assert table.deliver(parse_notification(body), body, 0) == ("progress", ())
+        poll(table, wait, "completed", 1)
+        assert deliver(table, body) == "progress"
+        assert (wait.entry.status, wait.entry.phase) == ("completed", Phase.GRACE)
+
+    def test_it_shows_that_the_service_knows_the_task(self):
+        table = build_table(with_source=False)
+        wait = accept(table, "t1")
+        unknown = NotFoundError("404", status=404)
+        table.take_error(wait.entry, unknown, 100)
+        deliver(table, build_result("t1", data={"status": "pending"}))
+        table.take_error(wait.entry, unknown, 200)
+        assert wait.answer is None
+
+    def test_it_is_not_parked_in_the_place_of_the_result(self):
+        table = build_table()
+        body = build_result("t1", data={"status": "processing"})
+        assert deliver(table, body) == "progress"
+        assert not table.parked
+        assert deliver(table, build_result("t1")) == "parked"
+        assert deliver(table, body) == "progress"
+        assert b"a cat" in accept(table, "t1").answer.body
+
+    def test_an_empty_analysis_counts_once_the_task_has_ended(self):
+        table = build_table()
+        wait = accept(table, "t1")
+        for state in ("processing", "completed"):
+            assert wait.answer is None
+            raw = {"data": {"status": state, "analysis": {}}}
+            table.take_status(wait.entry, TaskStatus("t1", state, raw=raw), 0)
+        assert json.loads(wait.answer.body) == raw
+
+    def test_after_the_answer_it_is_a_duplicate(self):
+        table = build_table()
+        wait = accept(table, "t1")
+        failure = build_task_failure("t1", model="captioning")
+        table.answer(wait.entry, Answer("poll", failure, guess=True), 0)
+        assert deliver(table, build_result("t1", data={"status": "pending"})) == "duplicate"
+        assert find(table, "t1").error is failure
+
+    def test_a_task_that_nobody_waits_for_keeps_resting(self):
+        table = build_table()
+        wait = accept(table, "t1")
+        table.leave(wait, 0)
+        assert deliver(table, build_result("t1", data={"status": "processing"})) == "progress"
+        assert wait.entry.phase is Phase.RESTING
+        assert deliver(table, build_result("t1")) == "resolved"
+
+
 class TestParked:
+    @pytest.mark.parametrize("body", [build_result("t1"), build_failure("t1")])
+    def test_what_can_be_read_replaces_what_cannot(self, body):
+        table = build_table()
+        unreadable = build_result("t1", data=None)
+        assert [deliver(table, each) for each in (unreadable, body, unreadable)] == ["parked"] * 3
+        assert table.parked.bytes == len(body)
+        assert not accept(table, "t1").answer.guess
+
     def test_a_notification_before_the_202_answers_at_registration(self):
         table = build_table()
         assert deliver(table, build_result("t1")) == "parked"

@@ -93,11 +93,13 @@ class TableMachine(RuleBasedStateMachine):
         self.perform(effects)
         self.note(wait)
 
-    @rule(task_id=IDS, kind=st.sampled_from(["result", "failure", "odd"]))
+    @rule(task_id=IDS, kind=st.sampled_from(["result", "failure", "odd", "progress"]))
     def deliver(self, task_id, kind):
         body = build_failure(task_id) if kind == "failure" else build_result(task_id)
         if kind == "odd":
             body = build_result(task_id, data=None)
+        if kind == "progress":
+            body = build_result(task_id, data={"status": "processing"})
         _, effects = self.table.deliver(parse_notification(body), body, self.now)
         self.perform(effects)
 
