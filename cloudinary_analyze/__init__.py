@@ -3,6 +3,7 @@
 Open an `AnalyzeSession`, and pass it requests: ``await session.analyze(Captioning(url))``.
 """
 
+from cloudinary_analyze._budget import Budget, Spent
 from cloudinary_analyze._stream import OutcomeStream
 from cloudinary_analyze._tasks.handle import AnalysisTask
 from cloudinary_analyze._version import __version__
@@ -44,6 +45,7 @@ from cloudinary_analyze.errors import (
     AttemptTimeoutError,
     AuthenticationError,
     BadRequestError,
+    BudgetReachedError,
     BulkStoppedError,
     CallTimeoutError,
     ConfigurationError,
@@ -125,6 +127,8 @@ __all__ = [
     "AuthenticationError",
     "BadRequestError",
     "BoundingBox",
+    "Budget",
+    "BudgetReachedError",
     "BulkStoppedError",
     "CallTimeoutError",
     "Captioning",
@@ -188,6 +192,7 @@ __all__ = [
     "Settings",
     "ShopClassifier",
     "ShopClassifierAnalysis",
+    "Spent",
     "StaleNotificationError",
     "TagDefinition",
     "TaskFailedError",

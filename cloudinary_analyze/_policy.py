@@ -19,6 +19,7 @@ from cloudinary_analyze.errors import (
     ApiError,
     AuthenticationError,
     BadRequestError,
+    BudgetReachedError,
     ConfigurationError,
     LedgerError,
     NotFoundError,
@@ -258,8 +259,24 @@ _STOPPING: Final = (
 )
 
 
+def may_be_charged(error: Exception) -> bool:
+    """Whether a request that ended with an error was charged, as far as anybody knows.
+
+    An accepted task counts as charged, whatever became of it, unless its quota was used up.
+    """
+    if not isinstance(error, AnalyzeError) or error.ambiguous:
+        return isinstance(error, AnalyzeError)
+    if isinstance(error, ApiError):
+        return False
+    # a ledger fails after the response
+    accepted = isinstance(error, TaskFailedError | LedgerError)
+    return accepted or bool(getattr(error, "task_id", None))
+
+
 def find_stop(error: Exception, settings: Settings) -> Stop | None:
     """Return what would fail with the same error from now on; ``None``: this item only."""
+    if isinstance(error, BudgetReachedError):
+        return Stop.EVERYTHING if error.feature is None else Stop.FEATURE
     if isinstance(error, _STOPPING) or asks_for_more(error, settings.max_server_wait):
         return Stop.EVERYTHING
     return _judge(error).stop if isinstance(error, RemoteError) else None

@@ -13,6 +13,7 @@ from typing import Any, Final, Generic, TypeVar
 
 import attrs
 
+from cloudinary_analyze._budget import Spending
 from cloudinary_analyze._cancellation import count_cancellations
 from cloudinary_analyze._clock import Clock
 from cloudinary_analyze._policy import is_final
@@ -58,7 +59,8 @@ def wrap_cancellation(culprit: str, error: asyncio.CancelledError) -> ForeignCan
 class Work(Generic[Item, A]):
     """One item of a stream, from its pull to its outcome.
 
-    Whoever performs it calls `check` before the request queues, and `start` when it may be sent.
+    Whoever performs it calls `check` and `reserve` before the request queues, and `start` when it
+    may be sent. The stream settles it.
 
     Attributes:
         item: The item.
@@ -71,6 +73,7 @@ class Work(Generic[Item, A]):
         restored: Whether its response or error was read from the ledger.
         recorded_seconds: How long its attempts took then.
         unsent: Whether it was not sent because its kind of request is stopped.
+        reserved: Whether the cost of its request is reserved.
     """
 
     item: Item
@@ -78,12 +81,18 @@ class Work(Generic[Item, A]):
     clock: Clock
     _check: Callable[[Work[Any, Any]], None]
     begun: float
+    _spending: Spending | None
     request: AnalyzeRequest[A] = attrs.field(init=False)
     name: str | None = attrs.field(default=None, init=False)
     started: float | None = attrs.field(default=None, init=False)
     restored: bool = attrs.field(default=False, init=False)
     recorded_seconds: float = attrs.field(default=0.0, init=False)
     unsent: bool = attrs.field(default=False, init=False)
+    reserved: bool = attrs.field(default=False, init=False)
+
+    @property
+    def _feature(self) -> str:
+        return self.request.feature or self.request.model
 
     def check(self) -> None:
         """Raise if the service would refuse the request for a known reason.
@@ -92,6 +101,32 @@ class Work(Generic[Item, A]):
             BulkStoppedError: It would. Nothing was sent.
         """
         self._check(self)
+
+    async def reserve(self) -> None:
+        """Reserve the cost of the request in the stream's budget, unless that is done.
+
+        Raises:
+            BudgetReachedError: It does not fit. Nothing was sent.
+        """
+        if self._spending is not None and not self.reserved:
+            await self._spending.reserve(self._feature)
+            self.reserved = True
+
+    async def reserve_again(self) -> None:
+        """Reserve the cost of a repetition of the request, which was charged once already.
+
+        Raises:
+            BudgetReachedError: It does not fit.
+        """
+        self.settle(charged=True)
+        await self.reserve()
+
+    def settle(self, response: Response[A] | None = None, *, charged: bool) -> None:
+        """Replace what is reserved, if anything, by what the request cost."""
+        if self._spending is not None and self.reserved:
+            self.reserved = False
+            limits = None if response is None else response.limits
+            self._spending.settle(self._feature, limits, charged=charged)
 
     async def start(self) -> None:
         """Note that the first attempt is about to start.
@@ -137,37 +172,46 @@ class Sender:
             AnalyzeError: As the call or the task raises.
         """
         work.check()
+        await work.reserve()
         if self.as_tasks:
-            return await follow(self.submit(work.request, admit=work.start))
-        return await self.call(work.request, admit=work.start)
+            return await follow(self.submit(work))
+        return await self.call(work)
 
     async def call(
         self,
-        request: AnalyzeRequest[A],
+        work: Work[Item, A],
         *,
-        admit: Callable[[], Awaitable[None]],
+        admit: Callable[[], Awaitable[None]] | None = None,
         on_accepted: Callable[[str], Awaitable[None]] | None = None,
     ) -> Response[A]:
         """Make a call, and follow the task if the service makes one of it."""
         answer = await self.tracker.caller.analyze(
-            request, deadline=self._build_deadline(self.settings.call_timeout), admit=admit
+            work.request,
+            deadline=self._build_deadline(self.settings.call_timeout),
+            admit=admit or work.start,
         )
         if not isinstance(answer, Accepted):
             return answer
-        task = self.attach(answer.task_id, request, just_accepted=True)
+        task = self.attach(answer.task_id, work, just_accepted=True)
         return await follow(task, on_accepted=on_accepted)
 
     def submit(
-        self, request: AnalyzeRequest[A], *, admit: Callable[[], Awaitable[None]]
+        self, work: Work[Item, A], *, admit: Callable[[], Awaitable[None]] | None = None
     ) -> AnalysisTask[A]:
         """Submit a request as a task."""
-        deadline = self._build_deadline(self.settings.task_timeout)
-        return self.tracker.submit(request, as_task=True, deadline=deadline, admit=admit)
+        return self.tracker.submit(
+            work.request,
+            as_task=True,
+            deadline=self._build_deadline(self.settings.task_timeout),
+            admit=admit or work.start,
+            before_repeat=work.reserve_again,
+        )
 
     def attach(
-        self, task_id: str, request: AnalyzeRequest[A], *, just_accepted: bool = False
+        self, task_id: str, work: Work[Item, A], *, just_accepted: bool = False
     ) -> AnalysisTask[A]:
         """Return a handle on an accepted task."""
+        request = work.request
         return self.tracker.attach(
             task_id,
             request.model,
@@ -175,6 +219,7 @@ class Sender:
             request=request,
             just_accepted=just_accepted,
             deadline=self._build_deadline(self.settings.task_timeout),
+            before_repeat=work.reserve_again,
         )
 
     def _build_deadline(self, seconds: float | None) -> float | None:
@@ -309,8 +354,11 @@ class Recording:
                 progress.noted = True
             work.check()
             try:
+                if progress.task_id is None:
+                    await work.reserve()
                 response = await self._obtain(key, work, progress)
             except _NotAdmittedError as denied:
+                work.settle(charged=False)
                 progress.task_id = denied.task_id
                 if denied.task_id is None:
                     await self._ask(self.ledger.watch(key))
@@ -367,12 +415,11 @@ class Recording:
             progress.task_id = task_id
             await self._ask(self.ledger.record_submitted(key, task_id))
 
-        request = work.request
         if progress.task_id is not None:
             return await self._resume(progress.task_id, work)
         if not self.sender.as_tasks:
-            return await self.sender.call(request, admit=admit, on_accepted=record_task)
-        task = self.sender.submit(request, admit=admit)
+            return await self.sender.call(work, admit=admit, on_accepted=record_task)
+        task = self.sender.submit(work, admit=admit)
         try:
             await task.accepted()
         except asyncio.CancelledError:
@@ -424,7 +471,7 @@ class Recording:
             _TaskForgottenError: It has.
         """
         await work.start()
-        task = self.sender.attach(task_id, work.request)
+        task = self.sender.attach(task_id, work)
         try:
             if not await task.is_known():
                 raise _TaskForgottenError

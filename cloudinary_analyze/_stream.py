@@ -27,13 +27,15 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Never, Self, TypeVar
 
 import attrs
 
+from cloudinary_analyze._budget import Budget, Spending, Spent
 from cloudinary_analyze._cancellation import count_cancellations
 from cloudinary_analyze._clock import Clock
-from cloudinary_analyze._policy import Stop, find_stop
+from cloudinary_analyze._policy import Stop, find_stop, may_be_charged
 from cloudinary_analyze._recording import Work, wrap_cancellation
 from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
+    BudgetReachedError,
     BulkStoppedError,
     ConfigurationError,
     InvalidRequestError,
@@ -122,6 +124,7 @@ class _Pump(Generic[Item, A]):
     clock: Clock
     window: int
     ordered: bool
+    spending: Spending | None
     ready: deque[Outcome[Item, A]] = attrs.field(factory=deque)
     early: dict[int, Outcome[Item, A]] = attrs.field(factory=dict)
     pulled: int = 0
@@ -196,7 +199,7 @@ class _Pump(Generic[Item, A]):
     async def _answer(self, index: int, item: Item) -> None:
         request: AnalyzeRequest[A] | None = None
         work: Work[Item, A] = Work(
-            item, index, self.clock, self.stops.check, self.clock.monotonic()
+            item, index, self.clock, self.stops.check, self.clock.monotonic(), self.spending
         )
         error: Exception
         try:
@@ -206,10 +209,12 @@ class _Pump(Generic[Item, A]):
             error = raised
         except asyncio.CancelledError as raised:
             if count_cancellations():
+                work.settle(charged=work.started is not None)
                 raise
             error = wrap_cancellation("code that handled this item", raised)
         else:
             self.stops.unsent = 0
+            work.settle(response, charged=True)
             seconds, queued = work.measure()
             self._keep(
                 Answered(
@@ -223,6 +228,7 @@ class _Pump(Generic[Item, A]):
                 )
             )
             return
+        work.settle(charged=work.started is not None and may_be_charged(error))
         self._judge(work, request, error)
         seconds, queued = work.measure()
         self._keep(
@@ -276,11 +282,13 @@ class _Pump(Generic[Item, A]):
                 self._stop_for(error, "Every remaining item would fail with the same error.")
 
     def _stop_for(self, error: Exception, why: str) -> None:
-        stopped = BulkStoppedError(
-            f"Stopped: {why} {error} No further items were sent.", reason=error
-        )
-        stopped.__cause__ = error
-        self.stop(stopped)
+        if not isinstance(error, BudgetReachedError):
+            stopped = BulkStoppedError(
+                f"Stopped: {why} {error} No further items were sent.", reason=error
+            )
+            stopped.__cause__ = error
+            error = stopped
+        self.stop(error)
 
     def _keep(self, outcome: Outcome[Item, A]) -> None:
         if not self.ordered:
@@ -309,6 +317,8 @@ class _Pump(Generic[Item, A]):
                     break
                 if (failure := self.failure) is not None:
                     self.failure = None
+                    if isinstance(failure, BudgetReachedError) and self.spending is not None:
+                        failure = self.spending.build_error(failure.feature)  # the final figures
                     raise failure
                 raise StopAsyncIteration
             woken = asyncio.get_running_loop().create_future()
@@ -372,6 +382,7 @@ class OutcomeStream(NotPicklable, Generic[Item_co, A_co]):
         ordered: bool,
         name: Callable[[Item_co], str] | None = None,
         open: Callable[[], Awaitable[None]] | None = None,  # noqa: A002 -- a ledger's
+        budget: Budget | None = None,
     ) -> None:
         source: Iterator[Item_co] | AsyncIterator[Item_co]
         asynchronous = isinstance(items, AsyncIterable)
@@ -393,6 +404,8 @@ class OutcomeStream(NotPicklable, Generic[Item_co, A_co]):
             raise ConfigurationError(f"`key` must be a function of one item, not {name!r:.80}.")
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
             raise ConfigurationError(f"The window must be a whole number from 1, not {window!r}.")
+        if budget is not None and not isinstance(budget, Budget):
+            raise ConfigurationError(f"`budget` must be a Budget, not {budget!r:.80}.")
         self._pump = _Pump(
             source,
             asynchronous,
@@ -404,10 +417,17 @@ class OutcomeStream(NotPicklable, Generic[Item_co, A_co]):
             clock,
             window,
             ordered,
+            None if budget is None else Spending(budget),
         )
         self._started = False
         # a stage before this one would otherwise stay open until it is collected
         self._stage = source if isinstance(source, AsyncGenerator | OutcomeStream) else None
+
+    @property
+    def spent(self) -> Spent | None:
+        """What was spent so far; ``None`` without a budget."""
+        spending = self._pump.spending
+        return None if spending is None else spending.spent
 
     def __aiter__(self) -> Self:
         return self
@@ -416,6 +436,7 @@ class OutcomeStream(NotPicklable, Generic[Item_co, A_co]):
         """Return the next outcome.
 
         Raises:
+            BudgetReachedError: A limit of the budget was reached.
             BulkStoppedError: An error stopped the stream; all that was in flight was handed over.
             LedgerError: The ledger could not be opened; nothing was pulled or sent.
             StopAsyncIteration: All items have had their outcome.

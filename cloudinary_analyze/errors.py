@@ -409,6 +409,32 @@ class BulkStoppedError(AnalyzeError):
         return rebuild, arguments, {**state, "reason": _make_portable(self.reason)}
 
 
+class BudgetReachedError(BulkStoppedError):
+    """A limit of the stream's `Budget` was reached. Nothing was sent for this item.
+
+    Attributes:
+        feature: The feature whose units are spent; ``None``: the number of calls.
+        calls: Calls that the stream spent.
+        units: Feature to units that it spent.
+        overshoot: Feature to units above its limit.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        feature: str | None = None,
+        calls: int = 0,
+        units: Mapping[str, int] | None = None,
+        overshoot: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.feature = feature
+        self.calls = calls
+        self.units: dict[str, int] = dict(units or {})
+        self.overshoot: dict[str, int] = dict(overshoot or {})
+
+
 def _make_portable(error: Exception | None) -> Exception | None:
     """Return the error itself, or its text as an `AnalyzeError` if it does not survive pickling.
 

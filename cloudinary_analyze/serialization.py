@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, Union, get_args, get_orig
 
 import attrs
 
+from cloudinary_analyze._budget import Budget, Spent
 from cloudinary_analyze._values import quote
 from cloudinary_analyze.analyses import (
     AIVisionModerationAnalysis,
@@ -79,6 +80,8 @@ _KINDS: Final = (
     Limit,
     TaskStatus,
     SessionStats,
+    Budget,
+    Spent,
     AttributeValue,
     GoogleLabel,
     Logo,
@@ -107,8 +110,8 @@ def to_dict(value: Any, *, raw: bool = False) -> dict[str, Any]:
     """Return a value as a dictionary of plain JSON types: what `to_json` writes, parsed.
 
     Args:
-        value: A response, analysis, detection, outcome, request, error, limit, task status or
-            `SessionStats`.
+        value: A response, analysis, detection, outcome, request, error, limit, task status,
+            budget or `SessionStats`.
         raw: Whether to include what the service sent.
 
     Raises:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Self, TypeVar, 
 import attrs
 
 from cloudinary_analyze import _policy
+from cloudinary_analyze._budget import Budget
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
 from cloudinary_analyze._http.permits import Permits
 from cloudinary_analyze._http.quota import Quota
@@ -522,6 +523,7 @@ class AnalyzeSession(NotPicklable):
         ordered: bool = False,
         ledger: Ledger | None = None,
         key: Callable[[AnalyzeRequest[A]], str] | None = None,
+        budget: Budget | None = None,
     ) -> OutcomeStream[AnalyzeRequest[A], A]: ...
 
     @overload
@@ -535,6 +537,7 @@ class AnalyzeSession(NotPicklable):
         ordered: bool = False,
         ledger: Ledger | None = None,
         key: Callable[[Item], str] | None = None,
+        budget: Budget | None = None,
     ) -> OutcomeStream[Item, A]: ...
 
     def map(
@@ -547,6 +550,7 @@ class AnalyzeSession(NotPicklable):
         ordered: bool = False,
         ledger: Ledger | None = None,
         key: Callable[[Any], str] | None = None,
+        budget: Budget | None = None,
     ) -> OutcomeStream[Any, Any]:
         """Analyse any number of items, lazily, and yield an outcome for each.
 
@@ -581,6 +585,9 @@ class AnalyzeSession(NotPicklable):
             key: Names an item in the ledger instead of its source, for URLs that change between
                 runs (for example, signed URLs). Model and parameters are part of the key, too. A
                 key names one source: a second source with the same key in the window fails.
+            budget: What the stream may spend. Once the calls are spent, it ends with
+                `BudgetReachedError`; once the units of a feature are, that feature stops as if
+                its quota were exhausted. `OutcomeStream.spent` says what was spent.
 
         Raises:
             ConfigurationError: The arguments do not fit together.
@@ -608,6 +615,7 @@ class AnalyzeSession(NotPicklable):
             ordered=ordered,
             name=key,
             open=self._check_open if recording is None else recording.open,
+            budget=budget,
         )
         self._streams.add(stream)
         return stream

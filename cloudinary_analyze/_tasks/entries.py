@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, final
 
 import attrs
@@ -132,6 +132,7 @@ class Entry:
         misses: Polls after the first minute that did not find the task.
         verified: Whether the service has ever named or found the task.
         unobserved: Whether a handle was dropped that nobody had awaited.
+        before_repeat: Awaited before the request is repeated as a call.
     """
 
     request: AnalyzeRequest[Any] | None
@@ -146,6 +147,7 @@ class Entry:
     misses: int = 0
     verified: bool = False
     unobserved: bool = False
+    before_repeat: Callable[[], Awaitable[None]] | None = None
 
     def __lt__(self, _: object) -> bool:
         return False

@@ -34,6 +34,7 @@ from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze._wire.protocol import Accepted
 from cloudinary_analyze.config import Credentials, Settings
 from cloudinary_analyze.errors import (
+    BulkStoppedError,
     CallTimeoutError,
     NotificationSourceError,
     RemoteError,
@@ -127,9 +128,11 @@ class Tracker(NotPicklable):
         as_task: bool,
         deadline: float | None,
         admit: Callable[[], Awaitable[None]] | None = None,
+        before_repeat: Callable[[], Awaitable[None]] | None = None,
     ) -> AnalysisTask[A]:
         """Send a request in the background and return its handle at once."""
         wait = self.table.submit(request)
+        wait.entry.before_repeat = before_repeat
         handle: AnalysisTask[A] = AnalysisTask(self, wait)
         end = self.table.build_end
         if as_task and end is not None:  # its result could not arrive, so it is not sent
@@ -187,6 +190,7 @@ class Tracker(NotPicklable):
         request: AnalyzeRequest[A] | None = None,
         just_accepted: bool = False,
         deadline: float | None = None,
+        before_repeat: Callable[[], Awaitable[None]] | None = None,
     ) -> AnalysisTask[A]:
         """Return a handle on an accepted task, whether it is known here or not.
 
@@ -198,6 +202,7 @@ class Tracker(NotPicklable):
                 settings ask for that.
             just_accepted: The service accepted the task just now, as the response to a call.
             deadline: Monotonic instant when the wait ends.
+            before_repeat: Awaited before the request is repeated as a call.
         """
         if just_accepted:
             self._tell_accepted(task_id, model)
@@ -210,6 +215,8 @@ class Tracker(NotPicklable):
             deadline=deadline,
             verified=just_accepted,
         )
+        if before_repeat is not None:
+            wait.entry.before_repeat = before_repeat
         self._perform(effects)
         self._fetch(wait)
         return AnalysisTask(self, wait)
@@ -391,9 +398,16 @@ class Tracker(NotPicklable):
 
     def _repeat(self, entry: Entry, request: AnalyzeRequest[Any]) -> None:
         """Repeat a task as a call, which the user asked for and which is charged again."""
-        call: Call = self.loop.create_task(self.caller.analyze(request))
+        call: Call = self.loop.create_task(self._call_again(entry, request))
         self._calls[entry] = call
         call.add_done_callback(partial(self._take_repetition, entry))
+
+    async def _call_again(
+        self, entry: Entry, request: AnalyzeRequest[Any]
+    ) -> Response[Any] | Accepted:
+        if entry.before_repeat is not None:
+            await entry.before_repeat()
+        return await self.caller.analyze(request)
 
     def _take_repetition(self, entry: Entry, call: Call) -> None:
         self._calls.pop(entry, None)
@@ -401,6 +415,8 @@ class Tracker(NotPicklable):
             answer = call.result()
         except SessionClosedError:
             self._answer(entry, Answer("session", _build_closed(entry.task_id)))
+        except BulkStoppedError as error:
+            self._answer(entry, Answer("session", error))  # another handle may repeat it
         except Exception as error:
             self._answer(entry, Answer("analyze", error))
         except BaseException:

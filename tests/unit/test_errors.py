@@ -64,6 +64,9 @@ VALUES: dict[str, Any] = {
     "cause_known": False,
     "last_status": TaskStatus("053f", "completed"),
     "reason": None,
+    "calls": 3,
+    "units": {"ai_vision": 7},
+    "overshoot": {"ai_vision": 1},
 }
 
 
@@ -71,7 +74,10 @@ def fields_of(kind: type[AnalyzeError]) -> list[str]:
     names: dict[str, None] = {}
     for base in kind.__mro__:
         if issubclass(base, AnalyzeError) and "__init__" in vars(base):
-            names |= dict.fromkeys(inspect.signature(base).parameters)
+            parameters = inspect.signature(base).parameters
+            names |= dict.fromkeys(parameters)
+            if "fields" not in parameters:
+                break  # it passes none on
     return [name for name in names if name not in {"message", "fields"}]
 
 
