@@ -438,6 +438,8 @@ class Recording:
             _NotAdmittedError: Another worker holds the claim, or submitted a task before.
             TransportError: An earlier holder may have sent the request; it is not repeated.
         """
+        if progress.claimed:
+            return  # since it turned out that the service has forgotten the task
         claim = await self._ask(self.ledger.claim(key))
         if claim is None:
             raise _NotAdmittedError

@@ -80,10 +80,12 @@ def find_free_port():
 
 @attrs.define(eq=False)
 class RedisServer:
-    """A Redis of our own that fsyncs every write, and can be killed and started again."""
+    """A Redis of our own that can be killed and started again. By default it fsyncs every write."""
 
     directory: Path
     port: int = attrs.field(factory=find_free_port)
+    fsync: str = "always"
+    options: tuple[str, ...] = ()
     process: subprocess.Popen | None = None
 
     @property
@@ -92,7 +94,8 @@ class RedisServer:
 
     def start(self):
         command = ["redis-server", "--bind", "127.0.0.1", "--port", str(self.port), "--save", ""]
-        command += ["--dir", str(self.directory), "--appendonly", "yes", "--appendfsync", "always"]
+        command += ["--dir", str(self.directory), "--appendonly", "yes"]
+        command += ["--appendfsync", self.fsync, *self.options]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 10
         while not self.answers():
@@ -115,10 +118,10 @@ class RedisServer:
             self.process = None
 
 
-def start_redis(directory):
+def start_redis(directory, **options):
     """Start a Redis server; skip the test where there is none, but never in CI."""
     if shutil.which("redis-server") is None and not os.environ.get("CI"):
         pytest.skip("redis-server is not installed")
-    server = RedisServer(directory)
+    server = RedisServer(directory, **options)
     server.start()
     return server

@@ -1,0 +1,483 @@
+"""A Redis server: its URL without secrets, and one connection that sends commands in batches.
+
+Shared by the ledger, the pacer and the notifications. Knows nothing of requests or records.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
+
+import attrs
+
+from cloudinary_analyze._clock import Clock
+from cloudinary_analyze._values import URLObject, read_url
+from cloudinary_analyze.errors import ConfigurationError
+
+try:
+    from redis import Redis as BlockingRedis
+    from redis.asyncio import BlockingConnectionPool, Redis
+    from redis.asyncio.retry import Retry
+    from redis.backoff import NoBackoff
+    from redis.exceptions import (
+        AuthenticationError,
+        AuthorizationError,
+        NoPermissionError,
+        NoScriptError,
+        ResponseError,
+    )
+    from redis.exceptions import ConnectionError as RedisConnectionError
+    from redis.exceptions import (
+        RedisError as RedisError,  # noqa: PLC0414 -- exported
+    )
+    from redis.exceptions import TimeoutError as RedisTimeoutError
+except ImportError as _missing:
+    raise ImportError(
+        "Redis needs the redis library: pip install 'cloudinary-analyze[redis]'."
+    ) from _missing
+
+URL_VARIABLE: Final = "REDIS_URL"
+CONNECT_SECONDS: Final = 5.0
+ANSWER_SECONDS: Final = 10.0  # for a whole batch
+BATCH: Final = 256  # commands
+BATCH_BYTES: Final = 2**22
+FIRST_PAUSE: Final = 0.05  # seconds before another attempt to connect; doubles
+LONGEST_PAUSE: Final = 1.0
+
+BROKEN: Final = (RedisConnectionError, RedisTimeoutError, TimeoutError, OSError)
+
+REFUSED: Final = (AuthenticationError, AuthorizationError, NoPermissionError)
+
+_OPTIONS: Final = frozenset(
+    {
+        "client_name",
+        "db",
+        "health_check_interval",
+        "max_connections",
+        "password",
+        "password_env",
+        "socket_connect_timeout",
+        "socket_keepalive",
+        "socket_read_size",
+        "ssl_ca_certs",
+        "ssl_ca_data",
+        "ssl_ca_path",
+        "ssl_cert_reqs",
+        "ssl_certfile",
+        "ssl_check_hostname",
+        "ssl_ciphers",
+        "ssl_keyfile",
+        "ssl_min_version",
+        "ssl_password",
+        "username",
+    }
+)
+_SECRETS: Final = frozenset({"password", "ssl_password"})
+_FORMS: Final = (
+    "Pass redis://[user:password@]host:port/0, rediss://… for TLS, or unix:///path. Write "
+    "reserved characters of the password in percent-encoding."
+)
+
+
+def check_url(url: str) -> None:
+    """Refuse a URL with options that change replies or time limits, or that are unknown.
+
+    The error quotes no part of the URL: a password with reserved characters may be anywhere in it.
+
+    Raises:
+        ConfigurationError: It has such an option, or parts that a Redis URL does not have.
+    """
+    try:
+        parts = urlsplit(url)
+        names = {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)}
+        database = parts.path.strip("/")
+        scheme, _ = parts.scheme, parts.port
+    except (ValueError, TypeError, AttributeError):
+        raise ConfigurationError(f"The Redis URL is invalid. {_FORMS}") from None
+    if parts.fragment or (scheme != "unix" and database and not database.isdecimal()):
+        raise ConfigurationError(f"The Redis URL is invalid. {_FORMS}")
+    if not names <= _OPTIONS:
+        raise ConfigurationError(
+            "The Redis URL has an option that is unknown, or that this class sets itself, such as "
+            "decode_responses, encoding, protocol or socket_timeout. Valid options: "
+            f"{', '.join(sorted(_OPTIONS))}."
+        )
+
+
+@attrs.frozen
+class Secrets:
+    """What a URL holds that a pickle, a repr and a log must not.
+
+    Attributes:
+        password: The password of the server.
+        options: Secret options of the URL.
+    """
+
+    password: str | None = attrs.field(default=None, repr=False)
+    options: Mapping[str, str] = attrs.field(factory=dict, repr=False, eq=False)
+
+
+@attrs.frozen
+class RedisLocation:
+    """A Redis server as a value. It pickles without passwords.
+
+    A password is taken from, in this order: the URL that it was built with in this process; the
+    environment variable that the option ``password_env`` names; the variable ``REDIS_URL`` if that
+    is of the same server.
+
+    Attributes:
+        url: The URL without passwords.
+    """
+
+    url: str
+    _secrets: Secrets = attrs.field(default=Secrets(), repr=False, eq=False)
+
+    def __getstate__(self) -> str:
+        return self.url
+
+    def __setstate__(self, url: str) -> None:
+        object.__setattr__(self, "url", url)
+        object.__setattr__(self, "_secrets", Secrets())
+
+    def resolve(self) -> str:
+        """Return the URL with its password, from the environment if need be."""
+        parts = urlsplit(self.url)
+        options = dict(parse_qsl(parts.query, keep_blank_values=True))
+        name = options.pop("password_env", None)
+        password, username = self._secrets.password, parts.username
+        if password is None:
+            text = os.environ.get(name or URL_VARIABLE, "")
+            if "://" in text:
+                other = urlsplit(text)
+                if name is not None or (other.hostname, other.port) == (parts.hostname, parts.port):
+                    password = None if other.password is None else unquote(other.password)
+                    username = username or other.username
+            elif name is not None and text:
+                password = text
+        options |= self._secrets.options
+        return urlunsplit(
+            parts._replace(
+                netloc=_build_netloc(parts.netloc, username, password), query=urlencode(options)
+            )
+        )
+
+    def build_client(self, connections: int, *, retries: int = 0) -> Any:
+        """Return an asyncio client with its own pool.
+
+        Raises:
+            ConfigurationError: The URL is invalid.
+        """
+        options: dict[str, Any] = {
+            "max_connections": connections,
+            "timeout": CONNECT_SECONDS,
+            "socket_connect_timeout": CONNECT_SECONDS,
+            # callers have their own: the library's can swallow a cancellation on Python 3.11
+            "socket_timeout": None,
+            "retry": Retry(NoBackoff(), retries),
+            "protocol": 2,
+        }
+        try:
+            pool: Any = BlockingConnectionPool.from_url(self.resolve(), **options)
+            pool.make_connection()
+            return Redis.from_pool(pool)
+        except (ValueError, TypeError, RedisError):
+            # the library's message may quote the URL, and with it the password
+            raise ConfigurationError(f"The Redis URL is invalid. {_FORMS}") from None
+
+    def build_blocking_client(self) -> Any:
+        """Return a client for code without an event loop."""
+        return BlockingRedis.from_url(
+            self.resolve(),
+            protocol=2,
+            socket_timeout=ANSWER_SECONDS,
+            socket_connect_timeout=CONNECT_SECONDS,
+        )
+
+    def __str__(self) -> str:
+        parts = urlsplit(self.url)
+        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))
+
+
+def read_location(value: str | URLObject | None) -> RedisLocation:
+    """Read a URL; ``None``: the one in ``REDIS_URL``.
+
+    Raises:
+        ConfigurationError: It is missing or invalid. The message quotes no part of it.
+    """
+    url = os.environ.get(URL_VARIABLE) if value is None else read_url(value)
+    if url is None:
+        raise ConfigurationError(f"Missing Redis URL. Set {URL_VARIABLE} or pass one. {_FORMS}")
+    if not isinstance(url, str):
+        raise ConfigurationError(f"The Redis URL must be a string, not {type(value).__name__}.")
+    check_url(url)
+    location = RedisLocation(*_split_secrets(url))
+    location.build_client(1)  # checks the options; connects to nothing
+    return location
+
+
+def _split_secrets(url: str) -> tuple[str, Secrets]:
+    parts = urlsplit(url)
+    options = parse_qsl(parts.query, keep_blank_values=True)
+    hidden = {name: value for name, value in options if name in _SECRETS}
+    password = hidden.pop("password", None)
+    if parts.password is not None:
+        password = unquote(parts.password)
+    shown = urlunsplit(
+        parts._replace(
+            netloc=_build_netloc(parts.netloc, parts.username, None),
+            query=urlencode([(name, value) for name, value in options if name not in _SECRETS]),
+        )
+    )
+    return shown, Secrets(password, hidden)
+
+
+def _build_netloc(netloc: str, username: str | None, password: str | None) -> str:
+    host = netloc.rpartition("@")[2]
+    user = "" if username is None else quote(unquote(username), safe="")
+    if password is not None:
+        return f"{user}:{quote(password, safe='')}@{host}"
+    return f"{user}@{host}" if user else host
+
+
+class LinkBrokenError(Exception):
+    """The connection was lost before the reply to a command that is not repeated by itself."""
+
+
+class LinkFailedError(Exception):
+    """Redis refused the commands, or could not be reached for longer than the patience."""
+
+
+Command = Sequence[bytes | str | int | float]
+
+
+@attrs.define(eq=False, repr=False)
+class _Pending:
+    command: Command
+    reply: asyncio.Future[Any] | None
+    repeat: bool
+
+
+@attrs.define(eq=False, repr=False)
+class Link:
+    """One connection of one event loop. Commands queue, and go out many to a round trip.
+
+    A command whose reply was lost is sent again, so it must be idempotent. Replies keep the order
+    of the commands.
+
+    States: *down* (no connection; the next command connects), *up*, *failed* (everything raises
+    `LinkFailedError`), *closed*. Down → up when `prepare` returned; up → down when the connection
+    breaks; down → failed when `patience` is over, or Redis refuses the credentials.
+
+    Attributes:
+        location: The server.
+        patience: Seconds without success before it fails.
+        clock: For waits and deadlines.
+        prepare: Awaited with each new connection, before the commands that wait. Raises
+            `LinkFailedError` if this server must not be used.
+        scripts: The Lua scripts by name, which `run` calls.
+        failure: Why nothing is sent any more.
+    """
+
+    location: RedisLocation
+    patience: float
+    clock: Clock
+    prepare: Callable[[Link], Awaitable[None]]
+    scripts: Mapping[str, str]
+    failure: str | None = attrs.field(default=None, init=False)
+    _digests: dict[str, str] = attrs.field(init=False)
+    _connection: Any = attrs.field(default=None, init=False)
+    _queue: deque[_Pending] = attrs.field(factory=deque, init=False)
+    _server: asyncio.Task[None] | None = attrs.field(default=None, init=False)
+    _troubled_at: float | None = attrs.field(default=None, init=False)
+    _closed: bool = attrs.field(default=False, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._digests = {
+            name: hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+            for name, source in self.scripts.items()
+        }
+
+    async def ask(self, *command: bytes | str | float, repeat: bool = True) -> Any:
+        """Send a command and return the reply. Cancelling the wait does not withdraw it.
+
+        Args:
+            command: Its parts.
+            repeat: Whether to send it again if its reply is lost.
+
+        Raises:
+            LinkBrokenError: Its reply was lost, and it is not repeated.
+            LinkFailedError: Redis is out of reach, or refuses it.
+        """
+        self._check()
+        reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._put(_Pending(command, reply, repeat))
+        return await reply
+
+    def tell(self, *command: bytes | str | float) -> None:
+        """Send a command whose reply does not matter. Does nothing once the link has failed."""
+        if self.failure is None and not self._closed:
+            self._put(_Pending(command, None, repeat=True))
+
+    def build_call(self, name: str, key: bytes, *arguments: bytes | str | float) -> Command:
+        """Return the command that runs a script on one key."""
+        return ("EVALSHA", self._digests[name], 1, key, *arguments)
+
+    def _check(self) -> None:
+        if self.failure is not None:
+            raise LinkFailedError(self.failure)
+        if self._closed:
+            raise LinkFailedError("it is closed")
+
+    def _put(self, pending: _Pending) -> None:
+        self._queue.append(pending)
+        if self._server is None or self._server.done():
+            self._server = asyncio.get_running_loop().create_task(self._serve())
+
+    async def _serve(self) -> None:
+        """Send what waits until nothing does."""
+        pause = FIRST_PAUSE
+        while self._queue:
+            batch: list[_Pending] = []
+            try:
+                if self._connection is None:
+                    await self._connect()
+                batch = self._take_batch()
+                replies = await self.exchange([pending.command for pending in batch])
+            except REFUSED as error:
+                self._fail(batch, f"Redis refused the credentials ({error})")
+            except (*BROKEN, ResponseError) as error:
+                await self._disconnect()
+                self._put_back(batch)
+                if not await self._wait_after(error, pause):
+                    return
+                pause = min(2 * pause, LONGEST_PAUSE)
+            except LinkFailedError as error:
+                self._fail(batch, str(error))
+            except BaseException as error:
+                self._fail(batch, f"{type(error).__name__}: {error}")
+                if not isinstance(error, Exception):
+                    raise
+            else:
+                refusal = self._settle(batch, replies)
+                if refusal is None:
+                    self._troubled_at, pause = None, FIRST_PAUSE
+                elif isinstance(refusal, NoScriptError):
+                    await self._disconnect()  # `_connect` loads the scripts
+                elif isinstance(refusal, REFUSED):
+                    self._fail([], f"Redis refused a command ({refusal})")
+                elif await self._wait_after(refusal, pause):
+                    pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _take_batch(self) -> list[_Pending]:
+        batch: list[_Pending] = []
+        size = 0
+        while self._queue and len(batch) < BATCH and size < BATCH_BYTES:
+            pending = self._queue.popleft()
+            batch.append(pending)
+            size += sum(len(part) for part in pending.command if isinstance(part, bytes))
+        return batch
+
+    async def _connect(self) -> None:
+        connection = self.location.build_client(1).connection_pool.make_connection()
+        try:
+            async with self.clock.timeout_at(self.clock.monotonic() + ANSWER_SECONDS):
+                await connection.connect()
+            self._connection = connection
+            for reply in await self.exchange(
+                [("SCRIPT", "LOAD", source) for source in self.scripts.values()]
+            ):
+                if isinstance(reply, Exception):
+                    raise reply
+            await self.prepare(self)
+        except BaseException:
+            self._connection = None
+            await connection.disconnect(nowait=True)
+            raise
+
+    async def exchange(self, commands: Sequence[Command]) -> list[Any]:
+        """Send commands on the connection at once; return replies, errors among them.
+
+        For `prepare`. Others `ask`.
+        """
+        connection = self._connection
+        replies: list[Any] = []
+        async with self.clock.timeout_at(self.clock.monotonic() + ANSWER_SECONDS):
+            await connection.send_packed_command(
+                connection.pack_commands(commands), check_health=False
+            )
+            for _ in commands:
+                try:
+                    replies.append(await connection.read_response())
+                except ResponseError as error:
+                    replies.append(error)
+        return replies
+
+    async def _disconnect(self, *, nowait: bool = True) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.disconnect(nowait=nowait)
+
+    def _put_back(self, batch: list[_Pending]) -> None:
+        """Queue a batch again, first, and end what is not to be repeated."""
+        self._queue.extendleft(reversed(batch))
+        waiting = list(self._queue)
+        self._queue.clear()
+        for pending in waiting:
+            if pending.repeat:
+                self._queue.append(pending)
+            else:
+                _end(pending, LinkBrokenError())
+
+    def _settle(self, batch: list[_Pending], replies: list[Any]) -> ResponseError | None:
+        """Hand replies over; queue again what Redis refused, and return the refusal."""
+        refusal: ResponseError | None = None
+        refused = []
+        for pending, reply in zip(batch, replies, strict=True):
+            if isinstance(reply, ResponseError):
+                refusal = reply
+                refused.append(pending)
+            elif pending.reply is not None and not pending.reply.done():
+                pending.reply.set_result(reply)
+        self._queue.extendleft(reversed(refused))
+        return refusal
+
+    async def _wait_after(self, error: Exception, pause: float) -> bool:
+        """Wait before another attempt; once the patience is over, fail and return ``False``."""
+        now = self.clock.monotonic()
+        if self._troubled_at is None:
+            self._troubled_at = now
+        if now - self._troubled_at >= self.patience:
+            self._fail([], f"Redis was not available for {self.patience:g} s ({error})")
+            return False
+        await self.clock.sleep(pause)
+        return True
+
+    def _fail(self, batch: list[_Pending], why: str) -> None:
+        self.failure = why
+        while batch or self._queue:
+            _end(batch.pop() if batch else self._queue.popleft(), LinkFailedError(why))
+
+    async def aclose(self, *, patience: float = ANSWER_SECONDS) -> None:
+        """Send what waits, for a limited time, and disconnect. Idempotent."""
+        self._closed = True
+        server, self._server = self._server, None
+        try:
+            if server is not None and not server.done():
+                await asyncio.wait({server}, timeout=patience)
+        finally:
+            if server is not None:
+                server.cancel()
+            while self._queue:
+                _end(self._queue.popleft(), LinkFailedError("it was closed"))
+            await asyncio.shield(self._disconnect(nowait=False))
+
+
+def _end(pending: _Pending, error: Exception) -> None:
+    if pending.reply is not None and not pending.reply.done():
+        pending.reply.set_exception(error)
+        pending.reply.exception()  # retrieved, even if the waiter is cancelled right now

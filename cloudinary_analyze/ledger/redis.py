@@ -1,0 +1,443 @@
+"""`RedisLedger`: one ledger for the workers of many processes and machines. Needs ``redis``.
+
+Every worker claims a key immediately before it sends the request, so each request is sent by one
+worker at a time. The claims of a worker that died are taken over after about 1.5 leases. Its
+requests in flight may have been charged; repeating them counts in
+``SessionStats.ambiguous_retries``.
+
+**Durability is that of the server.** Set ``maxmemory-policy noeviction`` (required) and
+``appendonly yes``. With ``appendfsync always`` a recorded response survives a crash of Redis and of
+the machine. With ``everysec``, a crash loses up to two seconds of writes; the workers that still
+run repeat theirs. A response is lost, and paid for again, only if its worker ended in these seconds
+or if a failover chose a replica that lags.
+
+Each record takes some 400 bytes of memory for a small analysis. Above ten million records, export
+them (`RedisLedger.iter_records`) to Parquet or a database, and use a new namespace.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from types import TracebackType
+from typing import Any, Final, Self
+
+import attrs
+
+from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
+from cloudinary_analyze._redis import (
+    LinkFailedError,
+    RedisError,
+    RedisLocation,
+    read_location,
+)
+from cloudinary_analyze._wire import codec
+from cloudinary_analyze.errors import AnalyzeError, ConfigurationError, LedgerError
+from cloudinary_analyze.ledger.claims import KeyState, build_answer, read_state
+from cloudinary_analyze.ledger.compression import compress, decompress
+from cloudinary_analyze.ledger.encoding import dump_error, load_error
+from cloudinary_analyze.ledger.sqlite import LedgerItem
+from cloudinary_analyze.ledger.worker import Names, Worker
+from cloudinary_analyze.protocols import Claim, Ledger, LedgerRecord
+from cloudinary_analyze.responses import JSONObject, Response
+
+OPEN_PATIENCE: Final = 10.0  # seconds; a mistyped host must not wait as long as an outage
+NOTED: Final = 200_000  # items whose source is remembered until their record
+READ_BATCH: Final = 500  # records
+
+_STATES: Final = {"A": "answered", "F": "failed"}
+
+
+def _pack(key: str) -> bytes:
+    try:
+        return bytes.fromhex(key)
+    except ValueError:
+        raise LedgerError(
+            f"The keys of a ledger are hexadecimal, as AnalyzeRequest.key is, not {key!r:.80}."
+        ) from None
+
+
+def _read_seconds(least: float) -> Any:
+    def validate(_: Any, attribute: Any, value: Any) -> None:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not least <= value < float("inf"):
+            raise ConfigurationError(
+                f"RedisLedger.{attribute.name} must be at least {least:g} seconds, not {value!r:.80}."
+            )
+
+    return validate
+
+
+@attrs.define(eq=False)
+class RedisLedger(Ledger):
+    """A ledger in Redis, shared by workers on any number of machines.
+
+    ::
+
+        async with RedisLedger("redis://host:6379/0") as ledger, AnalyzeSession() as session:
+            async for outcome in session.map(urls, Captioning, ledger=ledger):
+                ...
+
+    It is a value until it is opened: it pickles, without the password, and each copy that is
+    opened is a worker. Workers read the password from ``REDIS_URL``, if that names the same server,
+    or from the variable that the URL names: ``redis://host/0?password_env=NAME``.
+
+    Workers may run the same items or parts of them in any order. Each request is sent once, and the
+    other workers get its response from the ledger. Running the same code again resumes the job.
+
+    While Redis cannot be reached, nothing is sent, and responses wait to be recorded.
+
+    Attributes:
+        url: ``redis://``, ``rediss://`` (TLS) or ``unix://``. Default: ``REDIS_URL``.
+        namespace: What all keys begin with. A namespace belongs to one host and cloud name.
+        keep: Seconds that a record is kept. Default: for ever.
+        lease: Seconds after which a worker that stopped renewing its lease counts as dead. Longer
+            than any pause of the process or its event loop.
+        patience: Seconds to wait for Redis before the ledger raises `LedgerError`.
+        clock: For tests.
+
+    Raises:
+        ConfigurationError: An argument is invalid.
+    """
+
+    location: RedisLocation = attrs.field(default=None, converter=read_location, alias="url")
+    namespace: str = attrs.field(default="cloudinary-analyze", kw_only=True)
+    keep: float | None = attrs.field(
+        default=None, kw_only=True, validator=attrs.validators.optional(_read_seconds(1))
+    )
+    lease: float = attrs.field(default=30.0, kw_only=True, validator=_read_seconds(0.5))
+    patience: float = attrs.field(default=300.0, kw_only=True, validator=_read_seconds(0))
+    clock: Clock = attrs.field(default=SYSTEM_CLOCK, kw_only=True, repr=False)
+    _worker: Worker | None = attrs.field(default=None, init=False, repr=False)
+    _former: frozenset[str] = attrs.field(default=frozenset(), init=False, repr=False)
+    _describe: Callable[[], Mapping[str, Any]] | None = attrs.field(
+        default=None, init=False, repr=False
+    )
+    _noted: OrderedDict[str, tuple[str, str]] = attrs.field(
+        factory=OrderedDict, init=False, repr=False
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if not isinstance(self.namespace, str) or not self.namespace:
+            raise ConfigurationError("The namespace of the Redis keys must be a non-empty string.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the arguments, without the password."""
+        names = ("location", "namespace", "keep", "lease", "patience", "clock")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the arguments; the ledger is not open."""
+        for name, value in state.items():
+            object.__setattr__(self, name, value)  # without the converters
+        self._worker = self._describe = None
+        self._former = frozenset()
+        self._noted = OrderedDict()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
+        worker = getattr(self, "_worker", None)
+        if worker is not None:
+            if worker.loop.is_running():
+                asyncio.run_coroutine_threadsafe(worker.stop(), worker.loop)
+            _warn(
+                f"{self!r} was dropped without being closed. Use `async with` or `aclose()`.",
+                ResourceWarning,
+                source=self,
+            )
+
+    @property
+    def _names(self) -> Names:
+        return Names(self.namespace)
+
+    def describe(self, statistics: Callable[[], Mapping[str, Any]]) -> None:
+        """Show statistics of this worker to everybody, see `worker_stats`.
+
+        Args:
+            statistics: Returns what JSON can hold. Called with each renewal of the lease.
+        """
+        self._describe = statistics
+        if self._worker is not None:
+            self._worker.describe = statistics
+
+    async def open(self, *, base_url: str, cloud_name: str) -> None:
+        """Connect, and become a worker. Idempotent; opens anew after a failure.
+
+        Args:
+            base_url: ``scheme://host[:port]`` of the service.
+            cloud_name: The product environment.
+
+        Raises:
+            LedgerError: Redis cannot be reached, refuses the credentials, or may evict keys, or
+                the namespace belongs to another host or cloud name.
+        """
+        owner = (base_url, cloud_name)
+        worker = self._worker
+        if worker is not None and worker.link.failure is not None:
+            await self.aclose()
+            worker = None
+        if worker is None:
+            worker = self._worker = Worker(
+                location=self.location,
+                patience=min(self.patience, OPEN_PATIENCE),
+                names=self._names,
+                owner=owner,
+                lease=self.lease,
+                keep=0 if self.keep is None else round(1000 * self.keep),
+                clock=self.clock,
+                loop=asyncio.get_running_loop(),
+                describe=self._describe or dict,
+                former=self._former,
+            )
+        elif worker.loop is not asyncio.get_running_loop():
+            raise LedgerError(
+                f"The ledger {self.location} is open on another event loop. Close it there first."
+            )
+        elif worker.owner != owner:
+            raise LedgerError(
+                f"The ledger {self.location} is open for {worker.owner[1]} at {worker.owner[0]}, "
+                f"and this session is of {cloud_name} at {base_url}. Use a ledger for each."
+            )
+        try:
+            await worker.start()
+        except LinkFailedError as error:
+            if self._worker is worker:
+                await self.aclose()
+            raise self._explain(error) from error
+        worker.link.patience = self.patience
+
+    async def aclose(self) -> None:
+        """Write what waits, end the lease, and disconnect. Idempotent."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            self._former |= {worker.id}
+            await worker.stop()
+
+    def _use(self) -> Worker:
+        worker = self._worker
+        if worker is None:
+            raise LedgerError(
+                f"The ledger {self.location} is not open. A session's map() opens it, and it must "
+                "stay open until the session is closed: put its `async with` before the session's."
+            )
+        if worker.loop is not asyncio.get_running_loop():
+            raise LedgerError(f"The ledger {self.location} is open on another event loop.")
+        return worker
+
+    def _explain(self, error: LinkFailedError) -> LedgerError:
+        return LedgerError(
+            f"The ledger {self.location} cannot be used: {error}. Existing records are intact. Fix "
+            "the problem and run again."
+        )
+
+    async def find(self, key: str) -> LedgerRecord | None:
+        """See `Ledger.find`. A task that another worker waits for is not reported.
+
+        Raises:
+            LedgerError: Redis cannot be used, or the record cannot be read.
+        """
+        worker = self._use()
+        packed = _pack(key)
+        try:
+            value = await worker.link.ask("GET", worker.names.find_key(packed))
+        except LinkFailedError as error:
+            raise self._explain(error) from error
+        if value is None:
+            return None
+        state = self._read(value)
+        if state.state == "C" and worker.tokens.get(packed) != state.token:
+            return None
+        if state.state in _STATES:
+            item = self._build_item(0, key, state)
+            return LedgerRecord(
+                key=key,
+                task_id=state.task_id,
+                response=item.response,
+                error=item.error,
+                seconds=state.seconds,
+            )
+        return None if state.task_id is None else LedgerRecord(key=key, task_id=state.task_id)
+
+    async def claim(self, key: str) -> Claim | None:
+        """See `Ledger.claim`.
+
+        Raises:
+            LedgerError: Redis cannot be used.
+        """
+        try:
+            return await self._use().claim(_pack(key))
+        except LinkFailedError as error:
+            raise self._explain(error) from error
+
+    async def watch(self, key: str) -> None:
+        """See `Ledger.watch`.
+
+        Raises:
+            LedgerError: Redis cannot be used.
+        """
+        try:
+            await self._use().watch(_pack(key))
+        except LinkFailedError as error:
+            raise self._explain(error) from error
+
+    def release(self, key: str, *, ambiguous: bool) -> None:
+        """See `Ledger.release`."""
+        worker = self._worker
+        self._noted.pop(key, None)
+        if worker is not None:
+            worker.release(_pack(key), ambiguous=ambiguous)
+
+    async def record_submitted(self, key: str, task_id: str | None) -> None:
+        """See `Ledger.record_submitted`.
+
+        Raises:
+            LedgerError: It could not be written.
+        """
+        try:
+            await self._use().record_submitted(_pack(key), task_id)
+        except LinkFailedError as error:
+            raise self._explain(error) from error
+
+    async def record_response(self, key: str, response: Response[Any], *, seconds: float) -> None:
+        """See `Ledger.record_response`.
+
+        Raises:
+            LedgerError: It could not be written.
+        """
+        await self._record(key, "A", codec.dumps(dict(response.raw)), seconds)
+
+    async def record_error(self, key: str, error: AnalyzeError, *, seconds: float) -> None:
+        """See `Ledger.record_error`.
+
+        Raises:
+            LedgerError: It could not be written.
+        """
+        await self._record(key, "F", dump_error(error), seconds)
+
+    async def _record(self, key: str, state: str, content: bytes, seconds: float) -> None:
+        worker = self._use()
+        source, model = self._noted.pop(key, (None, None))
+        head = codec.dumps({"source": source, "model": model})
+        # an envelope without a second pass over the content
+        payload = compress(head[:-1] + b',"raw":' + content + b"}")
+        try:
+            await worker.record_answer(_pack(key), state, build_answer(seconds, payload))
+        except LinkFailedError as error:
+            raise self._explain(error) from error
+
+    async def note_item(self, key: str, *, source: str, model: str, index: int) -> None:  # noqa: ARG002
+        """See `Ledger.note_item`. The source is stored with the response; the index is not."""
+        self._noted[key] = (source.encode(errors="replace").decode(), model)
+        if len(self._noted) > NOTED:
+            self._noted.popitem(last=False)
+
+    def iter_records(self) -> Iterator[LedgerItem]:
+        """Yield everything that is answered or failed permanently, in no order.
+
+        Blocks; needs no `open`, and does not disturb the workers. What is recorded meanwhile may
+        or may not be included. ``index`` counts the records from 0.
+
+        Raises:
+            LedgerError: Redis cannot be used, or a record cannot be read.
+        """
+        names, seen, count = self._names, set[bytes](), 0
+        try:
+            with closing(self.location.build_blocking_client()) as client:
+                found = client.scan_iter(match=_quote(names.prefix) + b"*", count=READ_BATCH)
+                for keys in _batch(found, READ_BATCH):
+                    fresh = [key for key in dict.fromkeys(keys) if key[-16:] not in seen]
+                    seen.update(key[-16:] for key in fresh)  # a scan may repeat a key
+                    for key, value in zip(fresh, client.mget(fresh) if fresh else [], strict=True):
+                        if value is None or value[:1] not in {b"A", b"F"}:
+                            continue
+                        text = key[len(names.prefix) :].hex()
+                        yield self._build_item(count, text, self._read(value))
+                        count += 1
+        except RedisError as error:
+            raise self._explain(LinkFailedError(str(error))) from error
+
+    def worker_stats(self) -> list[dict[str, Any]]:
+        """Return what each running worker shows of itself, the newest first. Blocks.
+
+        ``worker`` is its name, ``at`` the Unix time of the renewal, ``claims`` the number of
+        requests that it holds now; further entries are those of `describe`.
+
+        Raises:
+            LedgerError: Redis cannot be used.
+        """
+        names = self._names
+        try:
+            with closing(self.location.build_blocking_client()) as client:
+                workers = client.zrevrange(names.workers, 0, -1)
+                leases = [names.find_lease(worker.decode()) for worker in workers]
+                found = client.mget(leases) if leases else []
+        except RedisError as error:
+            raise self._explain(LinkFailedError(str(error))) from error
+        return [json.loads(value) for value in found if value is not None]
+
+    def _read(self, value: bytes) -> KeyState:
+        try:
+            return read_state(value)
+        except ValueError as error:
+            raise self._build_damage(error) from error
+
+    def _build_item(self, index: int, key: str, state: KeyState) -> LedgerItem:
+        response: JSONObject | None = None
+        error: AnalyzeError | None = None
+        try:
+            content = codec.loads(decompress(state.payload))
+            if state.state == "A":
+                response = content["raw"]
+            else:
+                error = load_error(codec.dumps(content["raw"]))
+            source, model = content["source"], content["model"]
+        except (ValueError, LookupError, TypeError) as damage:
+            raise self._build_damage(damage) from damage
+        return LedgerItem(
+            index=index,
+            line=None,
+            source=source or "",
+            model=model,
+            key=key,
+            task_id=state.task_id,
+            response=response,
+            error=error,
+            seconds=state.seconds,
+        )
+
+    def _build_damage(self, error: Exception) -> LedgerError:
+        return LedgerError(
+            f"A record in the ledger {self.location} cannot be read ({error}). Use the version of "
+            "the package that wrote it, or another namespace."
+        )
+
+
+def _quote(prefix: bytes) -> bytes:
+    """Return a pattern that matches a text itself."""
+    return b"".join(
+        b"\\" + bytes((byte,)) if byte in b"*?[]^\\" else bytes((byte,)) for byte in prefix
+    )
+
+
+def _batch(values: Iterator[bytes], size: int) -> Iterator[list[bytes]]:
+    batch: list[bytes] = []
+    for value in values:
+        batch.append(value)
+        if len(batch) >= size:
+            yield batch
+            batch = []
+    yield batch

@@ -1,0 +1,521 @@
+"""`RedisLedger` against a real Redis: shared by workers, durable, patient, without secrets."""
+
+import asyncio
+import contextlib
+import copy
+import json
+import logging
+import pickle
+import time
+from pathlib import Path
+
+import pytest
+import redis
+from notification_support import start_redis
+
+from cloudinary_analyze import (
+    BadRequestError,
+    BulkStoppedError,
+    Captioning,
+    ConfigurationError,
+    LedgerError,
+    ServerError,
+)
+from cloudinary_analyze.ledger import worker as room
+from cloudinary_analyze.ledger.redis import RedisLedger
+from cloudinary_analyze.protocols import Claim
+from cloudinary_analyze.responses import Response
+from tests.scripted import CAPTION, ScriptedServer, answer, until
+
+URLS = [f"https://example.com/{number}.jpg" for number in range(12)]
+OWNER = {"base_url": "http://127.0.0.1:1", "cloud_name": "demo"}
+KEY = Captioning(URLS[0]).key
+RAW = json.loads((Path(__file__).parent.parent / "samples" / "captioning.json").read_bytes())
+RESPONSE = Response.from_raw(Captioning, RAW)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    server = start_redis(tmp_path_factory.mktemp("redis"), fsync="no")
+    yield server
+    server.kill()
+
+
+@pytest.fixture(autouse=True)
+def _short_quiet(monkeypatch):
+    monkeypatch.setattr(room, "QUIET", 0.5)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A Redis of the test's own, to be killed."""
+    server = start_redis(tmp_path)
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def namespace(request):
+    return f"test:{request.node.name}*["
+
+
+@pytest.fixture
+def build(shared, namespace):
+    def build(url=None, **options):
+        return RedisLedger(url or shared.url, **{"namespace": namespace, **options})
+
+    return build
+
+
+@contextlib.asynccontextmanager
+async def opened(ledger):
+    async with ledger:
+        await ledger.open(**OWNER)
+        yield ledger
+
+
+async def collect(session, urls=URLS, **options):
+    async with session.map(urls, Captioning, **options) as stream:
+        return [outcome async for outcome in stream]
+
+
+def source_of(seen):
+    return seen.json["source"]["uri"]
+
+
+async def slow_caption(request):
+    await asyncio.sleep(0.02)
+    return await CAPTION(request)
+
+
+# with a session
+
+
+async def test_what_is_recorded_is_restored_and_the_rest_sent_again(build):
+    error = {"error": {"message": "no"}}
+    faults = {URLS[1]: answer(400, error), URLS[3]: answer(500, error)}
+
+    async def handle(request):
+        return await faults.get((await request.json())["source"]["uri"], CAPTION)(request)
+
+    async with ScriptedServer(handle) as api:
+        for run in range(2):
+            async with build() as ledger, api.session(attempts=1) as session:
+                outcomes = await collect(session, ledger=ledger, ordered=True)
+            kinds = {o.index: type(o.error) for o in outcomes if o.error is not None}
+            assert kinds == {1: BadRequestError, 3: ServerError}
+            assert [o.restored for o in outcomes] == [run == 1 and i != 3 for i in range(12)]
+        assert len(api.seen) == 13
+        assert outcomes[0].unwrap().raw == RAW
+        assert outcomes[1].error.api_message == "no"
+
+
+async def test_workers_over_the_same_items_send_each_once(build):
+    urls = [f"https://example.com/{number}.jpg" for number in range(300)]
+    async with ScriptedServer(slow_caption) as api:
+
+        async def work(items):
+            async with build() as ledger, api.session(permits=16) as session:
+                return await collect(session, items, ledger=ledger)
+
+        results = await asyncio.gather(work(urls), work(urls[::-1]), work(urls))
+        assert sorted(map(source_of, api.seen)) == sorted(urls)
+        assert all(outcome.response for outcomes in results for outcome in outcomes)
+        assert sum(not o.restored for outcomes in results for o in outcomes) == 300
+        await work(urls)
+        assert len(api.seen) == 300
+
+
+async def test_two_sessions_share_an_open_ledger(build):
+    async with ScriptedServer(slow_caption) as api, build() as ledger:
+        async with api.session() as one, api.session() as other:
+            await asyncio.gather(*(collect(s, ledger=ledger) for s in (one, other)))
+        assert len(api.seen) == len(URLS)
+
+
+async def test_records_are_exported_with_their_sources(build, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from cloudinary_analyze.results.export import export_results
+    from cloudinary_analyze.results.records import build_ledger_record
+
+    async with ScriptedServer(CAPTION) as api:
+        async with build() as ledger, api.session() as session:
+            await collect(session, ledger=ledger)
+    records = list(map(build_ledger_record, build().iter_records()))
+    assert sorted(record["source"] for record in records) == sorted(URLS)
+    assert [record["index"] for record in records] == list(range(12))
+    assert {(record["model"], record["status"]) for record in records} == {("captioning", "ok")}
+    export_results(records, tmp_path / "out.parquet", "parquet")
+    table = parquet.read_table(tmp_path / "out.parquet")
+    assert table.num_rows == 12
+    assert set(table["caption"].to_pylist()) == {RAW["data"]["analysis"]["data"]["caption"]}
+
+
+async def test_redis_killed_during_a_run_costs_nothing(build, server):
+    urls = [f"https://example.com/{number}.jpg" for number in range(400)]
+    async with ScriptedServer(slow_caption) as api:
+
+        async def work():
+            ledger = build(server.url, lease=5)
+            async with ledger, api.session(permits=8) as session:
+                return await collect(session, urls, ledger=ledger)
+
+        runs = [asyncio.create_task(work()) for _ in range(2)]
+        await until(lambda: len(api.seen) > 100)
+        await asyncio.to_thread(server.kill)
+        await asyncio.sleep(0.2)
+        sent = len(api.seen)
+        await asyncio.sleep(0.2)
+        assert len(api.seen) == sent, "a request was sent without a claim"
+        await asyncio.to_thread(server.start)
+        results = await asyncio.gather(*runs)
+        assert sorted(map(source_of, api.seen)) == sorted(urls)
+    assert all(outcome.response for outcomes in results for outcome in outcomes)
+
+
+async def test_redis_away_for_longer_than_the_patience_stops(build, server):
+    async with ScriptedServer(slow_caption) as api, api.session(permits=8) as session:
+        async with build(server.url, patience=0.5) as ledger:
+
+            def yield_urls():
+                for number in range(10_000):
+                    if number == 50:
+                        server.kill()
+                    yield f"https://example.com/{number}.jpg"
+
+            with pytest.raises(BulkStoppedError) as caught:
+                await collect(session, yield_urls(), ledger=ledger)
+            assert isinstance(caught.value.reason, LedgerError)
+            assert len(api.seen) < 100
+            server.start()
+            sent = len(api.seen)
+            first = [f"https://example.com/{number}.jpg" for number in range(50)]
+            again = await collect(session, first, ledger=ledger)
+            assert all(outcome.response for outcome in again)
+            assert len(api.seen) - sent < 20
+
+
+# claims
+
+
+async def test_a_claim_is_held_until_it_is_released(build):
+    async with opened(build()) as one, opened(build()) as other:
+        assert await one.claim(KEY) == Claim()
+        assert await other.claim(KEY) is None
+        watching = asyncio.create_task(other.watch(KEY))
+        await asyncio.sleep(0.1)
+        assert not watching.done()
+        one.release(KEY, ambiguous=False)
+        await watching
+        assert await other.claim(KEY) == Claim()
+        other.release(KEY, ambiguous=True)
+        assert await one.claim(KEY) == Claim(ambiguous=True)
+        await one.record_response(KEY, RESPONSE, seconds=1.5)
+        assert await other.claim(KEY) is None
+        await other.watch(KEY)
+        record = await other.find(KEY)
+        assert (record.response, record.seconds) == (RAW, 1.5)
+
+
+async def test_a_task_is_handed_on_with_its_claim(build):
+    async with opened(build()) as one, opened(build()) as other:
+        await one.claim(KEY)
+        await one.record_submitted(KEY, "task|1")
+        assert (await one.find(KEY)).task_id == "task|1"
+        assert await other.find(KEY) is None  # another worker waits for it
+        one.release(KEY, ambiguous=True)
+        assert (await other.find(KEY)).task_id == "task|1"
+        assert await other.claim(KEY) == Claim(task_id="task|1")
+        await other.record_submitted(KEY, None)
+        other.release(KEY, ambiguous=False)
+        assert await one.claim(KEY) == Claim()
+
+
+async def test_the_claims_of_a_dead_worker_are_taken_over(build):
+    dead = build(lease=0.5)
+    await dead.open(**OWNER)
+    await dead.claim(KEY)
+    dead._worker._heart.cancel()  # it is not closed, as if it was killed
+    async with opened(build(lease=0.5)) as ledger:
+        assert await ledger.claim(KEY) is None
+        begun = time.monotonic()
+        async with asyncio.timeout(3):
+            await ledger.watch(KEY)
+        assert time.monotonic() - begun > 0.4
+        assert await ledger.claim(KEY) == Claim(ambiguous=True)
+        # its late answer is as good as any; the later one is ignored
+        await dead.record_response(KEY, RESPONSE, seconds=1)
+        await ledger.record_error(KEY, ServerError("no", status=500), seconds=2)
+        assert (await ledger.find(KEY)).seconds == 1
+    await dead.aclose()
+
+
+async def test_a_cancelled_claim_leaves_the_key_free(build):
+    async with opened(build()) as one, opened(build()) as other:
+        for steps in range(6):
+            claiming = asyncio.create_task(one.claim(KEY))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            claiming.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                if await claiming is not None:
+                    one.release(KEY, ambiguous=False)
+            await one.find(KEY)
+            assert await other.claim(KEY) == Claim()
+            other.release(KEY, ambiguous=False)
+            await other.find(KEY)
+
+
+async def test_records_noted_before_a_cancellation_are_kept(build):
+    async with opened(build()) as ledger:
+        recording = asyncio.create_task(ledger.record_response(KEY, RESPONSE, seconds=1))
+        await asyncio.sleep(0)
+        recording.cancel()
+        await asyncio.wait([recording])
+        assert (await ledger.find(KEY)).response == RAW
+
+
+async def test_a_response_replaces_an_error_and_is_not_replaced(build):
+    async with opened(build()) as ledger:
+        await ledger.record_error(KEY, BadRequestError("no", status=400), seconds=1)
+        assert isinstance((await ledger.find(KEY)).error, BadRequestError)
+        await ledger.record_response(KEY, RESPONSE, seconds=2)
+        await ledger.record_error(KEY, BadRequestError("no", status=400), seconds=3)
+        await ledger.record_submitted(KEY, "late")
+        record = await ledger.find(KEY)
+        assert (record.response, record.error, record.seconds) == (RAW, None, 2)
+
+
+async def test_writes_that_redis_lost_are_repeated(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "QUIET", 1.0)
+    forgetful = start_redis(tmp_path, fsync="no", options=("--appendonly", "no"))
+    try:
+        one, other = (build(forgetful.url, lease=0.5) for _ in range(2))
+        async with opened(one), opened(other):
+            keys = [Captioning(url).key for url in URLS[:4]]
+            await one.claim(keys[0])
+            await one.record_response(keys[0], RESPONSE, seconds=1)
+            await one.claim(keys[1])
+            await one.claim(keys[2])
+            await one.record_submitted(keys[2], "task")
+            await one.claim(keys[3])
+            one.release(keys[3], ambiguous=True)
+            await one.find(keys[3])
+            forgetful.kill()
+            forgetful.start()
+            claims = await asyncio.gather(*(other.claim(key) for key in keys))
+            assert claims == [None, None, None, Claim(ambiguous=True)]
+            assert (await other.find(keys[0])).response == RAW
+            assert (await one.find(keys[2])).task_id == "task"
+    finally:
+        forgetful.kill()
+
+
+async def test_a_restart_of_redis_kills_no_worker(build, server):
+    async with opened(build(server.url, lease=0.5)) as one:
+        async with opened(build(server.url, lease=0.5)) as other:
+            await one.claim(KEY)
+            for _ in range(2):
+                server.kill()
+                await asyncio.sleep(0.7)
+                server.start()
+                assert await other.claim(KEY) is None
+
+
+# the server
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
+async def test_a_server_that_evicts_is_refused(build, tmp_path, policy):
+    server = start_redis(tmp_path, fsync="no", options=("--maxmemory-policy", policy))
+    try:
+        with pytest.raises(LedgerError, match="noeviction"):
+            await build(server.url).open(**OWNER)
+    finally:
+        server.kill()
+
+
+async def test_a_server_without_a_file_is_warned_of(build, tmp_path, caplog):
+    server = start_redis(tmp_path, fsync="no", options=("--appendonly", "no"))
+    try:
+        async with opened(build(server.url)):
+            assert "append-only" in caplog.text
+    finally:
+        server.kill()
+
+
+async def test_a_full_server_is_waited_for(build, server):
+    with redis.Redis.from_url(server.url) as admin:
+        async with opened(build(server.url)) as ledger:
+            admin.config_set("maxmemory", 1)
+            recording = asyncio.create_task(ledger.record_response(KEY, RESPONSE, seconds=1))
+            await asyncio.sleep(0.2)
+            assert not recording.done()
+            admin.config_set("maxmemory", 0)
+            await recording
+            assert (await ledger.find(KEY)).response == RAW
+
+
+async def test_a_namespace_belongs_to_one_cloud(build):
+    async with opened(build()) as ledger:
+        with pytest.raises(LedgerError, match="other-cloud"):
+            await ledger.open(**{**OWNER, "cloud_name": "other-cloud"})
+        with pytest.raises(LedgerError, match=r"belongs to demo at http://127.0.0.1:1"):
+            await build().open(**{**OWNER, "cloud_name": "other-cloud"})
+
+
+async def test_a_server_out_of_reach_is_an_error(build):
+    begun = time.monotonic()
+    with pytest.raises(LedgerError, match=r"redis://127\.0\.0\.1:1/0"):
+        await build("redis://127.0.0.1:1/0", patience=0.3).open(**OWNER)
+    assert time.monotonic() - begun < 3
+
+
+async def test_lost_scripts_are_loaded_again(build, shared):
+    async with opened(build()) as ledger:
+        with redis.Redis.from_url(shared.url) as admin:
+            admin.script_flush()
+        assert await ledger.claim(KEY) == Claim()
+
+
+async def test_strange_values_are_an_error_and_left_alone(build, shared, namespace):
+    async with opened(build()) as ledger:
+        name = f"{namespace}:key:".encode() + bytes.fromhex(KEY)
+        for value in (b"junk", b"A|0||1|\x09junk", b"A|0||x|"):
+            with redis.Redis.from_url(shared.url) as admin:
+                admin.set(name, value)
+            with pytest.raises(LedgerError, match="cannot be read"):
+                await ledger.find(KEY)
+
+
+async def test_records_expire_if_asked(build, shared, namespace):
+    async with opened(build(keep=60)) as ledger:
+        await ledger.record_response(KEY, RESPONSE, seconds=1)
+    with redis.Redis.from_url(shared.url) as admin:
+        assert 50 < admin.ttl(f"{namespace}:key:".encode() + bytes.fromhex(KEY)) <= 60
+
+
+async def test_workers_show_statistics_while_they_run(build):
+    async with opened(build(lease=0.5)) as one, opened(build(lease=0.5)) as other:
+        one.describe(lambda: {"calls": 7})
+        await other.claim(KEY)
+        async with asyncio.timeout(3):
+            while True:
+                shown = await asyncio.to_thread(build().worker_stats)
+                if {(s.get("calls"), s["claims"]) for s in shown} == {(7, 0), (None, 1)}:
+                    break
+                await asyncio.sleep(0.02)
+    assert build().worker_stats() == []
+
+
+# the value
+
+
+def test_it_pickles_and_prints_without_the_password(build, monkeypatch):
+    url = "rediss://user:hunter2@127.0.0.1:7777/0?ssl_password=hunter3"
+    ledger = build(url, lease=7)
+    for text in (repr(ledger), pickle.dumps(ledger), str(ledger.location)):
+        assert b"hunter" not in (text if isinstance(text, bytes) else text.encode())
+    assert ":hunter2@" in ledger.location.resolve()
+    again = pickle.loads(pickle.dumps(ledger))
+    assert (again.lease, again.namespace) == (7, ledger.namespace)
+    assert again.location.resolve() == "rediss://user@127.0.0.1:7777/0"
+    monkeypatch.setenv("REDIS_URL", "redis://:p%40ss@127.0.0.1:7777")
+    assert again.location.resolve() == "rediss://user:p%40ss@127.0.0.1:7777/0"
+    monkeypatch.setenv("REDIS_URL", "redis://:p%40ss@elsewhere:7777")
+    assert "p%40ss" not in again.location.resolve()
+    assert copy.copy(ledger)._worker is None
+
+
+def test_a_url_names_the_variable_of_its_password(build, monkeypatch):
+    ledger = build("redis://127.0.0.1:7777/0?password_env=MINE")
+    assert ledger.location.resolve() == "redis://127.0.0.1:7777/0"
+    monkeypatch.setenv("MINE", "p@ss")
+    assert ledger.location.resolve() == "redis://:p%40ss@127.0.0.1:7777/0"
+    monkeypatch.setenv("MINE", "redis://me:p%40ss@elsewhere")
+    assert ledger.location.resolve() == "redis://me:p%40ss@127.0.0.1:7777/0"
+
+
+def test_the_url_may_come_from_the_environment(monkeypatch):
+    with pytest.raises(ConfigurationError, match="REDIS_URL"):
+        RedisLedger()
+    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:7777/3")
+    assert RedisLedger().location.url == "redis://127.0.0.1:7777/3"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"url": "http://user:hunter2@x"},
+        {"url": "redis://user:12#hunter2@localhost/0"},
+        {"url": "redis://localhost/0?decode_responses=True"},
+        {"url": 3},
+        {"namespace": ""},
+        {"keep": 0},
+        {"lease": 0.1},
+        {"lease": True},
+        {"patience": -1},
+        {"patience": float("nan")},
+    ],
+)
+def test_invalid_arguments_are_refused_without_the_password(build, options):
+    with pytest.raises(ConfigurationError) as caught:
+        build(**options)
+    assert "hunter2" not in str(caught.value)
+
+
+async def test_a_password_works_and_a_wrong_one_is_told(build, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setattr("notification_support.RedisServer.answers", lambda self: True)
+    server = start_redis(tmp_path, fsync="no", options=("--requirepass", "hunter2"))
+    try:
+        url = server.url.replace("//", "//:hunter2@")
+        async with opened(build(url)) as ledger:
+            assert await ledger.claim(KEY) == Claim()
+            assert await asyncio.to_thread(lambda: list(ledger.iter_records())) == []
+        for wrong in (server.url, server.url.replace("//", "//:hunter3@")):
+            begun = time.monotonic()
+            with pytest.raises(LedgerError, match="credentials") as caught:
+                await build(wrong).open(**OWNER)
+            assert "hunter" not in str(caught.value)
+            assert time.monotonic() - begun < 3
+    finally:
+        server.kill()
+    assert "hunter2" not in caplog.text
+
+
+async def test_using_it_when_it_is_not_open_is_an_error(build):
+    ledger = build()
+    for step in (ledger.find(KEY), ledger.claim(KEY), ledger.record_submitted(KEY, "x")):
+        with pytest.raises(LedgerError, match="not open"):
+            await step
+    ledger.release(KEY, ambiguous=False)
+    await ledger.aclose()
+
+
+async def test_an_open_ledger_that_is_dropped_is_told(build):
+    ledger = build()
+    await ledger.open(**OWNER)
+    with pytest.warns(ResourceWarning, match="dropped"):
+        del ledger
+    await until(lambda: len(asyncio.all_tasks()) == 1)
+
+
+async def test_an_open_ledger_belongs_to_its_loop(build):
+    async with opened(build()) as ledger:
+
+        def use():
+            with pytest.raises(LedgerError, match="another event loop"):
+                asyncio.run(ledger.find(KEY))
+            with pytest.raises(LedgerError, match="another event loop"):
+                asyncio.run(ledger.open(**OWNER))
+
+        await asyncio.to_thread(use)
+
+
+async def test_large_and_odd_responses_survive(build):
+    raw = {"data": {"analysis": {"x": "ü\u2028" * 300_000}}, "n": -9223372036854775809}
+    async with opened(build()) as ledger:
+        response = Response(None, model="captioning", raw=raw)
+        await ledger.record_response(KEY, response, seconds=1)
+        assert (await ledger.find(KEY)).response == raw
