@@ -24,7 +24,7 @@ event               when                                         fields
                                                                  ``seconds``, ``permit_wait``,
                                                                  ``state``, ``error``
 `NotificationSeen`  a delivery was read and judged               ``verdict``, ``task_id``,
-                                                                 ``queued``
+                                                                 ``queued``, ``trace``
 `TaskAnswered`      a task has its result or its error           ``task_id``, ``by``, ``model``,
                                                                  ``seconds``, ``limits``, ``error``
 `ItemRestored`      a stream read an item from its ledger        ``key``, ``model``, ``seconds``,
@@ -191,11 +191,14 @@ class NotificationSeen:
         task_id: The task it names, if it was verified.
         queued: Seconds from its receipt to now (wall clock), if the receiver noted the time.
             ``None`` for a delivery that was parked before.
+        trace: The delivery's ``traceparent`` header: the trace context of its task's submission,
+            if the source carries it.
     """
 
     verdict: str
     task_id: str | None = None
     queued: float | None = None
+    trace: str | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -330,18 +333,39 @@ class Meter:
     watched: int = 0  # the number of the last call or poll that events name
 
     def count(
-        self, verdict: str, task_id: str | None = None, *, queued: float | None = None
+        self,
+        verdict: str,
+        task_id: str | None = None,
+        *,
+        queued: float | None = None,
+        trace: str | None = None,
     ) -> None:
         """Count a delivery by its verdict."""
         self.notifications[verdict] = self.notifications.get(verdict, 0) + 1
         if self.hook is not None:
-            self.tell(NotificationSeen(verdict=verdict, task_id=task_id, queued=queued))
+            self.tell(
+                NotificationSeen(verdict=verdict, task_id=task_id, queued=queued, trace=trace)
+            )
 
     def tell(self, event: Event) -> None:
         """Tell the hook of an event; what the hook raises is logged and goes no further."""
-        if self.hook is None:
-            return
-        try:
-            self.hook(event)
-        except (Exception, asyncio.CancelledError):  # no cancellation of ours: hooks cannot await
-            logger.exception("The on_event hook failed on %s.", type(event).__name__)
+        if self.hook is not None:
+            _call(self.hook, event)
+
+    def add_hook(self, hook: EventHook) -> None:
+        """Call another hook, too, after those there are."""
+        first = self.hook
+
+        def call_both(event: Event) -> None:
+            if first is not None:
+                _call(first, event)
+            _call(hook, event)
+
+        self.hook = hook if first is None else call_both
+
+
+def _call(hook: EventHook, event: Event) -> None:
+    try:
+        hook(event)
+    except (Exception, asyncio.CancelledError):  # no cancellation of ours: hooks cannot await
+        logger.exception("The on_event hook failed on %s.", type(event).__name__)

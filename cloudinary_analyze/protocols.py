@@ -6,8 +6,8 @@ Sources are recognised by their methods; no subclassing is needed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
 
 import attrs
 
@@ -63,6 +63,32 @@ class NotificationSink(Protocol):
 
     async def put(self, delivery: Delivery, /) -> None:
         """Return once the delivery is stored; the sender is told 200 only then."""
+        ...
+
+
+TRACE_HEADER: Final = "traceparent"
+FollowPut: TypeAlias = Callable[[str, Awaitable[str | None]], Awaitable[None]]
+
+
+@runtime_checkable
+class TraceCarrier(Protocol):
+    """A source or sink that carries trace contexts; used by `cloudinary_analyze.telemetry`.
+
+    A context is the value of a ``traceparent`` header (W3C). The deliveries that it yields have
+    that header if the context of their task is known.
+    """
+
+    def note_trace(self, task_id: str, trace: str) -> None:
+        """Keep the trace context of a task that was submitted. Must not block."""
+        ...
+
+    def carry_traces(self, follow: FollowPut) -> None:
+        """Begin to carry contexts.
+
+        Args:
+            follow: Awaited by ``put`` with the task id and an awaitable: that stores the delivery
+                and returns the context of its task, or ``None``.
+        """
         ...
 
 

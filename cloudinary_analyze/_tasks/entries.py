@@ -125,7 +125,7 @@ class Entry:
         status: The remote state as last reported.
         phase: See the module's docstring.
         waits: The handles that still wait.
-        since: Monotonic instant of its registration; NaN before.
+        since: Monotonic instant of its registration; `-inf` before.
         due: When the grace for its notification ends.
         poll_at: When its next poll is due; written by the poller, cleared here.
         interval: Seconds before the last poll; written by the poller.
@@ -140,7 +140,7 @@ class Entry:
     status: str = "submitting"
     phase: Phase = Phase.SUBMITTING
     waits: list[Wait] = attrs.field(factory=list)
-    since: float = math.nan
+    since: float = -math.inf
     due: float | None = None
     poll_at: float | None = None
     interval: float = 0.0

@@ -29,9 +29,14 @@ from cloudinary_analyze.errors import (
 )
 from cloudinary_analyze.events import Meter
 from cloudinary_analyze.notifications.reading import Retries, open_deliveries
-from cloudinary_analyze.protocols import AcknowledgingSource, NotificationSource, ReplayableSource
+from cloudinary_analyze.protocols import (
+    TRACE_HEADER,
+    AcknowledgingSource,
+    NotificationSource,
+    ReplayableSource,
+)
 from cloudinary_analyze.responses import Delivery, Notification
-from cloudinary_analyze.webhooks import read_delivery
+from cloudinary_analyze.webhooks import find_header, read_delivery
 
 logger = logging.getLogger("cloudinary_analyze")
 
@@ -157,10 +162,16 @@ class Listener(NotPicklable):
             self.meter.count("malformed")
             logger.warning("A delivery could not be read (%s).", type(error).__name__)
             return "malformed"
-        queued = None
-        if self.meter.hook is not None and delivery.received_at is not None:
-            queued = max(0.0, self.clock.wall() - delivery.received_at)
-        self.meter.count(verdict, notification.task_id, queued=queued)
+        if self.meter.hook is None:
+            self.meter.count(verdict)
+        else:
+            received_at = delivery.received_at
+            self.meter.count(
+                verdict,
+                notification.task_id,
+                queued=None if received_at is None else max(0.0, self.clock.wall() - received_at),
+                trace=find_header(delivery.headers, TRACE_HEADER),
+            )
         if self._acknowledge is not None and verdict in {"resolved", "duplicate"}:
             try:
                 self._acknowledge(delivery)

@@ -332,7 +332,7 @@ class Tracker(NotPicklable):
                 task_id=task_id,
                 by=answer.by,
                 model=model,
-                seconds=None if math.isnan(seconds) else seconds,
+                seconds=None if math.isinf(seconds) else seconds,
                 limits=limits,
                 error=answer.error,
             )

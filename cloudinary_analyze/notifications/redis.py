@@ -12,6 +12,10 @@ machine; with ``appendfsync everysec`` the last second may be lost; without pers
 ``maxmemory-policy`` that evicts, or on a failover to a replica that lags, results can be lost.
 A lost result ends as `ResultNotDeliveredError`.
 
+With `cloudinary_analyze.telemetry`, a session that submits a task keeps its trace context beside the
+mailbox (``{namespace}:trace:{task id}``), for the receiver and the session that get the notification.
+A task without one is handled the same, untraced.
+
 One server, not a cluster. Use ``rediss://`` for TLS.
 """
 
@@ -36,6 +40,7 @@ from cloudinary_analyze.errors import (
     NotificationSourceError,
 )
 from cloudinary_analyze.notifications import decode_delivery, encode_delivery
+from cloudinary_analyze.protocols import TRACE_HEADER, FollowPut
 from cloudinary_analyze.responses import Delivery
 from cloudinary_analyze.webhooks import parse_delivery
 
@@ -98,13 +103,14 @@ class _Put:
     """A delivery that waits to be stored.
 
     Attributes:
-        stored: Resolved once Redis stored it; cancelled if the receiver stopped waiting.
+        stored: Resolved once Redis stored it, with the trace context of its task if that is wanted;
+            cancelled if the receiver stopped waiting.
     """
 
     task_id: str
     delivery: Delivery
     final: bool
-    stored: asyncio.Future[None]
+    stored: asyncio.Future[str | None]
 
 
 @attrs.frozen(eq=False)
@@ -162,6 +168,8 @@ class RedisNotifications(NotPicklable):
     _awaited: OrderedDict[str, float] = attrs.field(factory=OrderedDict, init=False, repr=False)
     _waiting: deque[_Put] = attrs.field(factory=deque, init=False, repr=False)
     _resolved: deque[str] = attrs.field(factory=deque, init=False, repr=False)
+    _traces: deque[tuple[str, str]] = attrs.field(factory=deque, init=False, repr=False)
+    _follow: FollowPut | None = attrs.field(default=None, init=False, repr=False)
     _writer: asyncio.Task[None] | None = attrs.field(default=None, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -201,6 +209,9 @@ class RedisNotifications(NotPicklable):
     def _name_mailbox(self, task_id: str) -> str:
         return f"{self.namespace}:delivery:{task_id}"
 
+    def _name_trace(self, task_id: str) -> str:
+        return f"{self.namespace}:trace:{task_id}"
+
     async def put(self, delivery: Delivery, /) -> None:
         """Store a delivery and wake the processes that wait for it.
 
@@ -222,16 +233,25 @@ class RedisNotifications(NotPicklable):
         if reports_progress(notification):
             return
         final = notification.failed or find_result(notification.raw) is not None
-        stored = asyncio.get_running_loop().create_future()
+        stored: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Put(task_id, delivery, final, stored))
         self._start_writer()
-        await stored
+        await (stored if self._follow is None else self._follow(task_id, stored))
 
     def acknowledge(self, delivery: Delivery) -> None:
         """Let the mailbox of a task that was resolved expire after `keep_resolved`."""
         if isinstance(delivery, _StoredDelivery):
             self._resolved.append(delivery.task_id)
             self._start_writer()
+
+    def carry_traces(self, follow: FollowPut) -> None:
+        """Fetch the trace context with each delivery from now on; see `TraceCarrier`."""
+        self._follow = follow
+
+    def note_trace(self, task_id: str, trace: str) -> None:
+        """Keep the trace context of a task for `keep` seconds."""
+        self._traces.append((task_id, trace))
+        self._start_writer()
 
     def _start_writer(self) -> None:
         if self._writer is None or self._writer.done():
@@ -247,14 +267,16 @@ class RedisNotifications(NotPicklable):
         _fail(self._waiting, error)
         self._waiting.clear()
         self._resolved.clear()
+        self._traces.clear()
 
     async def _write(self) -> None:
         """Store what waits, batch by batch, until nothing does."""
-        while self._waiting or self._resolved:
+        while self._waiting or self._resolved or self._traces:
             batch = self._take_batch()
             resolved = [self._resolved.popleft() for _ in range(min(BATCH, len(self._resolved)))]
+            traces = [self._traces.popleft() for _ in range(min(BATCH, len(self._traces)))]
             try:
-                await self._write_batch(batch, resolved)
+                await self._write_batch(batch, resolved, traces)
             except (RedisConnectionError, TimeoutError) as error:
                 _fail(batch, error)
                 self._fail_waiting(error)  # it would only wait for the same again
@@ -273,25 +295,33 @@ class RedisNotifications(NotPicklable):
                 size += len(put.delivery.body)
         return batch
 
-    async def _write_batch(self, batch: Sequence[_Put], resolved: Iterable[str]) -> None:
+    async def _write_batch(
+        self, batch: Sequence[_Put], resolved: Iterable[str], traces: Sequence[tuple[str, str]]
+    ) -> None:
         keep = round(1000 * self.keep)
+        traced = self._follow is not None
         async with self._redis.pipeline(transaction=True) as pipe:
             for put in batch:
                 name, value = self._name_mailbox(put.task_id), encode_delivery(put.delivery)
                 pipe.set(name, value, nx=not put.final, px=keep)
                 pipe.xadd(self._stream, {"task": put.task_id}, maxlen=WAKE_UPS, approximate=True)
+            for task_id, trace in traces:
+                pipe.set(self._name_trace(task_id), trace, px=keep)
+            if traced and batch:
+                pipe.mget([self._name_trace(put.task_id) for put in batch])
             for task_id in resolved:
                 pipe.pexpire(
                     self._name_mailbox(task_id), min(keep, round(1000 * self.keep_resolved))
                 )
             replies = await self._ask(pipe.execute(raise_on_error=False))
+        found = replies[2 * len(batch) + len(traces)] if traced and batch else None
         for number, put in enumerate(batch):
             pair = replies[2 * number : 2 * number + 2]
             error = next((reply for reply in pair if isinstance(reply, Exception)), None)
             if error is not None:
                 _fail([put], error)
             elif not put.stored.done():
-                put.stored.set_result(None)
+                put.stored.set_result(_read_trace(found[number]) if type(found) is list else None)
 
     async def listen(self) -> AsyncIterator[Delivery]:
         """Yield the deliveries of the tasks that were asked for, as they arrive.
@@ -373,8 +403,11 @@ class RedisNotifications(NotPicklable):
             return []
         found: list[Delivery] = []
         names = [self._name_mailbox(task_id) for task_id in task_ids]
+        if self._follow is not None:
+            names += [self._name_trace(task_id) for task_id in task_ids]
         values = await self._ask(self._redis.mget(names))
-        for task_id, value in zip(task_ids, values, strict=True):
+        traces = values[len(task_ids) :] or [None] * len(task_ids)
+        for task_id, value, trace in zip(task_ids, values, traces, strict=False):
             if value is None:
                 continue
             try:
@@ -384,9 +417,12 @@ class RedisNotifications(NotPicklable):
                 logger.warning("The mailbox of the task %s does not hold a delivery.", task_id)
                 continue
             self._awaited.pop(task_id, None)
+            headers = stored.headers
+            if (context := _read_trace(trace)) is not None:
+                headers = {**headers, TRACE_HEADER: context}
             found.append(
                 _StoredDelivery(
-                    stored.body, stored.headers, received_at=stored.received_at, task_id=task_id
+                    stored.body, headers, received_at=stored.received_at, task_id=task_id
                 )
             )
         return found
@@ -455,6 +491,10 @@ def _fail(puts: Iterable[_Put], error: Exception) -> None:
 async def _close(client: Any) -> None:
     """Close a client; if cancelled, in the background: redis would leave its connections open."""
     await asyncio.shield(client.aclose())
+
+
+def _read_trace(value: object) -> str | None:
+    return value.decode("ascii", "replace") if isinstance(value, bytes) else None
 
 
 def _read_entry_id(entry_id: bytes) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from unittest.mock import AsyncMock
 import pytest
 from scripted import (
     CAPTION,
+    SECRET,
     URL,
     ScriptedServer,
     answer,
@@ -19,7 +21,7 @@ from scripted import (
     until,
     wind,
 )
-from task_support import connected, quick
+from task_support import build_result, connected, quick, sign
 
 from cloudinary_analyze import (
     AnalyzeSession,
@@ -28,9 +30,12 @@ from cloudinary_analyze import (
     Captioning,
     ConfigurationError,
     Credentials,
+    Delivery,
     NotFoundError,
+    QuotaExceededError,
     ResponseDecodeError,
     ServerError,
+    TaskFailedError,
 )
 from cloudinary_analyze.emulator import FaultPlan
 from cloudinary_analyze.events import (
@@ -369,3 +374,37 @@ async def test_restored_and_retried_are_distinguished(tmp_path: Path) -> None:
     assert only(events, CallFinished).attempts == 2
     assert only(events, AttemptRetried).attempt == 1
     assert only(events, ItemRestored).error is None
+
+
+async def test_a_late_notification_is_reported_again() -> None:
+    """The task is known by its id alone then; an exhausted quota still stops its feature."""
+    events: list[Any] = []
+    queue: asyncio.Queue[Delivery] = asyncio.Queue()
+
+    async def fail(request: Any) -> Any:
+        if request.method == "GET":
+            return await answer(content={"data": {"task_id": "t1", "status": "failed"}})(request)
+        return await answer(202, {"data": {"task_id": "t1", "status": "pending"}})(request)
+
+    async with ScriptedServer(fail) as server:
+        async with server.session(
+            on_event=events.append, notifications=queue, poll_first=0.01, failure_grace=0.01
+        ) as session:
+            with pytest.raises(TaskFailedError):
+                await session.submit(Captioning(URL), timeout=10)
+            error = {
+                "code": "MA_00429",
+                "message": "quota exceeded",
+                "details": {"feature_name": "object_detection"},
+            }
+            limits = {"addons_quota": [{"type": "object_detection", "remaining": 0}]}
+            body = build_result("t1", data=None, error=error, http_status=429, limits=limits)
+            queue.put_nowait(sign(body, at=time.time(), received_at=time.time(), secret=SECRET))
+            await until(lambda: session.stats.notifications)
+            with pytest.raises(QuotaExceededError):
+                await session.analyze(Captioning(URL))
+            assert len([seen for seen in server.seen if seen.method == "POST"]) == 1
+    first, second = (event for event in events if type(event) is TaskAnswered)
+    assert (first.by, first.model, first.seconds > 0) == ("poll", "captioning", True)
+    assert (second.by, second.model, second.seconds) == ("notification", None, None)
+    assert second.limits[0].remaining == 0

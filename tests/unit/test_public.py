@@ -121,7 +121,16 @@ NAMES = [
     "verify_signature",
 ]
 LATER = ("aiohttp", "cattrs", "backoff", "cloudinary_analyze.notifications.receiver")
-OPTIONAL = ("cyclopts", "pydantic", "rich", "redis", "jinja2", "pyarrow", "uvloop")
+OPTIONAL = (
+    "cyclopts",
+    "opentelemetry",
+    "pydantic",
+    "rich",
+    "redis",
+    "jinja2",
+    "pyarrow",
+    "uvloop",
+)
 PROBE = """
 import importlib, sys
 importlib.import_module(sys.argv[1])
@@ -151,6 +160,8 @@ LIBRARIES = (
     "orjson",
     "uvloop",
     "redis.asyncio",
+    "opentelemetry.metrics",
+    "opentelemetry.trace.propagation.tracecontext",
     "cyclopts",
     "rich.live",
     "jinja2",
