@@ -15,8 +15,8 @@ import attrs
 import pytest
 import uvicorn
 
-from cloudinary_analyze import Credentials, Delivery
-from cloudinary_analyze.webhooks import compute_signature
+from cloudinary_analyze import Captioning, Credentials, Delivery
+from cloudinary_analyze.testing import build_notification, sign_notification
 
 SECRET = "emulator-secret"
 CREDENTIALS = Credentials("emulator-demo", "123456789012345", SECRET)
@@ -24,22 +24,14 @@ CREDENTIALS = Credentials("emulator-demo", "123456789012345", SECRET)
 
 def build_answer(task_id, caption="A cat", **fields):
     """Return the body of a notification that brings a caption."""
-    content = {
-        "notification_type": "analyze",
-        "task_id": task_id,
-        "http_status": 200,
-        "data": {"entity": "https://x.test/a.jpg", "analysis": {"data": {"caption": caption}}},
-    }
-    return json.dumps(content | fields).encode()
+    body = build_notification(task_id, Captioning, {"data": {"caption": caption}})
+    return json.dumps(json.loads(body) | fields).encode()
 
 
 def sign(body, *, at, secret=SECRET, digest="sha1"):
     """Return the headers that sign a body at an instant, in Unix seconds."""
-    timestamp = str(int(at))
-    return {
-        "X-Cld-Timestamp": timestamp,
-        "X-Cld-Signature": compute_signature(body, timestamp, secret, digest=digest),
-    }
+    credentials = Credentials("emulator-demo", "1", secret, digests=(digest,))
+    return sign_notification(body, credentials, at=at)
 
 
 def build_delivery(task_id, caption="A cat", *, received_at=None, **fields):

@@ -26,12 +26,7 @@ from cloudinary_analyze.emulator import Emulator
 from cloudinary_analyze.events import Meter
 from cloudinary_analyze.notifications import QueueSource
 from cloudinary_analyze.responses import TaskStatus
-from cloudinary_analyze.testing import ManualClock
-from cloudinary_analyze.webhooks import (
-    SIGNATURE_HEADER,
-    TIMESTAMP_HEADER,
-    compute_signature,
-)
+from cloudinary_analyze.testing import ManualClock, build_notification, sign_notification
 
 SECRET = "unit-secret"
 NOW = 1_790_000_000.0
@@ -56,21 +51,15 @@ def quick(**options: Any) -> Settings:
 
 def build_result(task_id: str, caption: str = "a cat", **fields: Any) -> bytes:
     """Return the body of a notification that brings a caption."""
-    content = {
-        "notification_type": "analyze",
-        "task_id": task_id,
-        "request_id": "r" * 32,
-        "http_status": 200,
-        "data": {"entity": URL, "analysis": {"data": {"caption": caption}, "model_version": 4}},
-        **fields,
-    }
-    return json.dumps(content).encode()
+    analysis = {"data": {"caption": caption}, "model_version": 4}
+    content = json.loads(build_notification(task_id, Captioning(URL), analysis))
+    del content["limits"]
+    return json.dumps(content | fields).encode()
 
 
 def build_failure(task_id: str, message: str = "it is no image") -> bytes:
     """Return the body of a notification that brings a failure."""
-    error = {"category": "user_error", "code": "MA_00003", "message": message, "details": {}}
-    return build_result(task_id, data=None, error=error, http_status=400)
+    return build_notification(task_id, Captioning, status=400, code="MA_00003", message=message)
 
 
 def sign(
@@ -79,12 +68,9 @@ def sign(
     secret: str = SECRET,
     at: float = NOW,
     received_at: float | None = NOW,
-    digest: str = "sha1",
 ) -> Delivery:
     """Return a delivery that was signed at an instant."""
-    timestamp = str(int(at))
-    signature = compute_signature(body, timestamp, secret, digest=digest)
-    headers = {TIMESTAMP_HEADER: timestamp, SIGNATURE_HEADER: signature}
+    headers = sign_notification(body, Credentials("demo", "1", secret), at=at)
     return Delivery(body, headers, received_at=received_at)
 
 

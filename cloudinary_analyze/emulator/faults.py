@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import attrs
@@ -144,24 +144,37 @@ class FaultPlan:
 class FaultDesk:
     """Applies a plan to calls and remembers which sources have had their share."""
 
-    plan: FaultPlan | None
+    find_plan: Callable[[], FaultPlan | None]
     seed: int
     _hits: Counter[tuple[str, str]] = attrs.field(factory=Counter, init=False)
     _turns: Counter[tuple[str, str]] = attrs.field(factory=Counter, init=False)
 
+    @property
+    def plan(self) -> FaultPlan | None:
+        """The plan of this moment."""
+        return self.find_plan()
+
+    @property
+    def delay_seconds(self) -> float:
+        """By how much a delayed notification is late."""
+        plan = self.plan
+        return 0.0 if plan is None else plan.delay_seconds
+
     def choose_http_fault(self, model: str, source: str) -> str | None:
         """Return the fault of this attempt, and count it as had."""
-        if self.plan is None:
+        plan = self.plan
+        if plan is None:
             return None
-        fault = self.plan.choose_http_fault(self.seed, model, source)
-        if fault is None or self._hits[model, source] >= self.plan.fault_times:
+        fault = plan.choose_http_fault(self.seed, model, source)
+        if fault is None or self._hits[model, source] >= plan.fault_times:
             return None
         self._hits[model, source] += 1
         return fault
 
     def choose_task_faults(self, model: str, source: str) -> tuple[str, ...]:
         """Return the faults of a source's next task."""
-        if self.plan is None:
+        plan = self.plan
+        if plan is None:
             return ()
         self._turns[model, source] += 1
-        return self.plan.choose_task_faults(self.seed, model, source, self._turns[model, source])
+        return plan.choose_task_faults(self.seed, model, source, self._turns[model, source])

@@ -9,8 +9,9 @@ import attrs
 
 from cloudinary_analyze.emulator._json import dump_json
 from cloudinary_analyze.emulator.analyses import build_analysis
+from cloudinary_analyze.emulator.canned import CannedResult, find_analysis, find_refusal
 from cloudinary_analyze.emulator.quotas import Charge, QuotaBook
-from cloudinary_analyze.emulator.validation import AnalyzeRequest, Refusal, refuse_unfetchable
+from cloudinary_analyze.emulator.validation import AnalyzeRequest, Refusal
 
 UNKNOWN_STATUS: Final = "queued_for_gpu"
 
@@ -23,10 +24,11 @@ class EmulatedTask:
         task_id: The id that was handed out.
         request: What is to be done.
         request_id: The id of the request that was accepted.
-        charge: What it cost; ``None`` if its source cannot be fetched.
+        charge: What it cost; ``None`` if it ends with an error of its own, not the plan's.
         accepted_at: When it was accepted, on the loop's clock.
         seconds: How long it works.
         faults: The names of the plan's faults that hit it.
+        canned: The result that was written in advance, if any.
         outcome: ``"completed"`` or ``"failed"`` once it is over.
         notified: Whether a genuine notification was answered 200.
     """
@@ -38,6 +40,7 @@ class EmulatedTask:
     accepted_at: float
     seconds: float
     faults: tuple[str, ...] = ()
+    canned: CannedResult | None = None
     outcome: str | None = None
     notified: bool = False
 
@@ -62,7 +65,7 @@ class EmulatedTask:
 
 def build_result(task: EmulatedTask) -> dict[str, Any]:
     """Return ``data`` of a completed task."""
-    return {"entity": task.source, "analysis": build_analysis(task.request)}
+    return {"entity": task.source, "analysis": find_analysis(task.request, task.canned)}
 
 
 def compose_notification(task: EmulatedTask, kind: str, quota_book: QuotaBook) -> bytes:
@@ -96,10 +99,8 @@ def compose_notification(task: EmulatedTask, kind: str, quota_book: QuotaBook) -
 def _compose_genuine(task: EmulatedTask, quota_book: QuotaBook) -> dict[str, Any]:
     content = _compose_head(task.task_id, task.request_id)
     if task.outcome == "failed":
-        refusal = (
-            refuse_unfetchable()
-            if task.charge is None
-            else Refusal(500, "internal server error", category="server_error")
+        refusal = find_refusal(task.request, task.canned) or Refusal(
+            500, "internal server error", category="server_error"
         )
         content["http_status"] = refusal.status
         content["error"] = refusal.build_error(task.request_id)

@@ -10,7 +10,8 @@ import asyncio
 import base64
 import socket
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from html import escape
 from http import HTTPStatus
@@ -23,12 +24,12 @@ import attrs
 from aiohttp import web
 
 from cloudinary_analyze.emulator._json import dump_json
-from cloudinary_analyze.emulator.analyses import build_analysis, compute_cost, compute_latency
+from cloudinary_analyze.emulator.analyses import compute_cost, compute_latency
+from cloudinary_analyze.emulator.canned import CannedResults, find_analysis, find_refusal
 from cloudinary_analyze.emulator.counts import Counts
 from cloudinary_analyze.emulator.faults import FaultDesk, FaultPlan
 from cloudinary_analyze.emulator.gallery import (
     build_gallery_scene,
-    find_scene,
     read_picture_number,
     render_picture,
 )
@@ -43,15 +44,14 @@ from cloudinary_analyze.emulator.validation import (
     Refusal,
     read_analyze_request,
     refuse_invalid,
-    refuse_unfetchable,
 )
-from cloudinary_analyze.emulator.webhooks import WebhookPolicy, WebhookSender
-from cloudinary_analyze.responses import Delivery
+from cloudinary_analyze.emulator.webhooks import Hook, WebhookPolicy, WebhookSender
 
 CLOUD_NAME_PREFIX: Final = "emulator-"
 SERVER_NAME: Final = "CloudinaryAnalyzeEmulator (synthetic analyses)"
 _MAX_BODY: Final = 1 << 20
 _LISTED_PICTURES: Final = 24
+_MOST_REQUESTS: Final = 10_000
 _STOP_SECONDS: Final = 0.1
 _HTML_502: Final = b"<html><head><title>502 Bad Gateway</title></head><body>502</body></html>"
 _LINGER_ZERO: Final = struct.pack("ii", 1, 0)
@@ -96,6 +96,9 @@ class Emulator:
 
     Calls of another cloud name are answered 404, bad credentials 401.
 
+    ``unsubscribed``, ``latency``, ``task_seconds``, ``results_in_status``, ``on_delivery`` and
+    ``faults`` can be set while it runs.
+
     Attributes:
         host: The address to listen on.
         port: The port to listen on; 0 takes a free one.
@@ -111,11 +114,13 @@ class Emulator:
         results_in_status: Whether the status of a completed task carries its result, as the
             service's sibling APIs do. The Analyze API itself does not.
         webhooks: How notifications are delivered.
-        on_delivery: Gets every notification within this process, instead of a POST; it is called
-            on the loop and must not block. To raise counts as not answering 200.
+        on_delivery: Called with every notification, instead of a POST, on the emulator's loop; it
+            must not block. A notification counts as not answered 200 if the function raises, or
+            if an async function returns ``False``.
         faults: What goes wrong, and how often.
         seed: Decides which sources the faults hit.
-        count_sources: Whether :attr:`counts` are kept per source and per task.
+        count_sources: Whether :attr:`counts` are kept per source and per task, and the last
+            requests are kept.
         counts: What the server saw so far.
         tasks: Every task that was accepted, by id.
     """
@@ -137,7 +142,7 @@ class Emulator:
     task_seconds: Seconds = attrs.field(default=0.05, validator=_check_seconds)
     results_in_status: bool = False
     webhooks: WebhookPolicy = attrs.field(factory=WebhookPolicy)
-    on_delivery: Callable[[Delivery], None] | None = attrs.field(default=None, repr=False)
+    on_delivery: Hook | None = attrs.field(default=None, repr=False)
     faults: FaultPlan | None = None
     seed: int = 0
     count_sources: bool = True
@@ -145,6 +150,8 @@ class Emulator:
     tasks: dict[str, EmulatedTask] = attrs.field(factory=dict, init=False, repr=False)
     _quota_book: QuotaBook = attrs.field(init=False, repr=False)
     _fault_desk: FaultDesk = attrs.field(init=False, repr=False)
+    _canned: CannedResults = attrs.field(factory=CannedResults, init=False, repr=False)
+    _received: deque[AnalyzeRequest] = attrs.field(init=False, repr=False)
     _credentials: frozenset[str] = attrs.field(init=False, repr=False)
     _desk: TaskDesk = attrs.field(init=False, repr=False)
     _runner: web.AppRunner | None = attrs.field(default=None, init=False, repr=False)
@@ -153,7 +160,8 @@ class Emulator:
     def __attrs_post_init__(self) -> None:
         self.counts = Counts(per_source=self.count_sources)
         self._quota_book = QuotaBook(self.quotas, self.reset_time)
-        self._fault_desk = FaultDesk(self.faults, self.seed)
+        self._fault_desk = FaultDesk(lambda: self.faults, self.seed)
+        self._received = deque(maxlen=_MOST_REQUESTS if self.count_sources else 0)
         basic = base64.b64encode(f"{self.api_key}:{self.api_secret}".encode()).decode()
         self._credentials = frozenset({f"basic {basic}", f"bearer {self.oauth_token}"})
 
@@ -235,10 +243,9 @@ class Emulator:
             self._quota_book,
             scheduler,
             self.counts,
-            self.on_delivery,
+            lambda: self.on_delivery,
         )
-        delay = self.faults.delay_seconds if self.faults is not None else 0.0
-        return TaskDesk(scheduler, sender, delay, self.tasks)
+        return TaskDesk(scheduler, sender, self._fault_desk, self.tasks)
 
     def _build_app(self) -> web.Application:
         app = web.Application(client_max_size=_MAX_BODY)
@@ -282,6 +289,7 @@ class Emulator:
     async def _answer(self, http: web.Request, request: AnalyzeRequest) -> web.StreamResponse:
         name, source = request.model.name, request.source
         self.counts.count_received(name, source)
+        self._received.append(request)
         self._check_subscription(request.model)
         fault = self._fault_desk.choose_http_fault(name, source)
         if fault is not None:
@@ -294,10 +302,12 @@ class Emulator:
         return await self._spoil(http, await perform(request), fault)
 
     async def _accept(self, request: AnalyzeRequest) -> web.Response:
-        charge = None if find_scene(request.source) is None else self._charge(request)
+        canned = self._canned.take(request.model.name, request.source)
+        charge = self._charge(request) if find_refusal(request, canned) is None else None
         task = self._desk.accept(
             request,
             charge,
+            canned=canned,
             seconds=_compute_seconds(self.task_seconds, request),
             faults=self._fault_desk.choose_task_faults(request.model.name, request.source),
         )
@@ -307,16 +317,16 @@ class Emulator:
         return _build_json(202, {"data": data, "request_id": task.request_id})
 
     async def _work(self, request: AnalyzeRequest) -> web.Response:
-        analysis = build_analysis(request)
-        if analysis is None:
-            raise refuse_unfetchable()
+        canned = self._canned.take(request.model.name, request.source)
+        if (refusal := find_refusal(request, canned)) is not None:
+            raise refusal
         charge = self._charge(request)
         if self.latency is not None:
             await asyncio.sleep(_compute_seconds(self.latency, request))
         content = {
             "limits": self._quota_book.build_limits(charge),
             "request_id": token_hex(16),
-            "data": {"entity": request.source, "analysis": analysis},
+            "data": {"entity": request.source, "analysis": find_analysis(request, canned)},
         }
         return _build_json(200, content)
 

@@ -8,6 +8,8 @@ from typing import Final
 
 import attrs
 
+from cloudinary_analyze.emulator.canned import CannedResult
+from cloudinary_analyze.emulator.faults import FaultDesk
 from cloudinary_analyze.emulator.notices import EmulatedTask
 from cloudinary_analyze.emulator.quotas import Charge
 from cloudinary_analyze.emulator.scheduler import Scheduler
@@ -24,13 +26,13 @@ class TaskDesk:
     Attributes:
         scheduler: Finishes tasks when they are due.
         sender: Delivers their notifications.
-        delay_seconds: By how much a delayed notification is late.
+        fault_desk: Knows by how much a delayed notification is late.
         tasks: All tasks by id, kept until the emulator is gone.
     """
 
     scheduler: Scheduler
     sender: WebhookSender
-    delay_seconds: float
+    fault_desk: FaultDesk
     tasks: dict[str, EmulatedTask]
 
     def accept(
@@ -40,6 +42,7 @@ class TaskDesk:
         *,
         seconds: float,
         faults: tuple[str, ...],
+        canned: CannedResult | None,
     ) -> EmulatedTask:
         """Take a request on; unless its notification comes early, it is finished when due."""
         task = EmulatedTask(
@@ -50,6 +53,7 @@ class TaskDesk:
             self.scheduler.loop.time(),
             seconds,
             faults,
+            canned,
         )
         self.tasks[task.task_id] = task
         if "early" not in faults:
@@ -75,7 +79,7 @@ class TaskDesk:
                 self._send(task, place, extras + genuine)
                 continue
             self._send(task, place, extras)
-            self.scheduler.push(self.delay_seconds, self._send, task, place, genuine)
+            self.scheduler.push(self.fault_desk.delay_seconds, self._send, task, place, genuine)
 
     def _send(self, task: EmulatedTask, place: str | None, kinds: tuple[str, ...]) -> None:
         if kinds:
@@ -99,7 +103,7 @@ class TaskDesk:
 
     def _list_places(self, task: EmulatedTask) -> list[str | None]:
         """Return where notifications go: a URL, ``None`` for the hook, or nowhere."""
-        if self.sender.on_delivery is not None:
+        if self.sender.find_hook() is not None:
             return [None]
         url = task.request.notification_url or self.sender.policy.default_notification_url
         return [] if url is None else [url]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import inspect
 import logging
 import time
 from collections import deque
@@ -24,6 +25,8 @@ _STALE_AGE: Final = 3 * 3600
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=10)
 
 _logger = logging.getLogger(__name__)
+
+Hook = Callable[[Delivery], object]
 
 
 @attrs.frozen(kw_only=True)
@@ -74,7 +77,7 @@ class WebhookSender:
     quota_book: QuotaBook
     scheduler: Scheduler
     counts: Counts
-    on_delivery: Callable[[Delivery], None] | None
+    find_hook: Callable[[], Hook | None]
     _waiting: deque[Envelope] = attrs.field(factory=deque, init=False)
     _workers: set[asyncio.Task[None]] = attrs.field(factory=set, init=False)
     _http: aiohttp.ClientSession | None = attrs.field(default=None, init=False)
@@ -84,9 +87,9 @@ class WebhookSender:
         """Have an envelope delivered; returns at once."""
         if self._closed:
             return
-        if envelope.place is None:
+        if envelope.place is None and not inspect.iscoroutinefunction(self.find_hook()):
             for kind in envelope.kinds:
-                self._settle(envelope, kind, self._hand_over(envelope, kind))
+                self._settle(envelope, kind, self._hand_over(envelope, kind) is not False)
             return
         self._waiting.append(envelope)
         if len(self._workers) < self.policy.concurrency:
@@ -96,11 +99,12 @@ class WebhookSender:
 
     async def deliver(self, envelope: Envelope) -> None:
         """Deliver an envelope; returns when every notification in it was answered or failed."""
-        if envelope.place is None:
-            self.send(envelope)
-            return
         for kind in envelope.kinds:
-            self._settle(envelope, kind, await self._post(envelope, kind))
+            if envelope.place is None:
+                taken = await self._hand_over_and_wait(envelope, kind)
+            else:
+                taken = await self._post(envelope, kind)
+            self._settle(envelope, kind, taken)
 
     async def close(self) -> None:
         """Drop what waits, cut off what is under way. Idempotent."""
@@ -128,17 +132,28 @@ class WebhookSender:
             delay = _RETRY_DELAYS[envelope.attempt] * self.policy.retry_scale
             self.scheduler.push(delay, self.send, again)
 
-    def _hand_over(self, envelope: Envelope, kind: str) -> bool:
-        """Pass a notification to the hook."""
+    def _hand_over(self, envelope: Envelope, kind: str) -> object:
+        """Pass a notification to the hook; return what it returned, or ``False``."""
         body, headers = self._prepare(envelope, kind)
-        if self.on_delivery is None:
+        hook = self.find_hook()
+        if hook is None:
             return False
         try:
-            self.on_delivery(Delivery(body, headers, received_at=time.time()))
+            return hook(Delivery(body, headers, received_at=time.time()))
         except Exception:
             _logger.exception("The hook for deliveries raised; it counts as not answered 200.")
             return False
-        return True
+
+    async def _hand_over_and_wait(self, envelope: Envelope, kind: str) -> bool:
+        """Pass a notification to the hook, and await it if it is an async function."""
+        taken = self._hand_over(envelope, kind)
+        if inspect.isawaitable(taken):
+            try:
+                taken = await taken
+            except Exception:
+                _logger.exception("The hook for deliveries raised; it counts as not answered 200.")
+                return False
+        return taken is not False
 
     async def _post(self, envelope: Envelope, kind: str) -> bool:
         if self._closed or envelope.place is None:

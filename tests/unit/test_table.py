@@ -325,8 +325,8 @@ class TestParked:
         assert table.parked.bytes == 3 * size
 
     def test_one_over_the_bound_alone_is_not_kept_and_evicts_nothing(self):
-        table = build_table(parked_bytes=300)
         small = build_result("t1")
+        table = build_table(parked_bytes=len(small) + 100)
         assert deliver(table, small) == "parked"
         assert deliver(table, build_result("t2", "a cat" * 100)) == "foreign"
         assert table.parked.bytes == len(small)

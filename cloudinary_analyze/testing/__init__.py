@@ -1,0 +1,95 @@
+"""For tests of applications: a local service, signed webhooks, a clock, and pytest fixtures.
+
+Put ``pytest_plugins = ["cloudinary_analyze.testing"]`` into the ``conftest.py`` of your root
+directory. Each test then has these fixtures:
+
+* ``cloudinary_emulator``: a running `ScriptedEmulator`. While the test runs, ``CLOUDINARY_URL``
+  leads to it, so ``AnalyzeSession()`` does too. It has a thread and a loop of its own, and serves
+  synchronous tests as well.
+* ``analyze_session``: an `AnalyzeSession` to that emulator, for ``async with``.
+* ``manual_clock``: a `ManualClock`, for ``AnalyzeSession(…, clock=manual_clock)``.
+
+A FastAPI application ``app.py``::
+
+    from contextlib import asynccontextmanager
+
+    from fastapi import FastAPI, Request
+
+    from cloudinary_analyze import AnalyzeSession, Captioning
+
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI):
+        async with AnalyzeSession() as app.state.session:
+            yield
+
+
+    app = FastAPI(lifespan=lifespan)
+
+
+    @app.get("/captions")
+    async def caption(uri: str, request: Request):
+        response = await request.app.state.session.analyze(Captioning(uri))
+        return {"caption": response.analysis.caption}
+
+And its test::
+
+    from app import app
+    from fastapi.testclient import TestClient
+
+    from cloudinary_analyze import Captioning
+    from cloudinary_analyze.testing import ScriptedEmulator
+
+    BEE = Captioning("https://images.example/bee.jpg")
+
+
+    def test_caption(cloudinary_emulator: ScriptedEmulator):
+        cloudinary_emulator.respond(BEE, {"data": {"caption": "A bee"}})
+        with TestClient(app) as client:
+            response = client.get("/captions", params={"uri": str(BEE.source)})
+        assert response.json() == {"caption": "A bee"}
+        assert cloudinary_emulator.requests == [BEE]
+
+`ScriptedEmulator.respond` sets results and errors; ``cloudinary_emulator.faults = FaultPlan(…)``
+makes some or all requests fail. If the application takes webhooks, let the emulator post them to
+it::
+
+    with TestClient(app) as client:
+        WebhookSimulator(client, "/hooks/cloudinary").connect(cloudinary_emulator)
+
+or post your own with `sign_notification` and `build_notification`::
+
+    body = build_notification(task_id, Captioning, {"data": {"caption": "A bee"}})
+    headers = sign_notification(body, cloudinary_emulator.credentials)
+    assert client.post("/hooks/cloudinary", content=body, headers=headers).status_code == 200
+
+Modules that read the credentials while they are imported need ``CLOUDINARY_URL`` then: import
+them in a fixture or a test that uses ``cloudinary_emulator``, whose port stays the same.
+
+`build_response` makes a response for code that receives one. Move a `ManualClock` with
+`ManualClock.advance`: every wait and deadline of the session follows it. Only the timeouts of
+sockets are real.
+"""
+
+from cloudinary_analyze.testing.clock import ManualClock
+from cloudinary_analyze.testing.emulator import ScriptedEmulator, run_emulator
+from cloudinary_analyze.testing.responses import build_response
+from cloudinary_analyze.testing.webhooks import (
+    WebhookReply,
+    WebhookSimulator,
+    build_notification,
+    sign_notification,
+)
+
+__all__ = [
+    "ManualClock",
+    "ScriptedEmulator",
+    "WebhookReply",
+    "WebhookSimulator",
+    "build_notification",
+    "build_response",
+    "run_emulator",
+    "sign_notification",
+]
+
+pytest_plugins = ["cloudinary_analyze.testing.fixtures"]

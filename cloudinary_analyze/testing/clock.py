@@ -1,0 +1,114 @@
+"""A clock for tests, which moves only when it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+
+import attrs
+
+from cloudinary_analyze._clock import wake
+
+
+@attrs.define(eq=False)
+class _Timer:
+    callback: Callable[[], None] | None
+
+    def cancel(self) -> None:
+        self.callback = None
+
+
+@attrs.define(eq=False)
+class ManualClock:
+    """A clock that moves only when told to.
+
+    Attributes:
+        now: Seconds since the clock was made; the monotonic reading.
+        started_at: Unix seconds of the wall clock at ``now == 0``.
+    """
+
+    now: float = 0.0
+    started_at: float = attrs.field(default=1_790_000_000.0, kw_only=True)
+    _timers: list[tuple[float, int, _Timer]] = attrs.field(factory=list, init=False)
+    _order: itertools.count[int] = attrs.field(factory=itertools.count, init=False)
+
+    def monotonic(self) -> float:
+        """Return the reading."""
+        return self.now
+
+    def wall(self) -> float:
+        """Return the wall clock's reading, which moves with the other."""
+        return self.started_at + self.now
+
+    def call_at(self, when: float, callback: Callable[[], None], /) -> _Timer:
+        """Run a callback once the clock was moved to an instant; at once if that is past."""
+        timer = _Timer(callback)
+        if when <= self.now:
+            asyncio.get_running_loop().call_soon(self._fire, timer)
+        else:
+            heapq.heappush(self._timers, (when, next(self._order), timer))
+        return timer
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait until the clock was moved on."""
+        if seconds <= 0:
+            await asyncio.sleep(0)
+            return
+        woken = asyncio.get_running_loop().create_future()
+        timer = self.call_at(self.now + seconds, partial(wake, woken))
+        try:
+            await woken
+        finally:
+            timer.cancel()
+
+    def timeout_at(self, deadline: float, /) -> AbstractAsyncContextManager[asyncio.Timeout]:
+        """Time the block out once the clock was moved to an instant."""
+        return self._timeout_at(deadline)
+
+    @asynccontextmanager
+    async def _timeout_at(self, deadline: float) -> AsyncIterator[asyncio.Timeout]:
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(None) as scope:
+            timer = self.call_at(deadline, lambda: scope.reschedule(loop.time()))
+            try:
+                yield scope
+            finally:
+                timer.cancel()
+
+    @property
+    def next_at(self) -> float | None:
+        """When the next callback is due; ``None`` if nothing waits for this clock."""
+        while self._timers and self._timers[0][2].callback is None:
+            heapq.heappop(self._timers)
+        return self._timers[0][0] if self._timers else None
+
+    async def advance(self, seconds: float) -> None:
+        """Move the clock on, stopping at every callback that is due on the way.
+
+        Args:
+            seconds: How far.
+        """
+        target = self.now + seconds
+        await _settle()
+        while (due := self.next_at) is not None and due <= target:
+            self.now = max(self.now, due)
+            self._fire(heapq.heappop(self._timers)[2])
+            await _settle()
+        self.now = target
+        await _settle()
+
+    @staticmethod
+    def _fire(timer: _Timer) -> None:
+        callback, timer.callback = timer.callback, None
+        if callback is not None:
+            callback()
+
+
+async def _settle() -> None:
+    """Let everything that can run on the loop run a few steps."""
+    for _ in range(10):
+        await asyncio.sleep(0)

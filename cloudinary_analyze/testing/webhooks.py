@@ -1,0 +1,285 @@
+"""Signed notifications, and a simulator that posts them to an application."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
+from functools import partial
+from typing import Any, Final, Protocol
+from urllib.parse import unquote, urlsplit
+
+import aiohttp
+import attrs
+
+from cloudinary_analyze._values import NotPicklable
+from cloudinary_analyze.config import Credentials
+from cloudinary_analyze.emulator import Emulator
+from cloudinary_analyze.errors import ConfigurationError
+from cloudinary_analyze.requests import AnalyzeRequest
+from cloudinary_analyze.responses import Delivery, JSONObject
+from cloudinary_analyze.testing.responses import build_response
+from cloudinary_analyze.webhooks import SIGNATURE_HEADER, TIMESTAMP_HEADER, compute_signature
+
+_SECONDS: Final = 30.0  # more than a receiver takes
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+ASGIApp = Callable[
+    [Scope, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]],
+    Awaitable[None],
+]
+
+
+_Send = Callable[[bytes, Mapping[str, str]], Coroutine[Any, Any, "WebhookReply"]]
+
+
+class Client(Protocol):
+    """A client of an application, such as the ``TestClient`` of FastAPI and Starlette."""
+
+    def post(self, url: Any, /, *, content: Any, headers: Any) -> Any:
+        """Post, and return a response with a ``status_code`` and a ``text``."""
+
+
+def sign_notification(
+    body: bytes, credentials: Credentials, *, at: float | None = None
+) -> dict[str, str]:
+    """Return the headers that sign a notification as the service does.
+
+    Args:
+        body: The exact bytes that are posted.
+        credentials: Their first notification secret signs, with the first of their digests.
+        at: Unix seconds of the signature. Default: now.
+
+    Raises:
+        ConfigurationError: The credentials hold no secret to sign with.
+        TypeError: The body is not bytes.
+    """
+    if not isinstance(body, bytes):
+        raise TypeError(f"The body must be the bytes that are posted, not {type(body).__name__}.")
+    if not credentials.signing_secrets:
+        raise ConfigurationError("The credentials hold no secret to sign notifications with.")
+    timestamp = str(int(time.time() if at is None else at))
+    secret, digest = credentials.signing_secrets[0], credentials.digests[0]
+    return {
+        TIMESTAMP_HEADER: timestamp,
+        SIGNATURE_HEADER: compute_signature(body, timestamp, secret, digest=digest),
+    }
+
+
+def build_notification(
+    task_id: str,
+    request: type[AnalyzeRequest[Any]] | AnalyzeRequest[Any] | str,
+    analysis: JSONObject | None = None,
+    *,
+    status: int = 200,
+    code: str = "MA_00000",
+    message: str = "the analysis failed",
+) -> bytes:
+    """Return the body of a notification that ends a task.
+
+    Args:
+        task_id: The task.
+        request: The request, its class (``Coco``), or a model's name.
+        analysis: The ``data.analysis`` object, such as ``{"data": {"caption": "A cat"}}``.
+            Default: what the emulator answers to the request.
+        status: Of a failed task, the HTTP status of its error.
+        code: Of a failed task, the service's code of its error.
+        message: Of a failed task, the message of its error.
+
+    Raises:
+        InvalidRequestError: The model is unknown, or the emulator has no result for the request.
+        ResponseDecodeError: The analysis is not of the model's shape.
+    """
+    content: dict[str, Any] = {
+        "operation_name": "analyze",
+        "operation_type": "single",
+        "notification_type": "analyze",
+        "task_id": task_id,
+        "http_status": status,
+    }
+    if status == 200:
+        content |= build_response(request, analysis).raw
+    else:
+        category = "server_error" if status >= 500 else "user_error"
+        content["error"] = {"category": category, "code": code, "message": message}
+    return json.dumps(content).encode()
+
+
+@attrs.frozen
+class WebhookReply:
+    """The response of an application to a notification.
+
+    Attributes:
+        status: The HTTP status; 200: the notification was accepted.
+        text: The body.
+    """
+
+    status: int
+    text: str = ""
+
+
+class WebhookSimulator(NotPicklable):
+    """Posts signed notifications to an application, as the service does.
+
+    A loop belongs to an ASGI application and to an async client: create the simulator on it, in an
+    async test. With a ``TestClient`` or a URL it can be created and used anywhere.
+
+    Args:
+        target: The application: an ASGI application such as ``FastAPI()``, a client of one (a
+            ``TestClient``, or an async client of httpx), or the origin of a server, such as
+            ``http://127.0.0.1:8000``.
+        path: The path of the receiver, such as ``/hooks/cloudinary``.
+        credentials: They sign. Default: `Credentials.from_environment`.
+
+    Attributes:
+        replies: What the application replied, in order.
+
+    Raises:
+        ConfigurationError: The target is invalid, its loop is not running, or there are no
+            credentials.
+    """
+
+    def __init__(
+        self,
+        target: ASGIApp | Client | str,
+        path: str,
+        *,
+        credentials: Credentials | None = None,
+    ) -> None:
+        self.replies: list[WebhookReply] = []
+        self._credentials = Credentials.from_environment() if credentials is None else credentials
+        self._loop: asyncio.AbstractEventLoop | None = None
+        post = getattr(target, "post", None)
+        if isinstance(target, str):
+            self._send: _Send = partial(_post_to_server, target.rstrip("/") + path)
+        elif callable(target):
+            self._send = partial(_call_application, target, path)
+            self._loop = _find_loop()
+        elif inspect.iscoroutinefunction(post):
+            self._send = partial(_post_by_async_client, target, path)
+            self._loop = _find_loop()
+        elif callable(post):
+            self._send = partial(_post_by_client, target, path)
+        else:
+            raise ConfigurationError(
+                "The target must be an ASGI application, a client of one, or an origin such as "
+                f"http://127.0.0.1:8000, not {type(target).__name__}."
+            )
+
+    async def post(self, body: bytes, *, at: float | None = None) -> WebhookReply:
+        """Sign a notification, post it, and return the reply.
+
+        Args:
+            body: Such as `build_notification` returns.
+            at: Unix seconds of the signature. Default: now.
+        """
+        headers = sign_notification(body, self._credentials, at=at)
+        return await self._post(body, headers)
+
+    def connect(self, emulator: Emulator) -> None:
+        """Post the notifications of an emulator, whatever URL the tasks name.
+
+        The emulator signs them, and repeats those that are not answered 200.
+        """
+        emulator.on_delivery = self._take
+
+    async def _take(self, delivery: Delivery) -> bool:
+        return (await self._post(delivery.body, delivery.headers)).status == 200
+
+    async def _post(self, body: bytes, headers: Mapping[str, str]) -> WebhookReply:
+        sending = self._send(body, {**headers, "Content-Type": "application/json"})
+        elsewhere = self._loop is not None and self._loop is not asyncio.get_running_loop()
+        async with asyncio.timeout(_SECONDS):
+            reply = await (_start(sending, self._loop) if elsewhere else sending)
+        self.replies.append(reply)
+        return reply
+
+
+def _find_loop() -> asyncio.AbstractEventLoop:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise ConfigurationError(
+            "Create the simulator of an ASGI application on its event loop, in an async test. "
+            "In other tests, pass a TestClient."
+        ) from None
+
+
+def _start(
+    sending: Coroutine[Any, Any, WebhookReply], loop: asyncio.AbstractEventLoop | None
+) -> asyncio.Future[WebhookReply]:
+    """Send on the loop of the application, from that of an emulator."""
+    if loop is None or loop.is_closed():
+        sending.close()
+        raise ConnectionRefusedError("The event loop of the application is closed.")
+    return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(sending, loop))
+
+
+async def _post_to_server(url: str, body: bytes, headers: Mapping[str, str]) -> WebhookReply:
+    async with (
+        aiohttp.ClientSession() as http,
+        http.post(url, data=body, headers=headers, allow_redirects=False) as response,
+    ):
+        return WebhookReply(response.status, await response.text(errors="replace"))
+
+
+async def _post_by_client(
+    client: Any, path: str, body: bytes, headers: Mapping[str, str]
+) -> WebhookReply:
+    response = await asyncio.to_thread(client.post, path, content=body, headers=headers)
+    return WebhookReply(response.status_code, response.text)
+
+
+async def _post_by_async_client(
+    client: Any, path: str, body: bytes, headers: Mapping[str, str]
+) -> WebhookReply:
+    response = await client.post(path, content=body, headers=headers)
+    return WebhookReply(response.status_code, response.text)
+
+
+async def _call_application(
+    application: Any, path: str, body: bytes, headers: Mapping[str, str]
+) -> WebhookReply:
+    """Call an ASGI application, with the whole body in one message."""
+    url = urlsplit(path)
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": unquote(url.path),
+        "raw_path": url.path.encode(),
+        "query_string": url.query.encode(),
+        "root_path": "",
+        "headers": [
+            (b"host", b"testserver"),
+            (b"content-length", str(len(body)).encode()),
+            *((name.lower().encode(), value.encode()) for name, value in headers.items()),
+        ],
+        "client": ("127.0.0.1", 1),
+        "server": ("testserver", 80),
+    }
+    messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+    status, text, replied = 0, bytearray(), asyncio.Event()
+
+    async def receive() -> Message:
+        for message in messages:
+            return message
+        await replied.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        nonlocal status
+        if message["type"] == "http.response.start":
+            status = message["status"]
+        else:
+            text.extend(message.get("body", b""))
+            if not message.get("more_body", False):
+                replied.set()
+
+    await application(scope, receive, send)
+    return WebhookReply(status, text.decode(errors="replace"))

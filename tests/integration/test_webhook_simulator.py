@@ -1,0 +1,223 @@
+"""The webhook simulator, against applications in process and behind a socket."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import time
+import warnings
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+from fastapi import FastAPI, HTTPException, Request
+from notification_support import serve_asgi, until
+from starlette.routing import Route
+
+from cloudinary_analyze import (
+    AnalyzeSession,
+    Captioning,
+    Coco,
+    ConfigurationError,
+    Credentials,
+    TaskFailedError,
+)
+from cloudinary_analyze.emulator import FaultPlan, WebhookPolicy
+from cloudinary_analyze.notifications.asgi import WebhookReceiver
+from cloudinary_analyze.testing import (
+    ScriptedEmulator,
+    WebhookReply,
+    WebhookSimulator,
+    build_notification,
+    run_emulator,
+    sign_notification,
+)
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # starlette prefers another version of httpx
+    from fastapi.testclient import TestClient
+
+URL = "https://images.example/bee.jpg"
+HOOK = "/hooks/cloudinary"
+BEE = {"data": {"caption": "A bee"}}
+
+
+def build_app(emulator, *, attach=True):
+    """Return an application that submits a task and awaits its webhook."""
+
+    @asynccontextmanager
+    async def lifespan(app):
+        queue = asyncio.Queue()
+        credentials = emulator.credentials
+        if attach:
+            app.routes.append(Route(HOOK, endpoint=WebhookReceiver(queue, credentials)))
+        async with AnalyzeSession(
+            credentials, notifications=queue, notification_url="https://app.example/hooks"
+        ) as app.state.session:
+            yield
+
+    app = FastAPI(lifespan=lifespan)
+
+    @app.get("/captions")
+    async def caption(uri: str, request: Request):
+        task = request.app.state.session.submit(Captioning(uri), timeout=20)
+        try:
+            return {"caption": (await task).analysis.caption}
+        except TaskFailedError as error:
+            raise HTTPException(502, error.message) from error
+
+    return app
+
+
+@pytest.fixture
+def emulator():
+    with run_emulator(ScriptedEmulator(task_seconds=0.01)) as emulator:
+        yield emulator
+
+
+@pytest.fixture
+async def app(emulator):
+    app = build_app(emulator)
+    async with app.router.lifespan_context(app):
+        yield app
+
+
+def open_client(app):
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://app.example")
+
+
+def test_a_test_client_gets_the_emulators_webhooks(emulator):
+    emulator.respond(Captioning, BEE)
+    with TestClient(build_app(emulator)) as client:
+        simulator = WebhookSimulator(client, HOOK, credentials=emulator.credentials)
+        simulator.connect(emulator)
+        assert client.get("/captions", params={"uri": URL}).json() == {"caption": "A bee"}
+    assert simulator.replies == [WebhookReply(200, "Stored.")]
+    assert [task.notified for task in emulator.tasks.values()] == [True]
+    assert emulator.requests == [Captioning(URL)]
+
+
+def test_a_synchronous_test_posts_its_own(emulator):
+    with TestClient(build_app(emulator)) as client:
+        body = build_notification("t1", Captioning, BEE)
+        headers = sign_notification(body, emulator.credentials)
+        assert client.post(HOOK, content=body, headers=headers).status_code == 200
+        forged = sign_notification(body, Credentials("demo", "1", "guessed"))
+        assert client.post(HOOK, content=body, headers=forged).status_code == 401
+        simulator = WebhookSimulator(client, HOOK, credentials=emulator.credentials)
+        assert asyncio.run(simulator.post(body)).status == 200
+        assert asyncio.run(simulator.post(body, at=time.time() - 86_400)).status == 401
+
+
+@pytest.mark.parametrize("by_client", [False, True], ids=["application", "async client"])
+async def test_an_application_in_process_gets_them_on_its_loop(emulator, app, by_client):
+    emulator.respond(Captioning(URL), BEE)
+    emulator.respond(Captioning, status=415)
+    async with open_client(app) as client:
+        target = client if by_client else app
+        WebhookSimulator(target, HOOK, credentials=emulator.credentials).connect(emulator)
+        captions = [client.get("/captions", params={"uri": uri}) for uri in (URL, f"{URL}?2")]
+        found, failed = await asyncio.gather(*captions)
+    assert found.json() == {"caption": "A bee"}
+    assert failed.status_code == 502
+    assert "unsupported media type" in failed.text.lower()
+
+
+async def test_a_server_gets_them_by_its_origin(emulator):
+    app = build_app(emulator)
+    async with serve_asgi(app) as origin, httpx.AsyncClient(base_url=origin) as client:
+        simulator = WebhookSimulator(f"{origin}/", HOOK, credentials=emulator.credentials)
+        simulator.connect(emulator)
+        response = await client.get("/captions", params={"uri": URL}, timeout=20)
+        assert response.status_code == 200
+        assert (await simulator.post(b"{")).status == 400
+
+
+async def test_a_task_of_ones_own_is_answered(emulator, app):
+    emulator.task_seconds = 3600
+    simulator = WebhookSimulator(app, HOOK, credentials=emulator.credentials)
+    task = app.state.session.submit(Coco(URL))
+    task_id = await task.accepted()
+    await simulator.post(build_notification(task_id, Coco, status=404, message="no such image"))
+    with pytest.raises(TaskFailedError, match="no such image") as caught:
+        await task
+    assert caught.value.status == 404
+    assert simulator.replies[0].status == 200
+
+
+async def test_what_is_not_answered_200_is_repeated():
+    replies = [503, 500, 200]
+    bodies = []
+
+    async def application(scope, receive, send):
+        bodies.append((await receive())["body"])
+        await send({"type": "http.response.start", "status": replies.pop(0), "headers": []})
+        await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        await send({"type": "http.response.body"})
+        assert (await receive())["type"] == "http.disconnect"
+
+    policy = WebhookPolicy(retry_scale=0.00001)
+    with run_emulator(ScriptedEmulator(task_seconds=0, webhooks=policy)) as emulator:
+        simulator = WebhookSimulator(application, "/", credentials=emulator.credentials)
+        simulator.connect(emulator)
+        async with AnalyzeSession(emulator.credentials) as session:
+            with pytest.warns(UserWarning, match="notification"):
+                session.submit(Coco(URL), mode="task").abandon()
+            await until(lambda: not replies)
+            await until(lambda: [task.notified for task in emulator.tasks.values()] == [True])
+    assert [reply.status for reply in simulator.replies] == [503, 500, 200]
+    assert len(bodies) == 3
+
+
+async def test_fault_plans_apply_to_the_deliveries(emulator, app):
+    emulator.faults = FaultPlan(forged=1, stale=1, malformed=1, foreign=1, duplicated=1, early=1)
+    simulator = WebhookSimulator(app, HOOK, credentials=emulator.credentials)
+    simulator.connect(emulator)
+    await app.state.session.submit(Coco(URL))
+    await until(lambda: len(simulator.replies) == 6)
+    assert [reply.status for reply in simulator.replies] == [401, 401, 400, 200, 200, 200]
+
+
+async def test_an_application_that_raises_is_reported(emulator, app, caplog):
+    async def application(scope, receive, send):
+        raise ZeroDivisionError
+
+    simulator = WebhookSimulator(application, "/", credentials=emulator.credentials)
+    with pytest.raises(ZeroDivisionError):
+        await simulator.post(b"{}")
+    simulator.connect(emulator)
+    app.state.session.submit(Coco(URL)).abandon()
+    await until(lambda: emulator.counts.webhooks_refused)
+    assert "ZeroDivisionError" in caplog.text
+    assert simulator.replies == []
+
+
+def test_a_closed_loop_does_not_stop_the_emulator(emulator, caplog):
+    async def build():
+        return WebhookSimulator(FastAPI(), HOOK, credentials=emulator.credentials)
+
+    asyncio.run(build()).connect(emulator)
+
+    async def submit():
+        async with AnalyzeSession(emulator.credentials, notifications=asyncio.Queue()) as session:
+            session.submit(Coco(URL)).abandon()
+            await until(lambda: emulator.counts.webhooks_refused)
+
+    asyncio.run(submit())
+    assert "loop of the application is closed" in caplog.text
+
+
+def test_targets_that_cannot_work_are_refused(emulator, monkeypatch):
+    credentials = emulator.credentials
+    with pytest.raises(ConfigurationError, match="must be an ASGI application"):
+        WebhookSimulator(7, HOOK, credentials=credentials)
+    for target in (FastAPI(), open_client(FastAPI())):
+        with pytest.raises(ConfigurationError, match="on its event loop"):
+            WebhookSimulator(target, HOOK, credentials=credentials)
+    with pytest.raises(ConfigurationError, match="Missing credentials"):
+        WebhookSimulator("http://127.0.0.1:1", HOOK)
+    monkeypatch.setenv("CLOUDINARY_URL", emulator.cloudinary_url)
+    simulator = WebhookSimulator("http://127.0.0.1:1", HOOK)
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(simulator)
+    assert emulator.api_secret not in repr(simulator)
