@@ -82,6 +82,7 @@ LATE = (
 )
 
 
+@pytest.mark.slow
 def test_tests_of_applications_run_as_documented(pytester: pytest.Pytester) -> None:
     """The last one is wrong; its message names what was requested instead."""
     pytester.makeconftest('pytest_plugins = ["cloudinary_analyze.testing"]')

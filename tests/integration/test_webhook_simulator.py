@@ -92,8 +92,8 @@ def test_a_test_client_gets_the_emulators_webhooks(emulator):
         simulator = WebhookSimulator(client, HOOK, credentials=emulator.credentials)
         simulator.connect(emulator)
         assert client.get("/captions", params={"uri": URL}).json() == {"caption": "A bee"}
+        asyncio.run(until(lambda: [task.notified for task in emulator.tasks.values()] == [True]))
     assert simulator.replies == [WebhookReply(200, "Stored.")]
-    assert [task.notified for task in emulator.tasks.values()] == [True]
     assert emulator.requests == [Captioning(URL)]
 
 
@@ -121,6 +121,32 @@ async def test_an_application_in_process_gets_them_on_its_loop(emulator, app, by
     assert found.json() == {"caption": "A bee"}
     assert failed.status_code == 502
     assert "unsupported media type" in failed.text.lower()
+
+
+def test_a_test_client_that_is_left_meanwhile_is_no_error(emulator, caplog):
+    class LeavingClient:
+        portal = object()
+
+        def post(self, path, *, content, headers):
+            self.portal = None
+            raise RuntimeError("This portal is not running")
+
+    simulator = WebhookSimulator(LeavingClient(), HOOK, credentials=emulator.credentials)
+    simulator.connect(emulator)
+
+    async def act():
+        async with AnalyzeSession(emulator.credentials, notifications=asyncio.Queue()) as session:
+            await submit(session)
+            await until(lambda: emulator.counts.webhooks_refused)
+
+    asyncio.run(act())
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    with pytest.raises(RuntimeError, match="portal"):
+        asyncio.run(simulator.post(b"{}"))
+
+
+async def submit(session):
+    await session.submit(Coco(URL)).accepted()
 
 
 async def test_a_server_gets_them_by_its_origin(emulator):
@@ -196,15 +222,18 @@ def test_a_closed_loop_does_not_stop_the_emulator(emulator, caplog):
     async def build():
         return WebhookSimulator(FastAPI(), HOOK, credentials=emulator.credentials)
 
-    asyncio.run(build()).connect(emulator)
+    simulator = asyncio.run(build())
+    simulator.connect(emulator)
 
-    async def submit():
+    async def act():
         async with AnalyzeSession(emulator.credentials, notifications=asyncio.Queue()) as session:
-            session.submit(Coco(URL)).abandon()
+            await submit(session)
             await until(lambda: emulator.counts.webhooks_refused)
+        with pytest.raises(ConnectionRefusedError, match="closed"):
+            await simulator.post(b"{}")
 
-    asyncio.run(submit())
-    assert "loop of the application is closed" in caplog.text
+    asyncio.run(act())
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_targets_that_cannot_work_are_refused(emulator, monkeypatch):
