@@ -61,6 +61,7 @@ class Table:
         parked: Notifications of tasks that are not known here yet.
         wake_at: The earliest instant when `take_due` may have something to do.
         build_end: Builds the error of a task once no result can arrive any more; see `end`.
+        ending: The tasks that `take_ending` has yet to fail, the next one last.
     """
 
     settings: Settings
@@ -72,6 +73,7 @@ class Table:
     dues: DueHeap[Wait | Entry] = attrs.field(init=False)
     wake_at: float = attrs.field(default=math.inf, init=False)
     build_end: Callable[[str | None], Exception] | None = attrs.field(default=None, init=False)
+    ending: list[Entry] = attrs.field(factory=list, init=False)
 
     def __attrs_post_init__(self) -> None:
         kept, count = self.settings.answered_seconds, self.settings.answered_count
@@ -432,20 +434,27 @@ class Table:
     def _wake_at(self, due: float) -> None:
         self.wake_at = min(self.wake_at, due)
 
-    def end(self, build_error: Callable[[str | None], Exception], now: float) -> list[Effect]:
+    def end(self, build_error: Callable[[str | None], Exception]) -> None:
         """Fail what is pending, and whatever is submitted or attached from now on.
+
+        `take_ending` returns the effects on what is pending, task by task. Until then each task may
+        still be answered, joined or left.
 
         Args:
             build_error: Builds the error of a task from its id.
-            now: Monotonic instant.
         """
         self.build_end = build_error
-        effects: list[Effect] = []
-        for entry in list(self.pending.values()):
-            if entry.phase is not Phase.REPEATING:  # the call itself ends it
-                answer = Answer("session", build_error(entry.task_id))
-                effects += self.answer(entry, answer, now)
-        return effects
+        self.ending = list(reversed(self.pending.values()))
+
+    def take_ending(self, now: float) -> Sequence[Effect] | None:
+        """Fail the next task that was pending at the `end`; return ``None`` if none is left."""
+        while self.ending:
+            entry = self.ending.pop()
+            if entry.phase in AWAITED and self.build_end is not None:
+                error = self.build_end(entry.task_id)
+                return self.answer(entry, Answer("session", error), now)
+            # otherwise it is over, or nobody waits for it, or its repetition ends it
+        return None
 
     def clear(self) -> None:
         """Forget everything that nobody waits for."""

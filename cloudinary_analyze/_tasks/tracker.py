@@ -83,6 +83,7 @@ class Tracker(NotPicklable):
     _calls: dict[Entry, Call] = attrs.field(factory=dict, init=False)
     _changes: dict[Wait, set[asyncio.Future[None]]] = attrs.field(factory=dict, init=False)
     _dropped: deque[tuple[Wait, bool]] = attrs.field(factory=deque, init=False)
+    _ender: asyncio.Task[None] | None = attrs.field(default=None, init=False)
     _timer: TimerHandle | None = attrs.field(default=None, init=False)
     _timer_at: float = attrs.field(default=math.inf, init=False)
 
@@ -440,9 +441,42 @@ class Tracker(NotPicklable):
             failure.__cause__ = error
             return failure
 
-        self._perform(self.table.end(build, self.clock.monotonic()))
+        self._end_pending(build)
 
     # The end.
+
+    def _end_pending(self, build_error: Callable[[str | None], Exception]) -> None:
+        """Fail what is pending, in slices that go on whatever becomes of the caller."""
+        self.table.end(build_error)
+        if not self._end_slice() and (self._ender is None or self._ender.done()):
+            self._ender = self.loop.create_task(self._end_rest())
+            # A callback, because a task that is cancelled before its first step runs nothing else.
+            self._ender.add_done_callback(self._end_at_once)
+
+    def _end_slice(self) -> bool:
+        """Fail pending tasks for a slice of time, and return whether none is left."""
+        until = perf_counter() + SLICE
+        while (effects := self.table.take_ending(self.clock.monotonic())) is not None:
+            self._perform(effects)
+            if perf_counter() > until:
+                return False
+        return True
+
+    async def _end_rest(self) -> None:
+        while True:
+            await asyncio.sleep(0)
+            if self._end_slice():
+                return
+
+    def _end_at_once(self, _: object) -> None:
+        """Fail what is left because the loop itself is closing."""
+        while not self._end_slice():
+            pass
+
+    async def wait_ended(self) -> None:
+        """Wait until everything that was pending has failed. Cancelling is safe."""
+        if self._ender is not None and not self._ender.done():
+            await asyncio.wait({self._ender})
 
     async def drain(self, seconds: float) -> None:
         """Wait until nobody waits for a task any more, but not longer than this."""
@@ -470,8 +504,9 @@ class Tracker(NotPicklable):
             if self._timer is not None:
                 self._timer.cancel()
             self._timer_at = -math.inf  # no timer is set any more
-            self._perform(self.table.end(_build_closed, self.clock.monotonic()))
+            self._end_pending(_build_closed)
             self.table.clear()
+        await self.wait_ended()
 
 
 def _find_feature(entry: Entry, ended: Ended) -> str:

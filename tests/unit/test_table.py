@@ -585,7 +585,9 @@ class TestEnd:
         table.leave(resting, 0)
         waits = [accept(table, "t1"), accept(table, "t2", deadline=9)]
         submitting = table.submit(REQUEST)
-        table.end(lambda task_id: SessionClosedError("closed", task_id=task_id), 0)
+        table.end(lambda task_id: SessionClosedError("closed", task_id=task_id))
+        while table.take_ending(0) is not None:
+            pass
         waits.append(attach(table, "t0")[0])
         waits.append(attach(table, "t3")[0])
         table.accept(submitting, "t4", 0, deadline=9)

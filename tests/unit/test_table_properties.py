@@ -149,7 +149,13 @@ class TableMachine(RuleBasedStateMachine):
 
     @rule()
     def end_source(self):
-        self.perform(self.table.end(lambda task_id: SessionClosedError(str(task_id)), self.now))
+        self.table.end(lambda task_id: SessionClosedError(str(task_id)))
+
+    @precondition(lambda self: self.table.ending)
+    @rule(most=st.integers(1, 3))
+    def end_some(self, most):
+        for _ in range(most):
+            self.perform(self.table.take_ending(self.now) or ())
 
     @invariant()
     def states_are_legal(self):
@@ -176,7 +182,9 @@ class TableMachine(RuleBasedStateMachine):
         assert len(table.resting) <= 3
 
     def teardown(self):
-        self.perform(self.table.end(lambda task_id: SessionClosedError(str(task_id)), self.now))
+        self.table.end(lambda task_id: SessionClosedError(str(task_id)))
+        while (effects := self.table.take_ending(self.now)) is not None:
+            self.perform(effects)
         for wait in self.submitted:
             answer = Answer("session", SessionClosedError("closed"))
             self.perform(self.table.answer(wait.entry, answer, self.now))
