@@ -29,17 +29,27 @@ try:
         AuthorizationError,
         NoPermissionError,
         NoScriptError,
+        RedisError,
         ResponseError,
     )
     from redis.exceptions import ConnectionError as RedisConnectionError
-    from redis.exceptions import (
-        RedisError as RedisError,  # noqa: PLC0414 -- exported
-    )
     from redis.exceptions import TimeoutError as RedisTimeoutError
 except ImportError as _missing:
     raise ImportError(
         "Redis needs the redis library: pip install 'cloudinary-analyze[redis]'."
     ) from _missing
+
+__all__ = [
+    "BATCH",
+    "Command",
+    "Link",
+    "LinkBrokenError",
+    "LinkFailedError",
+    "RedisConnectionError",
+    "RedisError",
+    "RedisLocation",
+    "read_location",
+]
 
 URL_VARIABLE: Final = "REDIS_URL"
 CONNECT_SECONDS: Final = 5.0
@@ -203,12 +213,14 @@ class RedisLocation:
         return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))
 
 
-def read_location(value: str | URLObject | None) -> RedisLocation:
+def read_location(value: str | URLObject | RedisLocation | None) -> RedisLocation:
     """Read a URL; ``None``: the one in ``REDIS_URL``.
 
     Raises:
         ConfigurationError: It is missing or invalid. The message quotes no part of it.
     """
+    if isinstance(value, RedisLocation):
+        return value
     url = os.environ.get(URL_VARIABLE) if value is None else read_url(value)
     if url is None:
         raise ConfigurationError(f"Missing Redis URL. Set {URL_VARIABLE} or pass one. {_FORMS}")

@@ -23,18 +23,14 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
 
 import attrs
 
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
-from cloudinary_analyze._redis import (
-    LinkFailedError,
-    RedisError,
-    RedisLocation,
-    read_location,
-)
+from cloudinary_analyze._redis import LinkFailedError, RedisError, RedisLocation, read_location
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze.errors import AnalyzeError, ConfigurationError, LedgerError
 from cloudinary_analyze.ledger.claims import KeyState, build_answer, read_state
@@ -125,18 +121,10 @@ class RedisLedger(Ledger):
         if not isinstance(self.namespace, str) or not self.namespace:
             raise ConfigurationError("The namespace of the Redis keys must be a non-empty string.")
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the arguments, without the password."""
-        names = ("location", "namespace", "keep", "lease", "patience", "clock")
-        return {name: getattr(self, name) for name in names}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore the arguments; the ledger is not open."""
-        for name, value in state.items():
-            object.__setattr__(self, name, value)  # without the converters
-        self._worker = self._describe = None
-        self._former = frozenset()
-        self._noted = OrderedDict()
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the arguments, without the password. The copy is not open."""
+        names = ("namespace", "keep", "lease", "patience", "clock")
+        return partial(type(self), self.location, **{n: getattr(self, n) for n in names}), ()
 
     async def __aenter__(self) -> Self:
         return self

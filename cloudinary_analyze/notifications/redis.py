@@ -25,14 +25,14 @@ import asyncio
 import logging
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
-from urllib.parse import parse_qsl, urlsplit
 
 import attrs
 
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
-from cloudinary_analyze._values import NotPicklable, URLObject, read_url
+from cloudinary_analyze._redis import RedisConnectionError, RedisLocation, read_location
 from cloudinary_analyze._wire.protocol import find_result, reports_progress
 from cloudinary_analyze.errors import (
     ConfigurationError,
@@ -44,21 +44,9 @@ from cloudinary_analyze.protocols import TRACE_HEADER, FollowPut
 from cloudinary_analyze.responses import Delivery
 from cloudinary_analyze.webhooks import parse_delivery
 
-try:
-    from redis.asyncio import BlockingConnectionPool, Redis
-    from redis.asyncio.retry import Retry
-    from redis.backoff import NoBackoff
-    from redis.exceptions import ConnectionError as RedisConnectionError
-    from redis.exceptions import RedisError
-except ImportError as _missing:
-    raise ImportError(
-        "Notifications over Redis need the redis library: pip install 'cloudinary-analyze[redis]'."
-    ) from _missing
-
 logger: logging.Logger = logging.getLogger("cloudinary_analyze")
 
 CONNECTIONS: Final = 16
-CONNECT_SECONDS: Final = 5.0
 BLOCK_SECONDS: Final = 5.0
 ANSWER_SECONDS: Final = 10.0  # over BLOCK_SECONDS, so that only a dead server exceeds it
 WRITE_BATCH: Final = 256  # deliveries in one round trip
@@ -69,33 +57,6 @@ AWAITED_SECONDS: Final = 120.0  # several of the listener's rounds, which renew 
 EXPIRE_BATCH: Final = 2_000  # ids that one fetch forgets, more than it adds
 
 _BEGINNING: Final = b"0-0"
-_OPTIONS: Final = frozenset(
-    {
-        "client_name",
-        "db",
-        "health_check_interval",
-        "max_connections",
-        "password",
-        "socket_connect_timeout",
-        "socket_keepalive",
-        "socket_read_size",
-        "ssl_ca_certs",
-        "ssl_ca_data",
-        "ssl_ca_path",
-        "ssl_cert_reqs",
-        "ssl_certfile",
-        "ssl_check_hostname",
-        "ssl_ciphers",
-        "ssl_keyfile",
-        "ssl_min_version",
-        "ssl_password",
-        "username",
-    }
-)
-_URL_FORMS: Final = (
-    "Pass redis://[user:password@]host:port/0, rediss://… for TLS, or unix:///path. Write "
-    "reserved characters of the password in percent-encoding."
-)
 
 
 @attrs.define(eq=False)
@@ -120,15 +81,8 @@ class _StoredDelivery(Delivery):
     task_id: str = attrs.field(kw_only=True)
 
 
-def _read_url(value: str | URLObject) -> str:
-    url = read_url(value)
-    if not isinstance(url, str):
-        raise ConfigurationError(f"The Redis URL must be a string, not {type(value).__name__}.")
-    return url
-
-
 @attrs.define(eq=False)
-class RedisNotifications(NotPicklable):
+class RedisNotifications:
     """Redis between the receivers and the sessions of all processes.
 
     ::
@@ -138,13 +92,15 @@ class RedisNotifications(NotPicklable):
             async with AnalyzeSession(notifications=notifications, …) as session:
                 ...
 
-    Connects when it is first used. Close it after the session, with `aclose` or ``async with``.
+    It is a value until it is used: it pickles, without the password, which is then read from the
+    environment (see `RedisLedger`). Connects when it is first used. Close it after the session, with `aclose` or ``async with``.
     Belongs to one event loop, and to one session at a time.
 
     Attributes:
         url: ``redis://``, ``rediss://`` (TLS) or ``unix://``. The query may set ``db``,
-            ``max_connections``, ``health_check_interval``, ``client_name``, the credentials, and
-            options of sockets and TLS, such as ``?ssl_ca_certs=…``.
+            ``max_connections``, ``health_check_interval``, ``client_name``, the credentials,
+            ``password_env`` (the variable that holds the password), and options of sockets and
+            TLS, such as ``?ssl_ca_certs=…``. Default: ``REDIS_URL``.
         namespace: What all keys begin with. Receivers and sessions must agree on it.
         keep: Seconds that a delivery is kept. Until then any process can resume the task.
         keep_resolved: Seconds that a delivery is kept once a session has resolved its task with it,
@@ -156,13 +112,13 @@ class RedisNotifications(NotPicklable):
         ConfigurationError: The URL, the namespace or a time is invalid.
     """
 
-    url: str = attrs.field(repr=False, converter=_read_url)
+    location: RedisLocation = attrs.field(converter=read_location, alias="url", default=None)
     namespace: str = attrs.field(default="cloudinary-analyze", kw_only=True)
     keep: float = attrs.field(default=86_400.0, kw_only=True)
     keep_resolved: float = attrs.field(default=3_600.0, kw_only=True)
     clock: Clock = attrs.field(default=SYSTEM_CLOCK, kw_only=True, repr=False)
     unreadable: int = attrs.field(default=0, init=False, repr=False)
-    _redis: Any = attrs.field(init=False, repr=False)
+    _redis: Any = attrs.field(default=None, init=False, repr=False)
     _cursor: bytes | None = attrs.field(default=None, init=False, repr=False)
     _fixing: asyncio.Lock = attrs.field(factory=asyncio.Lock, init=False, repr=False)
     _awaited: OrderedDict[str, float] = attrs.field(factory=OrderedDict, init=False, repr=False)
@@ -181,26 +137,16 @@ class RedisNotifications(NotPicklable):
                 raise ConfigurationError(
                     f"RedisNotifications.{name} must be at least 1 second, not {seconds!r}."
                 )
-        _check_url(self.url)
-        self._redis = self._build_client(CONNECTIONS, retries=1)
 
-    def _build_client(self, connections: int, *, retries: int) -> Any:
-        options: dict[str, Any] = {
-            "max_connections": connections,
-            "timeout": CONNECT_SECONDS,
-            "socket_connect_timeout": CONNECT_SECONDS,
-            # `_ask` has its own: the library's can swallow a cancellation on Python 3.11
-            "socket_timeout": None,
-            "retry": Retry(NoBackoff(), retries),
-            "protocol": 2,
-        }
-        try:
-            pool: Any = BlockingConnectionPool.from_url(self.url, **options)
-            pool.make_connection()  # checks the options; connects to nothing
-            return Redis.from_pool(pool)
-        except (ValueError, TypeError, RedisError):
-            # the library's message may quote the URL, and with it the password
-            raise ConfigurationError(f"The Redis URL is invalid. {_URL_FORMS}") from None
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the arguments, without the password."""
+        names = ("namespace", "keep", "keep_resolved", "clock")
+        return partial(type(self), self.location, **{n: getattr(self, n) for n in names}), ()
+
+    def _connect(self) -> Any:
+        if self._redis is None:
+            self._redis = self.location.build_client(CONNECTIONS, retries=1)
+        return self._redis
 
     @property
     def _stream(self) -> str:
@@ -300,7 +246,7 @@ class RedisNotifications(NotPicklable):
     ) -> None:
         keep = round(1000 * self.keep)
         traced = self._follow is not None
-        async with self._redis.pipeline(transaction=True) as pipe:
+        async with self._connect().pipeline(transaction=True) as pipe:
             for put in batch:
                 name, value = self._name_mailbox(put.task_id), encode_delivery(put.delivery)
                 pipe.set(name, value, nx=not put.final, px=keep)
@@ -331,7 +277,7 @@ class RedisNotifications(NotPicklable):
             TimeoutError: Redis did not respond.
             NotificationSourceError: The stream was trimmed before it was read.
         """
-        reader = self._build_client(1, retries=0)  # a hidden reconnect would hide a gap as well
+        reader = self.location.build_client(1)  # a hidden reconnect would hide a gap as well
         try:
             while True:
                 for delivery in await self._collect(await self._read_wake_ups(reader)):
@@ -362,9 +308,9 @@ class RedisNotifications(NotPicklable):
 
     async def _may_have_lost(self, first: bytes) -> bool:
         """Whether wake-ups before the first that was read may have been trimmed unread."""
-        if await self._ask(self._redis.xlen(self._stream)) < WAKE_UPS:
+        if await self._ask(self._connect().xlen(self._stream)) < WAKE_UPS:
             return False
-        oldest = await self._ask(self._redis.xrange(self._stream, count=1))
+        oldest = await self._ask(self._connect().xrange(self._stream, count=1))
         return not oldest or _read_entry_id(oldest[0][0]) >= _read_entry_id(first)
 
     async def _fix_cursor(self) -> bytes:
@@ -372,7 +318,7 @@ class RedisNotifications(NotPicklable):
         async with self._fixing:
             cursor = self._cursor
             if cursor is None:
-                newest = await self._ask(self._redis.xrevrange(self._stream, count=1))
+                newest = await self._ask(self._connect().xrevrange(self._stream, count=1))
                 cursor = self._cursor = newest[0][0] if newest else _BEGINNING
             return cursor
 
@@ -405,7 +351,7 @@ class RedisNotifications(NotPicklable):
         names = [self._name_mailbox(task_id) for task_id in task_ids]
         if self._follow is not None:
             names += [self._name_trace(task_id) for task_id in task_ids]
-        values = await self._ask(self._redis.mget(names))
+        values = await self._ask(self._connect().mget(names))
         traces = values[len(task_ids) :] or [None] * len(task_ids)
         for task_id, value, trace in zip(task_ids, values, traces, strict=False):
             if value is None:
@@ -442,7 +388,9 @@ class RedisNotifications(NotPicklable):
                 await asyncio.wait({writer}, timeout=ANSWER_SECONDS)
                 writer.cancel()
         finally:
-            await _close(self._redis)
+            client, self._redis = self._redis, None
+            if client is not None:
+                await _close(client)
 
     async def __aenter__(self) -> Self:
         return self
@@ -454,31 +402,6 @@ class RedisNotifications(NotPicklable):
         traceback: TracebackType | None,
     ) -> None:
         await self.aclose()
-
-
-def _check_url(url: str) -> None:
-    """Refuse a URL with options that change replies or time limits, or that are unknown.
-
-    The error quotes no part of the URL: a password with reserved characters may be anywhere in it.
-
-    Raises:
-        ConfigurationError: It has such an option, or parts that a Redis URL does not have.
-    """
-    try:
-        parts = urlsplit(url)
-        names = {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)}
-        database = parts.path.strip("/")
-        scheme, _ = parts.scheme, parts.port
-    except (ValueError, TypeError, AttributeError):
-        raise ConfigurationError(f"The Redis URL is invalid. {_URL_FORMS}") from None
-    if parts.fragment or (scheme != "unix" and database and not database.isdecimal()):
-        raise ConfigurationError(f"The Redis URL is invalid. {_URL_FORMS}")
-    if not names <= _OPTIONS:
-        raise ConfigurationError(
-            "The Redis URL has an option that is unknown, or that this class sets itself, such as "
-            "decode_responses, encoding, protocol or socket_timeout. Valid options: "
-            f"{', '.join(sorted(_OPTIONS))}."
-        )
 
 
 def _fail(puts: Iterable[_Put], error: Exception) -> None:

@@ -30,7 +30,6 @@ from cloudinary_analyze.ledger.sqlite import SQLiteLedger
 from cloudinary_analyze.notifications import QueueSource
 from cloudinary_analyze.notifications.aiohttp import WebhookReceiver as AiohttpReceiver
 from cloudinary_analyze.notifications.asgi import WebhookReceiver
-from cloudinary_analyze.notifications.redis import RedisNotifications
 
 URL = "https://images.example/a.jpg"
 CREDENTIALS = Credentials("demo", KEY, SECRET)
@@ -78,7 +77,6 @@ async def test_receivers_sources_and_ledgers_refuse(tmp_path: Any) -> None:
     check_refuses(QueueSource(queue))
     check_refuses(WebhookReceiver(queue, CREDENTIALS))
     check_refuses(AiohttpReceiver(queue, CREDENTIALS))
-    check_refuses(RedisNotifications("redis://user:pLanted@127.0.0.1:1"))
     ledger = SQLiteLedger(tmp_path / "ledger")
     check_refuses(ledger)
     async with ledger:

@@ -132,7 +132,7 @@ def test_other_options_are_accepted(url):
 @pytest.mark.parametrize("make", [yarl.URL, pydantic.RedisDsn])
 def test_its_url_may_be_a_url_object(make):
     url = "redis://user:hunter2@localhost:6379/1"
-    assert RedisNotifications(make(url)).url == url
+    assert RedisNotifications(make(url)).location.resolve() == url
 
 
 @pytest.mark.parametrize("url", [None, 5, b"redis://localhost", ["redis://localhost"]], ids=repr)
@@ -141,9 +141,15 @@ def test_what_is_no_url_is_refused(url):
         RedisNotifications(url)
 
 
-def test_it_cannot_be_pickled():
-    with pytest.raises(TypeError, match="cannot be pickled or copied"):
-        pickle.dumps(RedisNotifications("redis://user:hunter2@localhost"))
+def test_it_pickles_without_the_password(monkeypatch):
+    notifications = RedisNotifications("redis://user:hunter2@localhost/1", keep=60)
+    content = pickle.dumps(notifications)
+    assert b"hunter2" not in content
+    again = pickle.loads(content)
+    assert (again.keep, again.namespace) == (60, notifications.namespace)
+    assert again.location.resolve() == "redis://user@localhost/1"
+    monkeypatch.setenv("REDIS_URL", "redis://:other@localhost")
+    assert again.location.resolve() == "redis://user:other@localhost/1"
 
 
 def test_the_password_is_in_no_repr():
@@ -151,7 +157,7 @@ def test_the_password_is_in_no_repr():
 
 
 def test_tls_is_spoken_with_rediss_urls():
-    pool = RedisNotifications("rediss://localhost/0")._redis.connection_pool
+    pool = RedisNotifications("rediss://localhost/0")._connect().connection_pool
     assert pool.connection_class.__name__ == "SSLConnection"
     assert pool.connection_kwargs.get("ssl_cert_reqs", "required") == "required"
 
@@ -160,7 +166,8 @@ def test_a_missing_library_is_named_with_the_line_that_installs_it(monkeypatch):
     for name in list(sys.modules):
         if name == "redis" or name.startswith("redis."):
             monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, room.__name__)
+    for name in (room.__name__, "cloudinary_analyze._redis"):
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=r"pip install 'cloudinary-analyze\[redis\]'"):
         __import__(room.__name__)
 
@@ -253,7 +260,7 @@ async def test_tasks_nobody_asks_for_any_more_are_forgotten(shared, namespace, c
 async def test_keys_are_namespaced_and_expire(shared, namespace):
     async with RedisNotifications(shared.url, namespace=namespace, keep=60) as notifications:
         await notifications.put(build_delivery("t1"))
-        client = notifications._redis
+        client = notifications._connect()
         names = [key.decode() async for key in client.scan_iter(f"{namespace}:*")]
         assert sorted(names) == [f"{namespace}:delivery:t1", f"{namespace}:wake-ups"]
         assert 0 < await client.pttl(f"{namespace}:delivery:t1") <= 60_000
@@ -263,12 +270,12 @@ async def test_what_answers_no_task_has_no_mailbox(shared, namespace):
     async with RedisNotifications(shared.url, namespace=namespace) as notifications:
         with pytest.raises(MalformedNotificationError):
             await notifications.put(build_delivery("", notification_type="upload"))
-        assert not [key async for key in notifications._redis.scan_iter(f"{namespace}:*")]
+        assert not [key async for key in notifications._connect().scan_iter(f"{namespace}:*")]
 
 
 async def test_an_unreadable_mailbox_is_counted_skipped_and_replaced(shared, namespace, caplog):
     async with RedisNotifications(shared.url, namespace=namespace) as notifications:
-        client = notifications._redis
+        client = notifications._connect()
         await client.set(f"{namespace}:delivery:t1", b"[]\nsomething else")
         await client.rpush(f"{namespace}:delivery:t2", "a list")
         await notifications.put(build_delivery("t3"))
@@ -295,7 +302,7 @@ async def test_a_gap_in_the_stream_makes_everything_pending_be_fetched(
         ids = [await task.accepted() for task in tasks]
         await until(lambda: len(notifications._awaited) == 20)
         # all in one MULTI, so that the reader sees nothing before the stream is trimmed
-        async with notifications._redis.pipeline(transaction=True) as pipe:
+        async with notifications._connect().pipeline(transaction=True) as pipe:
             for task_id in ids:
                 key = f"{notifications.namespace}:delivery:{task_id}"
                 pipe.set(key, encode_delivery(build_delivery(task_id)))
@@ -409,7 +416,7 @@ async def test_what_was_stored_while_the_connection_was_cut_is_found_afterwards(
             await notifications.put(build_delivery(second, "after"))
             async with RedisNotifications(server.url, namespace=notifications.namespace) as other:
                 key = other._name_mailbox(third)
-                await other._redis.set(key, encode_delivery(build_delivery(third, "silent")))
+                await other._connect().set(key, encode_delivery(build_delivery(third, "silent")))
             async with asyncio.timeout(10):
                 assert (await tasks[1]).analysis.caption == "after"
                 assert (await tasks[2]).analysis.caption == "silent"
@@ -427,7 +434,7 @@ async def test_a_redis_that_lost_everything_and_whose_clock_is_behind_wakes_all_
             task = session.submit(Captioning("https://x.test/a.jpg"))
             task_id = await task.accepted()
             future = "9999999999999-0"
-            await notifications._redis.xadd(notifications._stream, {"task": "x"}, id=future)
+            await notifications._connect().xadd(notifications._stream, {"task": "x"}, id=future)
             await until(lambda: notifications._cursor == future.encode())
             server.kill()
             for path in (tmp_path / "appendonlydir").iterdir():
@@ -451,7 +458,7 @@ async def test_a_burst_is_stored_in_few_round_trips_and_each_put_returns_once_it
     shared, namespace
 ):
     async with RedisNotifications(shared.url, namespace=namespace) as notifications:
-        client = notifications._redis
+        client = notifications._connect()
         before = await count_transactions(client)
 
         async def put(number):
@@ -496,7 +503,7 @@ async def test_what_redis_refuses_fails_and_what_comes_later_is_stored(tmp_path,
     server = start_redis(tmp_path)
     try:
         async with RedisNotifications(server.url, namespace=namespace) as notifications:
-            client = notifications._redis
+            client = notifications._connect()
             await client.config_set("maxmemory", 1)
             puts = [notifications.put(build_delivery(f"t{number}")) for number in range(600)]
             async with asyncio.timeout(10):
@@ -511,7 +518,7 @@ async def test_what_redis_refuses_fails_and_what_comes_later_is_stored(tmp_path,
 
 async def test_a_delivery_whose_wake_up_is_refused_fails(shared, namespace):
     async with RedisNotifications(shared.url, namespace=namespace) as notifications:
-        await notifications._redis.set(notifications._stream, "not a stream")
+        await notifications._connect().set(notifications._stream, "not a stream")
         with pytest.raises(RedisError):
             await notifications.put(build_delivery("t1"))
 
@@ -558,7 +565,7 @@ async def test_the_mailbox_of_a_resolved_task_expires_soon(shared, namespace, em
             await notifications.put(build_delivery("foreign"))
             async with asyncio.timeout(5):
                 await session.task("resolved", Captioning)
-        client = notifications._redis
+        client = notifications._connect()
         async with asyncio.timeout(5):
             while await client.pttl(f"{namespace}:delivery:resolved") > most:
                 await asyncio.sleep(0.01)

@@ -450,9 +450,9 @@ async def test_a_task_without_a_usable_trace_is_answered(
         assert task_id
         name = f"{namespace}:trace:{task_id}"
         if isinstance(stored, bytes):
-            await mailboxes._redis.set(name, stored)
+            await mailboxes._connect().set(name, stored)
         elif stored is not None:
-            await mailboxes._redis.rpush(name, stored)
+            await mailboxes._connect().rpush(name, stored)
         exported.instrument(session)
         await mailboxes.put(build_delivery(task_id))
         assert (await task).analysis.caption == "A cat"
