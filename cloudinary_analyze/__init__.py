@@ -3,6 +3,8 @@
 Open an `AnalyzeSession`, and pass it requests: ``await session.analyze(Captioning(url))``.
 """
 
+import logging
+
 from cloudinary_analyze._budget import Budget, Spent
 from cloudinary_analyze._stream import OutcomeStream
 from cloudinary_analyze._tasks.handle import AnalysisTask
@@ -215,3 +217,6 @@ __all__ = [
     "to_json",
     "verify_signature",
 ]
+
+# silent until the application configures logging; see `cloudinary_analyze.events`
+logging.getLogger(__name__).addHandler(logging.NullHandler())

@@ -30,6 +30,7 @@ from cloudinary_analyze.errors import (
     QuotaExceededError,
     TaskFailedError,
     TransportError,
+    describe,
 )
 from cloudinary_analyze.events import ItemRestored
 from cloudinary_analyze.protocols import Ledger, LedgerRecord
@@ -40,7 +41,7 @@ Item = TypeVar("Item")
 A = TypeVar("A")
 T = TypeVar("T")
 
-logger = logging.getLogger("cloudinary_analyze")
+logger = logging.getLogger("cloudinary_analyze.ledger")
 
 POST_PATIENCE: Final = 5.0  # seconds for submissions in flight when the stream is left
 TURN: Final = 0.002  # seconds of restoring from the ledger between two yields to the loop
@@ -464,7 +465,7 @@ class Recording:
                 if task_id is not None:
                     await self.ledger.record_submitted(key, task_id)
         except Exception as error:
-            logger.debug("A submission was abandoned: %r", error)
+            logger.debug("A submission was abandoned (%s).", describe(error))
 
     async def _resume(self, task_id: str, work: Work[Item, A]) -> Response[A]:
         """Re-attach to a recorded task, unless the service has forgotten it.

@@ -9,6 +9,7 @@ contain secrets. Text from outside is shortened and escaped before it enters a m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from copy import copy
 from typing import Any, Final, TypedDict, Unpack
@@ -16,6 +17,9 @@ from typing import Any, Final, TypedDict, Unpack
 from cloudinary_analyze.responses import Limit, TaskStatus
 
 SHOWN_BODY: Final = 200  # characters of external text that a message shows
+LONGEST_LOGGED: Final = 4000  # characters of an error that are looked at for a log line
+# a query string, or what precedes the host
+_CREDENTIALS: Final = re.compile(r"\?[^\s'\"<>)]+|(?<=//)[^\s/@]*@")
 
 
 class AnalyzeError(Exception):
@@ -471,3 +475,15 @@ def shorten(text: bytes | str, length: int = SHOWN_BODY) -> str:
         ]
         text = "".join(escaped)
     return text if len(text) <= length else f"{text[:length]}…"
+
+
+def describe(error: BaseException) -> str:
+    """Return a short text about an error of any kind, for a log line.
+
+    Query strings and passwords of URLs in it are left out.
+    """
+    try:
+        text = shorten(_CREDENTIALS.sub("", str(error)[:LONGEST_LOGGED]))
+    except Exception:  # of a class whose `__str__` is broken
+        text = ""
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -35,6 +35,25 @@ event               when                                         fields
 
 ``call`` joins the events of one call or poll: a number that is unique in its session. ``task_id``
 joins the events of one task; the call that submitted it is the one that finished with it.
+
+Log lines go to these loggers. They are silent until the application configures `logging`.
+
+====================================  ==============================================================
+logger                                lines
+====================================  ==============================================================
+``cloudinary_analyze.events``         ERROR: a hook raised
+``cloudinary_analyze.tasks``          ERROR, WARNING: polls are refused or fail unexpectedly, unknown
+                                      states, unreadable deliveries; INFO: deliveries that the session
+                                      refused
+``cloudinary_analyze.notifications``  WARNING: a source or a sink failed; INFO: webhooks that a
+                                      receiver refused
+``cloudinary_analyze.ledger``         WARNING: settings and restarts of Redis; DEBUG: submissions that
+                                      were abandoned
+``cloudinary_analyze.emulator``       DEBUG: notifications that an application did not accept
+====================================  ==============================================================
+
+Log lines name tasks by their ids, and no sources. They quote other errors shortened, without query
+strings and passwords of URLs. An exception of your own hook or sink is logged with its traceback.
 """
 
 from __future__ import annotations
@@ -49,7 +68,7 @@ import attrs
 from cloudinary_analyze._values import Jsonable
 from cloudinary_analyze.responses import Limit
 
-logger: logging.Logger = logging.getLogger("cloudinary_analyze")
+logger: logging.Logger = logging.getLogger("cloudinary_analyze.events")
 
 
 @attrs.frozen(kw_only=True)

@@ -38,7 +38,7 @@ from cloudinary_analyze.protocols import (
 from cloudinary_analyze.responses import Delivery, Notification
 from cloudinary_analyze.webhooks import find_header, read_delivery
 
-logger = logging.getLogger("cloudinary_analyze")
+logger = logging.getLogger("cloudinary_analyze.tasks")
 
 FETCH_BATCH: Final = 500
 REFETCH_INTERVAL: Final = 30.0

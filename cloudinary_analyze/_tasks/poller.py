@@ -23,14 +23,14 @@ from cloudinary_analyze._tasks.entries import Entry
 from cloudinary_analyze._tasks.table import REFUSALS
 from cloudinary_analyze._tasks.timers import DueHeap
 from cloudinary_analyze.config import Settings
-from cloudinary_analyze.errors import AnalyzeError
+from cloudinary_analyze.errors import AnalyzeError, describe
 from cloudinary_analyze.events import SessionPaused
 from cloudinary_analyze.responses import TaskStatus
 
 if TYPE_CHECKING:
     from cloudinary_analyze._http.call import Caller
 
-logger = logging.getLogger("cloudinary_analyze")
+logger = logging.getLogger("cloudinary_analyze.tasks")
 
 GROWTH: Final = 1.6
 KNOWN_STATES: Final = frozenset({"pending", "processing", "completed", "failed"})
@@ -138,7 +138,7 @@ class Poller:
                     "Status polls are refused (%s). They pause and resume within minutes; until "
                     "then only notifications resolve tasks. An OAuth token needs the scope "
                     "query_analysis_tasks.",
-                    outcome,
+                    describe(outcome),
                 )
             self._pause = min(self._pause * PAUSE_GROWTH or FIRST_PAUSE, LONGEST_PAUSE)
             self._paused_at = self.clock.monotonic()

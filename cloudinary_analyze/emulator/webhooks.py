@@ -24,7 +24,7 @@ _RETRY_DELAYS: Final = (180.0, 360.0, 540.0)
 _STALE_AGE: Final = 3 * 3600
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=10)
 
-_logger = logging.getLogger(__name__)
+_logger = logging.getLogger("cloudinary_analyze.emulator")
 
 Hook = Callable[[Delivery], object]
 
@@ -168,7 +168,7 @@ class WebhookSender:
                 await response.content.read(1 << 16)
                 return response.status == 200
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            _logger.debug("A notification was not delivered: %r", error)
+            _logger.debug("A notification was not delivered (%s).", type(error).__name__)
             return False
 
     def _open_http(self) -> aiohttp.ClientSession:

@@ -33,7 +33,7 @@ from cloudinary_analyze._redis import (
 from cloudinary_analyze.ledger.claims import SCRIPT, decode_task, encode_task
 from cloudinary_analyze.protocols import Claim
 
-logger: logging.Logger = logging.getLogger("cloudinary_analyze")
+logger: logging.Logger = logging.getLogger("cloudinary_analyze.ledger")
 
 QUIET: Final = 4.0  # seconds without claims after a restart of Redis
 REPLAY_SECONDS: Final = 10.0  # of writes that are repeated then

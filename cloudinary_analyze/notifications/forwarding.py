@@ -14,7 +14,7 @@ from cloudinary_analyze.protocols import AcknowledgingSource, NotificationSink, 
 from cloudinary_analyze.responses import Delivery
 from cloudinary_analyze.webhooks import VerifiedDelivery, parse_delivery, seal_delivery
 
-logger: logging.Logger = logging.getLogger("cloudinary_analyze")
+logger: logging.Logger = logging.getLogger("cloudinary_analyze.notifications")
 
 
 async def forward(

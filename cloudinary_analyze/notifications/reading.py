@@ -13,12 +13,12 @@ import attrs
 
 from cloudinary_analyze._cancellation import count_cancellations, is_own_cancellation
 from cloudinary_analyze._clock import Clock
-from cloudinary_analyze.errors import ConfigurationError
+from cloudinary_analyze.errors import ConfigurationError, describe
 from cloudinary_analyze.notifications import QueueSource
 from cloudinary_analyze.protocols import NotificationSource
 from cloudinary_analyze.responses import Delivery
 
-logger: logging.Logger = logging.getLogger("cloudinary_analyze")
+logger: logging.Logger = logging.getLogger("cloudinary_analyze.notifications")
 
 FIRST_PAUSE: Final = 0.5
 LONGEST_PAUSE: Final = 30.0
@@ -99,9 +99,7 @@ class Retries:
         """
         if is_own_cancellation(error, self._cancelling):
             raise error
-        logger.warning(
-            "%s (%s: %s); trying again in %.1f s.", what, type(error).__name__, error, self.pause
-        )
+        logger.warning("%s (%s); trying again in %.1f s.", what, describe(error), self.pause)
         await self.clock.sleep(self.pause)
         self.pause = min(2 * self.pause, LONGEST_PAUSE)
 

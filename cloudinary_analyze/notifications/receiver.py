@@ -21,6 +21,7 @@ from cloudinary_analyze.errors import (
     ConfigurationError,
     MalformedNotificationError,
     NotificationError,
+    describe,
 )
 from cloudinary_analyze.protocols import NotificationSink
 from cloudinary_analyze.responses import Delivery
@@ -34,7 +35,7 @@ from cloudinary_analyze.webhooks import (
     seal_delivery,
 )
 
-logger: logging.Logger = logging.getLogger("cloudinary_analyze")
+logger: logging.Logger = logging.getLogger("cloudinary_analyze.notifications")
 
 MAX_BODY: Final = 2**20  # bytes
 BODY_SECONDS: Final = 10.0
@@ -173,11 +174,10 @@ class Intake(NotPicklable):
                 raise
             # any other status than 200 makes the sender try again
             logger.warning(
-                "The notification of the task %s could not be stored (%s: %s). The "
+                "The notification of the task %s could not be stored (%s). The "
                 "receiver answers 503, and the sender tries again.",
                 task_id,
-                type(error).__name__,
-                error,
+                describe(error),
             )
             return NOT_STORED
         return STORED

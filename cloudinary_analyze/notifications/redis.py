@@ -44,7 +44,7 @@ from cloudinary_analyze.protocols import TRACE_HEADER, FollowPut
 from cloudinary_analyze.responses import Delivery
 from cloudinary_analyze.webhooks import parse_delivery
 
-logger: logging.Logger = logging.getLogger("cloudinary_analyze")
+logger: logging.Logger = logging.getLogger("cloudinary_analyze.notifications")
 
 CONNECTIONS: Final = 16
 BLOCK_SECONDS: Final = 5.0

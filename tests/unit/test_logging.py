@@ -1,0 +1,72 @@
+"""One tree of loggers, which the docstring of `events` lists; lines without sources and secrets."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cloudinary_analyze
+from cloudinary_analyze import events
+from cloudinary_analyze.errors import describe
+
+PACKAGE = Path(cloudinary_analyze.__file__).parent
+
+
+def find_loggers() -> set[str]:
+    """Return the argument of each `getLogger` in the package."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "logging.getLogger":
+                found.add(ast.unparse(node.args[0]).strip("'") if node.args else "root")
+    return found
+
+
+def test_the_docstring_lists_every_logger() -> None:
+    listed = re.findall(r"^``(cloudinary_analyze\.\w+)``  ", events.__doc__ or "", re.MULTILINE)
+    assert len(listed) == 5
+    # `__name__`: the root of the tree; "root": where the command line shows its lines
+    assert find_loggers() == {*listed, "__name__", "root"}
+
+
+def test_the_tree_is_silent_by_default() -> None:
+    handlers = logging.getLogger("cloudinary_analyze").handlers
+    assert [type(handler) for handler in handlers] == [logging.NullHandler]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("", "ValueError"),
+        ("it broke", "ValueError: it broke"),
+        ("GET https://x.test/a?token=s3cret failed", "ValueError: GET https://x.test/a failed"),
+        ("('https://x.test/?s3cret', 5)", "ValueError: ('https://x.test/', 5)"),
+        ("redis://me:s3cret@x.test:1/0 is down", "ValueError: redis://x.test:1/0 is down"),
+        ("amqp://s3cret@x.test?s3cret#s3cret", "ValueError: amqp://x.test"),
+        ("what? nothing", "ValueError: what? nothing"),
+        ("one\n two\x1b[2J", "ValueError: one two\\x1b[2J"),
+        ("x" * 10_000, f"ValueError: {'x' * 200}…"),
+    ],
+)
+def test_an_error_is_described_without_query_or_password(text: str, shown: str) -> None:
+    assert describe(ValueError(text)) == shown
+
+
+@given(st.text(alphabet="ab?/:@ '\"", max_size=60))
+def test_no_query_or_password_remains(before: str) -> None:
+    for url in ("https://u:pLanted@h/p?pLanted=1&b=pLanted", "//pLanted@h?pLanted"):
+        assert "pLanted" not in describe(ValueError(f"{before} {url} x"))
+
+
+def test_an_error_without_a_text_is_named() -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    assert describe(Mute()) == "Mute"
