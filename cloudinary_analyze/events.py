@@ -7,7 +7,8 @@ built. Events hold no secret and no source URL; ``error`` may quote what the ser
 ==================  ===========================================  ===================================
 event               when                                         fields
 ==================  ===========================================  ===================================
-`CallStarted`       an analyze call begins to queue              ``call``, ``model``, ``as_task``
+`CallStarted`       an analyze call begins to queue              ``call``, ``model``, ``as_task``,
+                                                                 ``repeats``
 `AttemptFinished`   an HTTP request of a call or poll ended      ``call``, ``model``, ``attempt``,
                                                                  ``seconds``, ``permit_wait``,
                                                                  ``status``, ``ambiguous``,
@@ -79,11 +80,13 @@ class CallStarted:
         call: The number of the call.
         model: The model's wire name.
         as_task: Whether it asks for a task.
+        repeats: The task that it repeats (`Settings.on_missing_result`), if it does.
     """
 
     call: int
     model: str
     as_task: bool = False
+    repeats: str | None = None
 
 
 @attrs.frozen(kw_only=True)

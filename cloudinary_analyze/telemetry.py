@@ -367,8 +367,10 @@ class _Telemetry:
         return described
 
     def _start_call(self, event: CallStarted) -> None:
+        repeated = self.tasks.get(event.repeats or "")
         self.calls[event.call] = self.tracer.start_span(
             f"analyze {event.model}",
+            None if repeated is None else _enter(repeated[0]),
             attributes={
                 **self._base,
                 "cloudinary.cloud_name": self.cloud_name,

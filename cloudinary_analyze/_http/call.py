@@ -132,6 +132,7 @@ class Caller(NotPicklable):
         as_task: bool = False,
         notification_url: str | None = None,
         admit: Callable[[], Awaitable[None]] | None = None,
+        repeats: str | None = None,
     ) -> Response[A] | Accepted:
         """Make an analyze call and return the response, or the task that the service made of it.
 
@@ -141,6 +142,7 @@ class Caller(NotPicklable):
             as_task: Whether to ask for a task.
             notification_url: Where the service is to send the task's result.
             admit: Awaited with the permit held, immediately before the first attempt.
+            repeats: The task that the call repeats.
 
         Raises:
             AnalyzeError: See `AnalyzeSession.analyze`.
@@ -165,7 +167,7 @@ class Caller(NotPicklable):
         try:
             if meter.hook is not None:
                 call.watch = Watch(meter, self.clock, model)
-                call.watch.start_call(model, as_task=as_task)
+                call.watch.start_call(model, as_task=as_task, repeats=repeats)
             read = partial(self._read_analysis, request)
             if deadline is None:
                 result = await self._repeat(call, read)

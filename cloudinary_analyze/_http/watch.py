@@ -55,9 +55,11 @@ class Watch:
         self.number = self.meter.watched
         self.begun = self.clock.monotonic()
 
-    def start_call(self, model: str, *, as_task: bool) -> None:
+    def start_call(self, model: str, *, as_task: bool, repeats: str | None) -> None:
         """Report the start of a call."""
-        self.meter.tell(CallStarted(call=self.number, model=model, as_task=as_task))
+        self.meter.tell(
+            CallStarted(call=self.number, model=model, as_task=as_task, repeats=repeats)
+        )
 
     def queue(self) -> None:
         """Note that the next attempt begins to queue."""

@@ -12,6 +12,7 @@ import logging
 import math
 import random
 from collections.abc import Callable
+from contextvars import Context, copy_context
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final
@@ -69,6 +70,7 @@ class Poller:
     _unknown: DueHeap[Entry] = attrs.field(factory=_build_heap, init=False)
     _known_first: bool = attrs.field(default=True, init=False)
     _workers: set[asyncio.Task[None]] = attrs.field(factory=set, init=False)
+    _context: Context = attrs.field(factory=copy_context, init=False)
     _turn: asyncio.Lock = attrs.field(factory=asyncio.Lock, init=False)
     _sleeper: asyncio.Future[None] | None = attrs.field(default=None, init=False)
     _sleeps_until: float = attrs.field(default=math.inf, init=False)
@@ -104,7 +106,8 @@ class Poller:
 
     def _start(self) -> None:
         for _ in range(self.settings.poll_permits):
-            self._workers.add(asyncio.create_task(self._work()))
+            # not in the context of whichever request handler has submitted the first task
+            self._workers.add(self._context.run(asyncio.create_task, self._work()))
 
     async def _work(self) -> None:
         while True:

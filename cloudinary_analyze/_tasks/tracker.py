@@ -408,7 +408,7 @@ class Tracker(NotPicklable):
     ) -> Response[Any] | Accepted:
         if entry.before_repeat is not None:
             await entry.before_repeat()
-        return await self.caller.analyze(request)
+        return await self.caller.analyze(request, repeats=entry.task_id)
 
     def _take_repetition(self, entry: Entry, call: Call) -> None:
         self._calls.pop(entry, None)

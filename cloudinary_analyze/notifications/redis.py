@@ -25,6 +25,7 @@ import asyncio
 import logging
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from contextvars import Context
 from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
@@ -201,7 +202,8 @@ class RedisNotifications:
 
     def _start_writer(self) -> None:
         if self._writer is None or self._writer.done():
-            self._writer = asyncio.create_task(self._write())
+            # for all who wait, so not in the context of the first
+            self._writer = Context().run(asyncio.create_task, self._write())
             self._writer.add_done_callback(self._end_writer)
 
     def _end_writer(self, writer: asyncio.Task[None]) -> None:

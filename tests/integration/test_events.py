@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from unittest.mock import AsyncMock
 import pytest
 from scripted import (
     CAPTION,
+    KEY,
     SECRET,
     URL,
     ScriptedServer,
@@ -51,6 +54,7 @@ from cloudinary_analyze.events import (
     TaskAnswered,
 )
 from cloudinary_analyze.ledger.sqlite import SQLiteLedger
+from cloudinary_analyze.notifications.receiver import Intake
 from cloudinary_analyze.protocols import Claim
 from cloudinary_analyze.testing import ManualClock
 
@@ -408,3 +412,90 @@ async def test_a_late_notification_is_reported_again() -> None:
     assert (first.by, first.model, first.seconds > 0) == ("poll", "captioning", True)
     assert (second.by, second.model, second.seconds) == ("notification", None, None)
     assert second.limits[0].remaining == 0
+
+
+async def test_polls_do_not_run_in_the_context_of_a_request() -> None:
+    """Polls serve all tasks, so a request handler's context variables are not theirs."""
+    request: ContextVar[str] = ContextVar("request", default="none")
+    contexts: dict[str, set[str]] = {}
+
+    def hook(event: Any) -> None:
+        contexts.setdefault(type(event).__name__, set()).add(request.get())
+
+    async def handle(number: int) -> None:
+        request.set(f"request {number}")
+        await session.submit(Captioning(URL))
+
+    async with connected(
+        quick(poll_first=0.01), session_options={"on_event": hook}, task_seconds=0.1
+    ) as (_, session):
+        await asyncio.gather(*(asyncio.create_task(handle(number)) for number in range(3)))
+    assert contexts["PollFinished"] == {"none"}
+    assert contexts["CallStarted"] == {"request 0", "request 1", "request 2"}
+
+
+async def test_a_repeated_task_names_itself() -> None:
+    events: list[Any] = []
+    async with connected(
+        quick(poll_first=0.01, result_grace=0.01, on_missing_result="analyze"),
+        session_options={"on_event": events.append},
+        task_seconds=0.01,
+        faults=FaultPlan(lost=1),
+    ) as (_, session):
+        await (task := session.submit(Captioning(URL)))
+    first, second = (event for event in events if type(event) is CallStarted)
+    assert (first.repeats, second.repeats) == (None, task.task_id)
+    assert only(events, TaskAnswered).by == "analyze"
+
+
+class BreakingSource:
+    """A source and a sink whose errors quote a URL."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.calls = url, 0
+
+    async def listen(self) -> AsyncIterator[Delivery]:
+        self.calls += 1
+        raise OSError(f"GET {self.url} failed")
+        yield
+
+    async def fetch(self, _: object) -> list[Delivery]:
+        raise OSError(f"GET {self.url} failed")
+
+    async def put(self, _: Delivery, /) -> None:
+        raise OSError(f"PUT {self.url} failed")
+
+
+async def test_no_log_line_holds_a_query_string(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "cloudinary_analyze")
+    url = "https://x.test/a.jpg?sig=pLanted-query"
+    source = BreakingSource(url)
+    quoted = {"error": {"message": f"could not fetch {url}", "code": "MA_00001"}}
+
+    async def refuse(request: Any) -> Any:
+        if request.method == "GET":
+            return await answer(403, quoted)(request)
+        return await answer(202, {"data": {"task_id": "t1", "status": "pending"}})(request)
+
+    async with ScriptedServer(refuse) as server:
+        credentials = Credentials("demo", KEY, SECRET)
+        async with server.session(
+            notifications=source, notification_url=url, poll_first=0.01, credentials=credentials
+        ) as session:
+            task = session.submit(Captioning(url))
+            await until(lambda: "are refused" in caplog.text and source.calls)
+            task.abandon()
+            server.handler = answer(400, quoted)
+            async with SQLiteLedger(tmp_path / "a.ledger") as ledger:
+                async with session.map([url], Captioning, mode="task", ledger=ledger) as stream:
+                    assert [type(outcome.error) async for outcome in stream] == [BadRequestError]
+        delivery = sign(build_result("t1"), at=time.time(), secret=SECRET)
+        reply = await Intake(source, credentials).take(delivery.body, delivery.headers)
+        assert reply.status == 503
+    names = {record.name for record in caplog.records}
+    assert names >= {"cloudinary_analyze.tasks", "cloudinary_analyze.notifications"}
+    for record in caplog.records:
+        if record.name.startswith("cloudinary_analyze"):
+            assert "pLanted" not in f"{record.getMessage()} {record.args!r}", record

@@ -27,7 +27,7 @@ from cloudinary_analyze import (
     Credentials,
     Delivery,
 )
-from cloudinary_analyze.emulator import Emulator
+from cloudinary_analyze.emulator import Emulator, FaultPlan
 from cloudinary_analyze.events import CallFinished, CallStarted, TaskAnswered
 from cloudinary_analyze.ledger.sqlite import SQLiteLedger
 from cloudinary_analyze.notifications.asgi import WebhookReceiver
@@ -209,6 +209,18 @@ async def test_a_task_is_one_trace(exported: Exported) -> None:
     seconds = ((task_span.end_time or 0) - (task_span.start_time or 0)) / 1e9
     assert 0.1 < seconds < 5
     assert (task_span.attributes or {})["cloudinary.analyze.task_id"] == task.task_id
+
+
+async def test_a_repeated_task_stays_in_its_trace(exported: Exported) -> None:
+    settings = quick(poll_first=0.01, result_grace=0.01, on_missing_result="analyze")
+    async with connected(settings, task_seconds=0.01, faults=FaultPlan(lost=1)) as (_, session):
+        exported.instrument(session)
+        with exported.tracer_provider.get_tracer("test").start_as_current_span("outer"):
+            await session.submit(Captioning(URL))
+    assert len({trace_of(span) for span in exported.spans.get_finished_spans()}) == 1
+    first, again = exported.named("analyze captioning")
+    assert parent_of(again) == id_of(first)
+    assert parent_of(exported.only("task captioning")) == id_of(first)
 
 
 async def test_metrics_count_what_the_statistics_count(exported: Exported) -> None:
