@@ -64,7 +64,7 @@ def _write_ledger(path: Path, items: int) -> None:
                 error=None,
             )
             if number < items - LEFT:
-                write_answer(connection, key, ANSWERED, ANSWERS[MODEL], 0.5)
+                write_answer(connection, key, ANSWERED, ANSWERS[MODEL], seconds=0.5, recorded=0.0)
         connection.execute("COMMIT")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, Generic, TypeVar
 
@@ -46,6 +47,8 @@ logger = logging.getLogger("cloudinary_analyze.ledger")
 POST_PATIENCE: Final = 5.0  # seconds for submissions in flight when the stream is left
 TURN: Final = 0.002  # seconds of restoring from the ledger between two yields to the loop
 
+_SIGNATURE: Final = re.compile(r"/s--[\w-]+--(?=/)|[?#].*", re.DOTALL)
+
 
 def wrap_cancellation(culprit: str, error: asyncio.CancelledError) -> ForeignCancellationError:
     """Return the error for a `CancelledError` that no cancellation of the running task explains."""
@@ -75,6 +78,7 @@ class Work(Generic[Item, A]):
         recorded_seconds: How long its attempts took then.
         unsent: Whether it was not sent because its kind of request is stopped.
         reserved: Whether the cost of its request is reserved.
+        unrecorded: Why the ledger could not record its response or error.
     """
 
     item: Item
@@ -83,6 +87,7 @@ class Work(Generic[Item, A]):
     _check: Callable[[Work[Any, Any]], None]
     begun: float
     _spending: Spending | None
+    _stop: Callable[[Work[Any, Any], LedgerError], None]
     request: AnalyzeRequest[A] = attrs.field(init=False)
     name: str | None = attrs.field(default=None, init=False)
     started: float | None = attrs.field(default=None, init=False)
@@ -90,6 +95,7 @@ class Work(Generic[Item, A]):
     recorded_seconds: float = attrs.field(default=0.0, init=False)
     unsent: bool = attrs.field(default=False, init=False)
     reserved: bool = attrs.field(default=False, init=False)
+    unrecorded: LedgerError | None = attrs.field(default=None, init=False)
 
     @property
     def _feature(self) -> str:
@@ -102,6 +108,11 @@ class Work(Generic[Item, A]):
             BulkStoppedError: It would. Nothing was sent.
         """
         self._check(self)
+
+    def lose_record(self, error: LedgerError) -> None:
+        """Stop the stream, because the ledger could not record what became of the request."""
+        self.unrecorded = error
+        self._stop(self, error)
 
     async def reserve(self) -> None:
         """Reserve the cost of the request in the stream's budget, unless that is done.
@@ -240,6 +251,11 @@ class Leader:
     end: asyncio.Future[Response[Any] | Exception | None]
 
 
+def may_be_same_source(source: str, other: str) -> bool:
+    """Whether two sources may be one image: they differ by their query or signature at most."""
+    return source == other or _SIGNATURE.sub("", source) == _SIGNATURE.sub("", other)
+
+
 class _NotAdmittedError(Exception):
     """The claim on a key was denied, or an earlier holder submitted a task for it."""
 
@@ -294,10 +310,12 @@ class Recording:
         await self._ask(self.ledger.open(base_url=caller.base_url, cloud_name=caller.cloud_name))
 
     async def perform(self, work: Work[Item, A]) -> Response[A]:
-        """Return the response from the ledger or the service. What is final is durable then.
+        """Return the response from the ledger or the service.
+
+        It is durable then, as is a final error, unless the ledger failed: see `Work.unrecorded`.
 
         Raises:
-            LedgerError: The ledger failed. It does not know whether the request was sent.
+            LedgerError: The ledger failed. Nothing was sent.
             AnalyzeError: As the call or the task raises.
         """
         request = work.request
@@ -333,6 +351,7 @@ class Recording:
             )
         end = await asyncio.shield(leader.end)
         work.started, work.restored = leader.work.started, leader.work.restored
+        work.unrecorded = leader.work.unrecorded
         work.recorded_seconds = leader.work.recorded_seconds
         if work.restored and end is not None:
             self._tell_restored(key, work, end if isinstance(end, Exception) else None)
@@ -346,6 +365,8 @@ class Recording:
         while True:
             if progress.task_id is None:
                 record = await self._ask(self.ledger.find(key))
+                if record is not None:
+                    _check_source(record, work)
                 if record is not None and record.final:
                     return await self._restore(record, work)
                 if record is not None and record.task_id != progress.lost_task_id:
@@ -360,6 +381,7 @@ class Recording:
                 response = await self._obtain(key, work, progress)
             except _NotAdmittedError as denied:
                 work.settle(charged=False)
+                work.started = None
                 progress.task_id = denied.task_id
                 if denied.task_id is None:
                     await self._ask(self.ledger.watch(key))
@@ -373,11 +395,22 @@ class Recording:
                 raise
             else:
                 seconds, _ = work.measure()
-                await self._ask(self.ledger.record_response(key, response, seconds=seconds))
+                await self._record(
+                    work, self.ledger.record_response(key, response, seconds=seconds)
+                )
                 return response
+
+    async def _record(self, work: Work[Any, Any], recording: Awaitable[None]) -> None:
+        """Await a record. If the ledger fails, the stream stops, but what was paid for is kept."""
+        try:
+            await self._ask(recording)
+        except LedgerError as error:
+            work.lose_record(error)
 
     async def _note(self, key: str, work: Work[Any, Any]) -> None:
         request = work.request
+        if work.name is not None:
+            await self._ask(self.ledger.note_source(key, str(request.source)))
         await self._ask(
             self.ledger.note_item(
                 key, source=str(request.source), model=request.model, index=work.index
@@ -414,7 +447,7 @@ class Recording:
 
         async def record_task(task_id: str) -> None:
             progress.task_id = task_id
-            await self._ask(self.ledger.record_submitted(key, task_id))
+            await self._record(work, self.ledger.record_submitted(key, task_id))
 
         if progress.task_id is not None:
             return await self._resume(progress.task_id, work)
@@ -496,10 +529,10 @@ class Recording:
             return  # nothing more can be recorded; a claim expires
         if is_final(error):
             seconds, _ = work.measure()
-            await self._ask(self.ledger.record_error(key, error, seconds=seconds))
+            await self._record(work, self.ledger.record_error(key, error, seconds=seconds))
             return
         if progress.task_id is not None and isinstance(error, TaskFailedError | QuotaExceededError):
-            await self._ask(self.ledger.record_submitted(key, None))  # this task has ended
+            await self._record(work, self.ledger.record_submitted(key, None))  # it has ended
         self._release(key, progress, ambiguous=error.ambiguous)
 
     def _release(self, key: str, progress: _Progress, *, ambiguous: bool) -> None:
@@ -523,6 +556,21 @@ class Recording:
             if count_cancellations() > cancelling:
                 raise
             raise _build_ledger_error(error) from error
+
+
+def _check_source(record: LedgerRecord, work: Work[Any, Any]) -> None:
+    """Check that the ledger knows a named item by the source that it has now.
+
+    Raises:
+        InvalidRequestError: It was recorded for another one.
+    """
+    recorded, source = record.source, str(work.request.source)
+    if work.name is None or recorded is None or may_be_same_source(recorded, source):
+        return
+    raise InvalidRequestError(
+        f"The key {work.name!r:.80} names {recorded!r:.120} in the ledger, and not "
+        f"{source!r:.120}. Nothing was sent. Give each source its own key, or use another ledger."
+    )
 
 
 def _build_ledger_error(error: BaseException) -> LedgerError:

@@ -39,6 +39,7 @@ from cloudinary_analyze.errors import (
     BulkStoppedError,
     ConfigurationError,
     InvalidRequestError,
+    LedgerError,
 )
 from cloudinary_analyze.outcomes import Answered, Failed, Outcome
 from cloudinary_analyze.requests import AnalyzeRequest
@@ -199,7 +200,13 @@ class _Pump(Generic[Item, A]):
     async def _answer(self, index: int, item: Item) -> None:
         request: AnalyzeRequest[A] | None = None
         work: Work[Item, A] = Work(
-            item, index, self.clock, self.stops.check, self.clock.monotonic(), self.spending
+            item,
+            index,
+            self.clock,
+            self.stops.check,
+            self.clock.monotonic(),
+            self.spending,
+            self._stop_recording,
         )
         error: Exception
         try:
@@ -223,6 +230,7 @@ class _Pump(Generic[Item, A]):
                     request=request,
                     response=response,
                     restored=work.restored,
+                    unrecorded=work.unrecorded is not None,
                     seconds=seconds,
                     queued=queued,
                 )
@@ -238,6 +246,7 @@ class _Pump(Generic[Item, A]):
                 request=request,
                 error=error,
                 restored=work.restored,
+                unrecorded=work.unrecorded is not None,
                 seconds=seconds,
                 queued=queued,
             )
@@ -280,6 +289,10 @@ class _Pump(Generic[Item, A]):
             stop = find_stop(error, self.settings)
             if stop is not None and stops.add(stop, request, error):
                 self._stop_for(error, "Every remaining item would fail with the same error.")
+
+    def _stop_recording(self, work: Work[Any, Any], error: LedgerError) -> None:
+        self.stops.add(Stop.EVERYTHING, work.request, error)
+        self._stop_for(error, "No more responses can be recorded.")
 
     def _stop_for(self, error: Exception, why: str) -> None:
         if not isinstance(error, BudgetReachedError):

@@ -29,6 +29,8 @@ class Answered(Jsonable, Generic[Item_co, A_co]):
         response: The response.
         error: Always ``None``.
         restored: Whether the response was read from the ledger instead of requested and charged.
+        unrecorded: Whether the ledger failed before it could record the response. The stream
+            stops, and a later run requests it again.
         seconds: From the start of the first attempt to the response (monotonic), retries
             included; for a restored response, what the ledger recorded.
         queued: Seconds before that: the wait for a permit, a pause, a pace or the ledger.
@@ -40,6 +42,7 @@ class Answered(Jsonable, Generic[Item_co, A_co]):
     response: Response[A_co]
     error: None = attrs.field(default=None, init=False)
     restored: bool = False
+    unrecorded: bool = False
     seconds: float = attrs.field(default=0.0, eq=False)
     queued: float = attrs.field(default=0.0, eq=False)
 
@@ -59,6 +62,7 @@ class Failed(Jsonable, Generic[Item_co, A_co]):
         response: Always ``None``.
         error: An `AnalyzeError`, or the exception that ``to_request`` or ``key`` raised.
         restored: Whether the error was read from the ledger; nothing was sent.
+        unrecorded: Whether the ledger failed before it could record a permanent error.
         seconds: From the start of the first attempt to the error (monotonic), retries included;
             0 if nothing was sent; for a restored error, what the ledger recorded.
         queued: Seconds before that: the wait for a permit, a pause, a pace or the ledger.
@@ -70,6 +74,7 @@ class Failed(Jsonable, Generic[Item_co, A_co]):
     request: AnalyzeRequest[A_co] | None = None
     response: None = attrs.field(default=None, init=False)
     restored: bool = False
+    unrecorded: bool = False
     seconds: float = attrs.field(default=0.0, eq=False)
     queued: float = attrs.field(default=0.0, eq=False)
 

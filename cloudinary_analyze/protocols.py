@@ -102,6 +102,7 @@ class LedgerRecord:
         response: The JSON of the final response as received, if any.
         error: The final error, if any.
         seconds: How long the attempts took that led to the response or error, if any.
+        source: What `Ledger.note_source` noted last, if anything.
     """
 
     key: str
@@ -109,6 +110,7 @@ class LedgerRecord:
     response: JSONObject | None = None
     error: AnalyzeError | None = None
     seconds: float | None = None
+    source: str | None = None
 
     @property
     def final(self) -> bool:
@@ -141,6 +143,9 @@ class Ledger(ABC):
     When a ``record_`` method returns, its record is durable. Each call notes its record before its
     first ``await``, so cancelling the wait loses nothing. An error or a task never replaces a
     response, and a task never replaces an error. Any exception from any method stops the stream.
+
+    A ledger that cannot be written for a while denies claims, so nothing is sent meanwhile, and
+    keeps its records in memory. How long it tries before it raises is up to the ledger.
     """
 
     @abstractmethod
@@ -182,8 +187,8 @@ class Ledger(ABC):
         response or error, or `release`, ends the claim.
 
         Returns:
-            ``None`` if another worker holds the claim or if the key is final: call `watch`, then
-            `find` again.
+            ``None`` if another worker holds the claim, the key is final, or nothing can be recorded
+            at the moment: call `watch`, then `find` again.
         """
         record = await self.find(key)
         if record is None:
@@ -199,6 +204,13 @@ class Ledger(ABC):
         Args:
             key: The key.
             ambiguous: Whether the request may have been sent, accepted and charged.
+        """
+
+    async def note_source(self, key: str, source: str) -> None:  # noqa: B027 -- a safeguard
+        """Note the source that a key names, before its request is sent.
+
+        Called for items that ``key=`` names. `find` returns it as `LedgerRecord.source`, so that
+        another source under the same key is refused. Durable no later than the next record.
         """
 
     async def note_item(  # noqa: B027 -- for ledgers that can be exported

@@ -567,8 +567,9 @@ class AnalyzeSession(NotPicklable):
         killed at any moment and repeated: recorded responses and permanent errors are yielded from
         the ledger (``outcome.restored``), submitted tasks are re-attached, and the rest is sent.
         Equal requests in flight share one call. Rate limits, server errors, timeouts and network
-        errors are not recorded. A ledger that fails stops the stream; responses in flight are then
-        lost, and their outcomes say so. Leaving the stream waits up to 5 s for submissions in
+        errors are not recorded. While the ledger cannot be written, nothing more is sent. One that
+        fails stops the stream; responses in flight are still handed over, marked as unrecorded.
+        Leaving the stream waits up to 5 s for submissions in
         flight, to record their tasks.
 
         Args:
@@ -584,7 +585,9 @@ class AnalyzeSession(NotPicklable):
                 it; close it yourself, after the session.
             key: Names an item in the ledger instead of its source, for URLs that change between
                 runs (for example, signed URLs). Model and parameters are part of the key, too. A
-                key names one source: a second source with the same key in the window fails.
+                key names one source: a second source with the same key fails, in the window or
+                if the ledger recorded another one. Sources in a ledger are compared without their
+                query and Cloudinary signature, which may change between runs.
             budget: What the stream may spend. Once the calls are spent, it ends with
                 `BudgetReachedError`; once the units of a feature are, that feature stops as if
                 its quota were exhausted. `OutcomeStream.spent` says what was spent.

@@ -1,7 +1,7 @@
-"""The file of a SQLite ledger: its schema, whose it is, who may write to it, and what breaks it.
+"""The file of a SQLite ledger: its schema, its owner, its only writer, and what can break it.
 
-Knows files and connections, nothing of requests. Whatever goes wrong is a `LedgerError` here. A
-file that is not taken is not written to: it is looked at through connections that cannot write.
+Knows files and connections, not requests. Every failure is a `LedgerError`. A file that is refused
+is not written to: it is read through connections that cannot write.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -16,13 +17,16 @@ from typing import Final
 from cloudinary_analyze.errors import LedgerError
 
 APPLICATION_ID: Final = 0x434C4441
-VERSION: Final = 2
-OPEN: Final = 0  # known as the request of an item alone
+VERSION: Final = 3
+OPEN: Final = 0  # the request of an item, not submitted yet
 SUBMITTED: Final = 1
 ANSWERED: Final = 2
 FAILED: Final = 3
 LARGEST_CHECKED: Final = 2**30  # bytes of a file that is read through when it is opened
 READ_CACHE: Final = 16  # MiB of pages
+PROBE: Final = 2**16  # bytes of a record that is written and deleted to prove that it can be
+PASSING: Final = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_FULL", "SQLITE_IOERR")
+BUSY_TIMEOUT: Final = 1.0  # seconds that SQLite waits for a lock
 
 # An item names its record by number, so that reading both in order, as resuming a run does, reads
 # neighbours and searches no keys. What is large is kept apart, in `answers`.
@@ -38,8 +42,10 @@ CREATE TABLE records (
     key BLOB NOT NULL UNIQUE,
     state INTEGER NOT NULL,
     task_id TEXT,
-    seconds REAL
+    seconds REAL,
+    recorded REAL
 );
+CREATE TABLE named (record INTEGER PRIMARY KEY REFERENCES records, source TEXT NOT NULL);
 CREATE TABLE answers (record INTEGER PRIMARY KEY REFERENCES records, content BLOB NOT NULL);
 CREATE TABLE items (
     position INTEGER PRIMARY KEY,
@@ -52,21 +58,30 @@ CREATE TABLE items (
 """
 
 
+def _name_error(error: BaseException | None) -> str:
+    return getattr(error, "sqlite_errorname", None) or type(error).__name__
+
+
+def may_pass(error: LedgerError) -> bool:
+    """Whether writing again may succeed soon: the file was locked, or the disk full or failing."""
+    return _name_error(error.__cause__).startswith(PASSING)
+
+
 def explain(error: Exception, path: Path) -> LedgerError:
-    """Return the sentence for what SQLite or the file system says."""
-    name = getattr(error, "sqlite_errorname", None) or type(error).__name__
-    kept = "What was recorded before is kept."
+    """Return the sentences for an error of SQLite or the file system."""
+    name = _name_error(error)
+    kept = "Existing records are intact."
     if name == "SQLITE_FULL":
         what = f"cannot grow: the disk is full, or a limit on its size is reached. {kept} "
         what += "Make room and run again."
     elif name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
-        what = "is damaged, or no ledger. Restore it from a copy, or move it away and begin anew."
+        what = "is damaged, or not a ledger. Restore it from a copy, or move it away."
     elif name.startswith(("SQLITE_READONLY", "SQLITE_PERM", "PermissionError")):
-        what = "may not be written to. Check the permissions of the file and of its directory."
+        what = "is not writable. Check the permissions of the file and its directory."
     elif name.startswith("SQLITE_CANTOPEN"):
-        what = "cannot be opened. Check that its directory exists and may be written to."
+        what = "cannot be opened. Check that its directory exists and is writable."
     elif name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-        what = "is in use by another process. Wait until that is done, or use another path."
+        what = f"is in use by another process. {kept} Wait until it ends, or use another path."
     elif name.startswith("SQLITE_IOERR"):
         what = f"cannot be read or written: the disk or its file system failed. {kept}"
     else:
@@ -84,7 +99,8 @@ def explaining(path: Path) -> Iterator[None]:
 
 
 def find_companion(path: Path, suffix: str) -> Path:
-    """Return the path of a file that SQLite or we keep beside the ledger."""
+    """Return the path of a file that SQLite or we keep next to the ledger, links resolved."""
+    path = Path(os.path.realpath(path))
     return path.with_name(path.name + suffix)
 
 
@@ -93,7 +109,7 @@ def _connect(path: Path, options: str, *, any_thread: bool = False) -> sqlite3.C
         f"{path.absolute().as_uri()}?{options}",
         uri=True,
         isolation_level=None,
-        timeout=1,
+        timeout=BUSY_TIMEOUT,
         check_same_thread=not any_thread,
     )
 
@@ -127,12 +143,12 @@ def _check_kind(connection: sqlite3.Connection, path: Path) -> None:
     ((version,),) = connection.execute("PRAGMA user_version")
     if application_id != APPLICATION_ID:
         raise LedgerError(
-            f"{path} is a database, but no ledger; it is left as it is. Choose another path."
+            f"{path} is a database, but not a ledger. It is unchanged. Choose another path."
         )
     if version != VERSION:
         raise LedgerError(
-            f"The ledger {path} has the format {version}, and this version of the package writes "
-            f"{VERSION}; it is left as it is. Use the version that made it, or another path."
+            f"The ledger {path} has format {version}, but this version of the package writes "
+            f"{VERSION}. It is unchanged. Use the version that made it, or another path."
         )
 
 
@@ -157,7 +173,7 @@ def verify(path: Path, base_url: str, cloud_name: str) -> bool:
             _check_remains(path)
             return False
         if not path.is_file():
-            raise LedgerError(f"{path} is no file, so it cannot be a ledger. Choose another path.")
+            raise LedgerError(f"{path} is not a file. Choose another path for the ledger.")
         settled = _is_new(find_companion(path, "-wal"))
         # with a log, the file alone may be half-way through taking in what the log holds
         options = "mode=ro&immutable=1" if settled else "mode=ro"
@@ -167,10 +183,10 @@ def verify(path: Path, base_url: str, cloud_name: str) -> bool:
             if settled:
                 _check_pages(connection, path)
     if rows != [(base_url, cloud_name)]:
-        theirs = " at ".join(reversed(rows[0])) if rows else "nobody"
+        theirs = " at ".join(reversed(rows[0])) if rows else "an unknown cloud"
         raise LedgerError(
-            f"The ledger {path} belongs to {theirs}, and this session to {cloud_name} at "
-            f"{base_url}; it is left as it is. Keep a ledger for each."
+            f"The ledger {path} belongs to {theirs}, but this session to {cloud_name} at "
+            f"{base_url}. It is unchanged. Keep a ledger for each."
         )
     return True
 
@@ -179,8 +195,8 @@ def _check_remains(path: Path) -> None:
     log = find_companion(path, "-wal")
     if not _is_new(log):
         raise LedgerError(
-            f"The ledger {path} is gone, but its log {log.name} is still there and holds records. "
-            "Put the ledger back, or remove the log to begin anew."
+            f"The ledger {path} is missing, but its log {log.name} exists and holds records. "
+            "Put the ledger back, or remove the log to start over."
         )
 
 
@@ -195,23 +211,25 @@ def _check_pages(connection: sqlite3.Connection, path: Path) -> None:
         ((verdict,),) = connection.execute("PRAGMA quick_check(1)")
     if verdict != "ok":
         raise LedgerError(
-            f"The ledger {path} is damaged ({verdict}); it is left as it is. Restore it from a "
-            "copy, or move it away and begin anew."
+            f"The ledger {path} is damaged ({verdict}). It is unchanged. Restore it from a copy, "
+            "or move it away."
         )
 
 
 def lock(path: Path) -> sqlite3.Connection:
     """Become the only writer, for as long as the connection is open.
 
-    The lock is one of SQLite's on a file of its own, which works everywhere and ends with the
-    process, however it ends.
+    This is a SQLite lock on a separate file. It works everywhere and ends with the process.
 
     Raises:
-        LedgerError: Somebody else is, or the directory cannot be written to.
+        LedgerError: Another writer exists, or the directory is not writable.
     """
+    guard = find_companion(path, "-lock")
     with explaining(path):
+        if not guard.exists():
+            _create_private(guard)
         connection = sqlite3.connect(
-            find_companion(path, "-lock"), isolation_level=None, timeout=0, check_same_thread=False
+            guard, isolation_level=None, timeout=0, check_same_thread=False
         )
         try:
             connection.execute("BEGIN EXCLUSIVE")
@@ -221,15 +239,26 @@ def lock(path: Path) -> sqlite3.Connection:
         return connection
 
 
+def _create_private(path: Path) -> None:
+    """Create an empty file that only its owner may read, unless it exists."""
+    os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+
+
 def create(path: Path, base_url: str, cloud_name: str) -> None:
-    """Make an empty ledger, all at once.
+    """Create an empty ledger, in one step. Only its owner may read it.
+
+    An empty file at the path keeps its permissions; a link keeps leading there.
 
     Raises:
-        LedgerError: It cannot be made.
+        LedgerError: It cannot be created.
     """
+    path = Path(os.path.realpath(path))
     unfinished = find_companion(path, "-new")
     with explaining(path):
         unfinished.unlink(missing_ok=True)
+        _create_private(unfinished)
+        if path.exists():
+            unfinished.chmod(stat.S_IMODE(path.stat().st_mode))
         with contextlib.closing(sqlite3.connect(unfinished, isolation_level=None)) as connection:
             connection.executescript(_SCHEMA)
             connection.execute("INSERT INTO owner VALUES (?, ?)", (base_url, cloud_name))
@@ -250,7 +279,7 @@ def _sync_directory(directory: Path) -> None:
 
 
 def connect_for_writing(path: Path) -> sqlite3.Connection:
-    """Open a verified ledger to write to it; each commit is durable.
+    """Open a verified ledger to write to it, and prove it. Each commit is durable.
 
     Raises:
         LedgerError: It cannot be written to.
@@ -261,12 +290,14 @@ def connect_for_writing(path: Path) -> sqlite3.Connection:
             ((mode,),) = connection.execute("PRAGMA journal_mode = WAL")
             if mode != "wal":
                 raise LedgerError(
-                    f"The ledger {path} is on a file system without shared memory (a network "
-                    "disk?), which it needs. Keep it on a local disk."
+                    f"The ledger {path} is on a file system without shared memory, such as a "
+                    "network disk. Keep it on a local disk."
                 )
             connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("BEGIN IMMEDIATE")  # a file that is read-only shows it here
-            connection.execute("ROLLBACK")
+            # a full disk or a read-only file shows here, before anything is sent and paid for
+            connection.execute("INSERT OR REPLACE INTO answers VALUES (-1, zeroblob(?))", (PROBE,))
+            connection.execute("DELETE FROM answers WHERE record = -1")
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         except BaseException:
             connection.close()
             raise
@@ -274,7 +305,7 @@ def connect_for_writing(path: Path) -> sqlite3.Connection:
 
 
 class Witness:
-    """Notices when the file at a path is no longer the one that is written to."""
+    """Notices when the file at a path is not the open one any more."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -287,7 +318,7 @@ class Witness:
         return status.st_dev, status.st_ino
 
     def check(self) -> None:
-        """Look whether ledger and log are still there, after a commit.
+        """Check after a commit that ledger and log still exist.
 
         Raises:
             LedgerError: They are gone, or replaced.
@@ -298,6 +329,6 @@ class Witness:
         except OSError:
             pass
         raise LedgerError(
-            f"The ledger {self._path} was removed or replaced while it was written to, perhaps "
-            "with its directory, so nothing more can be recorded. Put it back and run again."
+            f"The ledger {self._path} was removed or replaced while it was in use, perhaps with "
+            "its directory. Nothing more can be recorded. Put it back and run again."
         )

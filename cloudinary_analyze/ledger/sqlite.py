@@ -1,8 +1,7 @@
 """`SQLiteLedger`: a ledger in one file, with the items of a run and their results.
 
 The event loop's thread encodes and looks up. A second thread writes many records per commit. A
-record that was awaited survives a kill and a power cut, provided that the disk keeps what it
-acknowledged.
+record that was awaited survives a kill and a power cut, if the disk keeps what it acknowledged.
 """
 
 from __future__ import annotations
@@ -21,9 +20,10 @@ from typing import Any, Final, Literal, Self
 
 import attrs
 
-from cloudinary_analyze._values import NotPicklable
+from cloudinary_analyze._clock import SYSTEM_CLOCK
+from cloudinary_analyze._values import NotPicklable, quote
 from cloudinary_analyze._wire import codec
-from cloudinary_analyze.errors import AnalyzeError, LedgerError
+from cloudinary_analyze.errors import AnalyzeError, ConfigurationError, LedgerError
 from cloudinary_analyze.ledger.encoding import dump_error, load_error
 from cloudinary_analyze.ledger.file import (
     ANSWERED,
@@ -32,20 +32,24 @@ from cloudinary_analyze.ledger.file import (
     SUBMITTED,
     connect_for_reading,
     explaining,
+    verify,
 )
 from cloudinary_analyze.ledger.writer import (
     Entry,
     Step,
     Writer,
+    copy_records,
     delete_errors,
     write_answer,
     write_item,
+    write_source,
     write_stream_item,
     write_task,
 )
-from cloudinary_analyze.protocols import Ledger, LedgerRecord
+from cloudinary_analyze.protocols import Claim, Ledger, LedgerRecord
 from cloudinary_analyze.responses import JSONObject, Response
 
+PATIENCE: Final = 20.0
 BACKLOG: Final = 5000  # items that may wait to be written
 READ_BATCH: Final = 500  # rows; no read lasts longer, as the log cannot be emptied meanwhile
 
@@ -129,14 +133,25 @@ class SQLiteLedger(NotPicklable, Ledger):
     an empty ``-lock`` file stays. Reading (`iter_items`, `counts`) needs no `open` and does not
     affect a writer.
 
+    While the file is locked by another process or the disk is full, nothing more is sent, and
+    responses that arrive wait in memory until they can be written.
+
     An open ledger belongs to the event loop that opened it.
 
     Args:
-        path: The file. Its directory must exist.
+        path: The file. Its directory must exist. A new file is readable by its owner only.
+        patience: How many seconds to keep trying to write while the file is locked or the disk
+            full or failing. Then the ledger fails: the stream hands over the responses in memory,
+            marked as `unrecorded <Answered.unrecorded>`, and stops; `rescue` saves them.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, patience: float = PATIENCE) -> None:
+        if not isinstance(patience, int | float) or not patience >= 0:
+            raise ConfigurationError(
+                f"`patience` must be a number of seconds from 0, not {quote(patience)}."
+            )
         self._path = Path(path)
+        self._patience = patience
         self._writer: Writer | None = None
         self._reader: sqlite3.Connection | None = None
 
@@ -172,22 +187,24 @@ class SQLiteLedger(NotPicklable, Ledger):
             )
 
     async def open(self, *, base_url: str, cloud_name: str) -> None:
-        """Open the file for writing, or make it; idempotent. Cancelling is safe.
+        """Open the file for writing, or create it; idempotent. Cancelling is safe.
 
-        Reads through a file of up to 1 GiB, if it was closed in order, to see that it is sound.
+        Writes and deletes a record, to prove that one can be made durable. Reads through a file of
+        up to 1 GiB, if it was closed in order, to check that it is intact.
 
         Args:
             base_url: ``scheme://host[:port]`` of the service.
             cloud_name: The product environment.
 
         Raises:
-            LedgerError: It is damaged, no ledger, of another host or cloud, or being written to
-                by somebody else; it is left as it is. Or it cannot be written to.
+            LedgerError: It is damaged, not a ledger, of another host or cloud, or has another
+                writer; it is unchanged. Or it cannot be written.
         """
         owner = (base_url, cloud_name)
         writer = self._writer
         if writer is None:
-            writer = self._writer = Writer(self._path, owner, asyncio.get_running_loop())
+            loop = asyncio.get_running_loop()
+            writer = self._writer = Writer(self._path, owner, loop, self._patience)
             threading.Thread(target=writer.run, name="ledger", daemon=True).start()
         elif writer.owner != owner:
             raise LedgerError(
@@ -207,7 +224,7 @@ class SQLiteLedger(NotPicklable, Ledger):
         """Write what waits, and close. Idempotent.
 
         Raises:
-            LedgerError: Something could not be written, and nobody was told yet.
+            LedgerError: Something could not be written, and no other call raised it yet.
         """
         writer, self._writer = self._writer, None
         reader, self._reader = self._reader, None
@@ -220,8 +237,25 @@ class SQLiteLedger(NotPicklable, Ledger):
         if not writer.told:
             writer.check()
 
+    async def claim(self, key: str) -> Claim | None:
+        """See `Ledger.claim`. Denied while the file cannot be written.
+
+        Raises:
+            LedgerError: The file cannot be read, or the ledger is not open.
+        """
+        return None if self._use().trouble is not None else await super().claim(key)
+
+    async def watch(self, key: str) -> None:  # noqa: ARG002 -- for any key
+        """Return once the file can be written again.
+
+        Raises:
+            LedgerError: The patience is over.
+        """
+        if self._use().trouble is not None:
+            await self.flush()
+
     async def find(self, key: str) -> LedgerRecord | None:
-        """Return what is known of a key, with all that was recorded before.
+        """Return what is known about a key, including everything recorded before the call.
 
         Takes some microseconds of the loop's time. Cancelling is safe.
 
@@ -236,18 +270,24 @@ class SQLiteLedger(NotPicklable, Ledger):
             row = (
                 self._read()
                 .execute(
-                    "SELECT state, task_id, content, seconds FROM records "
-                    "LEFT JOIN answers ON answers.record = records.id WHERE key = ?",
+                    "SELECT state, task_id, content, seconds, source FROM records "
+                    "LEFT JOIN answers ON answers.record = records.id "
+                    "LEFT JOIN named ON named.record = records.id WHERE key = ?",
                     (packed,),
                 )
                 .fetchone()
             )
         if row is None or row[0] == OPEN:
             return None
-        state, task_id, content, seconds = row
+        state, task_id, content, seconds, source = row
         response, error = self._load(state, content)
         return LedgerRecord(
-            key=key, task_id=task_id, response=response, error=error, seconds=seconds
+            key=key,
+            task_id=task_id,
+            response=response,
+            error=error,
+            seconds=seconds,
+            source=source,
         )
 
     async def record_submitted(self, key: str, task_id: str | None) -> None:
@@ -274,6 +314,14 @@ class SQLiteLedger(NotPicklable, Ledger):
             LedgerError: It could not be written.
         """
         await self._record_answer(_pack(key), FAILED, dump_error(error), seconds)
+
+    async def note_source(self, key: str, source: str) -> None:
+        """See `Ledger.note_source`.
+
+        Raises:
+            LedgerError: Something could not be written.
+        """
+        await self._note(partial(write_source, key=_pack(key), source=_make_encodable(source)))
 
     async def note_item(self, key: str, *, source: str, model: str, index: int) -> None:
         """See `Ledger.note_item`. Items of several streams are kept one after the other.
@@ -362,6 +410,33 @@ class SQLiteLedger(NotPicklable, Ledger):
         """
         await self._use().perform(lambda _: None)
 
+    async def absorb(self, path: str | os.PathLike[str]) -> None:
+        """Copy the tasks, responses and final errors of another ledger, such as a rescued one.
+
+        Raises:
+            LedgerError: The other one cannot be read, or is of another host or cloud; or
+                something could not be written.
+        """
+        writer, other = self._use(), Path(path)
+        if verify(other, *writer.owner):
+            await writer.perform(partial(copy_records, path=other))
+
+    def rescue(self, path: str | os.PathLike[str]) -> None:
+        """Write the records that could not be written into another ledger, for `absorb`.
+
+        Call it after the ledger failed and before `aclose`. It blocks; call it in a thread.
+
+        Args:
+            path: The other file, on another disk. It is created if it does not exist.
+
+        Raises:
+            LedgerError: It cannot be written either; or this one did not fail.
+        """
+        writer = self._writer
+        if writer is None or writer.failure is None:
+            raise LedgerError(f"Nothing failed: the ledger {self._path} holds its records itself.")
+        writer.rescue(Path(path))
+
     def earlier_items(self) -> EarlierItems:
         """Return a fast reader, in item order, of which items of an earlier run are done."""
         return EarlierItems(self._path)
@@ -425,11 +500,18 @@ class SQLiteLedger(NotPicklable, Ledger):
         except ValueError as error:
             raise LedgerError(
                 f"A record in the ledger {self._path} cannot be read ({error}). Restore the file "
-                "from a copy, or move it away and begin anew."
+                "from a copy, or move it away."
             ) from error
 
     async def _record_answer(self, key: bytes, state: int, content: bytes, seconds: float) -> None:
-        step = partial(write_answer, key=key, state=state, content=content, seconds=seconds)
+        step = partial(
+            write_answer,
+            key=key,
+            state=state,
+            content=content,
+            seconds=seconds,
+            recorded=SYSTEM_CLOCK.wall(),
+        )
         await self._record(key, step)
 
     async def _record(self, key: bytes, step: Step) -> None:

@@ -1,11 +1,25 @@
-"""The writing side of a SQLite ledger: a thread, the steps it takes, many to a commit."""
+"""The writing side of a SQLite ledger: a thread that performs many steps per commit.
+
+The states of a `Writer`:
+
+| state   | `begun` | `trouble` | `failure` | records                                           |
+|---------|---------|-----------|-----------|---------------------------------------------------|
+| opening | no      | None      | None      | -                                                 |
+| writing | yes     | None      | None      | become durable                                    |
+| blocked | yes     | set       | None      | wait in memory; writing is tried until `patience` |
+| failed  | any     | any       | set       | stay in memory, for `rescue`                      |
+
+A closed writer writes what waits first, and is patient for that, too.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import sqlite3
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,15 +35,20 @@ from cloudinary_analyze.ledger.file import (
     OPEN,
     SUBMITTED,
     Witness,
+    connect_for_reading,
     connect_for_writing,
     create,
     explain,
     explaining,
     lock,
+    may_pass,
     verify,
 )
 
 GATHERING: Final = 0.02  # seconds that a commit waits for further records
+RETRY_INTERVAL: Final = 0.25  # seconds between two tries while the ledger cannot be written
+
+logger: logging.Logger = logging.getLogger("cloudinary_analyze.ledger")
 
 Step = Callable[[sqlite3.Connection], object]
 
@@ -45,16 +64,46 @@ def write_task(connection: sqlite3.Connection, key: bytes, task_id: str | None) 
 
 
 def write_answer(
-    connection: sqlite3.Connection, key: bytes, state: int, content: bytes, seconds: float
+    connection: sqlite3.Connection,
+    key: bytes,
+    state: int,
+    content: bytes,
+    *,
+    seconds: float,
+    recorded: float,
 ) -> None:
-    """Note a final answer, unless it is an error and there is a response."""
+    """Note a final response or error; an error never replaces a response."""
     record, known = _take_record(connection, key)
     if known == ANSWERED and state == FAILED:
         return
     connection.execute(
-        "UPDATE records SET state = ?, seconds = ? WHERE id = ?", (state, seconds, record)
+        "UPDATE records SET state = ?, seconds = ?, recorded = ? WHERE id = ?",
+        (state, seconds, recorded, record),
     )
     connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (record, content))
+
+
+def write_source(connection: sqlite3.Connection, key: bytes, source: str) -> None:
+    """Note the source that a key names."""
+    record, _ = _take_record(connection, key)
+    connection.execute("INSERT OR REPLACE INTO named VALUES (?, ?)", (record, source))
+
+
+def copy_records(connection: sqlite3.Connection, path: Path) -> None:
+    """Copy the tasks, responses and final errors of another ledger."""
+    query = (
+        "SELECT key, state, task_id, content, seconds, recorded, source FROM records "
+        "LEFT JOIN answers ON answers.record = records.id "
+        "LEFT JOIN named ON named.record = records.id"
+    )
+    with contextlib.closing(connect_for_reading(path)) as other:
+        for key, state, task_id, content, seconds, recorded, source in other.execute(query):
+            if source is not None:
+                write_source(connection, key, source)
+            if task_id is not None:
+                write_task(connection, key, task_id)
+            if content is not None:
+                write_answer(connection, key, state, content, seconds=seconds, recorded=recorded)
 
 
 def write_item(
@@ -112,7 +161,7 @@ def _take_record(connection: sqlite3.Connection, key: bytes) -> tuple[int, int]:
 
 
 def delete_errors(connection: sqlite3.Connection) -> None:
-    """Forget the final errors."""
+    """Delete the final errors."""
     connection.execute(
         "DELETE FROM answers WHERE record IN (SELECT id FROM records WHERE state = ?)", (FAILED,)
     )
@@ -124,7 +173,7 @@ def delete_errors(connection: sqlite3.Connection) -> None:
 
 @attrs.frozen
 class Entry:
-    """A step that waits to be written, and who waits for it."""
+    """A step that waits to be written, and the future of its waiter."""
 
     step: Step
     key: bytes | None = None
@@ -135,29 +184,35 @@ class Entry:
 class Writer:
     """The writing part of a ledger. Holds no reference to it, so a dropped ledger can stop it.
 
-    `run` and what it calls are the thread's, all else the loop's.
+    `run` and what it calls belong to the thread, everything else to the loop. See the module's
+    docstring for the states.
 
     Attributes:
         path: The file.
         owner: Base URL and cloud name.
         loop: The loop that it belongs to.
+        patience: Seconds that it keeps trying while the file is locked or the disk is full.
         ready: Done once the file is open, or cannot be.
         ended: Done once the file is closed.
         begun: Whether the file was opened.
         unwritten: Keys to their latest entry that is not durable yet.
+        trouble: Why nothing can be written at the moment.
         failure: Why nothing can be written any more.
-        told: Whether anybody was told of that.
+        told: Whether `failure` was raised.
     """
 
     path: Path
     owner: tuple[str, str]
     loop: asyncio.AbstractEventLoop
+    patience: float
     ready: asyncio.Future[None] = attrs.field(init=False)
     ended: asyncio.Future[None] = attrs.field(init=False)
     begun: bool = False
     unwritten: dict[bytes, Entry] = attrs.field(factory=dict)
+    trouble: LedgerError | None = None
     failure: LedgerError | None = None
     told: bool = False
+    _troubled_since: float = 0.0
     _waiting: deque[Entry] = attrs.field(factory=deque)
     _wanted: threading.Event = attrs.field(factory=threading.Event)
     _stopping: threading.Event = attrs.field(factory=threading.Event)
@@ -177,7 +232,7 @@ class Writer:
             raise self.build_failure()
 
     def build_failure(self) -> LedgerError:
-        """Return the failure anew, since many may raise it."""
+        """Return a copy of the failure, because many may raise it."""
         assert self.failure is not None
         self.told = True
         error = LedgerError(self.failure.message)
@@ -185,9 +240,13 @@ class Writer:
         return error
 
     def put(self, entry: Entry) -> None:
-        """Have a step done with the next commit."""
-        self.check()
+        """Have a step performed with the next commit.
+
+        Raises:
+            LedgerError: It will not be. It is kept for `rescue`.
+        """
         self._waiting.append(entry)
+        self.check()
         if entry.key is not None:
             self.unwritten[entry.key] = entry
         if not self._wanted.is_set():
@@ -217,7 +276,9 @@ class Writer:
                 self._wanted.wait()
                 self._stopping.wait(GATHERING)  # sleeps, unless there is no time to
                 self._wanted.clear()
-                self._write(held[-1], witness)
+                if not self._write(held[-1], witness):
+                    time.sleep(RETRY_INTERVAL)
+                    self._wanted.set()
         except LedgerError as error:
             self.failure = error
         except Exception as error:
@@ -236,10 +297,11 @@ class Writer:
         held.append(connect_for_writing(self.path))
         return Witness(self.path)
 
-    def _write(self, connection: sqlite3.Connection, witness: Witness) -> None:
+    def _write(self, connection: sqlite3.Connection, witness: Witness) -> bool:
+        """Perform all waiting steps; return whether that succeeded, or must be tried again."""
         entries = [self._waiting.popleft() for _ in range(len(self._waiting))]
         if not entries:
-            return
+            return True
         try:
             with explaining(self.path):
                 connection.execute("BEGIN IMMEDIATE")
@@ -247,13 +309,50 @@ class Writer:
                     entry.step(connection)
                 connection.execute("COMMIT")
             witness.check()
-        except BaseException:
-            self._waiting.extendleft(reversed(entries))  # they are told with the rest
+        except BaseException as error:
+            self._waiting.extendleft(reversed(entries))
+            if isinstance(error, LedgerError) and self._may_try_again(error):
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                return False
             raise
+        if self.trouble is not None:
+            self.trouble = None
+            logger.warning("The ledger %s can be written again.", self.path)
         self._tell(self._acknowledge, entries, None)
+        return True
+
+    def _may_try_again(self, error: LedgerError) -> bool:
+        if not may_pass(error):
+            return False
+        now = time.monotonic()
+        if self.trouble is None:
+            self._troubled_since = now
+            logger.warning(
+                "%s No further request is sent until it can be written, for up to %.0f s.",
+                error.message,
+                self.patience,
+            )
+        self.trouble = error
+        return now - self._troubled_since < self.patience
+
+    def rescue(self, path: Path) -> None:
+        """Perform the steps that failed on another ledger, which is created if need be.
+
+        Raises:
+            LedgerError: It cannot be written either.
+        """
+        if not verify(path, *self.owner):
+            create(path, *self.owner)
+        with contextlib.closing(connect_for_writing(path)) as connection, explaining(path):
+            connection.execute("BEGIN IMMEDIATE")
+            for entry in self._waiting:
+                entry.step(connection)
+            connection.execute("COMMIT")
+        self._waiting.clear()
 
     def _tell(self, callback: Callable[..., object], *arguments: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed; nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so nothing waits any more
             self.loop.call_soon_threadsafe(callback, *arguments)
 
     def _acknowledge(self, entries: Iterable[Entry], failure: LedgerError | None) -> None:
@@ -264,6 +363,6 @@ class Writer:
                 entry.future.set_result(failure)
 
     def _end(self) -> None:
-        self._acknowledge(self._waiting, self.failure)
+        self._acknowledge(tuple(self._waiting), self.failure)
         wake(self.ready)
         wake(self.ended)

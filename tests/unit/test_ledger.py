@@ -302,11 +302,11 @@ def make_newer(path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda path: path.write_bytes(b"a caption\n" * 99), "damaged, or no ledger"),
+        (lambda path: path.write_bytes(b"a caption\n" * 99), "damaged, or not a ledger"),
         (lambda path: path.write_bytes(path.read_bytes()[:5000]), "damaged"),
         (damage_middle, "damaged"),
-        (make_database, "a database, but no ledger"),
-        (make_newer, "has the format 99"),
+        (make_database, "a database, but not a ledger"),
+        (make_newer, "has format 99"),
     ],
     ids=["text", "cut short", "overwritten", "other database", "newer format"],
 )
@@ -362,7 +362,7 @@ async def test_a_log_without_its_ledger_is_not_taken_for_a_new_one(tmp_path):
     path = tmp_path / "a.ledger"
     (tmp_path / "a.ledger-wal").write_bytes(b"records")
     async with SQLiteLedger(path) as ledger:
-        with pytest.raises(LedgerError, match=r"its log a\.ledger-wal is still there"):
+        with pytest.raises(LedgerError, match=r"its log a\.ledger-wal exists and holds records"):
             await ledger.open(**OWNER)
 
 
@@ -461,7 +461,7 @@ async def test_a_full_disk_is_told_and_nothing_acknowledged_is_lost(tmp_path):
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, -1))"
     done = run_script(RECORD_UNTIL_IT_BREAKS.format(limit=limit), path)
     assert "the disk is full" in done.stderr or "disk or its file system failed" in done.stderr
-    assert "What was recorded before is kept." in done.stderr
+    assert "Existing records are intact." in done.stderr
     await check_acknowledged(done, path)
 
 
@@ -496,7 +496,7 @@ async def test_an_impossible_place_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "missing" / "a.ledger", tmp_path / "file" / "a.ledger", tmp_path):
         ledger = SQLiteLedger(path)
-        with pytest.raises(LedgerError, match=r"directory exists|is no file|cannot be used"):
+        with pytest.raises(LedgerError, match=r"directory exists|is not a file|cannot be used"):
             await ledger.open(**OWNER)
 
 
@@ -512,7 +512,7 @@ async def test_an_unwritable_ledger_is_told_and_left():
         before = list_bytes(directory)
         body = "import os; os.setgroups([]); os.setuid(65534)\nawait ledger.open(**OWNER)"
         done = run_script(body, directory / "a.ledger")
-        assert "may be written to" in done.stderr or "may not be written to" in done.stderr
+        assert "is writable" in done.stderr or "is not writable" in done.stderr
         assert list_bytes(directory) == before
 
 
