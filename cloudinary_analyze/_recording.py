@@ -230,6 +230,7 @@ class Sender:
             request.analysis_type,
             request=request,
             just_accepted=just_accepted,
+            trusted=True,
             deadline=self._build_deadline(self.settings.task_timeout),
             before_repeat=work.reserve_again,
         )

@@ -339,6 +339,21 @@ class TaskTimeoutError(AnalyzeError, TimeoutError):
         self.task_id = task_id
 
 
+class TaskLimitError(AnalyzeError):
+    """The session waits for too many task ids already that the service has not confirmed.
+
+    Only handles from `AnalyzeSession.task` are limited, so that strangers who ask for made-up ids
+    cannot use up the memory and the polls. Nothing was sent, and the task is not affected.
+
+    Attributes:
+        task_id: The task that the handle does not wait for.
+    """
+
+    def __init__(self, message: str, *, task_id: str = "", ambiguous: bool = False) -> None:
+        super().__init__(message, ambiguous=ambiguous)
+        self.task_id = task_id
+
+
 class ResultNotDeliveredError(AnalyzeError):
     """The service completed the task, but its result never arrived here.
 

@@ -458,7 +458,8 @@ class AnalyzeSession(NotPicklable):
         """Return another handle on an accepted task: after a restart, or in another handler.
 
         Sends only status polls. A task that was answered recently (`Settings.answered_seconds`)
-        is answered at once.
+        is answered at once. At most 10,000 ids that the service has not confirmed are waited for
+        at a time; the handle of one more ends with `TaskLimitError`.
 
         Args:
             task_id: From `AnalysisTask.accepted`.

@@ -29,7 +29,6 @@ from cloudinary_analyze.errors import (
     ApiError,
     QuotaExceededError,
     TaskFailedError,
-    TaskTimeoutError,
 )
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import Response
@@ -217,20 +216,3 @@ class Seen:
 Effect = Ended | Changed | Poll | Repeat | Seen
 
 NOBODY: Final[list[Wait]] = []  # of every entry that is over; nothing is ever appended
-
-
-def build_timeout(entry: Entry, what: str) -> TaskTimeoutError:
-    if entry.task_id is None:
-        message = what.format("that the service had not accepted yet")
-    elif entry.status == UNKNOWN:
-        message = (
-            f"{what.format(entry.task_id)} The service does not know a task with this id (404). "
-            "Check the id and the cloud name."
-        )
-    else:
-        message = (
-            f"{what.format(entry.task_id)} The remote work continues; its last known status is "
-            f"{entry.status!r}. Call session.task(task_id, …) to wait again."
-        )
-    ambiguous = entry.phase is Phase.SUBMITTING
-    return TaskTimeoutError(message, task_id=entry.task_id, ambiguous=ambiguous)

@@ -116,6 +116,7 @@ class AnalysisTask(NotPicklable, Generic[A_co]):
         Raises:
             TaskFailedError: The remote work failed.
             TaskTimeoutError: This handle's wait ended; the remote work continues.
+            TaskLimitError: The session waits for too many ids that may be made up.
             ResultNotDeliveredError: The task is completed, but its result did not arrive.
             ResponseDecodeError: The result cannot be read; ``raw_body`` has it.
             SessionClosedError: The session was closed first.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Final
 
@@ -70,6 +70,7 @@ class Listener(NotPicklable):
     _acknowledge: Callable[[Delivery], None] | None = attrs.field(init=False)
     _tasks: list[asyncio.Task[None]] = attrs.field(factory=list, init=False)
     _to_fetch: OrderedDict[str, None] = attrs.field(factory=OrderedDict, init=False)
+    _round: list[str] = attrs.field(factory=list, init=False)  # of all, the next one last
     _fetch_wanted: asyncio.Future[None] | None = attrs.field(default=None, init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -83,12 +84,26 @@ class Listener(NotPicklable):
             self._tasks.append(asyncio.create_task(self._fetch(self.source)))
             self._tasks.append(asyncio.create_task(self._refetch()))
 
-    def ask_for(self, task_ids: Iterable[str]) -> None:
-        """Fetch what was delivered for tasks earlier, where the source has a memory."""
+    def ask_for(self, task_id: str) -> None:
+        """Fetch what was delivered for a task earlier, where the source has a memory."""
         if len(self._tasks) > 1:
-            self._to_fetch.update(dict.fromkeys(task_ids))
-            if self._fetch_wanted is not None:
-                wake(self._fetch_wanted)
+            if len(self._to_fetch) > 2 * len(self.pending) + FETCH_BATCH:
+                # the source does not answer, while callers come, ask for any id, and leave
+                wanted = dict.fromkeys(filter(self.pending.__contains__, self._to_fetch))
+                self._to_fetch = OrderedDict(wanted)
+            self._to_fetch[task_id] = None
+            self._wake_fetch()
+
+    def _ask_for_all(self) -> None:
+        """Fetch for all that is pending. A list is quick to make, also of 100,000 ids."""
+        if len(self._tasks) > 1:
+            self._round = list(self.pending)
+            self._round.reverse()
+            self._wake_fetch()
+
+    def _wake_fetch(self) -> None:
+        if self._fetch_wanted is not None:
+            wake(self._fetch_wanted)
 
     def stop(self) -> list[asyncio.Task[None]]:
         """Stop listening and return the asyncio tasks that are ending."""
@@ -110,7 +125,7 @@ class Listener(NotPicklable):
                             until = perf_counter() + SLICE
             except (Exception, asyncio.CancelledError) as error:
                 await retries.rest("The notification source broke", error)
-                self.ask_for(self.pending)
+                self._ask_for_all()
             else:
                 self.on_end(
                     NotificationSourceError(
@@ -122,11 +137,13 @@ class Listener(NotPicklable):
     async def _fetch(self, source: ReplayableSource) -> None:
         retries = Retries(self.clock)
         while True:
-            if not self._to_fetch:
+            if not self._to_fetch and not self._round:
                 self._fetch_wanted = asyncio.get_running_loop().create_future()
                 await self._fetch_wanted
-            count = min(FETCH_BATCH, len(self._to_fetch))
-            batch = [self._to_fetch.popitem(last=False)[0] for _ in range(count)]
+            batch = self._take_batch()
+            if not batch:
+                await asyncio.sleep(0)
+                continue
             try:
                 deliveries = await source.fetch(batch)
                 until = perf_counter() + SLICE
@@ -141,11 +158,21 @@ class Listener(NotPicklable):
             else:
                 retries.reset()
 
+    def _take_batch(self) -> list[str]:
+        """Return the next ids to fetch for: of those asked for one by one, then of all."""
+        count = min(FETCH_BATCH, len(self._to_fetch))
+        ids = [self._to_fetch.popitem(last=False)[0] for _ in range(count)]
+        rest = max(0, len(self._round) - (FETCH_BATCH - count))
+        ids += reversed(self._round[rest:])
+        del self._round[rest:]
+        return [task_id for task_id in dict.fromkeys(ids) if task_id in self.pending]
+
     async def _refetch(self) -> None:
         """Ask again for all that is pending, because a wake-up may get lost."""
         while True:
             await self.clock.sleep(REFETCH_INTERVAL)
-            self.ask_for(self.pending)
+            if not self._round:
+                self._ask_for_all()
 
     def take(self, delivery: Delivery) -> str:
         """Verify, parse and apply one delivery; return the verdict."""

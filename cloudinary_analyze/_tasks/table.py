@@ -13,6 +13,14 @@ from typing import Any, Final
 
 import attrs
 
+from cloudinary_analyze._tasks.answers import (
+    build_limit_error,
+    build_missing,
+    build_not_found,
+    build_timeout,
+    corrects,
+    read_answer,
+)
 from cloudinary_analyze._tasks.entries import (
     AWAITED,
     LEFT,
@@ -28,7 +36,6 @@ from cloudinary_analyze._tasks.entries import (
     Repeat,
     Seen,
     Wait,
-    build_timeout,
 )
 from cloudinary_analyze._tasks.timers import DueHeap, Shelf
 from cloudinary_analyze._wire import codec
@@ -38,13 +45,15 @@ from cloudinary_analyze.errors import (
     AuthenticationError,
     NotFoundError,
     PermissionDeniedError,
-    ResultNotDeliveredError,
 )
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import Notification, TaskStatus, find_string
 from cloudinary_analyze.webhooks import parse_notification
 
 FIRST_MINUTE: Final = 60.0  # a new task may be unknown to the service for a while
+# ids from `AnalyzeSession.task` that the service has neither named nor found: about 10 MB, and the
+# first polls of all of them take some minutes
+MOST_UNCONFIRMED: Final = 10_000
 REFUSALS: Final = (AuthenticationError, PermissionDeniedError)
 
 
@@ -56,6 +65,7 @@ class Table:
         settings: For the bounds and graces.
         with_source: Whether notifications can arrive at all.
         pending: Every accepted task that somebody waits for.
+        unconfirmed: The pending ids that may be made up; at most `MOST_UNCONFIRMED`.
         resting: Tasks that nobody waits for any more, so that they are not polled.
         answered: The answers of tasks, for handles that come later.
         parked: Notifications of tasks that are not known here yet.
@@ -67,6 +77,7 @@ class Table:
     settings: Settings
     with_source: bool
     pending: dict[str, Entry] = attrs.field(factory=dict, init=False)
+    unconfirmed: set[str] = attrs.field(factory=set, init=False)
     resting: Shelf[Entry] = attrs.field(init=False)
     answered: Shelf[Answer] = attrs.field(init=False)
     parked: Shelf[bytes] = attrs.field(init=False)
@@ -98,20 +109,41 @@ class Table:
         request: AnalyzeRequest[Any] | None = None,
         deadline: float | None = None,
         verified: bool = False,
+        trusted: bool = False,
     ) -> tuple[Wait, Sequence[Effect]]:
-        """Add a wait on a task by its id, whether the task is known here or not."""
+        """Add a wait on a task by its id, whether the task is known here or not.
+
+        Args:
+            task_id: The task.
+            model: The model's wire name.
+            analysis_type: How to decode the result.
+            now: Monotonic instant.
+            request: The request, if it is known.
+            deadline: Monotonic instant when the wait ends.
+            verified: Whether the service named the task just now.
+            trusted: Whether it named it once, so that the id is not made up.
+        """
         answer = self.answered.get(task_id)
         if answer is not None:
             over = Entry(request, task_id, answer.status, Phase.OVER)
             return Wait(over, model, analysis_type, answer), ()
         entry = self.pending.get(task_id) or self.resting.get(task_id)
+        trusted |= verified
         if entry is None:
+            if not trusted and self.build_end is None and task_id not in self.parked:
+                if len(self.unconfirmed) >= MOST_UNCONFIRMED:
+                    refused = Entry(request, task_id, UNKNOWN, Phase.OVER)
+                    answer = Answer("session", build_limit_error(task_id, MOST_UNCONFIRMED))
+                    return Wait(refused, model, analysis_type, answer), ()
+                self.unconfirmed.add(task_id)
             entry = Entry(request, verified=verified)
             wait = _add(entry, model, analysis_type)
             effects = self._register(entry, task_id, now, at_once=not verified)
         else:
             entry.request = entry.request or request
             entry.verified |= verified
+            if trusted:
+                self.unconfirmed.discard(task_id)
             entry.unobserved = False
             wait = _add(entry, model, analysis_type)
             effects = self._resume(entry, now)
@@ -185,7 +217,8 @@ class Table:
         waits, entry.waits = entry.waits, NOBODY
         entry.phase = Phase.OVER
         known.request = known.request or entry.request
-        known.verified |= entry.verified
+        if entry.verified:
+            self._confirm(known)
         known.unobserved |= entry.unobserved
         for wait in waits:
             wait.entry = known
@@ -208,6 +241,12 @@ class Table:
         entry.phase = Phase.GRACE
         return self._end_grace(entry, now)
 
+    def _confirm(self, entry: Entry) -> None:
+        """Note that the service named or found a task."""
+        if not entry.verified:
+            entry.verified = True
+            self.unconfirmed.discard(entry.task_id or "")
+
     def _rest(self, entry: Entry, now: float) -> None:
         """Stop polling a task that nobody waits for. An id that may not exist is forgotten."""
         task_id = entry.task_id
@@ -218,6 +257,8 @@ class Table:
         if entry.verified:
             self.resting.put(task_id, entry, now)
             self._wake_at(now + self.resting.seconds)
+        else:
+            self.unconfirmed.discard(task_id)
 
     def _limit(self, wait: Wait, deadline: float | None) -> None:
         if deadline is None or wait.answer is not None or wait.index == LEFT:
@@ -242,7 +283,7 @@ class Table:
         entry = self.pending.get(task_id)
         if entry is None and (entry := self.resting.get(task_id)) is None:
             return self._deliver_later(task_id, notification, body, now)
-        answer = _read(notification, body, task_id, entry)
+        answer = read_answer(notification, body, task_id, entry)
         if answer is None:
             return "progress", self._note_progress(entry, notification)
         raw = notification.raw
@@ -250,7 +291,7 @@ class Table:
 
     def _note_progress(self, entry: Entry, notification: Notification) -> Sequence[Effect]:
         """Learn that a task is known and still running. Only polls and results end it."""
-        entry.verified = True
+        self._confirm(entry)
         entry.misses = 0
         state = find_string(notification.raw, "status")
         if state is None or entry.phase is not Phase.PENDING or entry.status == state:
@@ -264,7 +305,7 @@ class Table:
         """Correct an answer that was a guess, or park what nobody waits for yet."""
         kept = self.answered.get(task_id)
         if kept is not None:
-            answer = _read(notification, body, task_id, None)
+            answer = read_answer(notification, body, task_id, None)
             if answer is None or not kept.guess or answer.guess:
                 return "duplicate", ()
             self._keep(task_id, answer, now)
@@ -272,7 +313,7 @@ class Table:
         if reports_progress(notification):
             return "progress", ()  # parked, it would take the place of the result
         parked = self.parked.get(task_id)
-        if parked is not None and not _corrects(notification, parked):
+        if parked is not None and not corrects(notification, parked):
             return "parked", ()
         gone = self.parked.put(task_id, body, now, size=len(body))
         self._wake_at(now + self.parked.seconds)
@@ -305,6 +346,8 @@ class Table:
                 self.resting.pop(task_id)
             else:
                 self.pending.pop(task_id, None)
+                if not entry.verified:
+                    self.unconfirmed.discard(task_id)
             if answer.lasting:
                 self._keep(task_id, answer, now)
         return (Ended(_end_waits(entry, answer, status), answer, entry, raw),)
@@ -321,7 +364,7 @@ class Table:
     def take_status(self, entry: Entry, status: TaskStatus, now: float) -> Sequence[Effect]:
         """Act on what a poll says about a task."""
         entry.misses = 0
-        entry.verified = True
+        self._confirm(entry)
         phase, task_id = entry.phase, entry.task_id
         if phase is Phase.OVER or task_id is None:
             return ()
@@ -364,14 +407,7 @@ class Table:
         if entry.misses or not entry.verified:
             entry.status = UNKNOWN
         if entry.forgotten and not self.with_source:
-            failure = NotFoundError(
-                f"The service does not know the task {entry.task_id} (404). Check the id and the "
-                "cloud name.",
-                status=error.status,
-                request_id=error.request_id,
-            )
-            failure.__cause__ = error
-            return self.answer(entry, Answer("poll", failure), now)
+            return self.answer(entry, Answer("poll", build_not_found(entry, error)), now)
         return (Changed(entry.waits), Poll(entry))
 
     def _end_grace(self, entry: Entry, now: float) -> Sequence[Effect]:
@@ -385,31 +421,8 @@ class Table:
         if self.settings.on_missing_result == "analyze" and request is not None:
             entry.phase = Phase.REPEATING
             return (Repeat(entry, request),)
-        error = self._build_missing(entry, task_id)
+        error = build_missing(entry, task_id, self.settings, with_source=self.with_source)
         return self.answer(entry, Answer("poll", error, guess=True), now, status="completed")
-
-    def _build_missing(self, entry: Entry, task_id: str) -> ResultNotDeliveredError:
-        if self.settings.on_missing_result == "analyze":
-            how = "Pass the request to repeat it as a call: session.task(task_id, request)."
-        elif not self.with_source:
-            how = (
-                "Attach a notification source (AnalyzeSession(notifications=…, "
-                "notification_url=…)), or submit with mode='call', or set "
-                "Settings.on_missing_result='analyze'."
-            )
-        else:
-            how = (
-                f"No notification arrived within {self.settings.result_grace:.0f} s. Check that "
-                "the service reaches the notification URL, and that its signature is accepted "
-                "(session.stats.notifications)."
-            )
-        return ResultNotDeliveredError(
-            f"The task {task_id} ({entry.model}) is completed, but its result did not arrive. "
-            f"Only a notification carries the result, not a status poll. {how} "
-            "The quota was charged.",
-            task_id=task_id,
-            last_status=TaskStatus(task_id, entry.status),
-        )
 
     # Time and the end.
 
@@ -484,29 +497,3 @@ def _end_waits(entry: Entry, answer: Answer, status: str | None) -> list[Wait]:
         wait.answer = answer
         wait.due = None
     return waits
-
-
-def _read(
-    notification: Notification, body: bytes, task_id: str, entry: Entry | None
-) -> Answer | None:
-    """Return the answer of a notification, or ``None`` if its task is still running.
-
-    An end without an analysis is decoded to an error.
-    """
-    if notification.failed:
-        model = "model unknown" if entry is None else entry.model
-        error = build_task_failure(task_id, model=model, notification=notification, body=body)
-        return Answer("notification", error)
-    result = find_result(notification.raw)
-    if not result and reports_progress(notification):
-        return None
-    return Answer("notification", None, body, None, result is None)
-
-
-def _corrects(notification: Notification, parked: bytes) -> bool:
-    """Whether a notification says how a task ended, and the one that is parked does not."""
-    return _is_readable(notification) and not _is_readable(parse_notification(parked))
-
-
-def _is_readable(notification: Notification) -> bool:
-    return notification.failed or find_result(notification.raw) is not None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import attrs
 
 from cloudinary_analyze._clock import Clock, TimerHandle, wake
+from cloudinary_analyze._tasks.answers import build_closed
 from cloudinary_analyze._tasks.entries import (
     Answer,
     Changed,
@@ -28,6 +29,7 @@ from cloudinary_analyze._tasks.entries import (
 from cloudinary_analyze._tasks.handle import AnalysisTask, complete, report
 from cloudinary_analyze._tasks.listener import Listener
 from cloudinary_analyze._tasks.poller import Poller
+from cloudinary_analyze._tasks.quotas import note_quota
 from cloudinary_analyze._tasks.table import Table
 from cloudinary_analyze._tasks.timers import SLICE
 from cloudinary_analyze._values import NotPicklable
@@ -44,7 +46,7 @@ from cloudinary_analyze.errors import (
 )
 from cloudinary_analyze.events import Meter, TaskAccepted, TaskAnswered
 from cloudinary_analyze.protocols import NotificationSource
-from cloudinary_analyze.requests import MODELS, AnalyzeRequest
+from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import (
     Limit,
     Notification,
@@ -190,6 +192,7 @@ class Tracker(NotPicklable):
         *,
         request: AnalyzeRequest[A] | None = None,
         just_accepted: bool = False,
+        trusted: bool = False,
         deadline: float | None = None,
         before_repeat: Callable[[], Awaitable[None]] | None = None,
     ) -> AnalysisTask[A]:
@@ -202,6 +205,7 @@ class Tracker(NotPicklable):
             request: The request, if it is known: for messages, and to repeat it where the
                 settings ask for that.
             just_accepted: The service accepted the task just now, as the response to a call.
+            trusted: The id was recorded when the service accepted the task, so it is not made up.
             deadline: Monotonic instant when the wait ends.
             before_repeat: Awaited before the request is repeated as a call.
         """
@@ -215,6 +219,7 @@ class Tracker(NotPicklable):
             request=request,
             deadline=deadline,
             verified=just_accepted,
+            trusted=trusted,
         )
         if before_repeat is not None:
             wait.entry.before_repeat = before_repeat
@@ -226,7 +231,7 @@ class Tracker(NotPicklable):
         """Ask for what the source received before the task was known here."""
         task_id = wait.entry.task_id
         if wait.answer is None and task_id is not None and self.listener is not None:
-            self.listener.ask_for((task_id,))
+            self.listener.ask_for(task_id)
 
     def _tell_accepted(self, task_id: str, model: str) -> None:
         if self.meter.hook is not None:
@@ -312,7 +317,7 @@ class Tracker(NotPicklable):
         if entry is None:
             return
         error = ended.answer.error
-        self._note_quota(entry, ended)
+        note_quota(self.caller.quota, entry, ended, newest=self.meter.attempts)
         if entry.unobserved and error is not None:
             report(error, self.loop)
         if self.meter.hook is not None and entry.task_id is not None:
@@ -338,22 +343,6 @@ class Tracker(NotPicklable):
                 error=answer.error,
             )
         )
-
-    def _note_quota(self, entry: Entry, ended: Ended) -> None:
-        """Keep what a task says of quotas: as the oldest figures, because of any order."""
-        answer, raw, quota = ended.answer, ended.raw, self.caller.quota
-        error, newest = answer.error, self.meter.attempts
-        if error is None and raw is not None:
-            limits = raw.get("limits")
-            if limits is None and isinstance(data := raw.get("data"), dict):
-                limits = data.get("limits")
-            if limits:
-                quota.note(entry.model, limits, number=0, newest=newest)
-            if quota.breakers and not answer.guess:
-                quota.take_result(_find_feature(entry, ended), since=entry.since)
-        elif isinstance(error, RemoteError) and answer.lasting and answer.by != "analyze":
-            feature = _find_feature(entry, ended)
-            quota.take_failure(feature, error, number=0, newest=newest, since=entry.since)
 
     def _wake(self, waits: Iterable[Wait]) -> None:
         for wait in waits:
@@ -415,13 +404,13 @@ class Tracker(NotPicklable):
         try:
             answer = call.result()
         except SessionClosedError:
-            self._answer(entry, Answer("session", _build_closed(entry.task_id)))
+            self._answer(entry, Answer("session", build_closed(entry.task_id)))
         except BulkStoppedError as error:
             self._answer(entry, Answer("session", error))  # another handle may repeat it
         except Exception as error:
             self._answer(entry, Answer("analyze", error))
         except BaseException:
-            self._answer(entry, Answer("session", _build_closed(entry.task_id)))
+            self._answer(entry, Answer("session", build_closed(entry.task_id)))
         else:
             if isinstance(answer, Accepted):
                 again = ResultNotDeliveredError(
@@ -504,26 +493,6 @@ class Tracker(NotPicklable):
             if self._timer is not None:
                 self._timer.cancel()
             self._timer_at = -math.inf  # no timer is set any more
-            self._end_pending(_build_closed)
+            self._end_pending(build_closed)
             self.table.clear()
         await self.wait_ended()
-
-
-def _find_feature(entry: Entry, ended: Ended) -> str:
-    """Return the feature that a task is charged to; empty if neither side names it."""
-    request, error = entry.request, ended.answer.error
-    if request is not None:
-        return request.feature or request.model
-    model = ended.waits[0].model if ended.waits else getattr(error, "model", None)
-    kind = MODELS.get(model or "")
-    return (kind.feature if kind is not None else getattr(error, "feature", None)) or ""
-
-
-def _build_closed(task_id: str | None) -> SessionClosedError:
-    if task_id is None:
-        return SessionClosedError("The session was closed before the task was submitted.")
-    return SessionClosedError(
-        f"The session was closed while the task {task_id} was pending. The remote work continues; "
-        "call session.task(task_id, …) in another session to wait again.",
-        task_id=task_id,
-    )

@@ -18,6 +18,7 @@ from cloudinary_analyze import (
     OtherModel,
     SessionClosedError,
     TaskFailedError,
+    TaskLimitError,
     TaskTimeoutError,
 )
 from cloudinary_analyze.emulator import FaultPlan
@@ -270,6 +271,29 @@ class TestDropped:
             await until(lambda: not tracker.table.pending)
             assert len(tracker.table.resting) == len(tracker.table.dues) == 0
             assert tracker.poller.scheduled == 0
+
+    @pytest.mark.slow
+    async def test_100_000_made_up_ids_delay_no_task(self):
+        settings = quick(poll_first=0.5, polls_per_second=200)
+        async with connected(settings, faults=FaultPlan(lost=0.5), results_in_status=True) as (
+            _,
+            session,
+        ):
+            flood = [session.task(f"made-up-{index}", Captioning) for index in range(100_000)]
+            assert session.stats.pending == 10_000
+            errors = [task.exception() for task in flood if task.done()]
+            assert len(errors) == 90_000
+            assert {type(error) for error in errors} == {TaskLimitError}
+            begun = time.monotonic()
+            tasks = [session.submit(request(index)) for index in range(50)]
+            async with asyncio.timeout(10):
+                responses = await asyncio.gather(*tasks)
+            assert all(response.analysis.caption for response in responses)
+            assert time.monotonic() - begun > 0.4  # half of them had to be polled
+            flood.clear()
+            gc.collect()
+            await until(lambda: not session.stats.pending)
+            assert not session.task("made-up-0", Captioning).done()
 
     async def test_in_another_thread(self):
         settings = quick(poll_first=NEVER, poll_longest=NEVER)

@@ -374,6 +374,55 @@ class TestMemory:
                 attach(tracker, f"t{index}")
             await settled()
             assert [len(batch) for batch in source.asked] == [FETCH_BATCH, FETCH_BATCH, 1]
+            source.asked.clear()
+            new = attach(tracker, "new")
+            await clock.advance(31)
+            asked = list(itertools.chain(*source.asked))
+            assert asked[0] == new.entry.task_id
+            assert sorted(set(asked)) == sorted(tracker.table.pending)
+            assert max(len(batch) for batch in source.asked) == FETCH_BATCH
+
+    async def test_a_task_that_was_asked_for_goes_before_a_round_of_all(self, clock):
+        source = Mailbox()
+        async with resolving(clock, source=source) as (_, tracker):
+            for index in range(4 * FETCH_BATCH):
+                attach(tracker, f"t{index}")
+            await settled()
+            source.asked.clear()
+            tracker.listener._ask_for_all()
+            attach(tracker, "new")
+            await settled()
+            assert source.asked[0][0] == "new"
+            assert len(set(itertools.chain(*source.asked))) == 4 * FETCH_BATCH + 1
+
+    async def test_a_round_of_100_000_begins_in_a_moment(self, clock):
+        async with resolving(clock, source=Mailbox()) as (_, tracker):
+            tracker.table.pending.update({f"t{index}": None for index in range(100_000)})
+            begun = time.thread_time()
+            tracker.listener._ask_for_all()
+            assert time.thread_time() - begun < 0.03
+            tracker.table.pending.clear()
+
+    async def test_ids_that_nobody_waits_for_any_more_are_not_fetched(self, clock):
+        source = Mailbox()
+        async with resolving(clock, source=source) as (_, tracker):
+            waits = [attach(tracker, f"t{index}") for index in range(3)]
+            tracker.abandon(waits[1])
+            await settled()
+            assert source.asked == [["t0", "t2"]]
+
+    async def test_a_source_that_is_down_keeps_no_ids_of_visitors(self, clock):
+        source = Mailbox()
+        source.failures = [ConnectionError("gone")] * 1000
+        async with resolving(clock, source=source) as (_, tracker):
+            stays = attach(tracker, "stays")
+            for index in range(20 * FETCH_BATCH):
+                tracker.abandon(attach(tracker, f"t{index}"))
+            assert len(tracker.listener._to_fetch) <= FETCH_BATCH + 10
+            source.failures.clear()
+            source.kept["stays"] = sign(build_result("stays"))
+            await clock.advance(40)
+            assert stays.answer.body is not None
 
 
 class TestQuota:

@@ -16,6 +16,7 @@ from cloudinary_analyze import (
     TaskTimeoutError,
 )
 from cloudinary_analyze._tasks.poller import compute_interval
+from cloudinary_analyze._tasks.table import MOST_UNCONFIRMED
 from cloudinary_analyze.errors import (
     AuthenticationError,
     NotFoundError,
@@ -120,6 +121,32 @@ class TestPace:
             made = len(service.when("t1500"))
             await clock.advance(0.5)
             assert len(service.when("t1500")) == made + 1
+
+    async def test_100_000_made_up_ids_delay_no_poll_of_a_task(self, clock):
+        def tell(task_id):
+            return NotFoundError("404", status=404) if "made" in task_id else "completed"
+
+        service = Service(clock, state=tell)
+        async with resolving(clock, service=service, polls_per_second=20, result_grace=100) as (
+            _,
+            tracker,
+        ):
+            tasks = [await submit(tracker) for _ in range(20)]
+            flood = [attach(tracker, f"made-up-{index}") for index in range(100_000)]
+            assert sum(wait.answer is None for wait in flood) == MOST_UNCONFIRMED
+            assert len(tracker.table.pending) == MOST_UNCONFIRMED + 20
+            due = {wait.entry.task_id: wait.entry.poll_at for wait in tasks}
+            await clock.advance(10)
+            for wait in tasks:
+                (polled,) = service.when(wait.entry.task_id)
+                assert polled - due[wait.entry.task_id] <= 2.1  # 20 of them, every other poll
+            await clock.advance(110)
+            for wait in tasks:
+                assert isinstance(wait.answer.error, ResultNotDeliveredError)
+            assert attach(tracker, "one-more").answer is not None
+            for wait in flood:
+                tracker.abandon(wait)
+            assert attach(tracker, "one-more").answer is None
 
     async def test_a_flood_of_made_up_ids_takes_half_of_the_polls_at_most(self, clock):
         def answer(task_id):

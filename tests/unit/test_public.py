@@ -101,6 +101,7 @@ NAMES = [
     "StaleNotificationError",
     "TagDefinition",
     "TaskFailedError",
+    "TaskLimitError",
     "TaskStatus",
     "TaskTimeoutError",
     "TransportError",

@@ -11,6 +11,7 @@ from cloudinary_analyze import (
     Response,
     Settings,
     TaskFailedError,
+    TaskLimitError,
     TaskTimeoutError,
 )
 from cloudinary_analyze._tasks.entries import Answer, Changed, Ended, Phase, Poll, Seen
@@ -482,6 +483,104 @@ class TestWaits:
         assert not table.pending
         assert not table.resting
         assert len(table.dues) == 0
+
+
+class TestUnconfirmed:
+    """Ids that may be made up are bounded by count; tasks that the service named are not."""
+
+    @pytest.fixture(autouse=True)
+    def _few(self, monkeypatch):
+        monkeypatch.setattr("cloudinary_analyze._tasks.table.MOST_UNCONFIRMED", 3)
+
+    def fill(self, table):
+        return [attach(table, f"made-up-{index}")[0] for index in range(3)]
+
+    def check_full(self, table):
+        wait, effects = attach(table, "one-more")
+        error = wait.answer.error
+        assert isinstance(error, TaskLimitError)
+        assert error.task_id == "one-more"
+        assert str(error).startswith(
+            "The session already waits for 3 task ids that the service has not confirmed, so it "
+            "does not wait for one-more."
+        )
+        assert (effects, wait.entry.phase, wait.entry.status) == ((), Phase.OVER, "unknown")
+        assert "one-more" not in table.pending
+        assert find(table, "one-more").error is not error
+
+    def check_room(self, table):
+        wait, _ = attach(table, "one-more")
+        assert wait.answer is None
+        table.leave(wait, 0)
+
+    def test_one_more_is_refused(self):
+        table = build_table()
+        self.fill(table)
+        self.check_full(table)
+        assert len(table.pending) == 3
+
+    def test_other_tasks_do_not_count(self):
+        table = build_table()
+        accept(table, "t1")
+        attach(table, "t2", verified=True)
+        attach(table, "t3", trusted=True)
+        self.fill(table)
+        self.check_full(table)
+        assert accept(table, "t4").answer is None
+        assert attach(table, "t5", trusted=True)[0].answer is None
+        for task_id in ("t1", "t2", "t3", "made-up-0"):
+            assert attach(table, task_id)[0].answer is None
+
+    def test_an_id_whose_notification_waits_is_answered(self):
+        table = build_table()
+        self.fill(table)
+        deliver(table, build_result("real"))
+        assert attach(table, "real")[0].answer.body is not None
+
+    @pytest.mark.parametrize(
+        "end",
+        [
+            lambda table, wait: table.leave(wait, 0),
+            lambda table, wait: table.abandon(wait, 0),
+            lambda table, wait: table.attach("made-up-0", "", CaptioningAnalysis, 0, trusted=True),
+            lambda table, wait: accept(table, "made-up-0"),
+            lambda table, wait: deliver(table, build_result("made-up-0")),
+            lambda table, wait: deliver(
+                table, build_result("made-up-0", data={"status": "pending"})
+            ),
+            lambda table, wait: table.take_status(wait.entry, TaskStatus("", "pending"), 0),
+            lambda table, wait: table.answer(wait.entry, Answer("poll", ValueError()), 0),
+        ],
+        ids=["leave", "abandon", "trust", "merge", "result", "progress", "poll", "refusal"],
+    )
+    def test_one_that_is_confirmed_or_over_makes_room(self, end):
+        table = build_table()
+        end(table, self.fill(table)[0])
+        self.check_room(table)
+        assert table.unconfirmed == {"made-up-1", "made-up-2"}
+
+    def test_deadlines_make_room(self):
+        table = build_table()
+        attach(table, "made-up", deadline=9)
+        advance(table, 9)
+        assert not table.unconfirmed
+
+    def test_404s_make_room_without_a_source(self):
+        table = build_table(with_source=False)
+        wait = self.fill(table)[0]
+        for now in (100, 200):
+            table.take_error(wait.entry, NotFoundError("404", status=404), now)
+        assert isinstance(wait.answer.error, NotFoundError)
+        self.check_room(table)
+
+    def test_after_the_end_the_end_is_the_reason(self):
+        table = build_table()
+        self.fill(table)
+        table.end(lambda task_id: SessionClosedError("closed", task_id=task_id))
+        assert isinstance(attach(table, "one-more")[0].answer.error, SessionClosedError)
+        while table.take_ending(0) is not None:
+            pass
+        assert not table.unconfirmed
 
 
 class TestGrace:

@@ -40,6 +40,7 @@ class TableMachine(RuleBasedStateMachine):
         self.dropped = set()
         self.entries = []
         self.repeating = []
+        self.trusted = set()
         self.outcomes = {}
 
     def perform(self, effects):
@@ -77,8 +78,13 @@ class TableMachine(RuleBasedStateMachine):
         answer = Answer("session", ServerError("no", status=500))
         self.perform(self.table.answer(wait.entry, answer, self.now))
 
-    @rule(task_id=IDS, seconds=st.sampled_from([None, 7.0, 30.0]), known=st.booleans())
-    def attach(self, task_id, seconds, known):
+    @rule(
+        task_id=IDS,
+        seconds=st.sampled_from([None, 7.0, 30.0]),
+        known=st.booleans(),
+        trusted=st.booleans(),
+    )
+    def attach(self, task_id, seconds, known, trusted):
         deadline = None if seconds is None else self.now + seconds
         wait, effects = self.table.attach(
             task_id,
@@ -87,7 +93,10 @@ class TableMachine(RuleBasedStateMachine):
             self.now,
             request=REQUEST if known else None,
             deadline=deadline,
+            trusted=trusted,
         )
+        if trusted:
+            self.trusted.add(wait.entry)
         if wait.answer is not None and not effects:
             self.outcomes[wait] = wait.answer
         self.perform(effects)
@@ -176,6 +185,9 @@ class TableMachine(RuleBasedStateMachine):
             assert entry.waits is not NOBODY or entry.phase is Phase.OVER
             if entry.phase is Phase.RESTING:
                 assert not entry.waits
+        doubtful = [entry for entry in table.pending.values() if not entry.verified]
+        # less, if a poll of an entry that is gone confirmed the id
+        assert table.unconfirmed <= {e.task_id for e in doubtful if e not in self.trusted}
         assert len(table.answered) <= 3
         assert table.answered.bytes <= 2000
         assert table.parked.bytes <= 1500
