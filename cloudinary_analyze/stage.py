@@ -1,0 +1,422 @@
+"""Bulk analysis on many processes and machines, in any engine.
+
+`AnalyzeStage` is a value that an engine ships to its workers and calls there with lists of items. It
+returns one outcome for each item. The engine schedules, and the workers share three things through
+Redis: the ledger (`RedisLedger`), the pace (`RedisPacer`) and the notifications of tasks
+(`RedisNotifications`)::
+
+    stage = AnalyzeStage(Captioning, ledger=RedisLedger("redis://host:6379/0"))
+    outcomes = stage(urls)
+
+Workers read their credentials from ``CLOUDINARY_URL`` and the password of Redis from ``REDIS_URL``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import hashlib
+import os
+import pickle
+import socket
+import threading
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
+
+import attrs
+
+from cloudinary_analyze._policy import find_stop
+from cloudinary_analyze.config import Credentials, Settings
+from cloudinary_analyze.errors import AnalyzeError, BulkStoppedError, ConfigurationError
+from cloudinary_analyze.outcomes import Answered, AnyOutcome, Failed, Outcome
+from cloudinary_analyze.protocols import Ledger, NotificationSource
+from cloudinary_analyze.requests import AnalyzeRequest, KeyBuilder
+from cloudinary_analyze.responses import Response
+from cloudinary_analyze.results.export import COLUMNS as _EXPORTED
+from cloudinary_analyze.results.export import build_row
+from cloudinary_analyze.results.records import build_record
+from cloudinary_analyze.session import AnalyzeSession, Mode
+
+__all__ = [
+    "COLUMNS",
+    "META",
+    "SCHEMA",
+    "AnalyzeStage",
+    "close_sessions",
+    "outcome_columns",
+    "worker_stats",
+]
+
+Item = TypeVar("Item")
+A = TypeVar("A")
+T = TypeVar("T")
+
+CLOSE_SECONDS: Final = 30.0
+
+COLUMNS: Final[Mapping[str, type[Any]]] = {
+    "status": str,
+    "restored": bool,
+    **{name: kind for name, kind in _EXPORTED.items() if name not in {"index", "line", "status"}},
+}
+"""The columns of `outcome_columns` and their types; each but ``status`` may be ``None``."""
+
+if TYPE_CHECKING:
+    SCHEMA: Any
+    META: Any
+
+
+@attrs.frozen
+class AnalyzeStage(Generic[Item, A]):
+    """Analyses the items of a partition, in whichever process it is called.
+
+    Calls of all stages with the same arguments share one session of the process, on a thread of
+    its own. The session opens with the first call and closes when the process ends, or with
+    `close_sessions`. Threads may call a stage at the same time.
+
+    It pickles. Explicit credentials would be readable in the pickle, so they are refused there
+    unless ``pickle_credentials`` is true.
+
+    Attributes:
+        to_request: Builds a request from an item, such as ``Captioning``.
+        credentials: Default: the worker's environment.
+        settings: See `Settings`. Each process has its own permits.
+        ledger: What the workers share, such as a `RedisLedger`.
+        key: See `AnalyzeSession.map`.
+        notifications: A `NotificationSource` that pickles, such as `RedisNotifications`.
+        notification_url: See `AnalyzeSession`.
+        mode: See `AnalyzeSession.map`.
+        pickle_credentials: Whether a pickle may contain the credentials.
+
+    Raises:
+        ConfigurationError: An argument is invalid.
+    """
+
+    to_request: Callable[[Item], AnalyzeRequest[A]]
+    credentials: Credentials | None = attrs.field(default=None, kw_only=True, repr=False)
+    settings: Settings = attrs.field(factory=Settings, kw_only=True)
+    ledger: Ledger | None = attrs.field(default=None, kw_only=True)
+    key: Callable[[Item], str] | None = attrs.field(default=None, kw_only=True)
+    notifications: NotificationSource | None = attrs.field(default=None, kw_only=True)
+    notification_url: str | None = attrs.field(default=None, kw_only=True)
+    mode: Mode = attrs.field(default="call", kw_only=True)
+    pickle_credentials: bool = attrs.field(default=False, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        if not callable(self.to_request):
+            raise ConfigurationError(
+                "`to_request` must be a request class such as Captioning, or a function that "
+                f"builds a request from an item; not {self.to_request!r:.80}."
+            )
+        if isinstance(self.notifications, asyncio.Queue):
+            raise ConfigurationError(
+                "A stage cannot read an asyncio.Queue: its session runs in other processes. Pass "
+                "RedisNotifications, or another source that pickles."
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.credentials is not None and not self.pickle_credentials:
+            raise TypeError(
+                "This stage has explicit credentials, which anybody could read in its pickle. Set "
+                "CLOUDINARY_URL in the workers instead, or pass pickle_credentials=True."
+            )
+        names = [field.name for field in attrs.fields(AnalyzeStage)[1:]]
+        options = {name: getattr(self, name) for name in names}
+        return partial(AnalyzeStage, self.to_request, **options), ()
+
+    def __call__(self, items: Iterable[Item]) -> list[Outcome[Item, A]]:
+        """Analyse items, and return an outcome for each, in their order. Blocks.
+
+        An error that stops bulk work (an exhausted quota, refused credentials, a lost ledger) does
+        not raise. The items that are not sent any more are `Failed` with `BulkStoppedError`,
+        unless the ledger has their response or permanent error.
+
+        Raises:
+            ConfigurationError: Missing credentials, or an invalid argument. Nothing was sent.
+            LedgerError: The ledger could not be opened. Nothing was sent.
+        """
+        host = _find_host()
+        running = host.run(self._analyze(host, list(items)))
+        try:
+            return running.result()
+        except BaseException:
+            running.cancel()  # an interrupt
+            raise
+
+    async def acall(self, items: Iterable[Item]) -> list[Outcome[Item, A]]:
+        """Analyse items as a coroutine of any event loop. Cancelling is safe; see `__call__`."""
+        host = _find_host()
+        return await asyncio.wrap_future(host.run(self._analyze(host, list(items))))
+
+    async def _analyze(self, host: _Host, items: list[Item]) -> list[Outcome[Item, A]]:
+        opened = await host.open(self)
+        outcomes: list[Outcome[Item, A] | None] = [None] * len(items)
+        stop: BulkStoppedError | None = None
+        options: dict[str, Any] = {"mode": self.mode, "ledger": opened.ledger, "key": self.key}
+        try:
+            async with opened.session.map(items, self.to_request, **options) as stream:
+                async for outcome in stream:
+                    outcomes[outcome.index] = outcome
+        except BulkStoppedError as error:
+            stop = error
+        return [
+            await self._look_up(opened, index, items[index], stop) if outcome is None else outcome
+            for index, outcome in enumerate(outcomes)
+        ]
+
+    async def _look_up(
+        self, opened: _Opened, index: int, item: Item, stop: BulkStoppedError | None
+    ) -> Outcome[Item, A]:
+        """Return what the ledger has for an item that the stream did not reach."""
+        request: AnalyzeRequest[A] | None = None
+        restored, seconds = False, 0.0
+        error: Exception = stop or BulkStoppedError("The stream ended early. Not sent.")
+        try:
+            request = self.to_request(item)
+            if opened.ledger is not None:
+                named = None if self.key is None else self.key(item)
+                key = request.key if named is None else KeyBuilder(request).build_named(named)
+                record = await opened.ledger.find(key)
+                if record is not None and record.final:
+                    restored, seconds = True, record.seconds or 0.0
+                    if record.response is not None:
+                        return Answered(
+                            item=item,
+                            index=index,
+                            request=request,
+                            response=Response.from_raw(request, record.response),
+                            restored=True,
+                            seconds=seconds,
+                        )
+                    assert record.error is not None
+                    error = record.error
+        except Exception as raised:  # of the user's functions, or of the ledger
+            if request is None or restored:
+                error = raised
+        return Failed(
+            item=item, index=index, request=request, error=error, restored=restored, seconds=seconds
+        )
+
+    def _identify(self) -> bytes:
+        """Return what stages have in common that share a session."""
+        digest = hashlib.sha256()
+        for name in ("credentials", "settings", "ledger", "notifications", "notification_url"):
+            value = getattr(self, name)
+            try:
+                digest.update(pickle.dumps(value))
+            except Exception:  # it cannot leave this process, so it is the same object or another
+                digest.update(str(id(value)).encode())
+            digest.update(b"|")
+        return digest.digest()
+
+
+@attrs.define(eq=False, repr=False)
+class _Opened:
+    """What the stages with the same arguments share in a process."""
+
+    stage: AnalyzeStage[Any, Any]  # keeps what is identified by its `id`
+    session: AnalyzeSession
+    ledger: Ledger | None
+    parts: Sequence[Any]
+
+    async def aclose(self) -> None:
+        await self.session.aclose()
+        for part in self.parts:
+            if hasattr(part, "aclose"):
+                await part.aclose()
+
+    def describe(self) -> dict[str, Any]:
+        counts = attrs.asdict(self.session.stats)
+        return {"host": socket.gethostname(), "pid": os.getpid(), **counts}
+
+
+def _copy(value: T) -> T:
+    """Return a copy for the loop of the host; what cannot be copied is used as it is."""
+    try:
+        return copy.copy(value)
+    except TypeError:
+        return value
+
+
+@attrs.define(eq=False, repr=False)
+class _Host:
+    """The thread of a process whose event loop runs its sessions.
+
+    A process that is forked starts another one when it needs it; the parent's is left alone.
+    """
+
+    loop: asyncio.AbstractEventLoop = attrs.field(factory=asyncio.new_event_loop)
+    thread: threading.Thread = attrs.field(init=False)
+    opened: dict[bytes, asyncio.Task[_Opened]] = attrs.field(factory=dict)
+
+    def start(self) -> None:
+        self.thread = threading.Thread(
+            target=self.loop.run_forever, name="cloudinary-analyze", daemon=True
+        )
+        self.thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        if threading.current_thread() is self.thread:
+            coroutine.close()
+            raise RuntimeError("A stage cannot be called by code that it calls itself.")
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    async def open(self, stage: AnalyzeStage[Any, Any]) -> _Opened:
+        identity = stage._identify()  # noqa: SLF001 -- of this module
+        opening = self.opened.get(identity)
+        if opening is None:
+            opening = self.opened[identity] = self.loop.create_task(_open(stage))
+        try:
+            return await asyncio.shield(opening)
+        except BaseException:
+            if opening.done() and (opening.cancelled() or opening.exception() is not None):
+                self.opened.pop(identity, None)
+            raise
+
+    async def aclose(self) -> None:
+        while self.opened:
+            _, opening = self.opened.popitem()
+            await asyncio.wait([opening])
+            if not opening.cancelled() and opening.exception() is None:
+                await opening.result().aclose()
+
+    def stop(self) -> None:
+        self.run(self.aclose()).result(CLOSE_SECONDS)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(CLOSE_SECONDS)
+        self.loop.close()
+
+
+async def _open(stage: AnalyzeStage[Any, Any]) -> _Opened:
+    settings, pacer = stage.settings, _copy(stage.settings.pacer)
+    ledger, notifications = _copy(stage.ledger), _copy(stage.notifications)
+    session = await asyncio.to_thread(  # the first one imports aiohttp
+        AnalyzeSession,
+        stage.credentials,
+        settings=settings if pacer is None else attrs.evolve(settings, pacer=pacer),
+        notifications=notifications,
+        notification_url=stage.notification_url,
+    )
+    opened = _Opened(stage, session, ledger, (notifications, ledger, pacer))
+    if callable(describe := getattr(ledger, "describe", None)):
+        describe(opened.describe)
+    await session.__aenter__()
+    return opened
+
+
+_host: _Host | None = None
+_lock = threading.Lock()
+_abandoned: Final[list[_Host | None]] = []  # closing what a fork inherited could disturb the parent
+
+
+def _find_host() -> _Host:
+    global _host  # noqa: PLW0603 -- one for each process
+    with _lock:
+        if _host is None:
+            from multiprocessing.util import Finalize
+
+            # not atexit: the children of a pool skip that
+            Finalize(None, close_sessions, exitpriority=10)
+            _host = _Host()
+            _host.start()
+        return _host
+
+
+def _forget_host() -> None:
+    global _host, _lock
+    _abandoned.append(_host)
+    _host, _lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_host)
+
+
+def close_sessions() -> None:
+    """Close the sessions of all stages of this process. Idempotent; a later call opens anew.
+
+    Runs by itself when a process ends normally. Items in flight in other threads are stopped.
+    """
+    global _host
+    with _lock:
+        host, _host = _host, None
+    if host is not None:
+        host.stop()
+
+
+def worker_stats(ledger: Ledger | None = None) -> list[dict[str, Any]]:
+    """Return the statistics of workers, while they run: `SessionStats` and who they are.
+
+    Args:
+        ledger: A `RedisLedger`: of all its workers, also from another process. Default: of the
+            sessions of this process.
+
+    Raises:
+        ConfigurationError: The ledger does not know its workers.
+        LedgerError: The ledger cannot be read.
+    """
+    if ledger is not None:
+        if not hasattr(ledger, "worker_stats"):
+            raise ConfigurationError(f"A {type(ledger).__name__} does not know its workers.")
+        found: list[dict[str, Any]] = cast("Any", ledger).worker_stats()
+        return found
+    host = _host
+    tasks = [] if host is None else list(host.opened.values())
+    return [
+        task.result().describe()
+        for task in tasks
+        if task.done() and not task.cancelled() and task.exception() is None
+    ]
+
+
+def outcome_columns(outcomes: Iterable[AnyOutcome]) -> dict[str, list[Any]]:
+    """Return outcomes as columns for a table of pandas, Arrow or Polars: `COLUMNS`.
+
+    ``status`` is ``"answered"``, ``"failed"`` or ``"stopped"``. A stopped item has no response
+    because of an error that concerns more than itself, such as an exhausted quota. Run the same job
+    again to get it. The other columns are those of the exported tables.
+    """
+    rows = [_build_row(outcome) for outcome in outcomes]
+    return {name: [row[name] for row in rows] for name in COLUMNS}
+
+
+def _build_row(outcome: AnyOutcome) -> dict[str, Any]:
+    row = build_row(build_record(outcome))
+    status, error = "answered", outcome.error
+    if error is not None:
+        stopped = isinstance(error, BulkStoppedError) or (
+            not outcome.restored
+            and isinstance(error, AnalyzeError)
+            and find_stop(error, Settings()) is not None
+        )
+        status = "stopped" if stopped else "failed"
+    return {**row, "status": status, "restored": outcome.restored}
+
+
+def __getattr__(name: str) -> Any:
+    """Build ``SCHEMA`` (of Arrow) and ``META`` (an empty pandas table) when they are asked for."""
+    if name == "SCHEMA":
+        arrow = _import("pyarrow", "pip install 'cloudinary-analyze[parquet]'")
+        kinds = {
+            int: arrow.int64(),
+            float: arrow.float64(),
+            bool: arrow.bool_(),
+            str: arrow.string(),
+        }
+        return arrow.schema([(column, kinds[kind]) for column, kind in COLUMNS.items()])
+    if name == "META":
+        pandas = _import("pandas", "pip install pandas")
+        kinds = {int: "Int64", float: "float64", bool: "boolean", str: "string"}
+        return pandas.DataFrame(
+            {column: pandas.Series([], dtype=kinds[kind]) for column, kind in COLUMNS.items()}
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _import(name: str, line: str) -> Any:
+    try:
+        return import_module(name)  # by name: it may have no types
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(f"{error.name} is not installed: {line}") from None
