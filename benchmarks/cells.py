@@ -14,6 +14,7 @@ from benchmarks import (
     importing,
     mapping,
     notifying,
+    observing,
     pending,
     queueing,
     resuming,
@@ -22,6 +23,7 @@ from benchmarks.model import Cell
 
 FAMILIES: Final = (
     calling,
+    observing,
     decoding,
     importing,
     mapping,
