@@ -259,6 +259,7 @@ class RedisLedger(Ledger):
                 response=item.response,
                 error=item.error,
                 seconds=state.seconds,
+                source=item.source or None,
             )
         return None if state.task_id is None else LedgerRecord(key=key, task_id=state.task_id)
 
