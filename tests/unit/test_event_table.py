@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import attrs
@@ -41,5 +42,5 @@ def test_every_event_class_is_in_the_union() -> None:
 
 def test_every_field_is_documented() -> None:
     for kind in events.Event.__args__:
-        documented = re.findall(r"^        (\w+):", kind.__doc__ or "", re.MULTILINE)
+        documented = re.findall(r"^    (\w+):", inspect.getdoc(kind) or "", re.MULTILINE)
         assert documented == [field.name for field in attrs.fields(kind)], kind
