@@ -44,7 +44,8 @@ def prepare(items: int) -> Iterator[Place]:
 def _write_ledger(path: Path, items: int) -> None:
     from cloudinary_analyze import Captioning, Uri
     from cloudinary_analyze.ledger.file import ANSWERED, create
-    from cloudinary_analyze.ledger.writer import write_answer, write_item
+    from cloudinary_analyze.ledger.items import write_item
+    from cloudinary_analyze.ledger.writer import write_answer
     from cloudinary_analyze.requests import KeyBuilder
 
     make_key = KeyBuilder(Captioning(build_image_url(0))).build
@@ -56,12 +57,8 @@ def _write_ledger(path: Path, items: int) -> None:
             key = bytes.fromhex(make_key(Uri(source)))
             write_item(
                 connection,
-                key,
-                position=number,
-                line=number + 1,
-                source=source,
-                model=MODEL,
-                error=None,
+                number,
+                (number + 1, source, MODEL, key, None, None, None, None),
             )
             if number < items - LEFT:
                 write_answer(connection, key, ANSWERED, ANSWERS[MODEL], seconds=0.5, recorded=0.0)

@@ -129,7 +129,7 @@ def run(
     receiving.check(emulated=emulated)
     plan = RunPlan(
         models=builders,
-        source=None if source.name is None else open_source(source),
+        source=open_source(source) if source.names else None,
         samples=DEFAULT_SAMPLES if samples is None else samples,
         places=places,
         named=named,
@@ -143,18 +143,18 @@ def run(
 
 
 def _check_input(source: InputOptions, *, emulated: bool, samples: int | None) -> None:
-    if samples is not None and source.name is not None:
+    if samples is not None and source.names:
         raise CommandError("--samples replaces --input; pass one of them.")
     if samples is not None and not emulated:
         raise CommandError("--samples are pictures of the emulator; add --emulator.")
-    if source.name is None and not emulated:
+    if not source.names and not emulated:
         raise CommandError(
             "Missing input: pass --input with a file, or - for standard input. "
             "To try it without an account and an input, pass --emulator instead."
         )
-    if source.name is None and source.described:
+    if not source.names and (source.input_format or source.column_options):
         raise CommandError(
-            "--input-format, --column and --key-column describe an input; add --input."
+            "--input-format, --column, --key-column and --keep describe an input; add --input."
         )
 
 

@@ -1,15 +1,17 @@
-"""Bulk input: plain text, CSV or JSON Lines, read lazily into numbered sources.
+"""Bulk input: plain text, CSV, JSON Lines or Parquet, read lazily into numbered sources.
 
-Reads any binary stream and opens none. One bad line is a value with its error, so that it never
-stops the rest; only what makes the whole input unreadable raises.
+Reads any binary stream and opens none. One invalid line is a value with its error, so that it never
+stops the rest. What leaves the borders of records in doubt, such as an open quote, raises.
 """
 
 from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator, Mapping
-from itertools import chain
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date, time
+from importlib import import_module
 from pathlib import PurePath
 from typing import Any, BinaryIO, Final, Literal
 
@@ -20,21 +22,27 @@ from cloudinary_analyze.errors import ConfigurationError, InvalidRequestError
 from cloudinary_analyze.requests import Asset, Uri
 from cloudinary_analyze.results.records import InputLine
 
-InputFormat = Literal["text", "csv", "jsonl"]
+InputFormat = Literal["text", "csv", "jsonl", "parquet"]
 
-LONGEST_LINE: Final = 2**20  # bytes; what is longer is no line of text
-SHOWN_TEXT: Final = 500  # characters that are kept of a bad line
+LONGEST_LINE: Final = 64 * 2**20  # bytes
+LONGEST_RECORD: Final = 100  # lines of a CSV record
+SHOWN_TEXT: Final = 500  # characters that are kept of an invalid line
 USUAL_COLUMNS: Final = ("url", "uri", "source")
 ASSET_PREFIX: Final = "asset:"
-
-_FORMATS: Final[Mapping[str, InputFormat]] = {
+FORMATS: Final[Mapping[str, InputFormat]] = {
+    "": "text",
+    ".txt": "text",
     ".csv": "csv",
     ".tsv": "csv",
     ".json": "jsonl",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".pq": "parquet",
 }
-_DELIMITERS: Final = (",", ";", "\t")
+
+_DELIMITERS: Final = (",", ";", "\t", "|")
+_SEPARATOR_LINE: Final = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
 _BOM: Final = b"\xef\xbb\xbf"
 _BINARY_STARTS: Final = (
     b"\xff\xfe",  # UTF-16
@@ -50,11 +58,44 @@ _BINARY_STARTS: Final = (
 )
 _CUT: Final = "\0"  # ends a line that was cut short; no URL, id or JSON can hold it
 _UNDECODED = re.compile("[\ud800-\udfff]")
+_ROWS_AT_ONCE: Final = 1000
+
+csv.field_size_limit(2**31 - 1 if sys.platform == "win32" else sys.maxsize)  # of the process
+
+
+@attrs.frozen(kw_only=True)
+class Columns:
+    """Which columns or fields of a row mean what.
+
+    Attributes:
+        source: The source's. ``None``: the first of ``url``, ``uri`` and ``source`` that there is,
+            or a CSV file's only column.
+        name: The one that identifies an item instead of its source.
+        keep: Those that are kept for the output; ``None``: all.
+    """
+
+    source: str | None = None
+    name: str | None = None
+    keep: tuple[str, ...] | None = None
 
 
 def detect_format(name: str) -> InputFormat:
-    """Return the format of a file by its extension; plain text if it tells nothing."""
-    return _FORMATS.get(PurePath(name).suffix.lower(), "text")
+    """Return the format of a file by its extension, before which ``.gz`` is ignored.
+
+    Raises:
+        ConfigurationError: The extension is unknown.
+    """
+    path = PurePath(name)
+    if path.suffix.lower() == ".gz":
+        path = path.with_suffix("")
+    found = FORMATS.get(path.suffix.lower())
+    if found is None:
+        known = ", ".join(filter(None, FORMATS))
+        raise ConfigurationError(
+            f"Unknown extension {path.suffix!r} of the input {name}. Known: {known}, each also "
+            "with .gz. Or name its format with --input-format."
+        )
+    return found
 
 
 def read_source(text: str) -> Uri | Asset:
@@ -73,35 +114,39 @@ def read_input(
     stream: BinaryIO,
     *,
     input_format: InputFormat = "text",
-    column: str | None = None,
-    name_column: str | None = None,
+    columns: Columns | None = None,
+    file: str | None = None,
 ) -> Iterator[InputLine]:
     """Read sources from a stream, lazily.
 
     Plain text has one source per line; blank lines and lines that begin with ``#`` are skipped.
-    CSV has a header line; commas, semicolons and tabs are told apart by it. JSON Lines has one
-    object per line. All are UTF-8, with or without a byte order mark.
+    CSV has a header line, which may follow a ``sep=`` line; it tells commas, semicolons, tabs and
+    pipes apart. JSON Lines has one object per line. Text is UTF-8, with or without a byte order
+    mark. Parquet has one row per source; columns of binary data are not read.
 
     Args:
-        stream: Bytes; read line by line, never as a whole.
+        stream: Bytes. Text is read line by line; Parquet needs a stream that can seek.
         input_format: How to read it.
-        column: The column or field of the source. Default: the first of ``url``, ``uri`` and
-            ``source`` that there is, or a CSV file's only column.
-        name_column: The column or field that names an item for good, for sources that change,
-            such as signed URLs. Not for plain text.
+        columns: What its columns mean. A dotted name, such as ``image.url``, is a field of an
+            object in JSON Lines and Parquet. Not for plain text.
+        file: The name of the file, for its lines.
 
     Yields:
-        A line for each source, bad ones included.
+        A line for each source, invalid ones included.
 
     Raises:
-        ConfigurationError: The input as a whole cannot be read: no text, or no such column.
+        ConfigurationError: The input as a whole cannot be read: it is not text, a column is
+            missing, or an open quote leaves the borders of its records in doubt.
     """
+    reader = _Reader(columns or Columns(), file)
+    if input_format == "parquet":
+        return reader.read_parquet(stream)
     lines = _read_lines(stream)
     if input_format == "csv":
-        return _read_csv(lines, column, name_column)
+        return reader.read_csv(lines)
     if input_format == "jsonl":
-        return _read_jsonl(lines, column, name_column)
-    return _read_text(lines)
+        return reader.read_jsonl(lines)
+    return reader.read_text(lines)
 
 
 def _read_lines(stream: BinaryIO) -> Iterator[tuple[int, str]]:
@@ -126,58 +171,291 @@ def _read_lines(stream: BinaryIO) -> Iterator[tuple[int, str]]:
 def _check_text(start: bytes) -> None:
     if start.startswith(_BINARY_STARTS) or b"\0" in start:
         raise ConfigurationError(
-            "The input is not a text file. Pass plain text, CSV or JSON Lines in UTF-8; "
-            "unpack or convert a compressed file, a spreadsheet or UTF-16 first."
+            "The input is not a text file. Pass plain text, CSV or JSON Lines in UTF-8, also "
+            "compressed with gzip, or Parquet. Convert a spreadsheet, another archive or UTF-16 "
+            "first."
         )
 
 
-def _read_text(lines: Iterator[tuple[int, str]]) -> Iterator[InputLine]:
+@attrs.frozen
+class _Reader:
+    """Builds the lines of one input."""
+
+    columns: Columns
+    file: str | None
+
+    def read_text(self, lines: Iterator[tuple[int, str]]) -> Iterator[InputLine]:
+        for number, line in lines:
+            text = line.strip()
+            if text and not text.startswith("#"):
+                yield self._build_line(number, text)
+
+    def read_csv(self, lines: Iterator[tuple[int, str]]) -> Iterator[InputLine]:
+        start = _read_header(lines, self.columns.source)
+        if start is None:
+            return
+        header, delimiter, _ = start
+        place = _find_column(header, self.columns.source, "--column")
+        name_place = None
+        if self.columns.name is not None:
+            name_place = _find_column(header, self.columns.name, "--key-column")
+        kept = list(enumerate(_name_columns(header)))
+        if self.columns.keep is not None:
+            places = {_find_column(header, name, "--keep") for name in self.columns.keep}
+            kept = [(index, name) for index, name in kept if index in places]
+        for number, row in _read_records(lines, delimiter, place):
+            if isinstance(row, str):
+                yield self._build_bad_line(number, "", row)
+                continue
+            if not any(map(str.strip, row)):
+                continue
+            text = row[place].strip() if place < len(row) else ""
+            reason = None
+            if any(row[len(header) :]):
+                reason = (
+                    f"The record has {len(row)} cells, but the header names {len(header)} columns. "
+                    f"Quote cells that contain {delimiter!r}."
+                )
+            elif not text:
+                reason = f"The column {header[place]!r} is empty."
+            elif any(map(_UNDECODED.search, row)):
+                reason = "The record is not UTF-8."
+            columns = {name: _make_encodable(row[i]) for i, name in kept if i < len(row)}
+            if reason is not None:
+                yield self._build_bad_line(number, delimiter.join(row), reason, columns)
+                continue
+            if name_place is None:
+                yield self._build_line(number, text, columns)
+            else:
+                name = row[name_place].strip() if name_place < len(row) else ""
+                yield self._build_named_line(number, text, columns, name, header[name_place])
+
+    def read_jsonl(self, lines: Iterator[tuple[int, str]]) -> Iterator[InputLine]:
+        begun = False
+        for number, line in lines:
+            text = line.strip()
+            if not text:
+                continue
+            if not begun and text.startswith("["):
+                raise ConfigurationError(
+                    "The input is a JSON array. JSON Lines has one object per line; "
+                    "convert it first, with `jq -c '.[]'` for example."
+                )
+            begun = True
+            if reason := _explain_text(text):
+                yield self._build_bad_line(number, text, reason)
+                continue
+            try:
+                record: Any = codec.loads(text.encode())
+            except (ValueError, RecursionError):
+                yield self._build_bad_line(number, text, "The line is not valid JSON.")
+                continue
+            if isinstance(record, dict):
+                yield self._build_object_line(number, record, text)
+            else:
+                reason = "The line is JSON, but not an object."
+                yield self._build_bad_line(number, text, reason)
+
+    def read_parquet(self, stream: BinaryIO) -> Iterator[InputLine]:
+        try:
+            # by name: the library has no types
+            arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
+        except ModuleNotFoundError as error:
+            raise ConfigurationError(
+                f"Parquet needs the package {error.name}, which is not installed: "
+                "pip install 'cloudinary-analyze[parquet]'"
+            ) from None
+        try:
+            table = parquet.ParquetFile(stream)
+            names = [
+                field.name
+                for field in table.schema_arrow
+                if not (
+                    arrow.types.is_binary(field.type) or arrow.types.is_large_binary(field.type)
+                )
+            ]
+            number = 0
+            for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=names):
+                for row in batch.to_pylist():
+                    number += 1
+                    record = _make_json(row)
+                    yield self._build_object_line(number, record, "")
+        except (arrow.ArrowException, OSError) as error:
+            raise ConfigurationError(
+                f"The input is not a readable Parquet file: {error}."
+            ) from None
+
+    def _build_object_line(self, number: int, record: dict[str, Any], text: str) -> InputLine:
+        source_column = self.columns.source
+        names = USUAL_COLUMNS if source_column is None else (source_column,)
+        name = next((name for name in names if _find_field(record, name) is not None), None)
+        text = text or repr(record)[:SHOWN_TEXT]
+        columns = record
+        if self.columns.keep is not None:
+            found = {name: _find_field(record, name) for name in self.columns.keep}
+            columns = {name: value for name, value in found.items() if value is not None}
+        if name is None:
+            reason = f"The field {names[0]!r} is missing; the fields are {_list(list(record))}."
+            return self._build_bad_line(number, text, reason, columns)
+        value = _find_field(record, name)
+        if not isinstance(value, str) or not value.strip():
+            reason = f"The field {name!r} must be a text."
+            return self._build_bad_line(number, text, reason, columns)
+        if self.columns.name is None:
+            return self._build_line(number, value.strip(), columns)
+        known_as = _find_field(record, self.columns.name)
+        if isinstance(known_as, bool) or not isinstance(known_as, str | int):
+            known_as = ""
+        return self._build_named_line(
+            number, value.strip(), columns, str(known_as).strip(), self.columns.name
+        )
+
+    def _build_named_line(
+        self, number: int, text: str, columns: dict[str, Any], name: str, column: str
+    ) -> InputLine:
+        if not name:
+            reason = f"The column {column!r}, which identifies the images, is empty."
+            return self._build_bad_line(number, text, reason, columns)
+        return attrs.evolve(self._build_line(number, text, columns), name=name)
+
+    def _build_line(
+        self, number: int, text: str, columns: dict[str, Any] | None = None
+    ) -> InputLine:
+        try:
+            source = read_source(text)
+        except InvalidRequestError as error:
+            reason = _explain_text(text) or error.message
+            return self._build_bad_line(number, text, reason, columns)
+        return InputLine(number, text, source, None, None, self.file, columns or None)
+
+    def _build_bad_line(
+        self, number: int, text: str, reason: str, columns: dict[str, Any] | None = None
+    ) -> InputLine:
+        shown = _make_encodable(text[:SHOWN_TEXT])
+        error = InvalidRequestError(reason)
+        return InputLine(number, shown, error=error, file=self.file, columns=columns or None)
+
+
+def _read_header(
+    lines: Iterator[tuple[int, str]], column: str | None
+) -> tuple[list[str], str, int] | None:
+    """Return the header of a CSV, its delimiter and its last line; ``None`` without one."""
+    delimiters: Sequence[str] = _DELIMITERS
+    text, quoted = "", False
     for number, line in lines:
-        text = line.strip()
-        if text and not text.startswith("#"):
-            yield _build_line(number, text)
+        if not quoted and not line.strip():
+            continue
+        if number == 1 and (separator := _SEPARATOR_LINE.fullmatch(line)):
+            delimiters = separator[1]
+            continue
+        text += line
+        quoted = text.count('"') % 2 == 1
+        if not quoted:
+            break
+        if number > LONGEST_RECORD:
+            raise ConfigurationError("The CSV header has an open quote.")
+    else:
+        if not text:
+            return None
+        raise ConfigurationError("The CSV header has an open quote.")
+    headers: list[tuple[bool, int, list[str], str]] = []
+    reason = ""
+    for delimiter in delimiters:
+        try:
+            header = next(_build_csv_reader(text.splitlines(keepends=True), delimiter))
+        except csv.Error as error:
+            reason = str(error)
+            continue
+        header = [name.strip() for name in header]
+        folded = {name.casefold() for name in header}
+        wanted = set(USUAL_COLUMNS) if column is None else {column.strip().casefold()}
+        headers.append((bool(folded & wanted), len(header), header, delimiter))
+    if not headers:
+        raise ConfigurationError(f"The CSV header cannot be read: {reason}.")
+    _, _, header, delimiter = max(headers, key=lambda entry: entry[:2])
+    return header, delimiter, number
 
 
-def _read_csv(
-    lines: Iterator[tuple[int, str]], column: str | None, name_column: str | None
-) -> Iterator[InputLine]:
-    first = next(((number, text) for number, text in lines if text.strip()), None)
-    if first is None:
-        return
-    offset = first[0]  # the lines up to the header; csv's own count begins there with 1
-    delimiter = max(_DELIMITERS, key=first[1].count)
-    reader = csv.reader(
-        chain([first[1]], (text for _, text in lines)),
-        delimiter=delimiter,
-        skipinitialspace=delimiter != "\t",
-    )
-    try:
-        header = [name.strip() for name in next(reader)]
-    except csv.Error as error:
-        raise ConfigurationError(f"The CSV header cannot be read: {error}.") from None
-    place = _find_column(header, column, "--column")
-    name_place = None
-    if name_column is not None:
-        name_place = _find_column(header, name_column, "--key-column")
+def _build_csv_reader(lines: Any, delimiter: str) -> Iterator[list[str]]:
+    return csv.reader(lines, delimiter=delimiter, skipinitialspace=delimiter != "\t", strict=True)
+
+
+def _read_records(
+    lines: Iterator[tuple[int, str]], delimiter: str, place: int
+) -> Iterator[tuple[int, list[str] | str]]:
+    """Yield the line where a CSV record begins, and its cells or why it has none.
+
+    Raises:
+        ConfigurationError: It is in doubt where records begin and end.
+    """
+    record: list[tuple[int, str]] = []
+
+    def pull() -> Iterator[str]:
+        for number, text in lines:
+            record.append((number, text))
+            if text.endswith(f"{_CUT}\n"):
+                limit = LONGEST_LINE // 2**20
+                raise ConfigurationError(f"Line {number} of the CSV is longer than {limit} MiB.")
+            if len(record) > LONGEST_RECORD:
+                first = record[0][0]
+                raise _refuse_record(
+                    record,
+                    f"is longer than {LONGEST_RECORD} lines. Is a quote open in line {first}?",
+                )
+            yield text
+
+    reader = _build_csv_reader(pull(), delimiter)
     while True:
-        number = offset + reader.line_num
+        record.clear()
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            reason = f"The record that begins here is no CSV ({error}). Is a quote left open?"
-            yield _build_bad_line(number, "", reason)
-            continue
-        text = row[place].strip() if place < len(row) else ""
-        if text and name_place is not None:
-            name = row[name_place].strip() if name_place < len(row) else ""
-            yield _build_named_line(number, text, name, header[name_place])
-        elif text:
-            yield _build_line(number, text)
-        elif any(map(str.strip, row)):
-            reason = f"The column {header[place]!r} is empty here."
-            yield _build_bad_line(number, delimiter.join(row), reason)
+            quotes = sum(text.count('"') for _, text in record)
+            if len(record) == 1 and quotes % 2 == 0:
+                yield record[0][0], f"The record is not valid CSV: {error}."
+                continue
+            first = record[0][0]
+            raise _refuse_record(
+                record, f"is not valid CSV: {error}. Is a quote open in line {first}?"
+            ) from None
+        for number, text in record[1:]:
+            cells = text.partition('"')[0].split(delimiter)
+            if place < len(cells) and _is_source(cells[place]):
+                raise _refuse_record(
+                    record,
+                    f"seems to contain another record in line {number}. Is a quote open in line "
+                    f"{record[0][0]}?",
+                )
+        yield record[0][0], row
+
+
+def _refuse_record(record: Sequence[tuple[int, str]], reason: str) -> ConfigurationError:
+    first, last = record[0][0], record[-1][0]
+    where = f"line {first}" if first == last else f"lines {first} to {last}"
+    return ConfigurationError(f"The CSV record in {where} {reason} Nothing was sent.")
+
+
+def _is_source(text: str) -> bool:
+    try:
+        read_source(text)
+    except InvalidRequestError:
+        return False
+    return True
+
+
+def _name_columns(header: Sequence[str]) -> list[str]:
+    """Return a different name for each column."""
+    names: list[str] = []
+    for number, name in enumerate(header, start=1):
+        base = _make_encodable(name) or f"column_{number}"
+        unique, count = base, 2
+        while unique in names:
+            unique = f"{base}_{count}"
+            count += 1
+        names.append(unique)
+    return names
 
 
 def _find_column(header: list[str], column: str | None, option: str) -> int:
@@ -194,69 +472,36 @@ def _find_column(header: list[str], column: str | None, option: str) -> int:
         )
     wanted = "url" if column is None else column
     raise ConfigurationError(
-        f"The CSV input has no column {wanted!r}; it has {_list(header)}. "
-        f"Name the right one with {option}."
+        f"The CSV input has no column {wanted!r}; its columns are {_list(header)}. "
+        f"Pass the right name with {option}."
     )
 
 
-def _read_jsonl(
-    lines: Iterator[tuple[int, str]], column: str | None, name_column: str | None
-) -> Iterator[InputLine]:
-    names = USUAL_COLUMNS if column is None else (column,)
-    begun = False
-    for number, line in lines:
-        text = line.strip()
-        if not text:
-            continue
-        if not begun and text.startswith("["):
-            raise ConfigurationError(
-                "The input is a JSON array. JSON Lines has one object per line; "
-                "convert it first, with `jq -c '.[]'` for example."
-            )
-        begun = True
-        yield _read_object(number, text, names, name_column)
+def _find_field(record: Any, name: str) -> Any:
+    """Return a field of an object, by its name or by a dotted path; ``None`` if it is missing."""
+    if isinstance(record, dict) and name in record:
+        return record[name]
+    for part in name.split("."):
+        if isinstance(record, dict):
+            record = record.get(part)
+        elif isinstance(record, list) and part.isdecimal() and int(part) < len(record):
+            record = record[int(part)]
+        else:
+            return None
+    return record
 
 
-def _read_object(
-    number: int, text: str, names: tuple[str, ...], name_column: str | None
-) -> InputLine:
-    if reason := _explain_text(text):
-        return _build_bad_line(number, text, reason)
-    try:
-        record: Any = codec.loads(text.encode())
-    except (ValueError, RecursionError):
-        return _build_bad_line(number, text, "The line is no JSON.")
-    if not isinstance(record, dict):
-        return _build_bad_line(number, text, "The line is JSON, but no object.")
-    name = next((name for name in names if name in record), None)
-    if name is None:
-        reason = f"The object has no {names[0]!r}; it has {_list(list(record))}."
-        return _build_bad_line(number, text, reason)
-    value = record[name]
-    if not isinstance(value, str) or not value.strip():
-        return _build_bad_line(number, text, f"{name!r} is no text here.")
-    if name_column is None:
-        return _build_line(number, value.strip())
-    known_as = record.get(name_column)
-    if isinstance(known_as, bool) or not isinstance(known_as, str | int):
-        known_as = ""
-    return _build_named_line(number, value.strip(), str(known_as).strip(), name_column)
-
-
-def _build_named_line(number: int, text: str, name: str, column: str) -> InputLine:
-    if not name:
-        return _build_bad_line(number, text, f"{column!r}, which names the items, is empty here.")
-    return attrs.evolve(_build_line(number, text), name=name)
-
-
-def _build_line(number: int, text: str) -> InputLine:
-    try:
-        return InputLine(number, text, read_source(text))
-    except InvalidRequestError as error:
-        reason = _explain_text(text)
-        if reason is None and "\n" in text:
-            reason = "The source spans several lines. Is a quote left open?"
-        return _build_bad_line(number, text, error.message if reason is None else reason)
+def _make_json(value: Any) -> Any:
+    """Return a value of Parquet as one of JSON."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, dict):
+        return {str(name): _make_json(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_make_json(entry) for entry in value]
+    if isinstance(value, bytes):
+        return None
+    return value.isoformat() if isinstance(value, date | time) else str(value)
 
 
 def _explain_text(text: str) -> str | None:
@@ -265,9 +510,8 @@ def _explain_text(text: str) -> str | None:
     return "The line is not UTF-8." if _UNDECODED.search(text) else None
 
 
-def _build_bad_line(number: int, text: str, reason: str) -> InputLine:
-    shown = text[:SHOWN_TEXT].encode(errors="surrogateescape").decode(errors="replace")
-    return InputLine(number, shown, error=InvalidRequestError(reason))
+def _make_encodable(text: str) -> str:
+    return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 def _list(names: list[str]) -> str:

@@ -1,9 +1,9 @@
-"""The ledger of a run, as the run sees it: which items are done, and what becomes of the others."""
+"""The ledger of a run: it holds the input's items, and what became of them."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, closing, contextmanager
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Final
 
@@ -11,9 +11,11 @@ import attrs
 from rich.console import Console
 
 from cloudinary_analyze._policy import is_final, stops_the_stream
-from cloudinary_analyze.cli.feed import ItemFeed
+from cloudinary_analyze._wire import codec
+from cloudinary_analyze.cli.feed import LineSource, read_items
+from cloudinary_analyze.cli.input import read_source
 from cloudinary_analyze.cli.models import BuildRequest
-from cloudinary_analyze.cli.screen import say
+from cloudinary_analyze.cli.screen import CommandError, say
 from cloudinary_analyze.cli.service import Service
 from cloudinary_analyze.config import DEFAULT_HOST, Settings, read_base_url
 from cloudinary_analyze.errors import AnalyzeError, LedgerError
@@ -23,19 +25,25 @@ from cloudinary_analyze.ledger.file import (
     find_companion,
     lock,
 )
-from cloudinary_analyze.ledger.sqlite import EarlierItems, SQLiteLedger
+from cloudinary_analyze.ledger.items import Inventory, ItemRow
+from cloudinary_analyze.ledger.sqlite import SQLiteLedger, build_row
 from cloudinary_analyze.outcomes import AnyOutcome
 from cloudinary_analyze.requests import KeyBuilder, Uri
-from cloudinary_analyze.results.records import InputItem
+from cloudinary_analyze.results.records import InputItem, InputLine
 
+SHOWN_BAD_LINES: Final = 10
 _ANY_SOURCE: Final = Uri("https://example.com/")
 
 
+class HaltedError(Exception):
+    """The user asked to stop."""
+
+
 class _RunLedger(SQLiteLedger):
-    """The ledger of a run, which notes its items by itself: with their lines, bad ones too."""
+    """The ledger of a run, whose items are noted with their lines, invalid ones included."""
 
     async def note_item(self, key: str, *, source: str, model: str, index: int) -> None:
-        """Do nothing; see `Book.note_all`."""
+        """Do nothing; see `Book.register`."""
 
 
 @attrs.define(eq=False)
@@ -45,93 +53,121 @@ class Book:
     Attributes:
         ledger: The ledger; open.
         begun_before: Whether an earlier run noted items in it.
-        displaced: Whether the input or the models differ, so that answered items of an earlier run
-            are no longer among this one's. Their answers are kept all the same.
+        bad_lines: The first invalid lines of the input.
     """
 
     ledger: SQLiteLedger
     begun_before: bool
-    displaced: bool = attrs.field(default=False, init=False)
+    bad_lines: list[InputLine] = attrs.field(factory=list, init=False)
     _makers: Mapping[str, KeyBuilder]
+    _halted: bool = attrs.field(default=False, init=False)
 
-    def make_key(self, item: InputItem) -> str | None:
-        """Return the key of an item's request; ``None`` for a bad line."""
-        line = item.line
-        if line.source is None or item.model is None:
-            return None
-        maker = self._makers[item.model]
-        return maker.build(line.source) if line.name is None else maker.build_named(line.name)
+    def halt(self) -> None:
+        """Give up `register`; nothing of it is kept. From any thread."""
+        self._halted = True
 
-    @contextmanager
-    def open_earlier(self) -> Iterator[Earlier]:
-        """Open what tells which items are done; for one thread."""
-        with self.ledger.earlier_items() as items:
-            earlier = Earlier(self, items)
-            yield earlier
+    async def register(self, source: LineSource, limit: int | None) -> Inventory:
+        """Replace the items of an earlier run by those of a source.
 
-    async def note_all(self, feed: ItemFeed) -> AsyncIterator[InputItem]:
-        """Pass the items on, each once it is noted.
+        Raises:
+            HaltedError: `halt` was called.
+            ConfigurationError: The input cannot be read.
+            OSError: It could not be read to its end.
+            LedgerError: The ledger cannot be written.
+        """
+        return await self.ledger.replace_items(lambda: self._build_rows(source, limit))
+
+    async def clear(self) -> None:
+        """Remove the items of an earlier run.
+
+        Raises:
+            LedgerError: The ledger cannot be written.
+        """
+        await self.ledger.replace_items(tuple)
+
+    def _build_rows(self, source: LineSource, limit: int | None) -> Iterator[ItemRow]:
+        self.bad_lines.clear()
+        with closing(read_items(source, tuple(self._makers), limit)) as items:
+            line, columns = None, None
+            for item in items:
+                if self._halted:
+                    raise HaltedError
+                if item.line is not line:  # its columns are encoded once
+                    line, columns = item.line, _dump_columns(item.line)
+                    if line.error is not None and len(self.bad_lines) < SHOWN_BAD_LINES:
+                        self.bad_lines.append(line)
+                yield self._build_row(item, columns)
+            if line is None:
+                raise CommandError(f"The input, {source.name}, has no rows. Nothing was sent.")
+
+    def _build_row(self, item: InputItem, columns: bytes | None) -> ItemRow:
+        line, key = item.line, None
+        if line.source is not None and item.model is not None:
+            maker = self._makers[item.model]
+            key = maker.build(line.source) if line.name is None else maker.build_named(line.name)
+        return build_row(
+            source=line.text if line.source is None else str(line.source),
+            line=line.number,
+            model=item.model,
+            key=key,
+            file=line.file,
+            name=line.name,
+            columns=columns,
+            error=line.error,
+        )
+
+    def read_items(self, *, open_only: bool) -> Generator[InputItem, None, None]:
+        """Yield the items that make a request; for one thread.
+
+        Args:
+            open_only: Whether to leave out those that have a response or a final error.
+
+        Raises:
+            LedgerError: The ledger cannot be read.
+        """
+        for noted in self.ledger.iter_noted(open_only=open_only):
+            line = InputLine(
+                number=noted.line or 0,
+                text=noted.source,
+                source=read_source(noted.source),
+                name=noted.name,
+                file=noted.file,
+                columns=noted.columns,
+            )
+            yield InputItem(line, noted.model, noted.index)
+
+    async def note(self, item: InputItem) -> None:
+        """Note an item of a source that can be read only once.
 
         Raises:
             LedgerError: It cannot be written.
         """
-        async for item in feed:
-            await self._note(item, item.line.error)
-            yield item
+        assert item.index is not None
+        row = self._build_row(item, _dump_columns(item.line))
+        await self.ledger.add_item(item.index, row)
 
-    async def note_outcome(self, outcome: AnyOutcome, settings: Settings) -> bool:
-        """Note why an item failed for now, which a ledger's answers do not tell.
+    async def note_failure(self, outcome: AnyOutcome, settings: Settings) -> bool:
+        """Note why an item failed for a transient reason, which a ledger's answers do not tell.
 
         Returns:
-            Whether that is so: the item failed, and may fare better another time.
+            Whether the item failed for a transient reason, so that the next run retries it.
 
         Raises:
             LedgerError: It cannot be written.
         """
         error, item = outcome.error, outcome.item
-        if error is None or item.line.error is not None or stops_the_stream(error, settings):
+        if error is None or stops_the_stream(error, settings):
             return False
         if not isinstance(error, AnalyzeError):
             error = AnalyzeError(f"{type(error).__name__}: {error}")
         elif is_final(error):
             return False
-        await self._note(item, error)
+        await self.ledger.add_error(item.index, error)
         return True
 
-    async def _note(self, item: InputItem, error: AnalyzeError | None) -> None:
-        assert item.index is not None
-        line = item.line
-        await self.ledger.add_item(
-            item.index,
-            line=line.number,
-            source=line.text if line.source is None else str(line.source),
-            model=item.model,
-            key=self.make_key(item),
-            error=error,
-        )
 
-
-@attrs.define(eq=False)
-class Earlier:
-    """Compares the items of this run with those of an earlier one, in their order."""
-
-    _book: Book
-    _items: EarlierItems
-
-    def is_done(self, item: InputItem) -> bool:
-        """Whether an item was noted in its place, and has its answer."""
-        assert item.index is not None
-        standing = self._items.compare(
-            item.index, line=item.line.number, key=self._book.make_key(item)
-        )
-        if standing == "displaced":
-            self._book.displaced = True
-        return standing == "done"
-
-    def end(self, count: int) -> None:
-        """Take note that the run has so many items and no more."""
-        if self._items.goes_on(count):
-            self._book.displaced = True
+def _dump_columns(line: InputLine) -> bytes | None:
+    return None if line.columns is None else codec.dumps(line.columns)
 
 
 @asynccontextmanager

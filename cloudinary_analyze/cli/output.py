@@ -6,9 +6,8 @@ import asyncio
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
-from functools import partial
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -19,10 +18,18 @@ import attrs
 from cyclopts import Parameter
 from rich.console import Console
 
+from cloudinary_analyze.cli.ledger import HaltedError
 from cloudinary_analyze.cli.screen import STANDARD, CommandError, ExitCode, say
 from cloudinary_analyze.cli.summary import Tally
 from cloudinary_analyze.ledger.sqlite import SQLiteLedger
-from cloudinary_analyze.results.export import ExportFormat, export_results, write_records
+from cloudinary_analyze.results.export import (
+    NO_COLUMNS,
+    ExportFormat,
+    OwnColumns,
+    export_results,
+    find_own_columns,
+    write_records,
+)
 from cloudinary_analyze.results.records import build_ledger_record, dump_record
 from cloudinary_analyze.results.report import write_report
 
@@ -165,10 +172,6 @@ def plan_places(options: OutputOptions, *, needs_ledger: bool) -> Places:
     )
 
 
-class _HaltedError(Exception):
-    """Somebody asked to stop."""
-
-
 @attrs.define(eq=False)
 class LedgerExport:
     """Writes what a ledger holds, and counts it.
@@ -200,7 +203,7 @@ class LedgerExport:
         with closing(self.ledger.iter_items()) as items:  # type: ignore[type-var]
             for item in items:
                 if self._halted:
-                    raise _HaltedError
+                    raise HaltedError
                 if not item.done:
                     self.unanswered += 1
                     continue
@@ -209,20 +212,16 @@ class LedgerExport:
                 yield record
         self.counted = True
 
-    async def write(self, places: Places, *, keep_earlier: bool) -> str:
+    async def write(self, places: Places) -> str:
         """Write the results, and their report where one is wanted; return where they are.
 
         What is streamed is only counted.
-
-        Args:
-            places: Where they go.
-            keep_earlier: Whether a file of the output's name is kept under another.
 
         Raises:
             CommandError: They cannot be written, or `halt` was called.
             LedgerError: The ledger cannot be read.
         """
-        writing = asyncio.create_task(asyncio.to_thread(self._write, places, keep_earlier))
+        writing = asyncio.create_task(asyncio.to_thread(self._write, places))
         try:
             return await asyncio.shield(writing)
         except asyncio.CancelledError:
@@ -230,26 +229,39 @@ class LedgerExport:
             await asyncio.wait({writing})
             raise
 
-    def _write(self, places: Places, keep_earlier: bool) -> str:
+    def _write(self, places: Places) -> str:
         place, shown = places.output, "standard output"
         try:
             if places.streamed:
                 deque(self.iter_records(), maxlen=0)
             else:
-                shown = _replace(Path(place), keep_earlier, partial(self._export, places))
+                self._export(places)
+                shown = place
             if places.report is not None:
                 place = str(places.report)
                 write_report(map(dump_record, self.iter_records()), places.report)
-        except _HaltedError:
+        except HaltedError:
             raise self._explain(f"The writing of {place} was interrupted", 130) from None
         except OSError as error:
-            deque(self.iter_records(), maxlen=0)  # what it holds is to be told all the same
+            deque(self.iter_records(), maxlen=0)  # its counts are reported all the same
             sentence = f"{place} could not be written: {error.strerror or error}"
             raise self._explain(sentence, ExitCode.STOPPED) from None
         return f"{shown} (ledger: {self.ledger.path})"
 
     def _export(self, places: Places) -> None:
-        export_results(self.iter_records(), places.output, places.output_format)
+        own = self.find_columns(places.output_format)
+        export_results(self.iter_records(), places.output, places.output_format, own=own)
+
+    def find_columns(self, output_format: ExportFormat) -> OwnColumns:
+        """Return the columns of the input that a table gets.
+
+        Raises:
+            LedgerError: The ledger cannot be read.
+        """
+        if output_format == "jsonl":
+            return NO_COLUMNS
+        with closing(self.ledger.iter_columns()) as rows:  # type: ignore[type-var]
+            return find_own_columns(rows)
 
     def _explain(self, sentence: str, exit_code: int) -> CommandError:
         return CommandError(
@@ -259,20 +271,28 @@ class LedgerExport:
         )
 
 
-def _replace(path: Path, keep_earlier: bool, write: Callable[[], object]) -> str:
-    """Write a file; results were paid for, so an earlier one may be kept under another name."""
-    if not (keep_earlier and path.exists()):
-        write()
-        return str(path)
+def set_aside(output: str) -> Path | None:
+    """Rename a file of results that no ledger of this run can write again.
+
+    Returns:
+        Its new path; ``None`` if there was no such file.
+
+    Raises:
+        CommandError: It cannot be renamed.
+    """
+    path = Path(output).resolve()  # a symbolic link stays
+    if not path.is_file() or not path.stat().st_size:
+        return None
     names = (path.with_name(f"{path.name}.{number}") for number in count(1))
     kept = next(name for name in names if not name.exists())
-    path.rename(kept)
     try:
-        write()
-    except BaseException:
-        kept.rename(path)
-        raise
-    return f"{path} (the earlier file of that name is now {kept})"
+        path.rename(kept)
+    except OSError as error:
+        raise CommandError(
+            f"{path} holds other results and cannot be renamed to {kept.name}: {error.strerror}. "
+            "Nothing was sent."
+        ) from None
+    return kept
 
 
 @attrs.define(eq=False)
@@ -355,11 +375,12 @@ def export_ledger(
     export = LedgerExport(SQLiteLedger(ledger))
     records = export.iter_records()
     try:
+        own = export.find_columns(output_format)
         if output == STANDARD:
-            write_records(records, sys.stdout.buffer, output_format)
+            write_records(records, sys.stdout.buffer, output_format, own=own)
             sys.stdout.buffer.flush()
         else:
-            export_results(records, output, output_format)
+            export_results(records, output, output_format, own=own)
     except OSError as error:
         raise _explain(output, error) from None
     tally = export.tally

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, suppress
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import attrs
 from rich.console import Console
 
 from cloudinary_analyze._policy import stops_the_stream
-from cloudinary_analyze.cli.feed import ItemFeed, LineSource, build_sample_source
-from cloudinary_analyze.cli.ledger import Book, open_book
+from cloudinary_analyze.cli.feed import (
+    ItemFeed,
+    LineSource,
+    build_sample_source,
+    describe_line,
+    read_items,
+)
+from cloudinary_analyze.cli.ledger import SHOWN_BAD_LINES, Book, HaltedError, open_book
 from cloudinary_analyze.cli.models import BuildRequest
 from cloudinary_analyze.cli.notifications import Line, ReceivingOptions, open_line
-from cloudinary_analyze.cli.output import LedgerExport, Places, StreamResults
+from cloudinary_analyze.cli.output import LedgerExport, Places, StreamResults, set_aside
 from cloudinary_analyze.cli.screen import (
     STANDARD,
     CommandError,
@@ -44,12 +50,17 @@ from cloudinary_analyze.errors import (
     ConfigurationError,
     ResultNotDeliveredError,
 )
+from cloudinary_analyze.ledger.items import Inventory, RecordSet
 from cloudinary_analyze.outcomes import AnyOutcome
 from cloudinary_analyze.requests import AnalyzeRequest
-from cloudinary_analyze.results.records import InputItem, build_record, dump_record
+from cloudinary_analyze.results.records import (
+    InputItem,
+    InputLine,
+    build_line_record,
+    build_record,
+    dump_record,
+)
 from cloudinary_analyze.session import AnalyzeSession
-
-SHOWN_BAD_LINES: Final = 10
 
 
 @attrs.frozen(kw_only=True)
@@ -94,17 +105,24 @@ class RunPlan:
 
 @attrs.define(eq=False)
 class _Run:
-    """A run while it lasts."""
+    """A run while it lasts.
+
+    Legal stages: ``"reading"`` the input, ``"working"``, ``"writing"`` the results; in this order.
+    """
 
     plan: RunPlan
+    source: LineSource
     settings: Settings
-    feed: ItemFeed
     session: AnalyzeSession
     console: Console
     book: Book | None
     line: Line | None
     stream: StreamResults | None
     export: LedgerExport | None
+    feed: ItemFeed = attrs.field(init=False)
+    stage: Literal["reading", "working", "writing"] = "reading"
+    inventory: Inventory | None = None
+    answered_before: RecordSet = attrs.field(factory=RecordSet)
     tally: Tally = attrs.field(factory=Tally)
     done: int = 0
     failed: int = 0
@@ -115,20 +133,69 @@ class _Run:
     interrupted: bool = False
     work: asyncio.Task[None] | None = None
 
-    def build_request(self, item: InputItem) -> AnalyzeRequest[Any]:
-        line = item.line
-        if line.error is not None:
-            raise line.error
-        assert item.model is not None
-        assert line.source is not None
-        return self.plan.models[item.model](line.source)
+    @property
+    def total(self) -> int | None:
+        """How many items there are; ``None`` if that is not known."""
+        if self.inventory is not None:
+            return self.inventory.items
+        return self.feed.pulled if self.feed.exhausted else None
+
+    async def prepare_input(self) -> None:
+        """Read the input into the ledger, if it can be read twice; otherwise it is read meanwhile.
+
+        Raises:
+            HaltedError: An interrupt ended it.
+            CommandError: The input has no rows, or cannot be read to its end.
+            ConfigurationError: The input is invalid as a whole.
+            LedgerError: The ledger cannot be written.
+        """
+        plan, source, book = self.plan, self.source, self.book
+        if book is not None and source.repeatable:
+            try:
+                inventory = self.inventory = await book.register(source, plan.limit)
+            except OSError as error:
+                raise CommandError(f"The input could not be read: {error.strerror}.") from None
+            self._report_inventory(book, inventory)
+            # a stream shows what was answered before, too
+            open_only = self.stream is None
+            self.feed = ItemFeed(lambda: book.read_items(open_only=open_only), len(plan.models))
+            return
+        if book is not None:
+            self.answered_before = book.ledger.answered_items()
+            await book.clear()
+        models = tuple(plan.models)
+        self.feed = ItemFeed(lambda: read_items(source, models, plan.limit), len(models))
+
+    def _report_inventory(self, book: Book, inventory: Inventory) -> None:
+        if inventory.other and inventory.changed:
+            say(
+                self.console,
+                f"The ledger {book.ledger.path} also holds {inventory.other:,} results of another "
+                "input, other models or other parameters. They stay in it; the output will hold "
+                f"this input only. Of its {inventory.items:,} items, {inventory.done:,} are "
+                "answered already.",
+                style="yellow",
+            )
+        if self.stream is None and (inventory.displaced or not book.begun_before):
+            self.set_aside_output()
+        for line in book.bad_lines:
+            self._report_bad_line(line)
+        if inventory.bad > SHOWN_BAD_LINES:
+            self.bad_lines = SHOWN_BAD_LINES
+            self._report_bad_line(None)
+
+    def set_aside_output(self) -> None:
+        """Rename the file of results, if it holds those of another input."""
+        kept = set_aside(self.plan.places.output)
+        if kept is not None:
+            say(self.console, f"The earlier file {self.plan.places.output} is now {kept}.")
 
     async def consume(self) -> None:
         self.feed.start()
         book = self.book
         async with self.session.map(
-            self.feed if book is None else book.note_all(self.feed),
-            self.build_request,
+            self.feed if self.inventory is not None and self.stream is None else self._pull(),
+            self._build_request,
             mode=self.plan.mode,
             ledger=None if book is None else book.ledger,
             key=_read_name if self.plan.named else None,
@@ -136,42 +203,75 @@ class _Run:
             async for outcome in stream:
                 await self._take(outcome)
 
+    async def _pull(self) -> AsyncIterator[InputItem]:
+        """Yield the items that make a request; note them if the input is read only now."""
+        async for item in self.feed:
+            if self.book is not None and self.inventory is None:
+                await self.book.note(item)
+            if item.line.error is None:
+                yield item
+            else:
+                await self._take_bad_line(item)
+
+    def _build_request(self, item: InputItem) -> AnalyzeRequest[Any]:
+        assert item.model is not None
+        assert item.line.source is not None
+        return self.plan.models[item.model](item.line.source)
+
+    async def _take_bad_line(self, item: InputItem) -> None:
+        if self.stream is not None:
+            await self._write(build_line_record(item))
+        self.feed.finish(item)
+        self.done += 1
+        self.failed += 1
+        self._report_bad_line(item.line)
+
     async def _take(self, outcome: AnyOutcome) -> None:
         error, item = outcome.error, outcome.item
         if isinstance(error, BulkStoppedError):
             self.stopping = error.reason or error  # it was not sent, and is left for another run
         elif error is not None and stops_the_stream(error, self.settings):
             self.stopping = error
-        elif self.book is not None and await self.book.note_outcome(outcome, self.settings):
+        elif self.book is not None and await self.book.note_failure(outcome, self.settings):
             if isinstance(error, ResultNotDeliveredError):
                 self.undelivered += 1
             else:
                 self.passing += 1
         if self.stream is not None:
-            record = build_record(outcome)
-            await self.stream.write(dump_record(record))
-            self.tally.add(record)
+            await self._write(build_record(outcome))
         if self.line is not None:
             self.line.take_note(outcome)
         self.feed.finish(item)
         self.done += 1
         self.failed += error is not None
-        if item.line.error is not None:
-            self._report_bad_line(item)
 
-    def _report_bad_line(self, item: InputItem) -> None:
+    async def _write(self, record: Mapping[str, Any]) -> None:
+        assert self.stream is not None
+        await self.stream.write(dump_record(record))
+        self.tally.add(record)
+
+    def _report_bad_line(self, line: InputLine | None) -> None:
         self.bad_lines += 1
-        if self.bad_lines <= SHOWN_BAD_LINES:
-            say(self.console, f"line {item.line.number}: {item.line.error}", style="yellow")
+        if self.bad_lines <= SHOWN_BAD_LINES and line is not None:
+            where = describe_line(line.number, line.file)
+            say(self.console, f"{where}: {line.error}", style="yellow")
         elif self.bad_lines == SHOWN_BAD_LINES + 1:
-            say(self.console, "Further bad lines are told in the results alone.", style="yellow")
+            say(
+                self.console,
+                "Further invalid lines are listed only in the results.",
+                style="yellow",
+            )
 
     def interrupt(self) -> None:
-        """Finish what is in flight; when asked again, give it up; and so the writing at the end."""
-        if self.work is None:
+        """Finish what is in flight; when asked again, abort it. Also ends reading and writing."""
+        if self.stage == "reading":
+            if self.book is not None:
+                self.book.halt()
+        elif self.stage == "writing":
             if self.export is not None:
                 self.export.halt()
         elif self.interrupted:
+            assert self.work is not None
             self.work.cancel()
         else:
             self.interrupted = True
@@ -189,14 +289,18 @@ class _Run:
         )
 
     def measure(self) -> Reading:
+        inventory = self.inventory
+        earlier = 0
+        if inventory is not None and self.stream is None:
+            earlier = inventory.done + inventory.bad
         return Reading(
-            done=self.feed.skipped_items + self.done,
+            done=earlier + self.done,
             failed=self.failed,
-            total=self.feed.total_items,
+            total=self.total,
             quota={} if self.plan.emulated else self.session.quota,
         )
 
-    async def weigh(self) -> Balance | str | None:
+    def weigh(self) -> Balance | str | None:
         if self.export is None:
             return None
         if not self.export.counted:
@@ -206,15 +310,14 @@ class _Run:
             failed=self.tally.failed,
             passing=self.passing,
             undelivered=self.undelivered,
-            total=await self.feed.wait_for_total(),
+            total=self.total,
             lasting=not self.plan.emulated,
         )
 
     def locate(self) -> Position:
+        through = self.feed.finished_through
         return Position(
-            finished_through=self.feed.finished_through,
-            begun_lines=self.feed.skipped_lines + self.feed.pulled_lines,
-            total_lines=self.feed.total_lines,
+            finished_through=None if through is None else describe_line(through[1], through[0]),
             exhausted=self.feed.exhausted,
         )
 
@@ -228,7 +331,7 @@ async def perform_run(plan: RunPlan, console: Console) -> ExitCode:
 
     Raises:
         CommandError: It could not begin.
-        ConfigurationError: The credentials, the settings or the input cannot be right.
+        ConfigurationError: The credentials, the settings or the input are invalid.
         LedgerError: The ledger cannot be used.
     """
     async with AsyncExitStack() as stack:
@@ -238,6 +341,13 @@ async def perform_run(plan: RunPlan, console: Console) -> ExitCode:
         stack.enter_context(show_logs(console))
         run = await _prepare(plan, service, console, stack)
         with handle_interrupts(run.interrupt, run.interrupt):
+            try:
+                await run.prepare_input()
+            except HaltedError:
+                raise CommandError(
+                    "Interrupted while the input was read. Nothing was sent.",
+                    exit_code=ExitCode.INTERRUPTED,
+                ) from None
             return await _perform(run)
 
 
@@ -262,8 +372,6 @@ async def _prepare(
                 console=console,
             )
         )
-    # a stream is told of what was done before, too, so nothing is passed over then
-    earlier = book.open_earlier if book is not None and stream is None else None
     session = AnalyzeSession(
         service.credentials,
         settings=settings,
@@ -273,8 +381,8 @@ async def _prepare(
     )
     return _Run(
         plan=plan,
+        source=source,
         settings=settings,
-        feed=ItemFeed(source, tuple(plan.models), plan.limit, earlier),
         session=session,
         console=console,
         book=book,
@@ -285,23 +393,26 @@ async def _prepare(
 
 
 async def _perform(run: _Run) -> ExitCode:
-    plan, feed, console = run.plan, run.feed, run.console
+    plan, console = run.plan, run.console
     drawn = is_interactive(sys.stderr) and not (
         plan.places.output == STANDARD and sys.stdout.isatty()  # the results would tear it
     )
     async with run.session:
         run.work = work = asyncio.create_task(run.consume())
+        run.stage = "working"
         await _drive(run, work, console if drawn else None)
-    run.work = None
+    run.stage = "writing"
     aborted = work.cancelled()
     failure = None if aborted else work.exception()
     if isinstance(failure, ConfigurationError) and not run.done:
         raise failure
+    if run.total == 0:
+        raise CommandError(f"The input, {run.source.name}, has no rows. Nothing was sent.")
     place, unwritten = await _settle(run)
     ending = decide_ending(
         run.locate(),
         failed=run.tally.failed,
-        balance=await run.weigh(),
+        balance=run.weigh(),
         failure=failure,
         stopping=run.stopping,
         interrupted=run.interrupted,
@@ -313,7 +424,7 @@ async def _perform(run: _Run) -> ExitCode:
         run.tally,
         quota={} if plan.emulated else run.session.quota,  # the emulator's never runs down
         stats=run.session.stats,
-        skipped=feed.skipped_items,
+        skipped=0 if run.inventory is None else run.inventory.done,
         place=place,
     )
     if ending.sentence:
@@ -342,14 +453,17 @@ async def _settle(run: _Run) -> tuple[str, CommandError | None]:
         assert run.stream is not None
         return run.stream.place, None
     try:
-        with suppress(AnalyzeError):  # the stream has told of a ledger that broke
-            total = run.feed.total_items
-            if run.feed.exhausted and total is not None:
-                await book.ledger.keep_items(total)
+        with suppress(AnalyzeError):  # the stream reported a ledger that broke
             await book.ledger.flush()
-        place = await export.write(
-            run.plan.places, keep_earlier=book.displaced or not book.begun_before
-        )
+        if (
+            run.inventory is None
+            and run.stream is None
+            and not (
+                book.begun_before and run.answered_before.is_within(book.ledger.answered_items())
+            )
+        ):
+            run.set_aside_output()
+        place = await export.write(run.plan.places)
     except AnalyzeError as error:
         return "", CommandError(error.message, exit_code=ExitCode.STOPPED)
     except CommandError as error:

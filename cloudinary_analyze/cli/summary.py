@@ -70,7 +70,7 @@ class Tally:
     Attributes:
         models: By wire name, and `BAD_LINES`.
         causes: By what the failures have in common.
-        used: Units used up by add-on feature.
+        used: Units that this run used up, by add-on feature.
     """
 
     models: dict[str, ModelTally] = attrs.field(factory=dict)
@@ -87,7 +87,7 @@ class Tally:
             tally.ok += 1
             if record["seconds"] is not None:
                 tally.durations.add(record["seconds"])
-            for limit in record["limits"]:
+            for limit in () if record["restored"] else record["limits"]:
                 self.used[limit["type"]] += limit["used_by_request"] or 0
         else:
             tally.failed += 1
@@ -174,7 +174,7 @@ def _build_cause_table(tally: Tally) -> Table:
 
 def _build_quota_table(tally: Tally, quota: Mapping[str, Limit]) -> Table:
     table = Table("quota")
-    for heading in ("used by these", "left", "of"):
+    for heading in ("used by this run", "left", "of"):
         table.add_column(heading, justify="right")
     for name, limit in quota.items():
         table.add_row(
@@ -203,20 +203,11 @@ class Position:
 
     Attributes:
         finished_through: The last line up to which every line has all of its results.
-        begun_lines: How many lines were begun.
-        total_lines: How many there are; ``None`` if that is not known.
-        exhausted: Whether the input was seen to end.
+        exhausted: Whether the input was read to its end.
     """
 
-    finished_through: int
-    begun_lines: int
-    total_lines: int | None
+    finished_through: str | None
     exhausted: bool
-
-    @property
-    def complete(self) -> bool:
-        """Whether every line was begun."""
-        return self.exhausted or self.begun_lines == self.total_lines
 
 
 @attrs.frozen(kw_only=True)
@@ -296,7 +287,8 @@ def decide_ending(
         return Ending(ExitCode.INTERRUPTED, f"{reason} {way_on}")
     if stopping is not None:
         return Ending(ExitCode.STOPPED, f"{_explain_stop(stopping)} {way_on}")
-    if interrupted and not position.complete:
+    nothing_left = position.exhausted or (isinstance(balance, Balance) and balance.left == 0)
+    if interrupted and not nothing_left:
         reason = "Interrupted: what was in flight was finished and written."
         return Ending(ExitCode.INTERRUPTED, f"{reason} {way_on}")
     code = ExitCode.FAILURES if failed else ExitCode.DONE
@@ -368,17 +360,14 @@ def _count(count: int, one: str, many: str) -> str:
 
 
 def _build_way_on(position: Position) -> str:
-    """Return the sentences that say where a run without a ledger stands and how to go on."""
-    if position.complete:
+    """Return the sentences that say where a run without a ledger stopped and how to resume."""
+    if position.exhausted:
         return "Every input line has its outcome."
     through = position.finished_through
-    so_far = (
-        f"Every input line up to {through:,} has its results"
-        if through
-        else "No input line has all of its results"
+    so_far = "No input line has all of its results"
+    if through is not None:
+        so_far = f"Every input line through {through} has its results"
+    return (
+        f"{so_far}; lines that were not reached were not sent. To resume, run again with the lines "
+        "that follow, or pass --ledger the next time."
     )
-    unsent = "the lines that were not reached were not sent"
-    if position.total_lines is not None:
-        left = position.total_lines - position.begun_lines
-        unsent = f"{_count(left, 'line was', 'lines were')} not sent"
-    return f"{so_far}; {unsent}. To go on, run again with the input from line {through + 1:,} on."

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from cloudinary_analyze._clock import SYSTEM_CLOCK
 from cloudinary_analyze.errors import LedgerError
 
 APPLICATION_ID: Final = 0x434C4441
@@ -36,7 +37,7 @@ PRAGMA synchronous = FULL;
 BEGIN;
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {VERSION};
-CREATE TABLE owner (base_url TEXT NOT NULL, cloud_name TEXT NOT NULL);
+CREATE TABLE owner (base_url TEXT NOT NULL, cloud_name TEXT NOT NULL, begun REAL NOT NULL);
 CREATE TABLE records (
     id INTEGER PRIMARY KEY,
     key BLOB NOT NULL UNIQUE,
@@ -53,7 +54,10 @@ CREATE TABLE items (
     source TEXT NOT NULL,
     model TEXT,
     record INTEGER REFERENCES records,
-    error BLOB
+    error BLOB,
+    file TEXT,
+    name TEXT,
+    columns BLOB
 );
 """
 
@@ -261,7 +265,7 @@ def create(path: Path, base_url: str, cloud_name: str) -> None:
             unfinished.chmod(stat.S_IMODE(path.stat().st_mode))
         with contextlib.closing(sqlite3.connect(unfinished, isolation_level=None)) as connection:
             connection.executescript(_SCHEMA)
-            connection.execute("INSERT INTO owner VALUES (?, ?)", (base_url, cloud_name))
+            connection.execute("INSERT INTO owner VALUES (?, ?, 0)", (base_url, cloud_name))
             connection.execute("COMMIT")
             connection.execute("PRAGMA journal_mode = WAL")
         unfinished.replace(path)
@@ -297,6 +301,7 @@ def connect_for_writing(path: Path) -> sqlite3.Connection:
             # a full disk or a read-only file shows here, before anything is sent and paid for
             connection.execute("INSERT OR REPLACE INTO answers VALUES (-1, zeroblob(?))", (PROBE,))
             connection.execute("DELETE FROM answers WHERE record = -1")
+            connection.execute("UPDATE owner SET begun = ?", (SYSTEM_CLOCK.wall(),))
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         except BaseException:
             connection.close()

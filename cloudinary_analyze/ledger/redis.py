@@ -36,12 +36,10 @@ from cloudinary_analyze.errors import AnalyzeError, ConfigurationError, LedgerEr
 from cloudinary_analyze.ledger.claims import KeyState, build_answer, read_state
 from cloudinary_analyze.ledger.compression import compress, decompress
 from cloudinary_analyze.ledger.encoding import dump_error, load_error
-from cloudinary_analyze.ledger.sqlite import LedgerItem
+from cloudinary_analyze.ledger.items import LedgerItem
 from cloudinary_analyze.ledger.worker import Names, Worker
 from cloudinary_analyze.protocols import Claim, Ledger, LedgerRecord
 from cloudinary_analyze.responses import JSONObject, Response
-
-__all__ = ["RedisLedger"]
 
 OPEN_PATIENCE: Final = 10.0  # seconds; a mistyped host must not wait as long as an outage
 NOTED: Final = 200_000  # items whose source is remembered until their record
@@ -259,7 +257,6 @@ class RedisLedger(Ledger):
                 response=item.response,
                 error=item.error,
                 seconds=state.seconds,
-                source=item.source or None,
             )
         return None if state.task_id is None else LedgerRecord(key=key, task_id=state.task_id)
 

@@ -11,12 +11,12 @@ import os
 import sqlite3
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Self
 
 import attrs
 
@@ -24,7 +24,7 @@ from cloudinary_analyze._clock import SYSTEM_CLOCK
 from cloudinary_analyze._values import NotPicklable, quote
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze.errors import AnalyzeError, ConfigurationError, LedgerError
-from cloudinary_analyze.ledger.encoding import dump_error, load_error
+from cloudinary_analyze.ledger.encoding import dump_error
 from cloudinary_analyze.ledger.file import (
     ANSWERED,
     FAILED,
@@ -34,6 +34,20 @@ from cloudinary_analyze.ledger.file import (
     explaining,
     verify,
 )
+from cloudinary_analyze.ledger.items import (
+    Inventory,
+    ItemRow,
+    LedgerItem,
+    RecordSet,
+    load_answer,
+    read_answered,
+    read_columns,
+    read_items,
+    read_noted,
+    write_item,
+    write_items,
+    write_stream_item,
+)
 from cloudinary_analyze.ledger.writer import (
     Entry,
     Step,
@@ -41,9 +55,7 @@ from cloudinary_analyze.ledger.writer import (
     copy_records,
     delete_errors,
     write_answer,
-    write_item,
     write_source,
-    write_stream_item,
     write_task,
 )
 from cloudinary_analyze.protocols import Claim, Ledger, LedgerRecord
@@ -73,36 +85,39 @@ class LedgerCounts:
     items: int
 
 
-@attrs.frozen(kw_only=True)
-class LedgerItem:
-    """An item of a run and its result.
+def build_row(
+    *,
+    source: str,
+    line: int | None = None,
+    model: str | None = None,
+    key: str | None = None,
+    file: str | None = None,
+    name: str | None = None,
+    columns: bytes | None = None,
+    error: AnalyzeError | None = None,
+) -> ItemRow:
+    """Return what a ledger notes of an item.
 
-    Attributes:
-        index: Its position among the items of the run, from 0.
-        line: Line of the input, from 1, if any.
-        source: What is analysed, as text.
-        model: The model's name; ``None`` if no request could be built.
-        key: The key of its request; ``None`` if no request could be built.
-        task_id: The task that was submitted for it, if any.
-        response: The response's JSON as received, if any.
-        error: The final error, if any: the request's, or why none could be built.
-        seconds: How long its attempts took, if it has a response or a final error.
+    Args:
+        source: See `LedgerItem`, as all others.
+        line: See `LedgerItem`.
+        model: See `LedgerItem`.
+        key: See `LedgerItem`.
+        file: See `LedgerItem`.
+        name: See `LedgerItem`.
+        columns: As a JSON object.
+        error: Why no request could be built from it.
     """
-
-    index: int
-    line: int | None
-    source: str
-    model: str | None
-    key: str | None
-    task_id: str | None = None
-    response: JSONObject | None = None
-    error: AnalyzeError | None = None
-    seconds: float | None = None
-
-    @property
-    def done(self) -> bool:
-        """Whether it has its response or its final error."""
-        return self.response is not None or self.error is not None
+    return (
+        line,
+        _make_encodable(source),
+        model,
+        None if key is None else _pack(key),
+        None if file is None else _make_encodable(file),
+        None if name is None else _make_encodable(name),
+        columns,
+        None if error is None else dump_error(error),
+    )
 
 
 def _pack(key: str) -> bytes:
@@ -280,7 +295,7 @@ class SQLiteLedger(NotPicklable, Ledger):
         if row is None or row[0] == OPEN:
             return None
         state, task_id, content, seconds, source = row
-        response, error = self._load(state, content)
+        response, error = load_answer(state, content, self._path)
         return LedgerRecord(
             key=key,
             task_id=task_id,
@@ -339,16 +354,7 @@ class SQLiteLedger(NotPicklable, Ledger):
             )
         )
 
-    async def add_item(
-        self,
-        index: int,
-        *,
-        line: int | None,
-        source: str,
-        model: str | None,
-        key: str | None,
-        error: AnalyzeError | None = None,
-    ) -> None:
+    async def add_item(self, index: int, row: ItemRow) -> None:
         """Note an item of the run; it replaces an earlier one of the same index.
 
         Does not wait: it is durable no later than the next record. It waits only while very many
@@ -356,43 +362,69 @@ class SQLiteLedger(NotPicklable, Ledger):
 
         Args:
             index: See `LedgerItem`.
-            line: See `LedgerItem`.
-            source: See `LedgerItem`.
-            model: See `LedgerItem`.
-            key: See `LedgerItem`.
-            error: Why no request could be built from it, or why its last one failed for a
-                transient reason. A recorded response takes precedence.
+            row: See `build_row`.
 
         Raises:
             LedgerError: Something could not be written.
         """
+        await self._note(lambda connection: write_item(connection, index, row))
+
+    async def add_error(self, index: int, error: AnalyzeError) -> None:
+        """Note why the request of an item failed for a transient reason.
+
+        Does not wait, see `add_item`. A recorded response takes precedence.
+
+        Raises:
+            LedgerError: Something could not be written.
+        """
+        content = dump_error(error)
         await self._note(
-            partial(
-                write_item,
-                key=None if key is None else _pack(key),
-                position=index,
-                line=line,
-                source=_make_encodable(source),
-                model=model,
-                error=None if error is None else dump_error(error),
+            lambda connection: connection.execute(
+                "UPDATE items SET error = ? WHERE position = ?", (content, index)
             )
         )
+
+    async def replace_items(
+        self, read_rows: Callable[[], Iterable[ItemRow]], *, keep: bool = True
+    ) -> Inventory:
+        """Replace the items of the run by others, all or none. Results are kept.
+
+        Args:
+            read_rows: Begins to read them, in the order of the run; see `build_row`. Called in the
+                ledger's thread, and again if the ledger was locked or the disk was full. Whatever
+                it raises is raised here.
+            keep: Whether the ledger keeps them, or only counts them.
+
+        Raises:
+            LedgerError: Something could not be written.
+        """
+        outcome: list[Inventory | Exception] = []
+
+        def replace(connection: sqlite3.Connection) -> None:
+            outcome.clear()
+            connection.execute("SAVEPOINT replacing")
+            try:
+                outcome.append(write_items(connection, read_rows(), self._path))
+                if not keep:
+                    connection.execute("ROLLBACK TO replacing")
+            except (sqlite3.Error, LedgerError):
+                raise
+            except Exception as error:
+                outcome.append(error)
+                connection.execute("ROLLBACK TO replacing")
+            connection.execute("RELEASE replacing")
+
+        await self._use().perform(replace)
+        (result,) = outcome
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     async def _note(self, step: Step) -> None:
         writer = self._use()
         writer.put(Entry(step))
         if writer.backlog > BACKLOG:
             await self.flush()
-
-    async def keep_items(self, count: int) -> None:
-        """Delete the items from an index on: those of an earlier, longer run. Results are kept.
-
-        Raises:
-            LedgerError: Something could not be written.
-        """
-        await self._use().perform(
-            lambda connection: connection.execute("DELETE FROM items WHERE position >= ?", (count,))
-        )
 
     async def forget_errors(self) -> None:
         """Delete the final errors, so that their requests are sent again.
@@ -437,10 +469,6 @@ class SQLiteLedger(NotPicklable, Ledger):
             raise LedgerError(f"Nothing failed: the ledger {self._path} holds its records itself.")
         writer.rescue(Path(path))
 
-    def earlier_items(self) -> EarlierItems:
-        """Return a fast reader, in item order, of which items of an earlier run are done."""
-        return EarlierItems(self._path)
-
     def counts(self) -> LedgerCounts:
         """Count what is durable; reads through all records.
 
@@ -457,51 +485,40 @@ class SQLiteLedger(NotPicklable, Ledger):
             items=items,
         )
 
+    def answered_items(self) -> RecordSet:
+        """Return the records of the items that have a response or a final error.
+
+        Raises:
+            LedgerError: There is no ledger, or it cannot be read.
+        """
+        return read_answered(self._path)
+
     def iter_items(self) -> Iterator[LedgerItem]:
         """Yield every item of the run once, in order, with what is durable of its answer.
 
         Raises:
             LedgerError: There is no ledger, or it cannot be read.
         """
-        with closing(connect_for_reading(self._path)) as connection:
-            query = (
-                "SELECT position, line, source, model, key, error, "
-                "state, task_id, content, seconds FROM items "
-                "LEFT JOIN records ON records.id = items.record "
-                "LEFT JOIN answers ON answers.record = records.id "
-            )
-            for row in _read_in_order(connection, query, self._path):
-                yield self._build_item(row)
+        return read_items(self._path)
 
-    def _build_item(self, row: Sequence[Any]) -> LedgerItem:
-        index, line, source, model, key, own_error, state, task_id, content, seconds = row
-        response, error = self._load(state, content)
-        if own_error is not None and response is None:
-            _, error = self._load(FAILED, own_error)
-        return LedgerItem(
-            index=index,
-            line=line,
-            source=source,
-            model=model,
-            key=None if key is None else key.hex(),
-            task_id=task_id,
-            response=response,
-            error=error,
-            seconds=seconds,
-        )
+    def iter_columns(self) -> Iterator[JSONObject]:
+        """Yield the columns of the input that were kept of each item.
 
-    def _load(
-        self, state: int | None, content: bytes | None
-    ) -> tuple[JSONObject | None, AnalyzeError | None]:
-        if content is None:
-            return None, None
-        try:
-            return (None, load_error(content)) if state == FAILED else (codec.loads(content), None)
-        except ValueError as error:
-            raise LedgerError(
-                f"A record in the ledger {self._path} cannot be read ({error}). Restore the file "
-                "from a copy, or move it away."
-            ) from error
+        Raises:
+            LedgerError: There is no ledger, or it cannot be read.
+        """
+        return read_columns(self._path)
+
+    def iter_noted(self, *, open_only: bool) -> Iterator[LedgerItem]:
+        """Yield the items that make a request, in order, without their answers. For one thread.
+
+        Args:
+            open_only: Whether to leave out those that have a response or a final error.
+
+        Raises:
+            LedgerError: There is no ledger, or it cannot be read.
+        """
+        return read_noted(self._path, open_only=open_only)
 
     async def _record_answer(self, key: bytes, state: int, content: bytes, seconds: float) -> None:
         step = partial(
@@ -531,83 +548,3 @@ class SQLiteLedger(NotPicklable, Ledger):
         if self._reader is None:
             self._reader = connect_for_reading(self._path)
         return self._reader
-
-
-class EarlierItems:
-    """Tells which items of an earlier run are done. For one thread, not always the same.
-
-    Asked in item order, it reads ahead instead of searching: some 1 µs an item. It sees what was
-    durable when it read.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._connection = connect_for_reading(path, any_thread=True)
-        self._rows = _read_in_order(
-            self._connection,
-            "SELECT position, key, state, line FROM items "
-            "LEFT JOIN records ON records.id = items.record ",
-            path,
-        )
-        self._row: Sequence[Any] | None = next(self._rows, None)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def compare(
-        self, index: int, *, line: int | None, key: str | None
-    ) -> Literal["done", "open", "displaced"]:
-        """Compare an item with what was noted in its place.
-
-        Args:
-            index: Its place in the run; never less than in the call before.
-            line: Its line of the input.
-            key: The key of its request.
-
-        Returns:
-            ``"done"``: the same was noted, and its answer is recorded. ``"displaced"``: the answer
-            of another item is recorded for this place. ``"open"``: neither.
-
-        Raises:
-            LedgerError: The file cannot be read.
-        """
-        row = self._advance(index)
-        if row is None or row[0] != index or row[2] not in _DONE:
-            return "open"
-        if row[1].hex() != key:
-            return "displaced"
-        return "done" if row[3] == line else "open"
-
-    def goes_on(self, index: int) -> bool:
-        """Whether items were noted from this index on.
-
-        Raises:
-            LedgerError: The file cannot be read.
-        """
-        return self._advance(index) is not None
-
-    def _advance(self, index: int) -> Sequence[Any] | None:
-        while self._row is not None and self._row[0] < index:
-            self._row = next(self._rows, None)
-        return self._row
-
-    def close(self) -> None:
-        """Close the file. Idempotent."""
-        self._connection.close()
-
-
-def _read_in_order(
-    connection: sqlite3.Connection, query: str, path: Path
-) -> Iterator[Sequence[Any]]:
-    following = 0
-    query += "WHERE position >= ? ORDER BY position LIMIT ?"
-    while True:
-        with explaining(path):
-            rows = connection.execute(query, (following, READ_BATCH)).fetchall()
-        if not rows:
-            return
-        yield from rows
-        following = rows[-1][0] + 1

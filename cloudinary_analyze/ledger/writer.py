@@ -44,6 +44,7 @@ from cloudinary_analyze.ledger.file import (
     may_pass,
     verify,
 )
+from cloudinary_analyze.ledger.items import take_record
 
 GATHERING: Final = 0.02  # seconds that a commit waits for further records
 RETRY_INTERVAL: Final = 0.25  # seconds between two tries while the ledger cannot be written
@@ -55,7 +56,7 @@ Step = Callable[[sqlite3.Connection], object]
 
 def write_task(connection: sqlite3.Connection, key: bytes, task_id: str | None) -> None:
     """Note a task, or that there is none any more, unless the key has its final answer."""
-    record, state = _take_record(connection, key)
+    record, state = take_record(connection, key)
     if state <= SUBMITTED:
         connection.execute(
             "UPDATE records SET state = ?, task_id = ? WHERE id = ?",
@@ -73,7 +74,7 @@ def write_answer(
     recorded: float,
 ) -> None:
     """Note a final response or error; an error never replaces a response."""
-    record, known = _take_record(connection, key)
+    record, known = take_record(connection, key)
     if known == ANSWERED and state == FAILED:
         return
     connection.execute(
@@ -85,7 +86,7 @@ def write_answer(
 
 def write_source(connection: sqlite3.Connection, key: bytes, source: str) -> None:
     """Note the source that a key names."""
-    record, _ = _take_record(connection, key)
+    record, _ = take_record(connection, key)
     connection.execute("INSERT OR REPLACE INTO named VALUES (?, ?)", (record, source))
 
 
@@ -104,60 +105,6 @@ def copy_records(connection: sqlite3.Connection, path: Path) -> None:
                 write_task(connection, key, task_id)
             if content is not None:
                 write_answer(connection, key, state, content, seconds=seconds, recorded=recorded)
-
-
-def write_item(
-    connection: sqlite3.Connection,
-    key: bytes | None,
-    *,
-    position: int,
-    line: int | None,
-    source: str,
-    model: str | None,
-    error: bytes | None,
-) -> None:
-    """Note an item of the run."""
-    record = None if key is None else _take_record(connection, key)[0]
-    connection.execute(
-        "INSERT OR REPLACE INTO items VALUES (?, ?, ?, ?, ?, ?)",
-        (position, line, source, model, record, error),
-    )
-
-
-def write_stream_item(
-    connection: sqlite3.Connection, key: bytes, *, position: int, source: str, model: str
-) -> None:
-    """Note an item of a stream: at its index, or after all others if that belongs to another.
-
-    Streams that share a ledger all count from 0. A record is noted once after the others, so that
-    repeating a run adds nothing.
-    """
-    record = _take_record(connection, key)[0]
-    found = connection.execute(
-        "SELECT record FROM items WHERE position = ?", (position,)
-    ).fetchone()
-    if found is not None:
-        if found[0] == record:
-            return
-        connection.execute("CREATE INDEX IF NOT EXISTS items_by_record ON items (record)")
-        if connection.execute("SELECT 1 FROM items WHERE record = ?", (record,)).fetchone():
-            return
-        ((position,),) = connection.execute("SELECT max(position) + 1 FROM items")
-    connection.execute(
-        "INSERT INTO items VALUES (?, NULL, ?, ?, ?, NULL)", (position, source, model, record)
-    )
-
-
-def _take_record(connection: sqlite3.Connection, key: bytes) -> tuple[int, int]:
-    """Return the number and the state of a key's record, which is made if there is none."""
-    query = "SELECT id, state FROM records WHERE key = ?"
-    known: tuple[int, int] | None = connection.execute(query, (key,)).fetchone()
-    if known is not None:
-        return known
-    query = "INSERT INTO records (key, state) VALUES (?, ?)"
-    record = connection.execute(query, (key, OPEN)).lastrowid
-    assert record is not None
-    return record, OPEN
 
 
 def delete_errors(connection: sqlite3.Connection) -> None:

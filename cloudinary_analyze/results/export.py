@@ -7,7 +7,9 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from io import TextIOWrapper
-from typing import Any, BinaryIO, Final, Literal
+from typing import Any, BinaryIO, Final, Literal, TypeAlias
+
+import attrs
 
 from cloudinary_analyze.errors import ConfigurationError
 from cloudinary_analyze.results.files import open_replacement, read_records
@@ -17,8 +19,10 @@ from cloudinary_analyze.results.records import dump_record
 __all__ = [
     "COLUMNS",
     "ExportFormat",
+    "OwnColumns",
     "build_row",
     "export_results",
+    "find_own_columns",
     "read_records",
     "write_records",
 ]
@@ -27,8 +31,10 @@ ExportFormat = Literal["jsonl", "csv", "parquet"]
 
 COLUMNS: Final[Mapping[str, type[Any]]] = {
     "index": int,
+    "file": str,
     "line": int,
     "source": str,
+    "item_key": str,
     "model": str,
     "status": str,
     "caption": str,
@@ -39,15 +45,22 @@ COLUMNS: Final[Mapping[str, type[Any]]] = {
     "quality": str,
     "quality_score": float,
     "seconds": float,
+    "restored": bool,
+    "units_used": int,
     "error_type": str,
     "error_status": int,
     "error_code": str,
     "error_message": str,
     "may_be_charged": bool,
     "request_id": str,
+    "entity": str,
     "key": str,
+    "limits": str,
     "analysis": str,
 }
+"""The columns of every table, after those of the input."""
+
+MOST_OWN_COLUMNS: Final = 1000
 SEPARATOR: Final = "; "  # between the labels of one cell
 
 # What a spreadsheet takes for the start of a formula. Tab and carriage return are skipped by some.
@@ -57,22 +70,76 @@ _GROUP_CHARACTERS: Final = 16 * 2**20  # of analyses; whichever comes first ends
 _LARGEST_INTEGER: Final = 2**63 - 1
 
 
+@attrs.frozen
+class OwnColumns:
+    """The columns of the input, as they are in a table.
+
+    Attributes:
+        names: The name of a column in the input to its name in the table.
+        kinds: The name in the table to the type of its cells.
+    """
+
+    names: Mapping[str, str] = attrs.field(factory=dict)
+    kinds: Mapping[str, type[Any]] = attrs.field(factory=dict)
+
+
+NO_COLUMNS: Final = OwnColumns()
+
+
+def find_own_columns(rows: Iterable[Mapping[str, Any]]) -> OwnColumns:
+    """Return the columns of the rows of an input, the first `MOST_OWN_COLUMNS` of them.
+
+    A column is of one type if all of its values are, otherwise a text. One that has the name of a
+    column of `COLUMNS` gets the prefix ``input_``.
+    """
+    found: dict[str, type[Any] | None] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name in found or len(found) < MOST_OWN_COLUMNS:
+                found[name] = _join_kinds(found.get(name), value)
+    names: dict[str, str] = {}
+    taken = {*COLUMNS, *found}
+    for name in found:
+        unique = name.encode(errors="replace").decode()
+        while (unique != name and unique in taken) or unique in COLUMNS:
+            unique = f"input_{unique}"
+        taken.add(unique)
+        names[name] = unique
+    return OwnColumns(names, {names[name]: kind or str for name, kind in found.items()})
+
+
+def _join_kinds(kind: type[Any] | None, value: Any) -> type[Any] | None:
+    """Return the type of a column to which a value is added."""
+    if value is None:
+        return kind
+    new: type[Any] = type(value) if type(value) in {bool, int, float} else str
+    if new is int and not _fits(value):
+        new = str
+    if kind is None or kind is new:
+        return new
+    return float if {kind, new} == {int, float} else str
+
+
 def export_results(
     records: Iterable[Mapping[str, Any]],
     path: str | os.PathLike[str],
     format: ExportFormat,  # noqa: A002
+    *,
+    own: OwnColumns = NO_COLUMNS,
 ) -> int:
     """Write records as a table.
 
-    JSON Lines keeps every field. CSV and Parquet have the columns of `COLUMNS`; ``labels`` are
-    the different ones, surest first; ``answers`` are lines of ``question: answer``;
-    ``analysis`` is the whole analysis as JSON. In CSV, a text that a spreadsheet would take for a
-    formula is preceded by an apostrophe.
+    JSON Lines keeps every field. CSV and Parquet have the columns of the input and those of
+    `COLUMNS`; ``labels`` are the different ones, surest first; ``answers`` are lines of
+    ``question: answer``; ``units_used`` is the cost of the response; ``limits`` and ``analysis``
+    are JSON. In CSV, a text that a spreadsheet would take for a formula is preceded by an
+    apostrophe.
 
     Args:
         records: As `read_records` gives them; read lazily, so that memory stays flat.
         path: The file; it is replaced only once the new one is complete.
         format: The format.
+        own: The columns of the input, for a table; see `find_own_columns`.
 
     Returns:
         How many rows were written.
@@ -83,27 +150,36 @@ def export_results(
     """
     write = _choose_writer(format)
     with open_replacement(path) as stream:
-        return write(records, stream)
+        return write(records, stream, own)
 
 
 def write_records(
     records: Iterable[Mapping[str, Any]],
     stream: BinaryIO,
     format: ExportFormat,  # noqa: A002
+    *,
+    own: OwnColumns = NO_COLUMNS,
 ) -> int:
     """Write records to an open stream, as `export_results` does to a file."""
-    return _choose_writer(format)(records, stream)
+    return _choose_writer(format)(records, stream, own)
 
 
-def _choose_writer(format_name: str) -> Callable[[Iterable[Mapping[str, Any]], BinaryIO], int]:
-    write = {"jsonl": _write_jsonl, "csv": _write_csv, "parquet": _write_parquet}.get(format_name)
-    if write is None:
-        raise ConfigurationError(f"There is no format {format_name!r}; take jsonl, csv or parquet.")
-    return write
+_Write: TypeAlias = "Callable[[Iterable[Mapping[str, Any]], BinaryIO, OwnColumns], int]"
 
 
-def build_row(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the row of a record: the columns of `COLUMNS`, each of its type or ``None``."""
+def _choose_writer(format_name: str) -> _Write:
+    writers: dict[str, _Write] = {
+        "jsonl": _write_jsonl,
+        "csv": _write_csv,
+        "parquet": _write_parquet,
+    }
+    if format_name not in writers:
+        raise ConfigurationError(f"Unknown format {format_name!r}. Pass jsonl, csv or parquet.")
+    return writers[format_name]
+
+
+def build_row(record: Mapping[str, Any], own: OwnColumns = NO_COLUMNS) -> dict[str, Any]:
+    """Return the row of a record: the input's columns and `COLUMNS`, each of its type or ``None``."""
     analysis, error = record.get("analysis"), record.get("error")
     findings = NOTHING if analysis is None else read_findings(analysis)
     error = error if isinstance(error, Mapping) else {}
@@ -127,9 +203,40 @@ def build_row(record: Mapping[str, Any]) -> dict[str, Any]:
         "error_code": error.get("code"),
         "error_message": error.get("message"),
         "may_be_charged": error.get("ambiguous"),
-        "analysis": None if analysis is None else dump_record(analysis).decode().rstrip("\n"),
+        "units_used": _add_units(record.get("limits")),
+        "limits": _dump_json(record.get("limits") or None),
+        "analysis": _dump_json(analysis),
     }
-    return {name: _read_cell(row[name], kind) for name, kind in COLUMNS.items()}
+    values = record.get("input")
+    values = values if isinstance(values, Mapping) else {}
+    return {
+        **{
+            unique: _read_cell(_read_own(values.get(name), own.kinds[unique]), own.kinds[unique])
+            for name, unique in own.names.items()
+        },
+        **{name: _read_cell(row[name], kind) for name, kind in COLUMNS.items()},
+    }
+
+
+def _add_units(limits: Any) -> int | None:
+    """Return the cost of a response; ``None`` if it did not say."""
+    used = [
+        limit["used_by_request"]
+        for limit in (limits if isinstance(limits, list) else ())
+        if isinstance(limit, Mapping) and isinstance(limit.get("used_by_request"), int)
+    ]
+    return sum(used) if used else None
+
+
+def _read_own(value: Any, kind: type[Any]) -> Any:
+    """Return a value of the input for a column; a text holds what is not a text as JSON."""
+    if value is None or kind is not str or isinstance(value, str):
+        return value
+    return _dump_json(value)
+
+
+def _dump_json(value: Any) -> str | None:
+    return None if value is None else dump_record(value).decode().rstrip("\n")
 
 
 def _read_cell(value: Any, kind: type[Any]) -> Any:
@@ -148,7 +255,7 @@ def _fits(value: Any) -> bool:
     return isinstance(value, int) and -_LARGEST_INTEGER <= value <= _LARGEST_INTEGER
 
 
-def _write_jsonl(records: Iterable[Mapping[str, Any]], stream: BinaryIO) -> int:
+def _write_jsonl(records: Iterable[Mapping[str, Any]], stream: BinaryIO, _own: OwnColumns) -> int:
     count = 0
     for record in records:
         stream.write(dump_record(record))
@@ -156,14 +263,14 @@ def _write_jsonl(records: Iterable[Mapping[str, Any]], stream: BinaryIO) -> int:
     return count
 
 
-def _write_csv(records: Iterable[Mapping[str, Any]], stream: BinaryIO) -> int:
+def _write_csv(records: Iterable[Mapping[str, Any]], stream: BinaryIO, own: OwnColumns) -> int:
     text = TextIOWrapper(stream, encoding="utf-8", newline="")
     # texts are quoted all: a spreadsheet that splits at semicolons must not find a cell in one
     writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow([*map(_guard, own.kinds), *COLUMNS])
     count = 0
     for record in records:
-        writer.writerow([_guard(value) for value in build_row(record).values()])
+        writer.writerow([_guard(value) for value in build_row(record, own).values()])
         count += 1
     text.detach()
     return count
@@ -177,7 +284,7 @@ def _guard(value: Any) -> Any:
     return "" if value is None else value
 
 
-def _write_parquet(records: Iterable[Mapping[str, Any]], stream: BinaryIO) -> int:
+def _write_parquet(records: Iterable[Mapping[str, Any]], stream: BinaryIO, own: OwnColumns) -> int:
     try:
         # by name: the library has no types
         arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
@@ -187,15 +294,17 @@ def _write_parquet(records: Iterable[Mapping[str, Any]], stream: BinaryIO) -> in
             "pip install 'cloudinary-analyze[parquet]'"
         ) from None
     types = {int: arrow.int64(), float: arrow.float64(), bool: arrow.bool_(), str: arrow.string()}
-    schema = arrow.schema([(name, types[kind]) for name, kind in COLUMNS.items()])
+    schema = arrow.schema([(name, types[kind]) for name, kind in {**own.kinds, **COLUMNS}.items()])
     count = characters = 0
     rows: list[dict[str, Any]] = []
     with parquet.ParquetWriter(stream, schema, compression="zstd") as writer:
         for record in records:
-            row = build_row(record)
+            row = build_row(record, own)
             rows.append(row)
             count += 1
-            characters += len(row["analysis"] or "")
+            characters += len(row["analysis"] or "") + sum(
+                len(row[name] or "") for name, kind in own.kinds.items() if kind is str
+            )
             if len(rows) >= _GROUP_ROWS or characters >= _GROUP_CHARACTERS:
                 writer.write_table(arrow.Table.from_pylist(rows, schema))
                 rows, characters = [], 0

@@ -14,7 +14,7 @@ import attrs
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze._wire.protocol import find_result
 from cloudinary_analyze.errors import AnalyzeError, InvalidRequestError
-from cloudinary_analyze.ledger.sqlite import LedgerItem
+from cloudinary_analyze.ledger.items import LedgerItem
 from cloudinary_analyze.outcomes import AnyOutcome
 from cloudinary_analyze.requests import Asset, Uri
 from cloudinary_analyze.responses import JSONObject, Limit, find_limits, find_string
@@ -22,14 +22,16 @@ from cloudinary_analyze.responses import JSONObject, Limit, find_limits, find_st
 
 @attrs.frozen
 class InputLine:
-    """One line or record of the input: a source, or the reason why it is none.
+    """One line or record of the input: a source, or the reason why it has none.
 
     Attributes:
         number: The line in the file where it begins, from 1.
-        text: What stands there for the source; the beginning of it, if it is bad.
-        source: What to analyse; ``None`` if the line is bad.
-        error: Why the line is bad.
-        name: What the item is known by instead of its source, where the input names it.
+        text: The text of the source; the beginning of the line, if it is invalid.
+        source: What to analyze; ``None`` if the line is invalid.
+        error: Why the line is invalid.
+        name: What identifies the item instead of its source, where the input names it.
+        file: The file, where there are several.
+        columns: The columns of its row that are kept for the output.
     """
 
     number: int
@@ -37,15 +39,17 @@ class InputLine:
     source: Uri | Asset | None = None
     error: InvalidRequestError | None = None
     name: str | None = None
+    file: str | None = None
+    columns: JSONObject | None = None
 
 
 @attrs.frozen
 class InputItem:
-    """An item of a run: a line, and the model that analyses it.
+    """An item of a run: a line, and the model that analyzes it.
 
     Attributes:
         line: The line.
-        model: The model's wire name; ``None`` for a bad line, which no model sees.
+        model: The model's name; ``None`` for an invalid line, which no model sees.
         index: Its place among the items of the run, from 0, where that is counted.
     """
 
@@ -60,25 +64,30 @@ def build_record(outcome: AnyOutcome) -> dict[str, Any]:
     Every record has every field. Unknown values are ``None``.
 
     ====================  =====================================================================
-    ``index``             Place among the items of the run, from 0.
+    ``index``             Position among the items of the run, from 0.
+    ``file``              The input file, where there are several.
     ``line``              Line of the input file, from 1.
-    ``source``            The URL or ``asset:ID``; of a bad line, the beginning of its text.
-    ``model``             The model's wire name; ``None`` for a bad line.
+    ``source``            The URL or ``asset:ID``; of an invalid line, the beginning of its text.
+    ``model``             The model's name; ``None`` for an invalid line.
+    ``item_key``          What identifies the item instead of its source (``--key-column``).
     ``key``               The item's key in a ledger, see `AnalyzeRequest.key`.
     ``status``            ``"ok"`` or ``"error"``.
     ``analysis``          ``data.analysis`` as received.
-    ``entity``            The service's name of what it analysed.
+    ``entity``            The service's name of what it analyzed.
     ``request_id``        The service's id of the request, also of a failed one.
-    ``limits``            The quotas in the response, a list.
+    ``limits``            The quotas in the response, a list; ``used_by_request`` is its cost.
+    ``restored``          Whether it was read from the ledger instead of requested and charged.
     ``seconds``           How long its attempts took, retries included; 0 if nothing was sent.
     ``error``             ``type``, ``message``, ``status``, ``code``, ``details``,
                           ``request_id``, ``ambiguous`` (it may have been charged).
+    ``input``             The columns of its row in the input.
     ====================  =====================================================================
     """
     item, request, response = outcome.item, outcome.request, outcome.response
-    line, index = None, outcome.index
     if isinstance(item, InputItem):
         line, index = item.line, outcome.index if item.index is None else item.index
+    else:
+        line, index = None, outcome.index
     source: str | None = None
     if request is not None:
         source = str(request.source)
@@ -86,13 +95,29 @@ def build_record(outcome: AnyOutcome) -> dict[str, Any]:
         source = line.text
     return _build(
         index=index,
-        line=None if line is None else line.number,
+        line=line,
         source=source,
         model=None if request is None else request.model,
         key=None if request is None else request.key,
         raw=None if response is None else response.raw,
         error=outcome.error,
         seconds=outcome.seconds,
+        restored=outcome.restored,
+    )
+
+
+def build_line_record(item: InputItem) -> dict[str, Any]:
+    """Return the record of an invalid line, for which nothing is sent."""
+    return _build(
+        index=item.index,
+        line=item.line,
+        source=item.line.text,
+        model=None,
+        key=None,
+        raw=None,
+        error=item.line.error,
+        seconds=None,
+        restored=False,
     )
 
 
@@ -100,45 +125,52 @@ def build_ledger_record(item: LedgerItem) -> dict[str, Any]:
     """Return the record of a ledger's item that is done: as `build_record`, from what is kept."""
     return _build(
         index=item.index,
-        line=item.line,
+        line=item,
         source=item.source,
         model=item.model,
         key=item.key,
         raw=item.response,
         error=item.error,
         seconds=item.seconds,
+        restored=item.restored,
     )
 
 
 def _build(
     *,
-    index: int,
-    line: int | None,
+    index: int | None,
+    line: InputLine | LedgerItem | None,
     source: str | None,
     model: str | None,
     key: str | None,
     raw: JSONObject | None,
     error: Exception | None,
     seconds: float | None,
+    restored: bool,
 ) -> dict[str, Any]:
     told = None if error is None else _build_error(error)
     limits: tuple[Limit, ...] = getattr(error, "limits", ())
     request_id = None if told is None else told["request_id"]
     if raw is not None:
         limits, request_id = find_limits(raw), find_string(raw, "request_id")
+    number = line.number if isinstance(line, InputLine) else None if line is None else line.line
     return {
         "index": index,
-        "line": line,
+        "file": None if line is None else line.file,
+        "line": number,
         "source": source,
         "model": model,
+        "item_key": None if line is None else line.name,
         "key": key,
         "status": "error" if raw is None else "ok",
         "analysis": None if raw is None else find_result(raw),
         "entity": None if raw is None else find_string(raw, "entity"),
         "request_id": request_id,
         "limits": [_build_limit(limit) for limit in limits],
+        "restored": restored,
         "seconds": None if seconds is None else round(seconds, 4),
         "error": told,
+        "input": None if line is None or line.columns is None else dict(line.columns),
     }
 
 

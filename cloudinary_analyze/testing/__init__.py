@@ -92,4 +92,4 @@ __all__ = [
     "sign_notification",
 ]
 
-pytest_plugins: list[str] = ["cloudinary_analyze.testing.fixtures"]
+pytest_plugins = ["cloudinary_analyze.testing.fixtures"]

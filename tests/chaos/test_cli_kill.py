@@ -20,8 +20,9 @@ from cloudinary_analyze.ledger.file import (
     connect_for_writing,
     create,
 )
+from cloudinary_analyze.ledger.items import write_item
 from cloudinary_analyze.ledger.sqlite import SQLiteLedger
-from cloudinary_analyze.ledger.writer import write_answer, write_item
+from cloudinary_analyze.ledger.writer import write_answer
 from cloudinary_analyze.requests import KeyBuilder
 
 pytestmark = pytest.mark.slow
@@ -131,12 +132,8 @@ def fill(path: Path, emulator: Emulator) -> None:
             key = bytes.fromhex(keys.build(Uri(url)))
             write_item(
                 connection,
-                key,
-                position=number,
-                line=number + 1,
-                source=url,
-                model="captioning",
-                error=None,
+                number,
+                (number + 1, url, "captioning", key, None, None, None, None),
             )
             write_answer(connection, key, ANSWERED, answer, 0.1)
         connection.execute("COMMIT")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import cli_support
@@ -12,10 +13,10 @@ from cli_support import StartEmulator, read_records, write_lines
 
 from cloudinary_analyze import MODELS
 from cloudinary_analyze.cli import main
-from cloudinary_analyze.cli.feed import READ_AHEAD, ItemFeed, LineSource
+from cloudinary_analyze.cli.feed import READ_AHEAD, ItemFeed
 from cloudinary_analyze.cli.summary import Balance, Durations, Position, decide_ending
 from cloudinary_analyze.requests import Uri
-from cloudinary_analyze.results.records import InputLine
+from cloudinary_analyze.results.records import InputItem, InputLine
 
 cli_folder, start_emulator = cli_support.cli_folder, cli_support.start_emulator
 pytestmark = pytest.mark.usefixtures("cli_folder")
@@ -125,7 +126,7 @@ def test_without_credentials_both_ways_forward_are_named(capfd: pytest.CaptureFi
         ("run coco --output - --retry-failed --emulator", "--ledger"),
         ("run coco --receive 127.0.0.1:0 --emulator", "--mode task"),
         ("export nosuch.ledger -o x.jsonl", "no ledger"),
-        ("export urls.txt -o x.jsonl", "no ledger"),
+        ("export urls.txt -o x.jsonl", "not a ledger"),
         ("report nosuch.jsonl", "cannot be read"),
         ("status", "task"),
         ("listen --path hooks", "slash"),
@@ -233,52 +234,55 @@ def test_without_the_extra_a_sentence_tells_what_to_install(
     assert "pip install 'cloudinary-analyze[cli]'" in capfd.readouterr().err
 
 
+def build_items(count: int, models: Sequence[str] = ("coco", "lvis")) -> Iterator[InputItem]:
+    for number in range(1, count + 1):
+        line = InputLine(number, A, Uri(A))
+        for model in models:
+            yield InputItem(line, model)
+
+
 async def test_the_feed_reads_ahead_no_further_than_it_may():
     """Memory stays flat, whatever the length of the input."""
     read = 0
 
-    def read_for_ever():
+    def read_for_ever() -> Generator[InputItem, None, None]:
         nonlocal read
-        while True:
+        for item in build_items(10**9):
             read += 1
-            yield InputLine(read, A, Uri(A))
+            yield item
 
-    feed = ItemFeed(LineSource(read=read_for_ever, name="", countable=False), ("coco", "lvis"))
+    feed = ItemFeed(read_for_ever, 2)
     feed.start()
     for _ in range(5000):
         feed.finish(await anext(feed))
-    assert feed.pulled_lines == 2500
-    assert feed.finished_through == 2500
-    assert read <= 2500 + READ_AHEAD + 2
+    assert feed.pulled == 5000
+    assert feed.finished_through == (None, 2500)
+    assert read <= 5000 + READ_AHEAD + 1
     feed.stop()
     with pytest.raises(StopAsyncIteration):
         await anext(feed)
+    assert not feed.exhausted
 
 
-async def test_the_feed_stops_only_between_lines():
-    """A line that was begun gets all of its models, so that the way on is a line number."""
-    lines = [InputLine(number, A, Uri(A)) for number in (1, 2, 3)]
-    source = LineSource(read=lambda: (line for line in lines), name="", countable=True)
-    feed = ItemFeed(source, ("coco", "lvis"))
+async def test_a_stopped_feed_gives_nothing_more():
+    feed = ItemFeed(lambda: (item for item in build_items(3)), 2)
     feed.start()
-    first = await anext(feed)
+    items = [await anext(feed) for _ in range(3)]
     feed.stop()
-    second = await anext(feed)
-    assert [first.model, second.model] == ["coco", "lvis"]
     with pytest.raises(StopAsyncIteration):
         await anext(feed)
-    feed.finish(first)
-    assert feed.finished_through == 0
-    feed.finish(second)
-    assert feed.finished_through == 1
+    for item in items:
+        feed.finish(item)
+    # the second line has one of its two results
+    assert feed.finished_through == (None, 1)
 
 
 async def test_what_breaks_the_input_comes_after_the_lines_before_it():
-    def read():
-        yield InputLine(1, A, Uri(A))
+    def read() -> Generator[InputItem, None, None]:
+        yield from build_items(1, ["coco"])
         raise OSError(5, "Input/output error")
 
-    feed = ItemFeed(LineSource(read=read, name="", countable=True), ("coco",))
+    feed = ItemFeed(read, 1)
     feed.start()
     assert (await anext(feed)).line.number == 1
     with pytest.raises(OSError, match="Input/output"):
@@ -295,29 +299,30 @@ def test_quantiles_are_right_to_a_hundredth():
 
 
 @pytest.mark.parametrize(
-    ("begun", "total", "exhausted", "code", "sentence"),
+    ("through", "exhausted", "left", "code", "sentence"),
     [
-        (7, 10, False, 130, "line up to 7 has its results; 3 lines were not sent. To go on"),
-        (7, None, False, 130, "the lines that were not reached were not sent. To go on"),
-        (9, 10, False, 130, "; 1 line was not sent"),
-        (10, 10, False, 0, ""),  # it came too late to leave anything out
-        (10, None, True, 0, ""),
+        ("line 7", False, None, 130, "line through line 7 has its results; lines that were not"),
+        (None, False, None, 130, "No input line has all of its results"),
+        ("line 7", True, None, 0, ""),  # it came too late to leave anything out
+        ("line 7", False, 3, 130, "4 items are answered, 3 left"),
+        ("line 7", False, 0, 0, ""),
     ],
 )
 def test_an_interrupt_counts_only_if_lines_were_left(
-    begun: int, total: int | None, exhausted: bool, code: int, sentence: str
+    through: str | None, exhausted: bool, left: int | None, code: int, sentence: str
 ):
-    position = Position(
-        finished_through=begun, begun_lines=begun, total_lines=total, exhausted=exhausted
-    )
-    ending = decide_ending(position, failed=0, interrupted=True)
+    position = Position(finished_through=through, exhausted=exhausted)
+    balance = None
+    if left is not None:
+        balance = Balance(answered=4, failed=0, passing=0, undelivered=0, total=4 + left)
+    ending = decide_ending(position, failed=0, balance=balance, interrupted=True)
     assert ending.exit_code == code
     assert sentence in ending.sentence
     assert bool(sentence) == bool(ending.sentence)
 
 
 def test_failures_that_may_pass_are_told_from_the_others():
-    position = Position(finished_through=9, begun_lines=9, total_lines=9, exhausted=True)
+    position = Position(finished_through="line 9", exhausted=True)
     balance = Balance(answered=3, failed=6, passing=1, undelivered=2, total=9)
     ending = decide_ending(position, failed=6, balance=balance)
     assert ending.exit_code == 1

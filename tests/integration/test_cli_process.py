@@ -75,7 +75,7 @@ async def test_a_silent_pipe_neither_blocks_the_calls_nor_the_interrupt(tmp_path
         assert (record["line"], record["status"]) == (1, "ok")
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None
-        told = await see(process, "To go on")
+        told = await see(process, "To resume")
         async with asyncio.timeout(10):
             assert await process.wait() == 130
         told += (await process.stderr.read()).decode()
@@ -108,7 +108,7 @@ async def test_a_reader_that_goes_away_stops_the_run(tmp_path: Path):
         assert process.stdout is not None
         await process.stdout.readline()
         process._transport.get_pipe_transport(1).close()  # type: ignore[attr-defined]
-        told = await see(process, "To go on")
+        told = await see(process, "To resume")
         async with asyncio.timeout(10):
             assert await process.wait() == 3
         assert emulator.counts.total_received < 2000

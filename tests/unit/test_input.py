@@ -5,13 +5,17 @@ from __future__ import annotations
 import gzip
 import io
 import itertools
+from datetime import date
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cloudinary_analyze._wire import codec
 from cloudinary_analyze.cli.input import (
     LONGEST_LINE,
+    Columns,
     InputFormat,
     InputLine,
     detect_format,
@@ -25,10 +29,14 @@ A, B = "https://example.com/a.jpg", "https://example.com/b.jpg"
 
 
 def read(
-    content: str | bytes, input_format: InputFormat = "text", column: str | None = None
+    content: str | bytes,
+    input_format: InputFormat = "text",
+    column: str | None = None,
+    **columns: Any,
 ) -> list[InputLine]:
     raw = content.encode() if isinstance(content, str) else content
-    return list(read_input(io.BytesIO(raw), input_format=input_format, column=column))
+    meaning = Columns(source=column, **columns)
+    return list(read_input(io.BytesIO(raw), input_format=input_format, columns=meaning))
 
 
 def show(lines: list[InputLine]) -> list[tuple[int, str]]:
@@ -63,14 +71,14 @@ def test_a_line_without_end_is_cut_and_refused(input_format: InputFormat):
     long = b"https://example.com/" + b"x" * (2 * LONGEST_LINE)
     lines = read(long + b"\n" + b"bad\n", input_format)
     assert [line.number for line in lines] == [1, 2]
-    assert "longer than 1 MiB" in str(lines[0].error)
+    assert "longer than 64 MiB" in str(lines[0].error)
     assert len(lines[0].text) < 1000
 
 
 def test_csv_finds_its_column_and_counts_physical_lines():
     content = f'id,Note,URL\n1,"two\nlines",{A}\n\n2,,\n3,"a, b",{B}\n'
     lines = read(content, "csv")
-    assert show(lines) == [(2, A), (5, "!The column 'URL' is empty here."), (6, B)]
+    assert show(lines) == [(2, A), (5, "!The column 'URL' is empty."), (6, B)]
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
@@ -83,25 +91,208 @@ def test_csv_with_one_column_needs_no_name_for_it():
     assert show(read(f"picture\n{A}\n", "csv")) == [(2, A)]
 
 
-def test_an_open_quote_spoils_its_record_and_says_so():
-    rest = "".join(f"{B}\n" for _ in range(10))
-    (line,) = read(f'url\n"{A}\n{rest}', "csv")
-    assert line.number == 2
-    assert "quote" in str(line.error)
+def build_csv(count: int = 1500, **odd: str) -> str:
+    """Return a CSV in which the row of each number given as ``r10`` is another."""
+    rows = [odd.get(f"r{n}", f"{n},https://example.com/{n}.jpg,plain") for n in range(count)]
+    return "id,url,name\n" + "".join(f"{row}\n" for row in rows)
 
 
-def test_an_open_quote_in_a_long_file_does_not_swallow_all_of_it():
-    rest = "".join(f"{B}\n" for _ in range(20_000))
-    lines = read(f'url\n"{A}\n{rest}', "csv")
-    assert "quote" in str(lines[0].error)
-    assert sum(line.error is None for line in lines) > 10_000
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (build_csv(r10=f'10,{A},"open'), "in lines 12 to 112 is longer than 100 lines"),
+        (build_csv(20, r10=f'10,{A},"open'), "in lines 12 to 21 is not valid CSV"),
+        (build_csv(r10=f'10,{A},"open', r20=f'20,{B},"closed"'), "in lines 12 to 22 is not valid"),
+        (build_csv(r10=f'10,{A},"open', r20=f'20,{B},"'), "another record in line 13"),
+        (build_csv(r10=f'10,{A},"open', r11=f'11,{B},"'), "another record in line 13"),
+        (build_csv(20, r19=f'19,{A},"open'), "in line 21 is not valid CSV"),
+        (f'url\n"{A}\n{B}\n', "in lines 2 to 3 is not valid CSV"),
+        ('"url\n' + f"{A}\n" * 9, "header has an open quote"),
+        ('"url\n' + f"{A}\n" * 999, "header has an open quote"),
+    ],
+    ids=["far", "end", "pair", "swallowed", "next", "last", "only", "header", "long header"],
+)
+def test_an_open_quote_is_an_error_that_names_its_lines(content: str, sentence: str):
+    with pytest.raises(ConfigurationError, match=sentence):
+        read(content, "csv")
+
+
+@given(
+    st.integers(2, 40),
+    st.sets(st.tuples(st.integers(0, 39), st.integers(0, 2), st.booleans()), max_size=4),
+)
+def test_no_row_is_lost_wherever_quotes_are(count: int, places: set[tuple[int, int, bool]]):
+    """Each row is a line of its own, or the input is refused, however its quotes are broken."""
+    rows = [[str(n), f"https://example.com/{n}.jpg", "plain"] for n in range(count)]
+    for row, cell, before in places:
+        if row < count:
+            text = rows[row][cell]
+            rows[row][cell] = f'"{text}' if before else f'{text}"'
+    content = "id,url,name\n" + "".join(",".join(row) + "\n" for row in rows)
+    try:
+        lines = read(content, "csv")
+    except ConfigurationError:
+        return
+    assert [line.number for line in lines] == list(range(2, count + 2))
+
+
+def test_a_cell_of_several_lines_is_one_record():
+    text = "".join(f"line {n}\n" for n in range(80))
+    content = f'id,note,url\n1,"{text}",{A}\n2,"see\nhttps://example.com/, too",{B}\n'
+    assert show(read(content, "csv")) == [(2, A), (83, B)]
+
+
+def test_a_broken_record_on_one_line_is_one_bad_line():
+    content = f'id,url,name\n1,{A},"a "quoted" word"\n2,{B},x\n'
+    bad, good = read(content, "csv")
+    assert "not valid CSV" in str(bad.error)
+    assert (bad.number, good.number, good.source) == (2, 3, Uri(B))
+
+
+def test_a_stray_delimiter_is_one_bad_line():
+    lines = read(f"id,url,name\n1,{A},one, two\n2,{B},x\n3,{A},y,,\n4,{B}\n", "csv")
+    assert [line.source is None for line in lines] == [True, False, False, False]
+    assert "has 4 cells, but the header names 3 columns" in str(lines[0].error)
+    assert lines[3].columns == {"id": "4", "url": B}
+
+
+def test_a_cell_may_have_any_length():
+    long = "x" * 3_000_000
+    (line,) = read(f"id,url\n{long},{A}\n", "csv")
+    assert line.columns == {"id": long, "url": A}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "sep=;\nname;url\nx, y, z;{A}\n",
+        '"sep=|"\r\nname|url\r\nx|{A}\r\n',
+        "SEP=^\nname^url\nx^{A}\n",
+        "name|url|a,b,c,d\nx|{A}|1\n",
+        '"name, first; last";url\nx;{A}\n',
+        '"a\nb";"url"\nx;{A}\n',
+        '\n\n"a;b;c;d",url\nx,{A}\n',
+    ],
+)
+def test_the_delimiter_is_found(content: str):
+    (line,) = read(content.replace("{A}", A), "csv")
+    assert line.source == Uri(A)
+
+
+def test_columns_of_one_name_are_told_apart():
+    (line,) = read(f"url,a,a,,a_2\n{A},1,2,3,4\n", "csv")
+    assert line.columns == {"url": A, "a": "1", "a_2": "2", "column_4": "3", "a_2_2": "4"}
+
+
+def test_a_csv_record_that_is_not_utf_8_is_one_bad_line():
+    lines = read(f"url,name\n{A},caf\udce9\n{B},x\n".encode(errors="surrogateescape"), "csv")
+    assert [line.source is None for line in lines] == [True, False]
+    assert "not UTF-8" in str(lines[0].error)
+    assert lines[0].columns == {"url": A, "name": "caf?"}
+
+
+@pytest.mark.parametrize("input_format", ["csv", "jsonl"])
+def test_columns_are_kept_as_wished(input_format: InputFormat):
+    csv_, jsonl = f"id,url,sku\n1,{A},x\n", f'{{"id": "1", "url": "{A}", "sku": "x"}}\n'
+    content = csv_ if input_format == "csv" else jsonl
+    for keep, expected in (
+        (None, {"id": "1", "url": A, "sku": "x"}),
+        (("sku", "id"), {"id": "1", "sku": "x"}),
+        ((), None),
+    ):
+        (line,) = read(content, input_format, keep=keep)
+        assert line.columns == expected
+
+
+def test_a_column_to_keep_must_exist():
+    with pytest.raises(ConfigurationError, match=r"no column 'sku'.*--keep"):
+        read(f"id,url\n1,{A}\n", "csv", keep=("sku",))
+
+
+@pytest.mark.parametrize(
+    ("record", "column"),
+    [
+        ('{"image": {"url": "{A}"}}', "image.url"),
+        ('{"image.url": "{A}", "image": {"url": 1}}', "image.url"),
+        ('{"images": [{"src": "x"}, {"src": "{A}"}]}', "images.1.src"),
+        ('{"a": {"b": {"c": "{A}"}}}', "a.b.c"),
+    ],
+)
+def test_a_dotted_column_is_a_nested_field(record: str, column: str):
+    (line,) = read(record.replace("{A}", A), "jsonl", column, name=column)
+    assert (line.source, line.name) == (Uri(A), A)
+
+
+@pytest.mark.parametrize("path", ["image.src", "image.url.x", "images.7", "images.x", ".", ""])
+def test_a_dotted_column_that_is_missing_is_one_bad_line(path: str):
+    bad, good = read(f'{{"image": {{"url": 5}}, "images": []}}\n{{"{path}": "{A}"}}', "jsonl", path)
+    assert "is missing" in str(bad.error)
+    assert good.source == Uri(A)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        '{"url": "\\ud800"}',
+        '{"\\ud800": 1}',
+        '{"url": "https://example.com/\\ud800"}',
+        '{"url": ' + "[" * 2000 + "]" * 2000 + "}",
+        '{"url": {"a": NaN}, "b": Infinity}',
+        '{"url": "' + "x" * 200_000 + '"}',
+        '{"url": 1' + "0" * 5000 + "}",
+        '{"url": null}',
+        '"url"',
+        "{",
+        "\x00",
+    ],
+    ids=range(11),
+)
+def test_any_json_line_is_at_worst_one_bad_line(odd: str):
+    lines = read(f'{{"url": "{A}"}}\n{odd}\n{{"url": "{B}"}}\n', "jsonl")
+    assert [line.source is not None for line in lines] == [True, False, True]
+    bad = lines[1]
+    codec.dumps(bad.columns)
+    f"{bad.text} {bad.error}".encode()
+
+
+def write_parquet(rows: list[dict[str, Any]]) -> bytes:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    stream = io.BytesIO()
+    parquet.write_table(arrow.Table.from_pylist(rows), stream)
+    return stream.getvalue()
+
+
+def test_parquet_rows_are_lines():
+    rows: list[dict[str, Any]] = [
+        {"id": 2**40, "image": {"url": A, "day": date(2026, 1, 2)}, "tags": ["x"], "raw": b"1"},
+        {"id": None, "image": {"url": "nonsense", "day": None}, "tags": None, "raw": None},
+        {"id": 3, "image": None, "tags": [], "raw": b"3"},
+    ]
+    lines = read(write_parquet(rows), "parquet", "image.url", name="id")
+    assert [(line.number, line.name, line.source) for line in lines] == [
+        (1, str(2**40), Uri(A)),
+        (2, None, None),
+        (3, None, None),
+    ]
+    assert lines[0].columns == {
+        "id": 2**40,
+        "image": {"url": A, "day": "2026-01-02"},
+        "tags": ["x"],
+    }
+
+
+def test_what_is_no_parquet_is_refused():
+    for content in (b"", b"PAR1", write_parquet([{"url": A}])[:-20] + bytes(20)):
+        with pytest.raises(ConfigurationError, match="not a readable Parquet file"):
+            read(content, "parquet")
 
 
 @pytest.mark.parametrize(
     ("content", "column", "sentence"),
     [
-        ("a,b\n1,2\n", None, "no column 'url'; it has 'a', 'b'"),
-        ("a,url\n1,2\n", "image", "no column 'image'; it has 'a', 'url'"),
+        ("a,b\n1,2\n", None, "no column 'url'; its columns are 'a', 'b'"),
+        ("a,url\n1,2\n", "image", "no column 'image'; its columns are 'a', 'url'"),
         (f"{A}\n{B}\n", None, "no header"),
     ],
 )
@@ -116,7 +307,7 @@ def test_jsonl_reports_every_way_to_be_wrong():
     content = f'{{"url": "{A}"}}\n\nnonsense\n[]\n{{"id": 1}}\n{{"url": 5}}\n{{"uri": "{B}"}}\n'
     lines = read(content, "jsonl")
     assert [line.number for line in lines] == [1, 3, 4, 5, 6, 7]
-    reasons = ["no JSON", "no object", "no 'url'; it has 'id'", "'url' is no text"]
+    reasons = ["not valid JSON", "not an object", "'url' is missing; the fields are 'id'", "a text"]
     for line, reason in zip(lines[1:5], reasons, strict=True):
         assert reason in str(line.error)
     assert lines[-1].source == Uri(B)
@@ -185,7 +376,10 @@ def test_any_bytes_are_read_or_refused(content: bytes, input_format: InputFormat
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("a.CSV", "csv"), ("a.tsv", "csv"), ("a.ndjson", "jsonl"), ("a.txt", "text"), ("-", "text")],
+    [
+        *[("a.CSV", "csv"), ("a.tsv", "csv"), ("a.ndjson", "jsonl"), ("a.txt", "text")],
+        *[("a", "text"), ("a.csv.gz", "csv"), ("a.gz", "text"), ("a.parquet", "parquet")],
+    ],
 )
 def test_the_extension_tells_the_format(name: str, expected: str):
     assert detect_format(name) == expected
@@ -196,3 +390,9 @@ def test_a_source_is_a_url_or_an_asset_id():
     assert read_source(f" {A} ") == Uri(A)
     with pytest.raises(InvalidRequestError):
         read_source("asset:")
+
+
+def test_an_unknown_extension_is_refused_with_the_known_ones():
+    for name in ("a.xlsx", "a.xlsx.gz", "a.lst"):
+        with pytest.raises(ConfigurationError, match=r"\.csv.*\.parquet.*--input-format"):
+            detect_format(name)

@@ -30,7 +30,7 @@ from cloudinary_analyze.errors import (
     TaskFailedError,
 )
 from cloudinary_analyze.ledger.encoding import dump_error, load_error
-from cloudinary_analyze.ledger.sqlite import SQLiteLedger
+from cloudinary_analyze.ledger.sqlite import SQLiteLedger, build_row
 from cloudinary_analyze.requests import (
     AIVisionGeneral,
     AIVisionTagging,
@@ -172,7 +172,7 @@ def test_the_last_final_answer_wins_and_no_response_is_ever_lost(operations):
             key, number = rest
             if name == "item":
                 noted[number] = key
-                await ledger.add_item(number, line=1, source="s", model="coco", key=key)
+                await ledger.add_item(number, build_row(source="s", line=1, model="coco", key=key))
                 continue
             expected[key] = expect(expected.get(key, (None, None, None)), name, number)
             if name == "task":
@@ -233,9 +233,10 @@ async def test_items_come_in_order_each_once_with_what_became_of_them(tmp_path):
     async with opened(path) as ledger:
         for index in reversed(range(1200)):
             await ledger.add_item(
-                index, line=index + 1, source=f"s{index}", model="coco", key=KEYS[index % 4]
+                index,
+                build_row(line=index + 1, source=f"s{index}", model="coco", key=KEYS[index % 4]),
             )
-        await ledger.add_item(1, line=2, source="half \ud800", model=None, key=None, error=bad)
+        await ledger.add_item(1, build_row(line=2, source="half \ud800", error=bad))
         await ledger.record_response(KEYS[0], respond(0), seconds=0.25)
         await ledger.record_error(KEYS[2], TaskFailedError("m", task_id="t"), seconds=1)
         await ledger.record_submitted(KEYS[3], "task-3")
@@ -251,26 +252,140 @@ async def test_items_come_in_order_each_once_with_what_became_of_them(tmp_path):
     assert again[7] == items[7]
 
 
-async def test_an_earlier_run_tells_its_done_items_from_open_and_other_ones(tmp_path):
+def build_rows(*keys, model="coco", **fields):
+    return [
+        build_row(source=f"s{key}", line=line, model=model, key=key, **fields)
+        if key is not None
+        else build_row(source="bad", line=line, error=InvalidRequestError("no URL"))
+        for line, key in enumerate(keys, start=1)
+    ]
+
+
+def list_keys(ledger):
+    return [item.key for item in ledger.iter_items()]
+
+
+async def test_an_input_replaces_the_items_and_is_counted(tmp_path):
+    async with opened(tmp_path / "a.ledger") as ledger:
+        rows = build_rows(KEYS[0], KEYS[1], None, KEYS[1], KEYS[2], KEYS[3])
+        first = await ledger.replace_items(lambda: rows)
+        assert (first.items, first.bad, first.repeated, first.done) == (6, 1, 1, 0)
+        assert (first.changed, first.other, first.displaced) == (6, 0, False)
+        assert first.calls == {"coco": 4}
+        await ledger.record_response(KEYS[1], respond(0), seconds=0)
+        await ledger.record_error(KEYS[3], TaskFailedError("m", task_id="t"), seconds=0)
+        again = await ledger.replace_items(lambda: rows)
+        assert (again.done, again.changed, again.displaced) == (3, 0, False)
+        assert again.calls == {"coco": 2}
+        shorter = await ledger.replace_items(lambda: rows[:3])
+        assert (shorter.items, shorter.other, shorter.displaced) == (3, 1, True)
+        assert list_keys(ledger) == [KEYS[0], KEYS[1], None]
+
+
+async def test_swapped_answers_are_displaced_although_their_number_is_the_same(tmp_path):
+    async with opened(tmp_path / "a.ledger") as ledger:
+        await ledger.replace_items(lambda: build_rows(KEYS[0]))
+        for key in KEYS[:2]:
+            await ledger.record_response(key, respond(0), seconds=0)
+        swapped = await ledger.replace_items(lambda: build_rows(KEYS[1]))
+        assert (swapped.done, swapped.other, swapped.displaced) == (1, 1, True)
+
+
+async def test_items_that_are_only_counted_are_not_kept(tmp_path):
+    async with opened(tmp_path / "a.ledger") as ledger:
+        await ledger.replace_items(lambda: build_rows(KEYS[0]))
+        assert (await ledger.replace_items(lambda: build_rows(*KEYS), keep=False)).items == 4
+        assert list_keys(ledger) == [KEYS[0]]
+
+
+async def test_an_input_that_breaks_leaves_the_items_as_they_were(tmp_path):
+    def break_off():
+        yield from build_rows(KEYS[1], KEYS[2])
+        raise OSError(5, "Input/output error")
+
+    async with opened(tmp_path / "a.ledger") as ledger:
+        await ledger.replace_items(lambda: build_rows(KEYS[0]))
+        with pytest.raises(OSError, match="Input/output"):
+            await ledger.replace_items(break_off)
+        assert list_keys(ledger) == [KEYS[0]]
+        await ledger.record_response(KEYS[1], respond(0), seconds=0)  # it can still be written
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"line": 9},
+        {"source": "other"},
+        {"file": "b.csv"},
+        {"name": "n"},
+        {"columns": b'{"a":1}'},
+        {"model": "lvis"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+async def test_whatever_differs_in_an_item_is_noted(tmp_path, change):
+    fields = {"line": 1, "source": "s", "model": "coco", "key": KEYS[0]}
+    async with opened(tmp_path / "a.ledger") as ledger:
+        await ledger.replace_items(lambda: [build_row(**fields)])
+        assert (await ledger.replace_items(lambda: [build_row(**fields | change)])).changed == 1
+        (item,) = ledger.iter_items()
+        for name, value in change.items():
+            assert getattr(item, name) == ({"a": 1} if name == "columns" else value)
+
+
+async def test_a_name_of_another_source_is_refused_also_against_earlier_runs(tmp_path):
+    def build(source):
+        return lambda: [build_row(source=source, model="coco", key=KEYS[0], name="sku")]
+
+    async with opened(tmp_path / "a.ledger") as ledger:
+        await ledger.replace_items(build("https://a.example/1.jpg?signature=a"))
+        await ledger.note_source(KEYS[0], "https://a.example/1.jpg?signature=a")
+        await ledger.record_response(KEYS[0], respond(0), seconds=0)
+        signed = await ledger.replace_items(build("https://a.example/1.jpg?signature=b"))
+        assert (signed.done, signed.bad) == (1, 0)
+        moved = await ledger.replace_items(build("https://a.example/2.jpg"))
+        assert (moved.done, moved.bad) == (0, 1)
+        (item,) = ledger.iter_items()
+        assert "knows the key 'sku' as 'https://a.example/1.jpg" in item.error.message
+        assert item.source == "https://a.example/2.jpg"
+
+
+async def test_a_lock_while_the_items_are_replaced_reads_them_again(tmp_path):
     path = tmp_path / "a.ledger"
     async with opened(path) as ledger:
-        for index in range(8):
-            key = None if index == 2 else KEYS[index % 4]
-            await ledger.add_item(index, line=index, source="s", model="coco", key=key)
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        replacing = asyncio.create_task(ledger.replace_items(lambda: iter(build_rows(*KEYS))))
+        while ledger._writer.trouble is None:
+            await asyncio.sleep(0.01)
+        other.execute("ROLLBACK")
+        other.close()
+        assert (await replacing).items == 4
+        assert list_keys(ledger) == KEYS
+
+
+async def test_only_what_the_latest_run_paid_for_is_not_restored(tmp_path):
+    path = tmp_path / "a.ledger"
+    async with opened(path) as ledger:
+        await ledger.replace_items(lambda: build_rows(KEYS[0], KEYS[1], KEYS[0]))
         await ledger.record_response(KEYS[0], respond(0), seconds=0)
-        await ledger.record_submitted(KEYS[1], "task-1")
-        await ledger.record_error(KEYS[3], TaskFailedError("m", task_id="t"), seconds=0)
-        with ledger.earlier_items() as earlier:
-            assert earlier.compare(0, line=0, key=KEYS[0]) == "done"
-            assert earlier.compare(1, line=1, key=KEYS[1]) == "open"
-            assert earlier.compare(2, line=2, key=None) == "open"
-            assert earlier.compare(3, line=3, key=KEYS[3]) == "done"
-            assert earlier.compare(4, line=5, key=KEYS[0]) == "open"  # to be noted anew
-            assert earlier.compare(7, line=7, key=KEYS[0]) == "displaced"
-            assert earlier.compare(8, line=8, key=KEYS[0]) == "open"
-            assert not earlier.goes_on(8)
-        await ledger.keep_items(2)
-        assert ledger.counts().items == 2
+        assert [item.restored for item in ledger.iter_items()] == [False, False, True]
+    async with opened(path) as ledger:
+        await ledger.record_response(KEYS[1], respond(0), seconds=0)
+        assert [item.restored for item in ledger.iter_items()] == [True, False, True]
+
+
+async def test_open_items_are_read_in_order_over_any_number_of_done_ones(tmp_path):
+    keys = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(12_000)]
+    left = [3, 4999, 5000, 11_999]
+    async with opened(tmp_path / "a.ledger") as ledger:
+        await ledger.replace_items(lambda: build_rows(*keys, None))
+        done = set(range(12_000)) - set(left)
+        await asyncio.gather(
+            *[ledger.record_response(keys[n], respond(0), seconds=0) for n in done]
+        )
+        assert [item.index for item in ledger.iter_noted(open_only=True)] == left
+        assert [item.key for item in ledger.iter_noted(open_only=False)] == keys
 
 
 def test_reading_where_there_is_no_ledger_says_so_and_makes_none(tmp_path):
@@ -410,7 +525,7 @@ async def test_a_dropped_ledger_warns_and_lets_go_of_the_file(tmp_path):
 SCRIPT = """
 import asyncio, resource, shutil, signal, sys
 from tests.unit.test_ledger import KEYS, OWNER, respond
-from cloudinary_analyze.ledger.sqlite import SQLiteLedger
+from cloudinary_analyze.ledger.sqlite import SQLiteLedger, build_row
 from cloudinary_analyze.errors import LedgerError
 import hashlib
 
@@ -487,7 +602,7 @@ async def test_a_failure_that_nobody_was_told_of_is_raised_on_closing(tmp_path):
     ledger = SQLiteLedger(directory / "a.ledger")
     await ledger.open(**OWNER)
     shutil.rmtree(directory)
-    await ledger.add_item(0, line=1, source="s", model="coco", key=KEYS[0])
+    await ledger.add_item(0, build_row(source="s", model="coco", key=KEYS[0]))
     with pytest.raises(LedgerError, match="was removed or replaced"):
         await ledger.aclose()
 

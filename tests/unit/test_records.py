@@ -16,8 +16,8 @@ from cloudinary_analyze.results.records import InputItem, InputLine, build_recor
 
 URL = "https://example.com/a.jpg?token=x"
 FIELDS = [
-    *("index", "line", "source", "model", "key", "status", "analysis", "entity"),
-    *("request_id", "limits", "seconds", "error"),
+    *("index", "file", "line", "source", "model", "item_key", "key", "status", "analysis"),
+    *("entity", "request_id", "limits", "restored", "seconds", "error", "input"),
 ]
 Sample = Callable[[str], dict[str, Any]]
 

@@ -1,0 +1,395 @@
+"""The items of a run in a SQLite ledger: what the input holds, apart from what was answered.
+
+A run of the command line replaces the items by those of its input, so that an export holds rows of
+that input only, however the run ends. A stream of the library adds its items to the others.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import attrs
+
+from cloudinary_analyze._recording import may_be_same_source
+from cloudinary_analyze._values import quote
+from cloudinary_analyze._wire import codec
+from cloudinary_analyze.errors import AnalyzeError, InvalidRequestError, LedgerError
+from cloudinary_analyze.ledger.encoding import dump_error, load_error
+from cloudinary_analyze.ledger.file import (
+    ANSWERED,
+    FAILED,
+    OPEN,
+    connect_for_reading,
+    explaining,
+)
+from cloudinary_analyze.responses import JSONObject
+
+READ_BATCH: Final = 500  # rows; no read lasts longer, as the log cannot be emptied meanwhile
+OPEN_BATCH: Final = 5000  # rows that are searched for open ones at once
+_DONE: Final = frozenset({ANSWERED, FAILED})
+COMPARED: Final = ("line", "source", "model", "key", "file", "name", "columns", "error")
+
+ItemRow: TypeAlias = (
+    "tuple[int | None, str, str | None, bytes | None, str | None, str | None, bytes | None, "
+    "bytes | None]"
+)
+"""What is noted of an item, in the order of `COMPARED`."""
+
+
+@attrs.frozen(kw_only=True)
+class LedgerItem:
+    """An item of a run and its result.
+
+    Attributes:
+        index: Its position among the items of the run, from 0.
+        line: Line of the input, from 1, if any.
+        source: What is analyzed, as text.
+        model: The model's name; ``None`` if no request could be built.
+        key: The key of its request; ``None`` if no request could be built.
+        file: The file of the input, if any.
+        name: What identifies it instead of its source, if anything.
+        columns: The other columns of its row in the input, if they were kept.
+        task_id: The task that was submitted for it, if any.
+        response: The response's JSON as received, if any.
+        error: The final error, if any: the request's, or why none could be built.
+        seconds: How long its attempts took, if it has a response or a final error.
+        restored: Whether its response or error was not charged for it by the latest run: an
+            earlier run recorded it, or an earlier item of the same request received it.
+    """
+
+    index: int
+    line: int | None
+    source: str
+    model: str | None
+    key: str | None
+    file: str | None = None
+    name: str | None = None
+    columns: JSONObject | None = None
+    task_id: str | None = None
+    response: JSONObject | None = None
+    error: AnalyzeError | None = None
+    seconds: float | None = None
+    restored: bool = False
+
+    @property
+    def done(self) -> bool:
+        """Whether it has its response or its final error."""
+        return self.response is not None or self.error is not None
+
+
+@attrs.define(kw_only=True, eq=False)
+class Inventory:
+    """What an input holds, compared with what a ledger knows.
+
+    Attributes:
+        items: Items in all.
+        bad: Items that make no request.
+        repeated: Items whose request an earlier item makes, too.
+        done: Items with a recorded response or final error.
+        calls: Requests to send, by model.
+        changed: Items that differ from those that the ledger held before.
+        other: If there are any: recorded responses and errors of no item of this input, but of
+            another input, other models or other parameters.
+        displaced: Whether the items that the ledger held before have some of these.
+    """
+
+    items: int = 0
+    bad: int = 0
+    repeated: int = 0
+    done: int = 0
+    calls: Counter[str] = attrs.field(factory=Counter)
+    changed: int = 0
+    other: int = 0
+    displaced: bool = False
+
+
+class RecordSet:
+    """A set of the numbers of records, one bit each."""
+
+    def __init__(self) -> None:
+        self.bits = bytearray()
+
+    def add(self, number: int) -> bool:
+        """Add a number; return whether it was not there."""
+        place, bit = number >> 3, 1 << (number & 7)
+        if place >= len(self.bits):
+            self.bits.extend(bytes(place + 1024 - len(self.bits)))
+        new = not self.bits[place] & bit
+        self.bits[place] |= bit
+        return bool(new)
+
+    def is_within(self, other: RecordSet) -> bool:
+        """Whether the other set has all of these."""
+        mine, theirs = (int.from_bytes(each.bits, "little") for each in (self, other))
+        return not mine & ~theirs
+
+
+def take_record(connection: sqlite3.Connection, key: bytes) -> tuple[int, int]:
+    """Return the number and the state of a key's record, which is made if there is none."""
+    query = "SELECT id, state FROM records WHERE key = ?"
+    known: tuple[int, int] | None = connection.execute(query, (key,)).fetchone()
+    if known is not None:
+        return known
+    query = "INSERT INTO records (key, state) VALUES (?, ?)"
+    record = connection.execute(query, (key, OPEN)).lastrowid
+    assert record is not None
+    return record, OPEN
+
+
+def write_item(connection: sqlite3.Connection, position: int, row: ItemRow) -> tuple[int, int]:
+    """Note an item of a run; return the number and the state of its record, or zeros."""
+    line, source, model, key, file, name, columns, error = row
+    record, state = (0, OPEN) if key is None else take_record(connection, key)
+    connection.execute(
+        "INSERT OR REPLACE INTO items VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (position, line, source, model, record or None, error, file, name, columns),
+    )
+    return record, state
+
+
+def write_stream_item(
+    connection: sqlite3.Connection, key: bytes, *, position: int, source: str, model: str
+) -> None:
+    """Note an item of a stream: at its index, or after all others if that belongs to another.
+
+    Streams that share a ledger all count from 0. A record is noted once after the others, so that
+    repeating a run adds nothing.
+    """
+    record = take_record(connection, key)[0]
+    found = connection.execute(
+        "SELECT record FROM items WHERE position = ?", (position,)
+    ).fetchone()
+    if found is not None:
+        if found[0] == record:
+            return
+        connection.execute("CREATE INDEX IF NOT EXISTS items_by_record ON items (record)")
+        if connection.execute("SELECT 1 FROM items WHERE record = ?", (record,)).fetchone():
+            return
+        ((position,),) = connection.execute("SELECT max(position) + 1 FROM items")
+    connection.execute(
+        "INSERT INTO items (position, source, model, record) VALUES (?, ?, ?, ?)",
+        (position, source, model, record),
+    )
+
+
+def write_items(connection: sqlite3.Connection, rows: Iterable[ItemRow], path: Path) -> Inventory:
+    """Replace the items by others; those that are the same already are only read."""
+    inventory, seen, answered_before = Inventory(), RecordSet(), RecordSet()
+    earlier = _read_in_order(
+        connection,
+        "SELECT position, line, source, model, key, file, name, columns, error, record, state "
+        "FROM items LEFT JOIN records ON records.id = items.record ",
+        path,
+    )
+
+    def advance() -> Sequence[Any] | None:
+        known = next(earlier, None)
+        if known is not None and known[10] in _DONE:
+            answered_before.add(known[9])
+        return known
+
+    known = advance()
+    for position, row in enumerate(rows):
+        while known is not None and known[0] < position:
+            known = advance()
+        if known is not None and known[0] == position and _is_same(known, row):
+            record, state = known[9] or 0, known[10] or OPEN
+        else:
+            record, state = write_item(connection, position, _check_name(connection, row))
+            inventory.changed += 1
+        inventory.items += 1
+        if not record:
+            inventory.bad += 1
+            continue
+        new = seen.add(record)
+        inventory.repeated += not new
+        if state in _DONE:
+            inventory.done += 1
+        elif new:
+            inventory.calls[row[2] or ""] += 1
+    while known is not None:
+        known = advance()
+    deleted = connection.execute("DELETE FROM items WHERE position >= ?", (inventory.items,))
+    inventory.changed += deleted.rowcount
+    inventory.displaced = not answered_before.is_within(seen)
+    if inventory.changed:
+        inventory.other = _count_other(connection)
+    return inventory
+
+
+def _check_name(connection: sqlite3.Connection, row: ItemRow) -> ItemRow:
+    """Return a row; without its request, if the ledger knows its name as another source."""
+    line, source, _, key, file, name, columns, _ = row
+    if name is None or key is None:
+        return row
+    query = "SELECT source FROM named JOIN records ON records.id = named.record WHERE key = ?"
+    known = connection.execute(query, (key,)).fetchone()
+    if known is None or may_be_same_source(known[0], source):
+        return row
+    error = InvalidRequestError(
+        f"The ledger knows the key {quote(name)} as {quote(known[0])}, and the input has "
+        f"{quote(source)}. Nothing was sent. Give each source its own key, or use another ledger."
+    )
+    return (line, source, None, None, file, name, columns, dump_error(error))
+
+
+def _is_same(known: Sequence[Any], row: ItemRow) -> bool:
+    """Whether the same was noted; why an earlier attempt failed does not matter."""
+    return known[1:8] == row[:7] and (row[3] is not None or known[8] == row[7])
+
+
+def read_answered(path: Path) -> RecordSet:
+    """Return the records of items that have a response or a final error.
+
+    Raises:
+        LedgerError: There is no ledger, or it cannot be read.
+    """
+    found = RecordSet()
+    with closing(connect_for_reading(path)) as connection:
+        query = "SELECT position, record, state FROM items JOIN records ON records.id = record "
+        for _, record, state in _read_in_order(connection, query, path):
+            if state in _DONE:
+                found.add(record)
+    return found
+
+
+def _count_other(connection: sqlite3.Connection) -> int:
+    """Count the records that have their answer, but no item."""
+    ((count,),) = connection.execute(
+        "SELECT count(*) FROM records WHERE state IN (?, ?) "
+        "AND id NOT IN (SELECT record FROM items WHERE record IS NOT NULL)",
+        (ANSWERED, FAILED),
+    )
+    return int(count)
+
+
+def read_items(path: Path) -> Iterator[LedgerItem]:
+    """Yield every item once, in order, with what is durable of its answer.
+
+    Raises:
+        LedgerError: There is no ledger, or it cannot be read.
+    """
+    seen = RecordSet()
+    with closing(connect_for_reading(path)) as connection:
+        with explaining(path):
+            ((begun,),) = connection.execute("SELECT begun FROM owner")
+        query = (
+            "SELECT position, line, source, model, key, file, name, columns, error, items.record, "
+            "state, task_id, content, seconds, recorded FROM items "
+            "LEFT JOIN records ON records.id = items.record "
+            "LEFT JOIN answers ON answers.record = records.id "
+        )
+        for row in _read_in_order(connection, query, path):
+            first = row[9] is None or seen.add(row[9])
+            yield _build_item(row, path, answered_before=not first or (row[14] or 0.0) < begun)
+
+
+def read_columns(path: Path) -> Iterator[JSONObject]:
+    """Yield the columns of the input that were kept of each item.
+
+    Raises:
+        LedgerError: There is no ledger, or it cannot be read.
+    """
+    with closing(connect_for_reading(path)) as connection:
+        for _, columns in _read_in_order(connection, "SELECT position, columns FROM items ", path):
+            if columns is not None:
+                yield codec.loads(columns)
+
+
+def _build_item(row: Sequence[Any], path: Path, *, answered_before: bool) -> LedgerItem:
+    index, line, source, model, key, file, name, columns, own_error = row[:9]
+    state, task_id, content, seconds = row[10:14]
+    response, error = load_answer(state, content, path)
+    if own_error is not None and response is None:
+        _, error = load_answer(FAILED, own_error, path)
+    return LedgerItem(
+        index=index,
+        line=line,
+        source=source,
+        model=model,
+        key=None if key is None else key.hex(),
+        file=file,
+        name=name,
+        columns=None if columns is None else codec.loads(columns),
+        task_id=task_id,
+        response=response,
+        error=error,
+        seconds=seconds,
+        restored=answered_before and content is not None,
+    )
+
+
+def load_answer(
+    state: int | None, content: bytes | None, path: Path
+) -> tuple[JSONObject | None, AnalyzeError | None]:
+    """Return a recorded response or error.
+
+    Raises:
+        LedgerError: It cannot be read.
+    """
+    if content is None:
+        return None, None
+    try:
+        return (None, load_error(content)) if state == FAILED else (codec.loads(content), None)
+    except ValueError as error:
+        raise LedgerError(
+            f"A record in the ledger {path} cannot be read ({error}). Restore the file "
+            "from a copy, or move it away."
+        ) from error
+
+
+def read_noted(path: Path, *, open_only: bool) -> Iterator[LedgerItem]:
+    """Yield the items that make a request, in order, without their answers. For one thread.
+
+    Args:
+        path: The ledger.
+        open_only: Whether to leave out those that have a response or a final error.
+
+    Raises:
+        LedgerError: There is no ledger, or it cannot be read.
+    """
+    following = 0
+    with closing(connect_for_reading(path)) as connection:
+        while True:
+            with explaining(path):
+                rows = connection.execute(
+                    "SELECT position, line, source, model, key, file, name, columns, task_id "
+                    "FROM items JOIN records ON records.id = items.record "
+                    "WHERE position >= ? AND position < ? AND state < ? ORDER BY position",
+                    (following, following + OPEN_BATCH, ANSWERED if open_only else FAILED + 1),
+                ).fetchall()
+                ((last,),) = connection.execute("SELECT max(position) FROM items")
+            for index, line, source, model, key, file, name, columns, task_id in rows:
+                yield LedgerItem(
+                    index=index,
+                    line=line,
+                    source=source,
+                    model=model,
+                    key=key.hex(),
+                    file=file,
+                    name=name,
+                    columns=None if columns is None else codec.loads(columns),
+                    task_id=task_id,
+                )
+            following += OPEN_BATCH
+            if last is None or following > last:
+                return
+
+
+def _read_in_order(
+    connection: sqlite3.Connection, query: str, path: Path
+) -> Iterator[Sequence[Any]]:
+    following = 0
+    query += "WHERE position >= ? ORDER BY position LIMIT ?"
+    while True:
+        with explaining(path):
+            rows = connection.execute(query, (following, READ_BATCH)).fetchall()
+        if not rows:
+            return
+        yield from rows
+        following = rows[-1][0] + 1
