@@ -16,6 +16,8 @@ import attrs
 from cloudinary_analyze.results.findings import Findings, read_number
 
 SCORE_COLUMNS: Final = 20
+MOST_COLUMNS: Final = 40  # of the durations
+TICK_WIDTH: Final = 0.16  # of an axis: what a text needs that another must not overprint
 BAD_LINES: Final = "bad input lines"
 _OTHERS: Final = "(others)"
 _MOST_MODELS: Final = 100
@@ -103,7 +105,7 @@ class Axis:
 
     first: int
     last: int
-    columns: int = 40
+    columns: int
 
     def place(self, seconds: float) -> float:
         """Return where a duration lies on it, 0 to 1."""
@@ -120,8 +122,12 @@ class Axis:
                 break
         else:
             inside = [low, high]
-        inside = inside[:: -(-len(inside) // 5)]
-        return [(self.place(seconds), format_seconds(seconds)) for seconds in inside]
+        ticks: list[tuple[float, str]] = []
+        for seconds in inside:
+            place = self.place(seconds)
+            if not ticks or place - ticks[-1][0] >= TICK_WIDTH:
+                ticks.append((place, format_seconds(seconds)))
+        return ticks
 
 
 def build_axis(durations: Iterable[Durations]) -> Axis | None:
@@ -131,7 +137,10 @@ def build_axis(durations: Iterable[Durations]) -> Axis | None:
         return None
     first, last = min(span[0] for span in spans), max(span[1] for span in spans)
     margin = max(0, _STEPS - (last - first)) // 2  # at least a factor of e is shown
-    return Axis(first - margin, last + margin)
+    first, steps = first - margin, last - first + 1 + 2 * margin
+    wide = -(-steps // MOST_COLUMNS)  # every column holds as many steps as the next
+    columns = -(-steps // wide)
+    return Axis(first, first + wide * columns - 1, columns)
 
 
 def format_seconds(seconds: float | None) -> str:

@@ -16,7 +16,7 @@ pytest.importorskip("jinja2")
 
 from cloudinary_analyze import AnalyzeSession, Captioning, Coco, Credentials
 from cloudinary_analyze.emulator import Emulator
-from cloudinary_analyze.emulator.gallery import COLOURS, build_gallery_scene
+from cloudinary_analyze.emulator.gallery import COLOURS, build_gallery_scene, render_picture
 from cloudinary_analyze.results.records import build_record, dump_record
 from cloudinary_analyze.results.report import write_report
 
@@ -266,7 +266,10 @@ async def check_boxes(page, image, source):
         return {{x: box.x + (box.width - width) / 2, y: box.y + (box.height - height) / 2,
             width, height, source: image.src}} }})()"""
     )
-    assert box.pop("source") == source
+    number = int(source.rsplit("/", 1)[1].removesuffix(".png"))
+    assert box.pop("source") == (
+        "data:image/png;base64," + base64.b64encode(render_picture(number)).decode()
+    )
     await page.run(f"{image}.nextSibling.style.visibility = 'hidden'")
     plain = read_png(await page.shoot(box))
     await page.run(f"{image}.nextSibling.style.visibility = ''")
@@ -275,7 +278,7 @@ async def check_boxes(page, image, source):
         f"[...{image}.nextSibling.querySelectorAll('.box')].map(box => box.getAttribute('stroke'))"
     )
     tints = {tuple(bytes.fromhex(mark[1:])) for mark in marks}
-    scene = build_gallery_scene(int(source.rsplit("/", 1)[1].removesuffix(".png")))
+    scene = build_gallery_scene(number)
     assert len(marks) == len(scene.shapes)
     for shape in scene.shapes:
         left, top, right, bottom = find_extent(plain, COLOURS[shape.colour])

@@ -7,14 +7,19 @@ import math
 import re
 import sys
 import tracemalloc
+from datetime import UTC, datetime
+from functools import partial
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cloudinary_analyze import ConfigurationError
+from cloudinary_analyze.results import report as report_module
 from cloudinary_analyze.results.findings import NOTHING, Findings, Mark, read_findings
+from cloudinary_analyze.results.report import gallery as gallery_module
 from cloudinary_analyze.results.report.gallery import Gallery, embed_json, find_address
 from cloudinary_analyze.results.statistics import Durations, Statistics, build_axis
 
@@ -137,8 +142,97 @@ def test_an_answer_replaces_the_failure_of_the_same_request_and_never_the_revers
     assert [result["ok"] for result in picture["results"]] == [True]
 
 
-def test_memory_is_bounded_whatever_the_lines_hold():
+def read_pictures(gallery):
+    return [json.loads(picture) for picture in gallery.dump()]
+
+
+def test_failures_at_the_end_are_shown_too(monkeypatch):
+    monkeypatch.setattr(gallery_module, "MOST_BYTES", 2_000)
+    gallery = Gallery(most_pictures=7)
+    for index in range(100):
+        source = f"https://x.test/{index}"
+        record = build({"tags": {}}, source=source, index=index, key=str(index))
+        if index >= 90:
+            record = build(source=source, index=index, key=str(index))
+        gallery.add(record, NOTHING)
+    pictures = read_pictures(gallery)
+    shown = [each["source"].rpartition("/")[2] for each in pictures]
+    assert shown[-10:] == [str(index) for index in range(90, 100)]
+    assert len(shown) + gallery.left_out == 100
+    assert 13 < len(shown) < 18
+    assert gallery.complete_failures
+
+
+def test_room_for_failures_is_bounded(monkeypatch):
+    monkeypatch.setattr(gallery_module, "MOST_FAILURES", 2_000)
+    gallery = Gallery()
+    for index in range(100):
+        gallery.add(build(source=f"https://x.test/{index}", index=index, key=str(index)), NOTHING)
+    assert 0 < len(gallery) < 20
+    assert not gallery.complete_failures
+
+
+def test_results_are_shortened_before_they_are_left_out(monkeypatch):
+    monkeypatch.setattr(gallery_module, "MOST_BYTES", 20_000)
+    gallery = Gallery()
+    marks = tuple(Mark(f"label {number}", 0.5) for number in range(50))
+    for index in range(30):
+        record = build({"tags": {}}, source=f"https://x.test/{index}", index=index, key=str(index))
+        gallery.add(record, Findings(marks=marks))
+    results = [each["results"][0] for each in read_pictures(gallery)]
+    assert gallery.shortened
+    assert len(results[0]["marks"]) == 50
+    assert (len(results[-1]["marks"]), results[-1]["more"]) == (6, 44)
+
+
+@pytest.mark.parametrize(
+    ("source", "embedded"),
+    [
+        ("http://127.0.0.1:8080/samples/7.png", True),
+        ("http://localhost/samples/7.png", True),
+        ("http://[::1]:1/samples/7.png", True),
+        ("https://shop.example/samples/7.png", False),
+        ("http://127.0.0.1:8080/samples/cat.png", False),
+        ("http://127.0.0.1:8080/other/7.png", False),
+    ],
+)
+def test_pictures_of_a_local_gallery_are_embedded(source, embedded):
+    gallery = Gallery()
+    gallery.add(build({"tags": {}}, source=source), NOTHING)
+    (picture,) = read_pictures(gallery)
+    assert picture["source"] == source
+    assert picture["url"].startswith("data:image/png;base64," if embedded else "http")
+
+
+@given(st.lists(st.floats(0.001, 100_000), min_size=1, max_size=20))
+def test_texts_of_an_axis_never_overprint(values):
+    durations = Durations()
+    for value in values:
+        durations.add(value)
+    axis = build_axis([durations])
+    places = [place for place, _ in axis.ticks()]
+    assert places
+    assert all(right - left >= 0.16 for left, right in pairwise(places))
+    assert sum(durations.spread(axis)) == len(values)
+    assert (axis.last + 1 - axis.first) % axis.columns == 0
+
+
+def test_the_header_names_title_input_models_and_date(tmp_path):
+    from cloudinary_analyze.results.report import write_report
+
+    lines = [json.dumps(build({"tags": {}}, model=model)) for model in ("coco", "lvis")]
+    made = datetime(2026, 3, 4, 5, 6, tzinfo=UTC)
+    write_report(lines, tmp_path / "r.html", title="Spring <1>", source="a & b.csv", made=made)
+    page = (tmp_path / "r.html").read_text("utf-8")
+    header = page[page.index("<header>") : page.index("</header>")]
+    for text in ("Spring &lt;1&gt;", "a &amp; b.csv", "coco, lvis", "2026-03-04 05:06 UTC"):
+        assert text in header
+    assert "<title>Spring &lt;1&gt;: 2 results</title>" in page
+
+
+def test_memory_is_bounded_whatever_the_lines_hold(monkeypatch):
     """Many names, long texts, one picture a thousand times: none of it grows without end."""
+    monkeypatch.setattr(gallery_module, "MOST_BYTES", 8 * 2**20)
 
     def run(rounds):
         statistics, gallery = Statistics(), Gallery(most_pictures=50)
@@ -261,13 +355,14 @@ def test_what_was_recorded_is_text_in_the_page_never_markup(tmp_path):
     assert len(Elements(page).all("script")) == 2
 
 
-def test_the_page_says_what_it_leaves_out(tmp_path):
+def test_the_page_says_what_it_leaves_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_module, "Gallery", partial(Gallery, most_pictures=10_000))
     records = [build({"tags": {}}, source=f"https://x.test/{n}", key=str(n)) for n in range(10_002)]
     written, page = write(tmp_path / "r.html", *records, '{"index": 4, "sta')
     assert (written.results, written.pictures, written.bad_lines) == (10_002, 10_000, 1)
     assert "10,002 answers" in page
-    assert "shows the first 10,000 pictures; 2 further results are in the numbers only" in page
-    assert "1 line of the file was no result and is left out" in page
+    assert "shows 10,000 pictures; 2 further results are in the figures only" in page
+    assert "1 line of the file was not a result and is left out" in page
     assert len(json.loads(Elements(page).all("script")[0][1])) == 10_000
 
 

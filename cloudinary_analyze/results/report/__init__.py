@@ -1,7 +1,7 @@
 """The HTML report of a run: one file with the pictures, what was found on them, and the numbers.
 
-The page holds its data, style and script; nothing but the pictures is fetched, and its content
-security policy forbids everything else. Needs the [report] extra.
+The page holds its data, style and script. It fetches only the pictures, and its content security
+policy forbids everything else. Needs the [report] extra.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import base64
 import hashlib
 import os
 from collections.abc import Iterable
+from datetime import datetime
 from importlib import resources
 from io import TextIOWrapper
 from typing import Any, Final
@@ -31,12 +32,12 @@ _TONES: Final = {"low": "bad", "medium": "soft", "high": "good"}
 
 @attrs.frozen
 class WrittenReport:
-    """What a report came to.
+    """What a report contains.
 
     Attributes:
         results: How many results its numbers cover.
         pictures: How many pictures it shows.
-        bad_lines: How many lines were no record and were passed over; the page says so too.
+        bad_lines: How many lines were not records and were skipped; the page says so, too.
     """
 
     results: int
@@ -44,16 +45,27 @@ class WrittenReport:
     bad_lines: int
 
 
-def write_report(lines: Iterable[bytes | str], output: str | os.PathLike[str]) -> WrittenReport:
+def write_report(
+    lines: Iterable[bytes | str],
+    output: str | os.PathLike[str],
+    *,
+    title: str = "Image analysis",
+    source: str | None = None,
+    made: datetime | None = None,
+) -> WrittenReport:
     """Write the HTML report of a run.
 
-    The numbers cover all lines; the gallery shows the first `MOST_PICTURES` pictures, fewer if
-    there is very much to say of them, and the page says what it leaves out. Memory stays flat
-    over any number of lines. Source URLs stand in the page in full, query strings included.
+    The numbers cover all lines. The gallery shows the first `MOST_PICTURES` pictures, fewer if
+    their results are long, and all failures; the page says what it leaves out. Memory is bounded
+    for any number of lines. The page contains source URLs in full, query strings included.
+    Pictures of a local emulator's gallery are embedded.
 
     Args:
         lines: The lines of ``results.jsonl``, such as a file opened in binary mode.
         output: The HTML file; it is replaced only once the new one is complete.
+        title: The heading of the page.
+        source: Where the items came from, such as the name of the input file.
+        made: The date of the page. Default: now.
 
     Returns:
         What was written.
@@ -73,7 +85,9 @@ def write_report(lines: Iterable[bytes | str], output: str | os.PathLike[str]) -
     with open_replacement(output) as stream:
         # half a surrogate pair, which JSON can hold, has no UTF-8
         text = TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="\n")
-        for part in template.generate(_build_context(statistics, gallery, len(bad_lines))):
+        context = _build_context(statistics, gallery, len(bad_lines))
+        context |= {"title": title, "source": source, "made": made or datetime.now().astimezone()}
+        for part in template.generate(context):
             text.write(part)
         text.detach()
     return WrittenReport(statistics.total, len(gallery), len(bad_lines))
@@ -112,6 +126,8 @@ def _build_context(statistics: Statistics, gallery: Gallery, bad_lines: int) -> 
         "causes": sorted(statistics.causes.items(), key=lambda entry: -entry[1].count),
         "pictures": len(gallery),
         "left_out": gallery.left_out,
+        "complete_failures": gallery.complete_failures,
+        "shortened": gallery.shortened,
         "bad_lines": bad_lines,
         # marked safe in the template: our own files, and JSON that was escaped for its place
         "style": style,

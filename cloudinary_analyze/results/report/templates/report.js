@@ -239,7 +239,7 @@
     const results = picture.results.filter(fitsModel);
     if (!viewer.open) viewer.showModal();
     viewer.querySelector(".stage").replaceChildren(buildPicture(picture, results, { name: "div", large: true }));
-    const link = picture.url
+    const link = picture.url?.startsWith("http")
       ? make("a", { href: picture.url, target: "_blank", rel: "noopener noreferrer" }, picture.source)
       : picture.source;
     const notes = viewer.querySelector(".notes");
