@@ -28,10 +28,12 @@ import attrs
 from cloudinary_analyze.errors import (
     ApiError,
     QuotaExceededError,
+    RemoteError,
     TaskFailedError,
 )
+from cloudinary_analyze.events import TaskAnswered
 from cloudinary_analyze.requests import AnalyzeRequest
-from cloudinary_analyze.responses import Response
+from cloudinary_analyze.responses import Limit, Response, find_limits
 
 MISSES: Final = 2
 LEFT: Final = -1  # the index of a wait that its entry no longer has
@@ -216,3 +218,23 @@ class Seen:
 Effect = Ended | Changed | Poll | Repeat | Seen
 
 NOBODY: Final[list[Wait]] = []  # of every entry that is over; nothing is ever appended
+
+
+def build_event(ended: Ended, task_id: str, entry: Entry, seconds: float) -> TaskAnswered:
+    """Return the event of a task's answer, some seconds after the registration of its entry."""
+    answer, model = ended.answer, None
+    if entry.request is not None or ended.waits:
+        model = ended.waits[0].model if entry.request is None else entry.request.model
+    limits: tuple[Limit, ...] = ()
+    if ended.raw is not None:
+        limits = find_limits(ended.raw)
+    elif isinstance(answer.error, RemoteError) and answer.by != "analyze":
+        limits = answer.error.limits
+    return TaskAnswered(
+        task_id=task_id,
+        by=answer.by,
+        model=model,
+        seconds=None if math.isinf(seconds) else seconds,
+        limits=limits,
+        error=answer.error,
+    )

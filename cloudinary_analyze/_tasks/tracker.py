@@ -25,6 +25,7 @@ from cloudinary_analyze._tasks.entries import (
     Poll,
     Repeat,
     Wait,
+    build_event,
 )
 from cloudinary_analyze._tasks.handle import AnalysisTask, complete, report
 from cloudinary_analyze._tasks.listener import Listener
@@ -39,20 +40,17 @@ from cloudinary_analyze.errors import (
     BulkStoppedError,
     CallTimeoutError,
     NotificationSourceError,
-    RemoteError,
     ResultNotDeliveredError,
     SessionClosedError,
     TaskTimeoutError,
 )
-from cloudinary_analyze.events import Meter, TaskAccepted, TaskAnswered
+from cloudinary_analyze.events import Meter, TaskAccepted
 from cloudinary_analyze.protocols import NotificationSource
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import (
-    Limit,
     Notification,
     Response,
     TaskStatus,
-    find_limits,
 )
 
 if TYPE_CHECKING:
@@ -321,28 +319,8 @@ class Tracker(NotPicklable):
         if entry.unobserved and error is not None:
             report(error, self.loop)
         if self.meter.hook is not None and entry.task_id is not None:
-            self._tell_answered(ended, entry, entry.task_id)
-
-    def _tell_answered(self, ended: Ended, entry: Entry, task_id: str) -> None:
-        answer, model = ended.answer, None
-        if entry.request is not None or ended.waits:
-            model = ended.waits[0].model if entry.request is None else entry.request.model
-        seconds = self.clock.monotonic() - entry.since
-        limits: tuple[Limit, ...] = ()
-        if ended.raw is not None:
-            limits = find_limits(ended.raw)
-        elif isinstance(answer.error, RemoteError) and answer.by != "analyze":
-            limits = answer.error.limits
-        self.meter.tell(
-            TaskAnswered(
-                task_id=task_id,
-                by=answer.by,
-                model=model,
-                seconds=None if math.isinf(seconds) else seconds,
-                limits=limits,
-                error=answer.error,
-            )
-        )
+            seconds = self.clock.monotonic() - entry.since
+            self.meter.tell(build_event(ended, entry.task_id, entry, seconds))
 
     def _wake(self, waits: Iterable[Wait]) -> None:
         for wait in waits:
