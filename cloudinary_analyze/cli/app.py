@@ -12,6 +12,7 @@ from rich.console import Console
 
 from cloudinary_analyze._version import __version__
 from cloudinary_analyze.cli.feed import NO_INPUT, InputOptions, open_source
+from cloudinary_analyze.cli.files import check_conflicts, check_output
 from cloudinary_analyze.cli.input import read_source
 from cloudinary_analyze.cli.models import NO_PARAMETERS, Parameters, choose_models, print_models
 from cloudinary_analyze.cli.notifications import (
@@ -26,10 +27,8 @@ from cloudinary_analyze.cli.output import (
     ExportFormatOption,
     OutputOptions,
     check_extra,
-    check_place,
     detect_output_format,
     export_ledger,
-    is_stream,
     plan_places,
     report_results,
 )
@@ -123,13 +122,14 @@ def run(
     builders = choose_models(models, parameters)
     _check_input(source, emulated=emulated, samples=samples)
     named = source.key_column is not None
-    places = plan_places(results, needs_ledger=named)
+    lines = open_source(source) if source.names else None
+    places = plan_places(results, inputs=() if lines is None else lines.files, needs_ledger=named)
     if retry_failed and places.ledger is None:
         raise CommandError("--retry-failed needs a ledger; add --ledger.")
     receiving.check(emulated=emulated)
     plan = RunPlan(
         models=builders,
-        source=open_source(source) if source.names else None,
+        source=lines,
         samples=DEFAULT_SAMPLES if samples is None else samples,
         places=places,
         named=named,
@@ -216,8 +216,7 @@ def export(
     """Write the contents of a ledger as JSON Lines, CSV or Parquet, also during a run."""
     chosen = output_format or detect_output_format(output)
     check_extra(chosen == "parquet", "pyarrow", "parquet", "Parquet")
-    if not is_stream(output):
-        check_place("--output", output)
+    _check_output(output, ledger)
     return export_ledger(ledger, output, chosen, build_console())
 
 
@@ -232,9 +231,14 @@ def report(
 ) -> ExitCode:
     """Write an HTML page of the results: the pictures, what was found on them, and the numbers."""
     check_extra(True, "jinja2", "report", "The report")
-    if not is_stream(output):
-        check_place("--output", output)
+    _check_output(output, results)
     return report_results(results, output, build_console())
+
+
+def _check_output(output: str, source: Path) -> None:
+    what = f"the file {source}"
+    check_conflicts([(what, source)], [("--output", output)])
+    check_output("--output", output)
 
 
 @app.command

@@ -122,13 +122,13 @@ class LineSource:
     Attributes:
         read: Begins to read them; a generator.
         name: What the user calls it.
-        files: The files.
+        files: The files; ``-`` is standard input.
         repeatable: Whether they can be read more than once.
     """
 
     read: Callable[[], Generator[InputLine, None, None]]
     name: str
-    files: tuple[Path, ...] = ()
+    files: tuple[Path | str, ...] = ()
     repeatable: bool = True
 
 
@@ -239,7 +239,7 @@ def _open_one(
     return LineSource(
         read=read,
         name=shown,
-        files=() if isinstance(file, int) else (file,),
+        files=(STANDARD if isinstance(file, int) else file,),
         repeatable=regular,
     )
 

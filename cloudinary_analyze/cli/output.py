@@ -6,10 +6,9 @@ import asyncio
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from importlib.util import find_spec
-from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Final, Self
@@ -18,6 +17,13 @@ import attrs
 from cyclopts import Parameter
 from rich.console import Console
 
+from cloudinary_analyze.cli.files import (
+    check_conflicts,
+    check_ledger,
+    check_output,
+    is_database,
+    is_stream,
+)
 from cloudinary_analyze.cli.ledger import HaltedError
 from cloudinary_analyze.cli.screen import STANDARD, CommandError, ExitCode, say
 from cloudinary_analyze.cli.summary import Tally
@@ -41,30 +47,6 @@ _FORMATS: Final[dict[str, ExportFormat]] = {".csv": "csv", ".parquet": "parquet"
 def detect_output_format(name: str) -> ExportFormat:
     """Return the format of an output by its extension; JSON Lines if it tells nothing."""
     return _FORMATS.get(Path(name).suffix.lower(), "jsonl")
-
-
-def is_stream(output: str) -> bool:
-    """Whether an output takes records as they come: standard output, a pipe, a device."""
-    path = Path(output)
-    return output == STANDARD or (path.exists() and not path.is_file() and not path.is_dir())
-
-
-def check_place(option: str, name: str) -> None:
-    """See beforehand that a file can be written.
-
-    Raises:
-        CommandError: It is a directory, or there is none to put it into.
-    """
-    path = Path(name)
-    reason = None
-    if path.is_dir():
-        reason = "it is a directory"
-    elif not path.parent.is_dir():
-        reason = f"there is no directory {path.parent}"
-    elif not os.access(path.parent, os.W_OK):
-        reason = f"the directory {path.parent} may not be written to"
-    if reason is not None:
-        raise CommandError(f"{option} {name} cannot be written: {reason}. Nothing was sent.")
 
 
 def check_extra(wanted: bool, module: str, extra: str, what: str) -> None:
@@ -139,7 +121,9 @@ class Places:
     report: Path | None
 
 
-def plan_places(options: OutputOptions, *, needs_ledger: bool) -> Places:
+def plan_places(
+    options: OutputOptions, *, inputs: Sequence[Path | str] = (), needs_ledger: bool = False
+) -> Places:
     """Decide where the results of a run go, and see beforehand that they can.
 
     Raises:
@@ -159,12 +143,16 @@ def plan_places(options: OutputOptions, *, needs_ledger: bool) -> Places:
                 f"{option} goes by the ledger, and a streamed output has none: add --ledger."
             )
     else:
-        check_place("--output", output)
         ledger = Path(f"{output}{LEDGER_SUFFIX}") if ledger is None else ledger
-    if ledger is not None:
-        check_place("--ledger", str(ledger))
+    outputs: list[tuple[str, str | Path]] = [("--output", output)]
     if report is not None:
-        check_place("--report", str(report))
+        outputs.append(("--report", report))
+    for option, name in outputs:
+        check_output(option, str(name))
+    if ledger is not None:
+        ledger = Path(os.path.realpath(ledger)) if ledger.is_symlink() else ledger
+        check_ledger(ledger)
+    check_conflicts([("--input", name) for name in inputs], outputs, ledger=ledger)
     check_extra(chosen == "parquet", "pyarrow", "parquet", "Parquet")
     check_extra(report is not None, "jinja2", "report", "The report")
     return Places(
@@ -271,30 +259,6 @@ class LedgerExport:
         )
 
 
-def set_aside(output: str) -> Path | None:
-    """Rename a file of results that no ledger of this run can write again.
-
-    Returns:
-        Its new path; ``None`` if there was no such file.
-
-    Raises:
-        CommandError: It cannot be renamed.
-    """
-    path = Path(output).resolve()  # a symbolic link stays
-    if not path.is_file() or not path.stat().st_size:
-        return None
-    names = (path.with_name(f"{path.name}.{number}") for number in count(1))
-    kept = next(name for name in names if not name.exists())
-    try:
-        path.rename(kept)
-    except OSError as error:
-        raise CommandError(
-            f"{path} holds other results and cannot be renamed to {kept.name}: {error.strerror}. "
-            "Nothing was sent."
-        ) from None
-    return kept
-
-
 @attrs.define(eq=False)
 class StreamResults:
     """Writes records to standard output, a pipe or a device, as they come.
@@ -360,9 +324,6 @@ def _write_all(descriptor: int, line: bytes) -> None:
         rest = rest[os.write(descriptor, rest) :]
 
 
-_SQLITE: Final = b"SQLite format 3\0"
-
-
 def export_ledger(
     ledger: Path, output: str, output_format: ExportFormat, console: Console
 ) -> ExitCode:
@@ -399,16 +360,11 @@ def report_results(results: Path, output: str, console: Console) -> ExitCode:
         CommandError: The results cannot be read, or the report cannot be written.
         LedgerError: The ledger cannot be read.
     """
+    if is_database(results):
+        records = LedgerExport(SQLiteLedger(results)).iter_records()
+        return _write(map(dump_record, records), results, output, console)
     try:
         with results.open("rb") as stream:
-            if stream.read(len(_SQLITE)) == _SQLITE:
-                return _write(
-                    map(dump_record, LedgerExport(SQLiteLedger(results)).iter_records()),
-                    results,
-                    output,
-                    console,
-                )
-            stream.seek(0)
             return _write(stream, results, output, console)
     except OSError as error:
         raise CommandError(f"{results} cannot be read: {error.strerror}.") from None

@@ -19,10 +19,11 @@ from cloudinary_analyze.cli.feed import (
     describe_line,
     read_items,
 )
+from cloudinary_analyze.cli.files import set_aside
 from cloudinary_analyze.cli.ledger import SHOWN_BAD_LINES, Book, HaltedError, open_book
 from cloudinary_analyze.cli.models import BuildRequest
 from cloudinary_analyze.cli.notifications import Line, ReceivingOptions, open_line
-from cloudinary_analyze.cli.output import LedgerExport, Places, StreamResults, set_aside
+from cloudinary_analyze.cli.output import LedgerExport, Places, StreamResults
 from cloudinary_analyze.cli.screen import (
     STANDARD,
     CommandError,

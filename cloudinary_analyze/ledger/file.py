@@ -23,6 +23,7 @@ OPEN: Final = 0  # the request of an item, not submitted yet
 SUBMITTED: Final = 1
 ANSWERED: Final = 2
 FAILED: Final = 3
+COMPANIONS: Final = ("-wal", "-shm", "-journal", "-lock", "-new")  # of files next to it
 LARGEST_CHECKED: Final = 2**30  # bytes of a file that is read through when it is opened
 READ_CACHE: Final = 16  # MiB of pages
 PROBE: Final = 2**16  # bytes of a record that is written and deleted to prove that it can be

@@ -165,7 +165,10 @@ class SQLiteLedger(NotPicklable, Ledger):
             raise ConfigurationError(
                 f"`patience` must be a number of seconds from 0, not {quote(patience)}."
             )
+        # SQLite keeps its files next to what a symbolic link names
         self._path = Path(path)
+        if self._path.is_symlink():
+            self._path = Path(os.path.realpath(path))
         self._patience = patience
         self._writer: Writer | None = None
         self._reader: sqlite3.Connection | None = None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from secrets import token_hex
 from typing import Any, BinaryIO
 
 from cloudinary_analyze._wire import codec
@@ -55,25 +56,73 @@ def _read_json(raw: bytes) -> Any:
 def open_replacement(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a file that takes the place of another once it is complete.
 
-    Until then the old one stays; if the block raises it stays for good. A pipe or a device is
-    written straight to.
+    Until then the old one stays; if the block raises it is unchanged. A symbolic link is followed,
+    and a pipe or a device is written directly. The new file has the old one's permissions; without
+    an old one, only its owner can read it. What a killed process left unfinished is replaced.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: It cannot be written, or another process is writing it.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         with target.open("wb") as stream:
             yield stream
         return
-    target = target.resolve()  # a symbolic link goes on pointing at the file
-    part = target.with_name(f".{target.name}.{token_hex(4)}.part")
-    try:
-        with part.open("xb") as stream:
+    part = target.with_name(f".{target.name}.cloudinary-analyze.part")
+    with _open_part(part) as stream:
+        try:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        part.replace(target)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+            _copy_permissions(target, part)
+            if os.name == "nt":  # it renames no open file
+                stream.close()
+            part.replace(target)
+        except BaseException:
+            if os.name == "nt":
+                stream.close()
+            part.unlink(missing_ok=True)
+            raise
+
+
+def _open_part(part: Path) -> BinaryIO:
+    """Open an unfinished file, which no other process is writing.
+
+    Raises:
+        OSError: Another process is writing it.
+    """
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    while True:
+        descriptor = os.open(part, flags, 0o600)
+        stream = os.fdopen(descriptor, "wb")
+        try:
+            _lock(descriptor, part)
+            if part.exists() and os.path.samestat(os.fstat(descriptor), part.stat()):
+                os.truncate(descriptor, 0)
+                return stream
+        except BaseException:
+            stream.close()
+            raise
+        stream.close()  # another process finished it in the meantime
+
+
+def _lock(descriptor: int, part: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OSError(errno.EBUSY, "Another process is writing it", str(part)) from None
+
+
+def _copy_permissions(target: Path, part: Path) -> None:
+    mode = 0o600
+    if target.exists():
+        status = target.stat()
+        mode = stat.S_IMODE(status.st_mode)
+        if hasattr(os, "chown"):
+            with suppress(OSError):
+                os.chown(part, status.st_uid, status.st_gid)
+    part.chmod(mode)
