@@ -1,0 +1,100 @@
+"""Dask: quotas, killed workers and the plugin, on a cluster of this machine."""
+
+import os
+import signal
+import time
+
+import pytest
+from machines_support import build_urls, count_statuses, emulate_in_environment, split
+from notification_support import start_redis
+
+from cloudinary_analyze import Captioning, Settings
+from cloudinary_analyze.ledger.redis import RedisLedger
+from cloudinary_analyze.stage import AnalyzeStage, worker_stats
+
+distributed = pytest.importorskip("distributed")
+from cloudinary_analyze.dask import AnalyzePlugin  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+
+PERMITS = 16
+
+
+@pytest.fixture
+def redis_server(tmp_path):
+    server = start_redis(tmp_path)
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def stage(redis_server):
+    ledger = RedisLedger(redis_server.url, lease=2.0)
+    return AnalyzeStage(Captioning, settings=Settings(permits=PERMITS), ledger=ledger)
+
+
+@pytest.fixture
+def open_client(tmp_path):
+    def open_client():
+        return distributed.Client(
+            n_workers=2,
+            threads_per_worker=1,
+            dashboard_address=None,
+            local_directory=str(tmp_path),
+            silence_logs=50,
+        )
+
+    return open_client
+
+
+def add_up(results):
+    answered = sum(statuses["answered"] for statuses, _, _ in results)
+    stopped = sum(statuses["stopped"] for statuses, _, _ in results)
+    repeated = {}
+    for _, pid, retries in results:
+        repeated[pid] = max(retries, repeated.get(pid, 0))
+    return answered, stopped, sum(repeated.values())
+
+
+def test_a_quota_in_the_middle_loses_no_response(monkeypatch, stage, open_client):
+    parts = split(build_urls(4000), 16)
+    options = {"latency": 0.02, "quotas": {"object_detection": 1000}}
+    with emulate_in_environment(monkeypatch, **options) as emulator, open_client() as client:
+        results = client.gather(client.map(lambda part: count_statuses(stage, part), parts))
+        assert add_up(results)[:2] == (1000, 3000)
+        received = emulator.counts.total_received
+        again = client.gather(
+            client.map(lambda part: count_statuses(stage, part), parts, pure=False)
+        )
+        assert add_up(again)[:2] == (1000, 3000)
+        assert emulator.counts.total_done == 1000
+        # the resume asked whether the quota was renewed, and got no response but refusals
+        assert emulator.counts.total_received - received <= 16 * PERMITS
+
+
+def test_a_killed_worker_costs_no_row(monkeypatch, stage, open_client):
+    parts = split(build_urls(2000), 8)
+    with emulate_in_environment(monkeypatch, latency=0.05) as emulator, open_client() as client:
+        client.register_plugin(AnalyzePlugin())
+        jobs = client.map(lambda part: count_statuses(stage, part), parts)
+        while emulator.counts.total_done < 600:
+            time.sleep(0.01)
+        victim = next(iter(client.run(os.getpid).values()))
+        os.kill(victim, signal.SIGKILL)
+        answered, stopped, repeated = add_up(client.gather(jobs))
+        assert (answered, stopped) == (2000, 0)
+        assert 0 <= emulator.counts.total_done - 2000 <= repeated <= PERMITS
+        assert len(worker_stats(stage.ledger)) >= 1
+
+
+def test_the_plugin_closes_the_sessions_of_workers(monkeypatch, stage, open_client):
+    with emulate_in_environment(monkeypatch), open_client() as client:
+        client.register_plugin(AnalyzePlugin())
+        parts = split(build_urls(40), 4)
+        client.gather(client.map(lambda part: count_statuses(stage, part), parts))
+        assert worker_stats(stage.ledger)
+        client.unregister_worker_plugin("cloudinary-analyze")
+        deadline = time.monotonic() + 10
+        while worker_stats(stage.ledger):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)

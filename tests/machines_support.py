@@ -1,0 +1,68 @@
+"""Many workers on this machine: an emulator on a thread of its own, and what the workers call."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections import Counter
+
+from cloudinary_analyze.emulator import Emulator
+from cloudinary_analyze.stage import close_sessions, outcome_columns, worker_stats
+
+
+def build_urls(count):
+    return [f"https://pictures.example.com/{number}.jpg" for number in range(count)]
+
+
+@contextlib.contextmanager
+def serve_on_thread(service):
+    """Run an async context manager on the event loop of another thread."""
+    ready, stop, failures = threading.Event(), threading.Event(), []
+
+    async def serve():
+        async with service:
+            ready.set()
+            while not stop.is_set():
+                await asyncio.sleep(0.01)
+
+    def run():
+        try:
+            asyncio.run(serve())
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            ready.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    ready.wait(10)
+    try:
+        yield service
+    finally:
+        stop.set()
+        thread.join()
+    assert not failures
+
+
+@contextlib.contextmanager
+def emulate_in_environment(monkeypatch, **options):
+    """Run an emulator, and name it in ``CLOUDINARY_URL``; close the sessions to it at the end."""
+    with serve_on_thread(Emulator(**options)) as emulator:
+        monkeypatch.setenv("CLOUDINARY_URL", emulator.cloudinary_url)
+        try:
+            yield emulator
+        finally:
+            close_sessions()
+
+
+def count_statuses(stage, items):
+    """Analyse items in a worker; return the statuses, who did it, and its repeated attempts."""
+    statuses = Counter(outcome_columns(stage(items))["status"])
+    repeated = sum(shown["ambiguous_retries"] for shown in worker_stats())
+    return statuses, os.getpid(), repeated
+
+
+def split(items, count):
+    return [items[number::count] for number in range(count)]
