@@ -18,6 +18,7 @@ import pytest
 
 from cloudinary_analyze.emulator import Emulator
 
+PATIENCE = 50.0  # seconds for a process to start, or to do what it is told, on a busy machine
 COMMAND = (sys.executable, "-m", "cloudinary_analyze")
 StartEmulator = Callable[..., Emulator]
 
@@ -44,13 +45,13 @@ def start_emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[StartEmulator]:
     def stop() -> int:
         emulator = running.pop()
         port = int(emulator.url.rpartition(":")[2])
-        asyncio.run_coroutine_threadsafe(emulator.stop(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(emulator.stop(), loop).result(PATIENCE)
         return port
 
     def start(**options: Any) -> Emulator:
         port = stop() if running else 0
         emulator = Emulator(port=port, **options)
-        asyncio.run_coroutine_threadsafe(emulator.start(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(emulator.start(), loop).result(PATIENCE)
         running.append(emulator)
         monkeypatch.setenv("CLOUDINARY_URL", emulator.cloudinary_url)
         return emulator
@@ -59,7 +60,7 @@ def start_emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[StartEmulator]:
     if running:
         stop()
     loop.call_soon_threadsafe(loop.stop)
-    thread.join(10)
+    thread.join(PATIENCE)
     loop.close()
 
 
@@ -88,7 +89,7 @@ async def see(process: Process, sentence: str) -> str:
     """Return what is said on stderr up to and with the line that has a sentence."""
     assert process.stderr is not None
     told = ""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while sentence not in told:
             line = await process.stderr.readline()
             assert line, f"never said {sentence!r}, but: {told}"
@@ -98,13 +99,13 @@ async def see(process: Process, sentence: str) -> str:
 
 async def end(process: Process) -> tuple[int, str, str]:
     """Return exit code, stdout and stderr of a process that ends by itself."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         out, err = await process.communicate()
     assert process.returncode is not None
     return process.returncode, (out or b"").decode(), (err or b"").decode()
 
 
-async def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+async def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
     """Wait for what happens elsewhere."""
     async with asyncio.timeout(seconds):
         while not condition():

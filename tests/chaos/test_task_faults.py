@@ -31,6 +31,8 @@ EVERYTHING = FaultPlan(
     failed=0.05,
     delay_seconds=0.6,
 )
+EXTRAS = ("forged", "stale", "malformed", "foreign", "unrelated")
+PATIENCE = 50.0  # real seconds, on a busy machine
 COUNTS = [1_000, pytest.param(10_000, marks=pytest.mark.slow)]
 
 
@@ -50,14 +52,47 @@ class Witness:
 
 
 async def submit_all(session, count, *, mode="task"):
-    """Submit so many tasks and return the handles with their outcomes, in order."""
+    """Submit so many tasks and return their handles, in order."""
     handles = []
     for index in range(count):
         handles.append(session.submit(Captioning(source(index)), mode=mode))
         if index % 500 == 499:
             await handles[-1].accepted()
-    outcomes = await asyncio.gather(*handles, return_exceptions=True)
-    return handles, outcomes
+    return handles
+
+
+async def gather_all(handles):
+    return await asyncio.gather(*handles, return_exceptions=True)
+
+
+def list_kinds(faults):
+    """Return what is sent for a task."""
+    yield from (kind for kind in EXTRAS if kind in faults)
+    if "lost" not in faults:
+        yield "genuine"
+        if "duplicated" in faults:
+            yield "duplicate"
+
+
+async def receive_all(emulator, session, count):
+    """Wait until all tasks ended, and everything that was sent for them was read."""
+
+    def is_over():
+        tasks = emulator.tasks.values()
+        if len(tasks) < count or any(task.outcome is None for task in tasks):
+            return False
+        expected = Counter(kind for task in tasks for kind in list_kinds(task.faults))
+        return emulator.counts.webhooks == expected and session._source.queue.empty()
+
+    await until(is_over, seconds=PATIENCE)
+
+
+async def pass_time(session, clock, seconds):
+    """Move the clock on; each poll is answered at the instant when it is made."""
+    polls = session._connection.caller.poll_permits
+    for _ in range(round(seconds / 0.05)):
+        await clock.advance(0.05)
+        await until(lambda: not polls.in_use, seconds=PATIENCE)
 
 
 def check_failure(outcome, *, by_notification):
@@ -86,16 +121,33 @@ async def check_quiet(session):
 class TestEverythingAtOnce:
     """A mix of all faults at 5 % each: nothing hangs, nothing ends twice, nothing forged counts."""
 
-    async def test_with_notifications_and_polls(self, count, caplog):
+    async def test_with_notifications_and_polls(self, count, caplog, clock):
         caplog.set_level("ERROR")
         witness = Witness()
+        options = {"on_event": witness, "clock": clock}
         settings = quick(
-            poll_first=0.5, poll_longest=1.0, result_grace=1.5, failure_grace=1.5, permits=256
+            poll_first=0.5,
+            poll_longest=1.0,
+            polls_per_second=100_000,
+            result_grace=1.5,
+            failure_grace=1.5,
+            permits=256,
         )
         async with connected(
-            settings, session_options={"on_event": witness}, faults=EVERYTHING, task_seconds=0.2
+            settings, session_options=options, faults=EVERYTHING, task_seconds=0.2
         ) as (emulator, session):
-            handles, outcomes = await submit_all(session, count)
+            handles = await submit_all(session, count)
+            await until(
+                lambda: session.stats.notifications.get("resolved", 0) >= count / 2,
+                seconds=PATIENCE,
+            )
+            assert emulator.counts.total_polls == 0
+            await pass_time(session, clock, 0.7)  # polls race with what is still to come
+            assert 0 < emulator.counts.total_polls <= count / 2
+            await receive_all(emulator, session, count)
+            await pass_time(session, clock, 3.0)
+            assert all(handle.done() for handle in handles)
+            outcomes = await gather_all(handles)
             for index, (handle, outcome) in enumerate(zip(handles, outcomes, strict=True)):
                 task = emulator.tasks[handle.task_id]
                 told = "lost" not in task.faults
@@ -118,8 +170,6 @@ class TestEverythingAtOnce:
                 parked = seen["parked"] - expected["foreign"]
                 return twice - parked // 2, seen["duplicate"], twice
 
-            await asyncio.sleep(0.7)  # what was delayed arrives, too late for nobody
-            await until(lambda: duplicates_bounds()[0] <= duplicates_bounds()[1])
             seen = session.stats.notifications
             assert seen["resolved"] == sum("lost" not in t.faults for t in emulator.tasks.values())
             for fault in ("forged", "stale", "malformed", "unrelated"):
@@ -128,17 +178,22 @@ class TestEverythingAtOnce:
             assert session.stats.parked == expected["foreign"]  # for tasks nobody handed out
             assert set(witness.answered.values()) == {1}
             assert len(witness.answered) == count == len(emulator.tasks)
-            assert emulator.counts.total_polls < count  # most are answered before their poll
+            assert emulator.counts.total_polls < count
             await check_quiet(session)
         assert not caplog.records
 
-    async def test_with_notifications_alone(self, count):
+    async def test_with_notifications_alone(self, count, clock):
         """Without polls, those whose notification is lost end with their handle's time."""
         settings = quick(
             poll_first=3000, poll_longest=3000, permits=256, task_timeout=5.0, answered_seconds=0.3
         )
-        async with connected(settings, faults=EVERYTHING, task_seconds=0.05) as (emulator, session):
-            handles, outcomes = await submit_all(session, count)
+        async with connected(
+            settings, session_options={"clock": clock}, faults=EVERYTHING, task_seconds=0.05
+        ) as (emulator, session):
+            handles = await submit_all(session, count)
+            await receive_all(emulator, session, count)
+            await clock.advance(5.0)
+            outcomes = await gather_all(handles)
             for index, (handle, outcome) in enumerate(zip(handles, outcomes, strict=True)):
                 faults = emulator.tasks[handle.task_id].faults
                 if "lost" in faults:
@@ -149,7 +204,7 @@ class TestEverythingAtOnce:
                 else:
                     check_response(outcome, index)
             assert emulator.counts.total_polls == 0
-            await asyncio.sleep(0.4)  # then what was given up is forgotten, too
+            await clock.advance(0.4)  # then what was given up is forgotten, too
             await check_quiet(session)
 
     @pytest.mark.parametrize("ways", ["raise", "analyze", "results_in_status"])
@@ -167,7 +222,8 @@ class TestEverythingAtOnce:
             task_seconds=0.05,
             results_in_status=ways == "results_in_status",
         ) as (emulator, session):
-            handles, outcomes = await submit_all(session, count)
+            handles = await submit_all(session, count)
+            outcomes = await gather_all(handles)
             failed = 0
             for index, (handle, outcome) in enumerate(zip(handles, outcomes, strict=True)):
                 if "failed" in emulator.tasks[handle.task_id].faults:

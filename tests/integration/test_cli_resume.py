@@ -280,7 +280,7 @@ def test_the_report_comes_with_the_run_or_later(
 
 
 async def test_export_reads_while_the_run_goes_on(tmp_path: Path):
-    write_urls(tmp_path, 200)
+    write_urls(tmp_path, 800)  # for longer than the export takes to start on a busy machine
     async with (
         Emulator(latency=0.1) as emulator,
         start(*RUN, "--permits", "4", folder=tmp_path, emulator=emulator) as process,
@@ -293,11 +293,11 @@ async def test_export_reads_while_the_run_goes_on(tmp_path: Path):
         with (tmp_path / "now.csv").open(encoding="utf-8", newline="") as stream:
             rows = list(csv.DictReader(stream))
         assert {row["status"] for row in rows} == {"ok"}
-        assert 10 < len(rows) < 200
+        assert 10 < len(rows) < 800
         emulator.latency = None
         code, _, err = await end(process)
     assert code == 0, err
-    assert read_sources() == build_urls(200)
+    assert read_sources() == build_urls(800)
 
 
 async def test_two_runs_cannot_write_one_ledger(tmp_path: Path):
@@ -324,13 +324,14 @@ async def test_an_output_folder_that_vanishes_stops_the_run(tmp_path: Path):
         start(*arguments, folder=tmp_path, emulator=emulator) as process,
     ):
         await until(lambda: emulator.counts.total_done > 8)
+        emulator.latency = 0.5  # the bound below is one of seconds, too
         shutil.rmtree(folder)
         code, _, err = await end(process)
         assert code == 3, err
         assert "was removed or replaced" in err
         assert "items are answered" not in err  # which nobody knows
         assert "Traceback" not in err
-        assert emulator.counts.total_received < 100
+        assert emulator.counts.total_received < 60
 
 
 @pytest.mark.slow

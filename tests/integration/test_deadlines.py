@@ -21,11 +21,13 @@ from cloudinary_analyze import (
     Response,
     SessionClosedError,
 )
+from cloudinary_analyze.events import CallFinished
 
 LOOPS = ["asyncio", "uvloop", *(["eager"] if sys.version_info >= (3, 12) else [])]
 READ_TIMEOUT = 0.2
-# the read timeout may also fire some milliseconds before the caller's end; no retry comes between
-SLOW_RETRIES = {"read_timeout": READ_TIMEOUT, "attempts": 6, "backoff_first": 1, "backoff_max": 1}
+# the read timeout may also fire before the caller's end, on a busy machine even much earlier; no
+# retry comes between
+SLOW_RETRIES = {"read_timeout": READ_TIMEOUT, "attempts": 6, "backoff_first": 60, "backoff_max": 60}
 
 
 async def hold(request: web.Request) -> web.StreamResponse:
@@ -49,10 +51,11 @@ def run(kind: str, main: Callable[[], Awaitable[None]]) -> None:
         runner.run(bounded())
 
 
-async def end_by_timeout_argument(session: AnalyzeSession, seconds: float) -> None:
+async def end_by_timeout_argument(session: AnalyzeSession, seconds: float) -> bool:
+    """Return whether the error says that the request may have been charged."""
     with pytest.raises(CallTimeoutError) as caught:
         await session.analyze(Captioning(URL), timeout=seconds)
-    assert caught.value.ambiguous
+    return caught.value.ambiguous
 
 
 async def end_by_scope(session: AnalyzeSession, seconds: float) -> None:
@@ -97,8 +100,10 @@ def test_a_callers_end_at_the_same_instant_as_the_read_timeout_wins(loop: str, e
     async def main() -> None:
         async with ScriptedServer(hold) as server:
             async with server.session(**SLOW_RETRIES) as session:
-                await end(session, READ_TIMEOUT)
-                assert len(server.seen) <= 1  # none, if the machine is too busy to connect by then
+                ambiguous = await end(session, READ_TIMEOUT)
+                # none, if the machine is too busy to connect by then
+                assert len(server.seen) <= 1
+                assert ambiguous is not False or not server.seen
                 assert busy(session.stats) == (0, 0, 0)
 
     run(loop, main)
@@ -113,11 +118,14 @@ def test_a_callers_end_wins_when_the_loop_was_blocked_past_both_deadlines(
     async def main() -> None:
         async with ScriptedServer(hold) as server:
             async with server.session(**SLOW_RETRIES) as session:
-                ending = asyncio.create_task(end(session, READ_TIMEOUT * share))
-                await until(lambda: server.seen)
+                calls = 0
+                while not server.seen:  # again, if the machine is too busy to connect by the end
+                    calls += 1
+                    ending = asyncio.create_task(end(session, READ_TIMEOUT * share))
+                    await until(lambda ending=ending: server.seen or ending.done())
                 time.sleep(2 * READ_TIMEOUT)
-                await ending
-                assert len(server.seen) == 1
+                assert await ending is not False
+                assert len(server.seen) <= session.stats.attempts <= calls
                 assert busy(session.stats) == (0, 0, 0)
 
     run(loop, main)
@@ -125,19 +133,23 @@ def test_a_callers_end_wins_when_the_loop_was_blocked_past_both_deadlines(
 
 async def test_a_permit_that_comes_after_the_deadline_is_not_used() -> None:
     """The loop is blocked between the response that frees the permit and the timer."""
+    queued = asyncio.Event()
 
-    async def slow(request: web.Request) -> web.StreamResponse:
-        await asyncio.sleep(0.05)
+    async def answer_late(request: web.Request) -> web.StreamResponse:
+        await queued.wait()
         return await CAPTION(request)
 
-    def block(_: object) -> None:
-        time.sleep(0.4)
+    def block(event: object) -> None:
+        if isinstance(event, CallFinished):
+            time.sleep(0.4)
 
-    async with ScriptedServer(slow) as server:
+    async with ScriptedServer(answer_late) as server:
         async with server.session(permits=1, on_event=block) as session:
             first = asyncio.create_task(session.analyze(Captioning(URL)))
             await until(lambda: server.seen)
             second = asyncio.create_task(session.analyze(Captioning(URL), timeout=0.3))
+            await until(lambda: session.stats.waiting or second.done())
+            queued.set()
             await first
             with pytest.raises(CallTimeoutError) as caught:
                 await second
