@@ -90,7 +90,7 @@ class RedisNotifications:
 
         async with RedisNotifications("redis://…") as notifications:
             receiver = WebhookReceiver(notifications, credentials)
-            async with AnalyzeSession(notifications=notifications, …) as session:
+            async with AnalyzeSession(notifications=notifications) as session:
                 ...
 
     It is a value until it is used: it pickles, without the password, which is then read from the

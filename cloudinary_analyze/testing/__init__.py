@@ -11,6 +11,7 @@ directory. Each test then has these fixtures:
 
 A FastAPI application ``app.py``::
 
+    from collections.abc import AsyncGenerator
     from contextlib import asynccontextmanager
 
     from fastapi import FastAPI, Request
@@ -19,7 +20,7 @@ A FastAPI application ``app.py``::
 
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI):
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         async with AnalyzeSession() as app.state.session:
             yield
 
@@ -28,8 +29,9 @@ A FastAPI application ``app.py``::
 
 
     @app.get("/captions")
-    async def caption(uri: str, request: Request):
-        response = await request.app.state.session.analyze(Captioning(uri))
+    async def caption(uri: str, request: Request) -> dict[str, str]:
+        session: AnalyzeSession = request.app.state.session
+        response = await session.analyze(Captioning(uri))
         return {"caption": response.analysis.caption}
 
 And its test::
@@ -43,7 +45,7 @@ And its test::
     BEE = Captioning("https://images.example/bee.jpg")
 
 
-    def test_caption(cloudinary_emulator: ScriptedEmulator):
+    def test_caption(cloudinary_emulator: ScriptedEmulator) -> None:
         cloudinary_emulator.respond(BEE, {"data": {"caption": "A bee"}})
         with TestClient(app) as client:
             response = client.get("/captions", params={"uri": str(BEE.source)})

@@ -2,13 +2,21 @@
 
 import asyncio
 import os
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
 from starlette.routing import Route
 
-from cloudinary_analyze import AnalysisTask, AnalyzeSession, Captioning, Credentials, NotFoundError
+from cloudinary_analyze import (
+    AnalysisTask,
+    AnalyzeSession,
+    Captioning,
+    CaptioningAnalysis,
+    Credentials,
+    NotFoundError,
+)
 from cloudinary_analyze.notifications.asgi import WebhookReceiver
 from cloudinary_analyze.notifications.redis import RedisNotifications
 
@@ -20,7 +28,7 @@ notifications = RedisNotifications(os.environ["REDIS_URL"])
 
 
 @asynccontextmanager
-async def lifespan(app: FastAPI):
+async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
     url = os.environ["PUBLIC_URL"] + HOOK
     async with (
         notifications,
@@ -31,30 +39,33 @@ async def lifespan(app: FastAPI):
 
 
 def get_session(request: Request) -> AnalyzeSession:
-    return request.app.state.session
+    session: AnalyzeSession = request.app.state.session
+    return session
 
 
+Caption = dict[str, str | None]
 Session = Annotated[AnalyzeSession, Depends(get_session)]
 receiver = WebhookReceiver(notifications, credentials)
 app = FastAPI(lifespan=lifespan, routes=[Route(HOOK, endpoint=receiver)])
 
 
 @app.get("/captions")
-async def caption(uri: str, request: Request, session: Session):
+async def caption(uri: str, request: Request, session: Session) -> Caption:
     return await answer(request, session.submit(Captioning(uri)))
 
 
 @app.get("/captions/{task_id}")
-async def caption_of_task(task_id: str, request: Request, session: Session):
+async def caption_of_task(task_id: str, request: Request, session: Session) -> Caption:
     return await answer(request, session.task(task_id, Captioning))
 
 
-async def answer(request: Request, task: AnalysisTask):
+async def answer(request: Request, task: AnalysisTask[CaptioningAnalysis]) -> Caption:
     """Wait for the result, for as long as the patience lasts and the client stays."""
     result = task.as_future()
     gone = asyncio.create_task(wait_until_gone(request))
     try:
-        await asyncio.wait({result, gone}, timeout=PATIENCE, return_when="FIRST_COMPLETED")
+        either: set[asyncio.Future[Any]] = {result, gone}
+        await asyncio.wait(either, timeout=PATIENCE, return_when="FIRST_COMPLETED")
         if result.done():
             response = result.result()
             return {"caption": response.analysis.caption, "uri": response.entity}
@@ -68,6 +79,6 @@ async def answer(request: Request, task: AnalysisTask):
         task.abandon()
 
 
-async def wait_until_gone(request: Request):
+async def wait_until_gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
