@@ -21,6 +21,8 @@ import attrs
 from cloudinary_analyze._values import URLObject, quote, read_url
 from cloudinary_analyze.errors import ConfigurationError
 
+__all__ = ["Credentials", "Pacer", "Settings"]
+
 DEFAULT_HOST: Final = "api.cloudinary.com"
 URL_VARIABLE: Final = "CLOUDINARY_URL"
 URL_FORM: Final = "cloudinary://<api_key>:<api_secret>@<cloud_name>"

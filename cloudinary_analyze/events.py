@@ -69,6 +69,22 @@ import attrs
 from cloudinary_analyze._values import Jsonable
 from cloudinary_analyze.responses import Limit
 
+__all__ = [
+    "AttemptFinished",
+    "AttemptRetried",
+    "CallFinished",
+    "CallStarted",
+    "Event",
+    "EventHook",
+    "ItemRestored",
+    "NotificationSeen",
+    "PollFinished",
+    "SessionPaused",
+    "SessionStats",
+    "TaskAccepted",
+    "TaskAnswered",
+]
+
 logger: logging.Logger = logging.getLogger("cloudinary_analyze.events")
 
 

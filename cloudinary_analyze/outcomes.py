@@ -14,6 +14,8 @@ from cloudinary_analyze._values import Jsonable
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import Response
 
+__all__ = ["Answered", "AnyOutcome", "Failed", "Outcome"]
+
 Item_co = TypeVar("Item_co", covariant=True)
 A_co = TypeVar("A_co", covariant=True)
 

@@ -14,6 +14,17 @@ import attrs
 from cloudinary_analyze.errors import AnalyzeError
 from cloudinary_analyze.responses import Delivery, JSONObject, Response
 
+__all__ = [
+    "AcknowledgingSource",
+    "Claim",
+    "Ledger",
+    "LedgerRecord",
+    "NotificationSink",
+    "NotificationSource",
+    "ReplayableSource",
+    "TraceCarrier",
+]
+
 
 @runtime_checkable
 class NotificationSource(Protocol):

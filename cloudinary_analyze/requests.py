@@ -552,24 +552,35 @@ def _check_model_name(name: str) -> str:
     return read_model_name(str.__str__(name))
 
 
-@attrs.frozen
+@attrs.frozen(init=False)
 class OtherModel(AnalyzeRequest[OtherAnalysis]):
     """A model that this package does not know; its analysis stays as received.
 
-    Attributes:
+    Args:
         name: The model's wire name.
         source: See `AnalyzeRequest`.
-        canonical_parameters: The parameters, as canonical JSON. The argument is ``parameters``: a
-            mapping.
+        parameters: A mapping: what the body holds beside the source.
+
+    Attributes:
+        name: The model's wire name.
+        canonical_parameters: The parameters, as canonical JSON.
     """
 
-    name: str = attrs.field(converter=_check_model_name)
-    source: Uri | Asset = attrs.field(converter=_read_source)
-    canonical_parameters: str = attrs.field(
-        default=None, alias="parameters", converter=_freeze_parameters
-    )
+    name: str
+    canonical_parameters: str = attrs.field(alias="parameters")
 
     analysis_type = OtherAnalysis
+
+    # written out, because the name goes before a field of the base class
+    def __init__(
+        self,
+        name: str,
+        source: str | URLObject | Uri | Asset,
+        parameters: Mapping[str, Any] | str | None = None,
+    ) -> None:
+        super().__init__(source)
+        object.__setattr__(self, "name", _check_model_name(name))
+        object.__setattr__(self, "canonical_parameters", _freeze_parameters(parameters))
 
     @property
     def model(self) -> str:

@@ -81,6 +81,8 @@ from cloudinary_analyze.events import (
     SessionPaused,
     TaskAnswered,
 )
+
+__all__ = ["instrument"]
 from cloudinary_analyze.protocols import TRACE_HEADER, TraceCarrier
 from cloudinary_analyze.responses import Limit
 from cloudinary_analyze.session import AnalyzeSession

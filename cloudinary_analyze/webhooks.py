@@ -32,6 +32,8 @@ from cloudinary_analyze.errors import (
 )
 from cloudinary_analyze.responses import Delivery, Notification, find_string
 
+__all__ = ["parse_notification", "verify_signature"]
+
 SIGNATURE_HEADER: Final = "X-Cld-Signature"
 SIGNATURE_V2_HEADER: Final = "X-Cld-Signature_v2"
 TIMESTAMP_HEADER: Final = "X-Cld-Timestamp"

@@ -41,6 +41,8 @@ from cloudinary_analyze.ledger.worker import Names, Worker
 from cloudinary_analyze.protocols import Claim, Ledger, LedgerRecord
 from cloudinary_analyze.responses import JSONObject, Response
 
+__all__ = ["RedisLedger"]
+
 OPEN_PATIENCE: Final = 10.0  # seconds; a mistyped host must not wait as long as an outage
 NOTED: Final = 200_000  # items whose source is remembered until their record
 READ_BATCH: Final = 500  # records
@@ -257,6 +259,7 @@ class RedisLedger(Ledger):
                 response=item.response,
                 error=item.error,
                 seconds=state.seconds,
+                source=item.source or None,
             )
         return None if state.task_id is None else LedgerRecord(key=key, task_id=state.task_id)
 

@@ -62,6 +62,8 @@ from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze.responses import Delivery
 from cloudinary_analyze.webhooks import SIGNATURE_HEADERS, find_header
 
+__all__ = ["decode_delivery", "encode_delivery"]
+
 
 @attrs.define(eq=False, repr=False)
 class QueueSource(NotPicklable):

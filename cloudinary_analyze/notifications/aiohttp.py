@@ -27,6 +27,8 @@ from cloudinary_analyze.notifications.receiver import (
 )
 from cloudinary_analyze.protocols import NotificationSink
 
+__all__ = ["WebhookReceiver"]
+
 
 class WebhookReceiver(NotPicklable):
     """Takes Cloudinary's webhooks in and puts them into a sink.

@@ -31,6 +31,8 @@ from cloudinary_analyze.notifications.receiver import (
 )
 from cloudinary_analyze.protocols import NotificationSink
 
+__all__ = ["WebhookReceiver"]
+
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]

@@ -14,6 +14,8 @@ from cloudinary_analyze.protocols import AcknowledgingSource, NotificationSink, 
 from cloudinary_analyze.responses import Delivery
 from cloudinary_analyze.webhooks import VerifiedDelivery, parse_delivery, seal_delivery
 
+__all__ = ["forward"]
+
 logger: logging.Logger = logging.getLogger("cloudinary_analyze.notifications")
 
 

@@ -45,6 +45,8 @@ from cloudinary_analyze.protocols import TRACE_HEADER, FollowPut
 from cloudinary_analyze.responses import Delivery
 from cloudinary_analyze.webhooks import parse_delivery
 
+__all__ = ["RedisNotifications"]
+
 logger: logging.Logger = logging.getLogger("cloudinary_analyze.notifications")
 
 CONNECTIONS: Final = 16

@@ -94,4 +94,4 @@ __all__ = [
     "sign_notification",
 ]
 
-pytest_plugins = ["cloudinary_analyze.testing.fixtures"]
+pytest_plugins: list[str] = ["cloudinary_analyze.testing.fixtures"]

@@ -18,6 +18,7 @@ from cloudinary_analyze import (
     BulkStoppedError,
     Captioning,
     ConfigurationError,
+    InvalidRequestError,
     LedgerError,
     ServerError,
 )
@@ -131,6 +132,16 @@ async def test_two_sessions_share_an_open_ledger(build):
         async with api.session() as one, api.session() as other:
             await asyncio.gather(*(collect(s, ledger=ledger) for s in (one, other)))
         assert len(api.seen) == len(URLS)
+
+
+async def test_a_key_names_one_source_for_all_workers(build):
+    async with ScriptedServer(CAPTION) as api:
+        for url in URLS[:2]:
+            async with build() as ledger, api.session() as session:
+                (outcome,) = await collect(session, [url], ledger=ledger, key=lambda _: "same")
+        assert isinstance(outcome.error, InvalidRequestError)
+        assert URLS[0] in str(outcome.error)
+        assert len(api.seen) == 1
 
 
 async def test_records_are_exported_with_their_sources(build, tmp_path):

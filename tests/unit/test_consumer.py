@@ -1,0 +1,90 @@
+"""A project of a user: it uses every public name, and strict type checkers accept all of it."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import io
+import os
+import pkgutil
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+import cloudinary_analyze
+
+CONSUMER = Path(__file__).parents[1] / "typing" / "consumer"
+FILES = sorted(CONSUMER.glob("*.py"))
+
+
+def find_public_names() -> set[tuple[str, str]]:
+    """Return the names in every `__all__`, each with its module."""
+    names = {("cloudinary_analyze", name) for name in cloudinary_analyze.__all__}
+    for found in pkgutil.walk_packages(cloudinary_analyze.__path__, "cloudinary_analyze."):
+        if not any(part.startswith("_") for part in found.name.split(".")):
+            module = importlib.import_module(found.name)
+            names |= {(found.name, name) for name in getattr(module, "__all__", ())}
+    return names
+
+
+def find_used_names(tree: ast.Module) -> set[tuple[str, str]]:
+    """Return the names that a file imports and also uses, each with its module."""
+    imported: dict[str, tuple[str, str]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                imported[alias.asname or alias.name] = (node.module or "", alias.name)
+    used: set[tuple[str, str]] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in imported:
+            used.add(imported[node.id])
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = ".".join(imported.get(node.value.id, ()))
+            used.add((module, node.attr))
+    return used
+
+
+def test_every_public_name_is_used() -> None:
+    used: set[tuple[str, str]] = set()
+    for path in FILES:
+        used |= find_used_names(ast.parse(path.read_text(encoding="utf-8")))
+    unused = sorted(find_public_names() - used)
+    assert unused == [], "use each new public name in a file of tests/typing/consumer"
+
+
+def test_no_cast_and_no_ignore_is_needed() -> None:
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+        assert "cast" not in {token.string for token in tokens if token.type == tokenize.NAME}
+        assert "ignore" not in {
+            word
+            for token in tokens
+            if token.type == tokenize.COMMENT
+            for word in token.string.replace(":", " ").replace("[", " ").split()
+        }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_a_strict_type_checker_accepts_it(checker: str, tmp_path: Path) -> None:
+    """It has settings of its own, as a project of a user does."""
+    pytest.importorskip(checker, reason=f"{checker} belongs to the extra `dev`")
+    options = {
+        "mypy": ["--cache-dir", str(tmp_path)],
+        "pyright": ["--pythonpath", sys.executable, "--warnings"],
+    }
+    environment = Path(sys.executable).parent
+    done = subprocess.run(
+        [environment / checker, *options[checker]],
+        cwd=CONSUMER,
+        env={**os.environ, "PATH": f"{environment}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"in {len(FILES)} source files" in done.stdout or "0 errors" in done.stdout
