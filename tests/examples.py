@@ -1,9 +1,11 @@
-"""The examples in the docstrings of the package: the literal blocks that hold Python."""
+"""The public names of the package, and the examples in its docstrings."""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
+import pkgutil
 import re
 import textwrap
 from pathlib import Path
@@ -11,6 +13,16 @@ from pathlib import Path
 import cloudinary_analyze
 
 PACKAGE = Path(cloudinary_analyze.__file__).parent
+
+
+def find_public_names() -> set[tuple[str, str]]:
+    """Return the names in every `__all__`, each with its module."""
+    names = {("cloudinary_analyze", name) for name in cloudinary_analyze.__all__}
+    for found in pkgutil.walk_packages(cloudinary_analyze.__path__, "cloudinary_analyze."):
+        if not any(part.startswith("_") for part in found.name.split(".")):
+            module = importlib.import_module(found.name)
+            names |= {(found.name, name) for name in getattr(module, "__all__", ())}
+    return names
 
 
 def read_examples(docstring: str) -> list[str]:

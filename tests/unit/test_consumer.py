@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import io
 import os
-import pkgutil
 import subprocess
 import sys
 import tokenize
 from pathlib import Path
 
 import pytest
-
-import cloudinary_analyze
+from examples import find_public_names
 
 CONSUMER = Path(__file__).parents[1] / "typing" / "consumer"
 FILES = sorted(CONSUMER.glob("*.py"))
-
-
-def find_public_names() -> set[tuple[str, str]]:
-    """Return the names in every `__all__`, each with its module."""
-    names = {("cloudinary_analyze", name) for name in cloudinary_analyze.__all__}
-    for found in pkgutil.walk_packages(cloudinary_analyze.__path__, "cloudinary_analyze."):
-        if not any(part.startswith("_") for part in found.name.split(".")):
-            module = importlib.import_module(found.name)
-            names |= {(found.name, name) for name in getattr(module, "__all__", ())}
-    return names
 
 
 def find_used_names(tree: ast.Module) -> set[tuple[str, str]]:

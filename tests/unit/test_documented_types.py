@@ -10,10 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from examples import find_examples
-
-import cloudinary_analyze
-from cloudinary_analyze import testing
+from examples import find_examples, find_public_names
 
 README = Path(__file__).parents[2] / "README.md"
 SETTINGS = """
@@ -61,15 +58,9 @@ app = FastAPI()
 
 def write_context() -> str:
     """Return what fragments take for granted: the public names, and some variables."""
-    names = {
-        "cloudinary_analyze": cloudinary_analyze.__all__,
-        "cloudinary_analyze.ledger": ["SQLiteLedger"],
-        "cloudinary_analyze.ledger.redis": ["RedisLedger"],
-        "cloudinary_analyze.notifications.redis": ["RedisNotifications"],
-        "cloudinary_analyze.stage": ["AnalyzeStage"],
-        "cloudinary_analyze.testing": testing.__all__,
-    }
-    lines = [f"from {module} import {name} as {name}" for module in names for name in names[module]]
+    modules = {name: module for module, name in sorted(find_public_names(), reverse=True)}
+    del modules["WebhookReceiver"]  # there are two
+    lines = [f"from {module} import {name} as {name}" for name, module in modules.items()]
     return "\n".join(lines) + CONTEXT
 
 
@@ -77,7 +68,9 @@ def complete(name: str, example: str) -> str:
     """Return an example of a docstring as a file."""
     if example.startswith("from ") and "from cloudinary_analyze import" in example:
         return example
-    if example.startswith("async "):
+    try:
+        compile(example, name, "exec")
+    except SyntaxError:  # `async with` outside a function
         example = f"async def example() -> None:\n{textwrap.indent(example, '    ')}"
     return f"from context import *\n{OWN_CONTEXT.get(name, '')}\n{example}"
 

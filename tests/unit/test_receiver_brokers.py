@@ -2,10 +2,10 @@
 
 import asyncio
 import sys
-import textwrap
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from examples import read_examples
 from notification_support import CREDENTIALS, SECRET, build_answer, build_delivery, sign
 
 from cloudinary_analyze import AnalyzeSession, Captioning, ConfigurationError, Credentials, Delivery
@@ -124,16 +124,15 @@ class FakeJetStream:
 @pytest.fixture
 def example(monkeypatch):
     """The broker that the documentation prints, as it is printed."""
-    api, errors = ModuleType("nats.js.api"), ModuleType("nats.js.errors")
+    js, api, errors = map(ModuleType, ("nats.js", "nats.js.api", "nats.js.errors"))
+    js.JetStreamContext = FakeJetStream
     api.DeliverPolicy = SimpleNamespace(NEW="new")
     errors.NotFoundError = NotFoundError
-    for module in (ModuleType("nats"), ModuleType("nats.js"), api, errors):
+    for module in (ModuleType("nats"), js, api, errors):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    lines = room.__doc__.splitlines()
-    begin = lines.index("    from nats.js.api import DeliverPolicy")
-    end = max(number for number, line in enumerate(lines) if line.startswith("    "))
+    (printed,) = read_examples(room.__doc__)
     namespace = {}
-    exec(textwrap.dedent("\n".join(lines[begin : end + 1])), namespace)
+    exec(printed, namespace)
     return namespace["NatsNotifications"]
 
 
