@@ -18,6 +18,8 @@ except ImportError as _missing:
         "The plugin needs dask.distributed: pip install 'dask[distributed]'."
     ) from _missing
 
+__all__ = ["AnalyzePlugin"]
+
 
 async def _teardown(_: Any, worker: Any) -> None:  # noqa: ARG001 -- the plugin's signature
     await asyncio.to_thread(close_sessions)

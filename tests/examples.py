@@ -1,13 +1,12 @@
-"""The public names of the package, and the examples in its docstrings."""
+"""The public names of the package, and the examples in its docstrings, read from its source."""
 
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
-import pkgutil
 import re
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import cloudinary_analyze
@@ -15,14 +14,24 @@ import cloudinary_analyze
 PACKAGE = Path(cloudinary_analyze.__file__).parent
 
 
+def read_modules() -> Iterator[tuple[str, ast.Module]]:
+    """Yield every module by its name."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        name = ".".join(part for part in parts if part != "__init__")
+        yield name, ast.parse(path.read_text(encoding="utf-8"))
+
+
 def find_public_names() -> set[tuple[str, str]]:
     """Return the names in every `__all__`, each with its module."""
-    names = {("cloudinary_analyze", name) for name in cloudinary_analyze.__all__}
-    for found in pkgutil.walk_packages(cloudinary_analyze.__path__, "cloudinary_analyze."):
-        if not any(part.startswith("_") for part in found.name.split(".")):
-            module = importlib.import_module(found.name)
-            names |= {(found.name, name) for name in getattr(module, "__all__", ())}
-    return names
+    return {
+        (module, name)
+        for module, tree in read_modules()
+        if "._" not in module
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        for name in ast.literal_eval(node.value)
+    }
 
 
 def read_examples(docstring: str) -> list[str]:
@@ -33,12 +42,10 @@ def read_examples(docstring: str) -> list[str]:
 
 
 def find_examples() -> dict[str, list[str]]:
-    """Return the examples of every public class, function and module, by its qualified name."""
+    """Return the examples of every class, function and module, by its qualified name."""
     found: dict[str, list[str]] = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-        module = ".".join(part for part in parts if part != "__init__")
-        _visit(ast.parse(path.read_text(encoding="utf-8")), module, found)
+    for name, tree in read_modules():
+        _visit(tree, name, found)
     return found
 
 

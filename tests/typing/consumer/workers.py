@@ -4,6 +4,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from cloudinary_analyze import Captioning, CaptioningAnalysis, Outcome, Settings, stage
+from cloudinary_analyze.dask import AnalyzePlugin
 from cloudinary_analyze.ledger.redis import RedisLedger
 from cloudinary_analyze.notifications.redis import RedisNotifications
 from cloudinary_analyze.pacing import RedisPacer
@@ -37,3 +38,6 @@ async def run_here(urls: list[str], redis_url: str) -> None:
         print(outcome.unwrap().analysis.caption)
     print(sorted(stage.COLUMNS), stage.SCHEMA, stage.META)
     stage.close_sessions()
+
+
+plugin = AnalyzePlugin()
