@@ -15,6 +15,7 @@ from cloudinary_analyze.cli.feed import NO_INPUT, InputOptions, open_source
 from cloudinary_analyze.cli.files import check_conflicts, check_output
 from cloudinary_analyze.cli.input import read_source
 from cloudinary_analyze.cli.models import NO_PARAMETERS, Parameters, choose_models, print_models
+from cloudinary_analyze.cli.money import NO_LIMITS, SpendingOptions, perform_dry_run
 from cloudinary_analyze.cli.notifications import (
     CALLS,
     WAYS,
@@ -34,7 +35,14 @@ from cloudinary_analyze.cli.output import (
 )
 from cloudinary_analyze.cli.run import RunPlan, perform_run
 from cloudinary_analyze.cli.screen import CommandError, ExitCode, build_console, say
-from cloudinary_analyze.cli.service import EmulatorPlan, read_latency, read_quotas, serve
+from cloudinary_analyze.cli.service import (
+    DEFAULT_CALLS,
+    CallOptions,
+    EmulatorPlan,
+    read_latency,
+    read_quotas,
+    serve,
+)
 from cloudinary_analyze.cli.single import SinglePlan, perform_analyze, perform_status
 from cloudinary_analyze.errors import AnalyzeError
 
@@ -91,14 +99,8 @@ def run(
     results: OutputOptions = DEFAULT_OUTPUT,
     parameters: Parameters = NO_PARAMETERS,
     receiving: ReceivingOptions = CALLS,
-    permits: Annotated[
-        int,
-        Parameter(
-            name="--permits",
-            help="Maximum number of calls in flight.",
-            validator=validators.Number(gte=1),
-        ),
-    ] = 64,
+    calling: CallOptions = DEFAULT_CALLS,
+    spending: SpendingOptions = NO_LIMITS,
     retry_failed: Annotated[
         bool,
         Parameter(
@@ -127,6 +129,7 @@ def run(
     if retry_failed and places.ledger is None:
         raise CommandError("--retry-failed needs a ledger; add --ledger.")
     receiving.check(emulated=emulated)
+    spending.check(builders, streamed=places.ledger is None)
     plan = RunPlan(
         models=builders,
         source=lines,
@@ -135,10 +138,13 @@ def run(
         named=named,
         retry_failed=retry_failed,
         receiving=receiving,
-        permits=permits,
+        calling=calling,
+        spending=spending,
         limit=source.limit,
         emulated=emulated,
     )
+    if spending.dry_run:
+        return _perform(perform_dry_run(plan, build_console()))
     return _perform(perform_run(plan, build_console()))
 
 

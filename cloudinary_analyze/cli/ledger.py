@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import os
+import stat
+import tempfile
 from collections.abc import AsyncIterator, Generator, Iterator, Mapping
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
@@ -17,9 +22,10 @@ from cloudinary_analyze.cli.input import read_source
 from cloudinary_analyze.cli.models import BuildRequest
 from cloudinary_analyze.cli.screen import CommandError, say
 from cloudinary_analyze.cli.service import Service
-from cloudinary_analyze.config import DEFAULT_HOST, Settings, read_base_url
+from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import AnalyzeError, LedgerError
 from cloudinary_analyze.ledger.file import (
+    COMPANIONS,
     connect_for_reading,
     explaining,
     find_companion,
@@ -39,7 +45,7 @@ class HaltedError(Exception):
     """The user asked to stop."""
 
 
-class _RunLedger(SQLiteLedger):
+class RunLedger(SQLiteLedger):
     """The ledger of a run, whose items are noted with their lines, invalid ones included."""
 
     async def note_item(self, key: str, *, source: str, model: str, index: int) -> None:
@@ -53,11 +59,13 @@ class Book:
     Attributes:
         ledger: The ledger; open.
         begun_before: Whether an earlier run noted items in it.
+        rows: The rows of the input.
         bad_lines: The first invalid lines of the input.
     """
 
     ledger: SQLiteLedger
     begun_before: bool
+    rows: int = attrs.field(default=0, init=False)
     bad_lines: list[InputLine] = attrs.field(factory=list, init=False)
     _makers: Mapping[str, KeyBuilder]
     _halted: bool = attrs.field(default=False, init=False)
@@ -87,6 +95,7 @@ class Book:
 
     def _build_rows(self, source: LineSource, limit: int | None) -> Iterator[ItemRow]:
         self.bad_lines.clear()
+        self.rows = 0
         with closing(read_items(source, tuple(self._makers), limit)) as items:
             line, columns = None, None
             for item in items:
@@ -94,6 +103,7 @@ class Book:
                     raise HaltedError
                 if item.line is not line:  # its columns are encoded once
                     line, columns = item.line, _dump_columns(item.line)
+                    self.rows += 1
                     if line.error is not None and len(self.bad_lines) < SHOWN_BAD_LINES:
                         self.bad_lines.append(line)
                 yield self._build_row(item, columns)
@@ -170,6 +180,11 @@ def _dump_columns(line: InputLine) -> bytes | None:
     return None if line.columns is None else codec.dumps(line.columns)
 
 
+def build_makers(builders: Mapping[str, BuildRequest]) -> dict[str, KeyBuilder]:
+    """Return what builds the keys of each model's requests."""
+    return {model: KeyBuilder(build(_ANY_SOURCE)) for model, build in builders.items()}
+
+
 @asynccontextmanager
 async def open_book(
     path: Path,
@@ -177,6 +192,7 @@ async def open_book(
     builders: Mapping[str, BuildRequest],
     *,
     retry_failed: bool,
+    patience: float,
     console: Console,
 ) -> AsyncIterator[Book]:
     """Open the ledger of a run for as long as the block lasts.
@@ -195,16 +211,69 @@ async def open_book(
         begun_before = True  # what lies there is its output
     else:
         begun_before = False
-    credentials = service.credentials
-    base_url = read_base_url(credentials.host or DEFAULT_HOST, credentials.cloud_name)
-    async with _RunLedger(path) as ledger:
-        await ledger.open(base_url=base_url, cloud_name=credentials.cloud_name)
+    async with RunLedger(path, patience=patience) as ledger:
+        await ledger.open(**service.identify())
         with closing(iter(ledger.iter_items())) as items:  # type: ignore[type-var]
             begun_before = begun_before or next(items, None) is not None
         if retry_failed:
             await ledger.forget_errors()
-        makers = {model: KeyBuilder(build(_ANY_SOURCE)) for model, build in builders.items()}
-        yield Book(ledger, begun_before, makers)
+        await _absorb_rescued(ledger, console)
+        yield Book(ledger, begun_before, build_makers(builders))
+        if ledger.failed:
+            await _rescue(ledger, console)
+
+
+def find_rescued(ledger: Path) -> Iterator[Path]:
+    """Yield the files where responses are saved that a ledger cannot record, best first.
+
+    Each is in another directory than the ledger, which only its owner may enter.
+    """
+    name = hashlib.sha256(os.fsencode(os.path.realpath(ledger))).hexdigest()[:16]
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    for parent in (Path(state), Path(tempfile.gettempdir())):
+        owner = f"-{os.getuid()}" if os.name == "posix" else ""
+        yield parent / f"cloudinary-analyze{owner}" / f"{ledger.name}-{name}.rescued"
+
+
+def _is_private(directory: Path) -> bool:
+    """Whether only this user can put files into a directory."""
+    status = directory.lstat()
+    owned = os.name != "posix" or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
+    return stat.S_ISDIR(status.st_mode) and owned
+
+
+async def _absorb_rescued(ledger: SQLiteLedger, console: Console) -> None:
+    for path in find_rescued(ledger.path):
+        if path.exists() and _is_private(path.parent):
+            await ledger.absorb(path)
+            for suffix in COMPANIONS:
+                find_companion(path, suffix).unlink(missing_ok=True)
+            path.unlink()
+            say(console, f"Responses that an earlier run saved in {path} are in the ledger now.")
+
+
+async def _rescue(ledger: SQLiteLedger, console: Console) -> None:
+    """Save the responses that a ledger could not record in another directory."""
+    for path in find_rescued(ledger.path):
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not _is_private(path.parent):
+                continue
+            await asyncio.to_thread(ledger.rescue, path)
+        except (OSError, LedgerError):
+            continue
+        say(
+            console,
+            f"Responses that the ledger could not record are saved in {path}. The next run with "
+            f"the ledger {ledger.path} reads them.",
+            style="bold",
+        )
+        return
+    say(
+        console,
+        "Responses that the ledger could not record are lost. The next run requests them again.",
+        style="red",
+    )
 
 
 def remove_emulated(path: Path) -> bool:

@@ -173,8 +173,10 @@ class Line:
             asyncio.get_running_loop().call_soon(source.release, event.task_id)
 
     def take_note(self, outcome: AnyOutcome) -> None:
-        """Be told of an outcome that is kept for good, unless the ledger broke."""
-        if isinstance(outcome.error, LedgerError) or not isinstance(self.source, _Waiting):
+        """Acknowledge the notification of an outcome, unless the ledger could not record it."""
+        if outcome.unrecorded or isinstance(outcome.error, LedgerError):
+            return
+        if not isinstance(self.source, _Waiting):
             return
         task_id = getattr(outcome.error, "task_id", None)
         if outcome.response is not None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from contextlib import AsyncExitStack, suppress
 from typing import Any, Literal
 
 import attrs
 from rich.console import Console
 
-from cloudinary_analyze._policy import stops_the_stream
+from cloudinary_analyze._budget import Spent
+from cloudinary_analyze._policy import Stop, find_stop, stops_the_stream
 from cloudinary_analyze.cli.feed import (
     ItemFeed,
     LineSource,
@@ -22,6 +23,14 @@ from cloudinary_analyze.cli.feed import (
 from cloudinary_analyze.cli.files import set_aside
 from cloudinary_analyze.cli.ledger import SHOWN_BAD_LINES, Book, HaltedError, open_book
 from cloudinary_analyze.cli.models import BuildRequest
+from cloudinary_analyze.cli.money import (
+    Estimate,
+    SpendingOptions,
+    choose_sample,
+    describe_spent,
+    find_feature,
+    print_estimate,
+)
 from cloudinary_analyze.cli.notifications import Line, ReceivingOptions, open_line
 from cloudinary_analyze.cli.output import LedgerExport, Places, StreamResults
 from cloudinary_analyze.cli.screen import (
@@ -35,7 +44,7 @@ from cloudinary_analyze.cli.screen import (
     say,
     show_logs,
 )
-from cloudinary_analyze.cli.service import Service, open_service
+from cloudinary_analyze.cli.service import CallOptions, Service, open_service
 from cloudinary_analyze.cli.summary import (
     AGAIN,
     Balance,
@@ -76,7 +85,8 @@ class RunPlan:
         named: Whether the input names its items.
         retry_failed: Whether what failed for good is asked again.
         receiving: How the results arrive.
-        permits: Calls in flight at once.
+        calling: How calls are made.
+        spending: What the run may spend.
         limit: How many lines to take at the most.
         emulated: Whether to call an emulator in this process.
     """
@@ -88,7 +98,8 @@ class RunPlan:
     named: bool
     retry_failed: bool
     receiving: ReceivingOptions
-    permits: int
+    calling: CallOptions
+    spending: SpendingOptions
     limit: int | None
     emulated: bool
 
@@ -101,7 +112,14 @@ class RunPlan:
         """Return the settings of the session."""
         # a result that was never delivered is the one failure that asking again must pay for
         again = self.retry_failed and self.receiving.as_tasks
-        return Settings(permits=self.permits, on_missing_result="analyze" if again else "raise")
+        return self.calling.build_settings(on_missing_result="analyze" if again else "raise")
+
+    def choose_source(self, service: Service) -> LineSource:
+        """Return where the lines come from."""
+        if self.source is not None:
+            return self.source
+        assert service.emulator is not None
+        return build_sample_source(service.emulator.sample_urls(self.samples))
 
 
 @attrs.define(eq=False)
@@ -130,7 +148,9 @@ class _Run:
     passing: int = 0
     undelivered: int = 0
     bad_lines: int = 0
-    stopping: Exception | None = None
+    stops: dict[str, Exception] = attrs.field(factory=dict)
+    estimate: Estimate = attrs.field(factory=Estimate)
+    spent: Spent | None = None
     interrupted: bool = False
     work: asyncio.Task[None] | None = None
 
@@ -159,13 +179,18 @@ class _Run:
             self._report_inventory(book, inventory)
             # a stream shows what was answered before, too
             open_only = self.stream is None
-            self.feed = ItemFeed(lambda: book.read_items(open_only=open_only), len(plan.models))
+            self._feed_from(lambda: book.read_items(open_only=open_only))
             return
         if book is not None:
             self.answered_before = book.ledger.answered_items()
             await book.clear()
         models = tuple(plan.models)
-        self.feed = ItemFeed(lambda: read_items(source, models, plan.limit), len(models))
+        self._feed_from(lambda: read_items(source, models, plan.limit))
+
+    def _feed_from(self, read: Callable[[], Generator[InputItem, None, None]]) -> None:
+        size = self.plan.spending.sample
+        chosen = read if size is None else lambda: choose_sample(read, size)
+        self.feed = ItemFeed(chosen, len(self.plan.models))
 
     def _report_inventory(self, book: Book, inventory: Inventory) -> None:
         if inventory.other and inventory.changed:
@@ -200,9 +225,13 @@ class _Run:
             mode=self.plan.mode,
             ledger=None if book is None else book.ledger,
             key=_read_name if self.plan.named else None,
+            budget=self.plan.spending.build_budget(self.plan.models),
         ) as stream:
-            async for outcome in stream:
-                await self._take(outcome)
+            try:
+                async for outcome in stream:
+                    await self._take(outcome)
+            finally:
+                self.spent = stream.spent
 
     async def _pull(self) -> AsyncIterator[InputItem]:
         """Yield the items that make a request; note them if the input is read only now."""
@@ -229,10 +258,10 @@ class _Run:
 
     async def _take(self, outcome: AnyOutcome) -> None:
         error, item = outcome.error, outcome.item
-        if isinstance(error, BulkStoppedError):
-            self.stopping = error.reason or error  # it was not sent, and is left for another run
-        elif error is not None and stops_the_stream(error, self.settings):
-            self.stopping = error
+        if error is not None and (
+            isinstance(error, BulkStoppedError) or stops_the_stream(error, self.settings)
+        ):
+            self._note_stop(outcome, error)
         elif self.book is not None and await self.book.note_failure(outcome, self.settings):
             if isinstance(error, ResultNotDeliveredError):
                 self.undelivered += 1
@@ -242,9 +271,22 @@ class _Run:
             await self._write(build_record(outcome))
         if self.line is not None:
             self.line.take_note(outcome)
+        if self.plan.spending.sample is not None:
+            self.estimate.add(outcome)
         self.feed.finish(item)
         self.done += 1
         self.failed += error is not None
+
+    def _note_stop(self, outcome: AnyOutcome, error: Exception) -> None:
+        """Note what is not sent any more, and why; what was not sent is left for another run."""
+        reason = error
+        if isinstance(error, BulkStoppedError) and error.reason is not None:
+            reason = error.reason
+        stop, name = find_stop(reason, self.settings), ""
+        if outcome.request is not None and stop in {Stop.FEATURE, Stop.MODEL}:
+            model = outcome.request.model
+            name = find_feature(model) if stop is Stop.FEATURE else model
+        self.stops.setdefault(name, reason)
 
     async def _write(self, record: Mapping[str, Any]) -> None:
         assert self.stream is not None
@@ -315,6 +357,16 @@ class _Run:
             lasting=not self.plan.emulated,
         )
 
+    def report_costs(self) -> None:
+        """Say what a limited run spent, and what the rest will cost after a sample."""
+        if self.spent is not None:
+            say(self.console, describe_spent(self.spent))
+        if self.plan.spending.sample is not None and self.inventory is not None:
+            calls = self.inventory.calls
+            left = {model: calls[model] - self.estimate.count_calls(model) for model in calls}
+            quota = {} if self.plan.emulated else self.session.quota
+            print_estimate(self.console, self.estimate, left, quota)
+
     def locate(self) -> Position:
         through = self.feed.finished_through
         return Position(
@@ -337,7 +389,7 @@ async def perform_run(plan: RunPlan, console: Console) -> ExitCode:
     """
     async with AsyncExitStack() as stack:
         service = await stack.enter_async_context(
-            open_service(emulated=plan.emulated, console=console)
+            open_service(emulated=plan.emulated, console=console, host=plan.calling.host)
         )
         stack.enter_context(show_logs(console))
         run = await _prepare(plan, service, console, stack)
@@ -355,10 +407,9 @@ async def perform_run(plan: RunPlan, console: Console) -> ExitCode:
 async def _prepare(
     plan: RunPlan, service: Service, console: Console, stack: AsyncExitStack
 ) -> _Run:
-    source, places = plan.source, plan.places
-    if source is None:
-        assert service.emulator is not None
-        source = build_sample_source(service.emulator.sample_urls(plan.samples))
+    source, places = plan.choose_source(service), plan.places
+    if plan.spending.sample is not None and not source.repeatable:
+        raise CommandError("--sample reads the input twice, so it needs a file, not a pipe.")
     settings = plan.build_settings()
     line = await stack.enter_async_context(open_line(plan.receiving, service, console))
     stream = stack.enter_context(StreamResults(places.output)) if places.streamed else None
@@ -370,6 +421,7 @@ async def _prepare(
                 service,
                 plan.models,
                 retry_failed=plan.retry_failed,
+                patience=plan.calling.ledger_patience,
                 console=console,
             )
         )
@@ -415,7 +467,7 @@ async def _perform(run: _Run) -> ExitCode:
         failed=run.tally.failed,
         balance=run.weigh(),
         failure=failure,
-        stopping=run.stopping,
+        stops=run.stops,
         interrupted=run.interrupted,
         aborted=aborted,
         as_tasks=plan.mode == "task",
@@ -428,6 +480,7 @@ async def _perform(run: _Run) -> ExitCode:
         skipped=0 if run.inventory is None else run.inventory.done,
         place=place,
     )
+    run.report_costs()
     if ending.sentence:
         say(console, ending.sentence, style="bold")
     if unwritten is not None:

@@ -6,14 +6,23 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import attrs
+from cyclopts import Parameter, validators
 from rich.console import Console
 
 from cloudinary_analyze.cli.screen import CommandError, ExitCode, handle_interrupts, say, show_logs
-from cloudinary_analyze.config import URL_FORM, URL_VARIABLE, Credentials
+from cloudinary_analyze.config import (
+    DEFAULT_HOST,
+    URL_FORM,
+    URL_VARIABLE,
+    Credentials,
+    Settings,
+    read_base_url,
+)
 from cloudinary_analyze.errors import ConfigurationError
+from cloudinary_analyze.ledger.sqlite import PATIENCE
 
 if TYPE_CHECKING:
     from cloudinary_analyze.emulator import Emulator
@@ -24,29 +33,136 @@ EMULATOR_ASIDE: Final = "start `cloudinary-analyze emulator`, and export what it
 NO_ACCOUNT: Final = "add --emulator to try it on this machine, without an account"
 
 
-@attrs.frozen
-class Service:
-    """Whom to call.
+def _get_default(name: str) -> Any:
+    return attrs.fields_dict(Settings)[name].default
+
+
+@Parameter(name="*")
+@attrs.frozen(kw_only=True)
+class CallOptions:
+    """How calls are made: the settings of the session that a run can change.
 
     Attributes:
-        credentials: As whom.
+        host: See `Settings.host`.
+        permits: See `Settings.permits`.
+        attempts: See `Settings.attempts`.
+        connect_timeout: See `Settings.connect_timeout`.
+        read_timeout: See `Settings.read_timeout`.
+        call_timeout: See `Settings.call_timeout`.
+        task_timeout: See `Settings.task_timeout`.
+        no_retry_ambiguous: See `Settings.retry_ambiguous`.
+        ledger_patience: See `SQLiteLedger`.
+    """
+
+    host: Annotated[
+        str | None,
+        Parameter(name="--host", help="Host or origin of the API, such as api-eu.cloudinary.com."),
+    ] = None
+    permits: Annotated[
+        int,
+        Parameter(
+            name="--permits",
+            help="Maximum number of calls in flight.",
+            validator=validators.Number(gte=1),
+        ),
+    ] = _get_default("permits")
+    attempts: Annotated[
+        int, Parameter(name="--attempts", help="Attempts per call, including the first.")
+    ] = _get_default("attempts")
+    connect_timeout: Annotated[
+        float, Parameter(name="--connect-timeout", help="Seconds to connect, for one attempt.")
+    ] = _get_default("connect_timeout")
+    read_timeout: Annotated[
+        float, Parameter(name="--read-timeout", help="Seconds for the response of one attempt.")
+    ] = _get_default("read_timeout")
+    call_timeout: Annotated[
+        float | None,
+        Parameter(
+            name="--call-timeout",
+            help="Seconds for a whole call, queueing and retries included. Default: no limit.",
+        ),
+    ] = None
+    task_timeout: Annotated[
+        float, Parameter(name="--task-timeout", help="Seconds to wait for the result of a task.")
+    ] = _get_default("task_timeout")
+    no_retry_ambiguous: Annotated[
+        bool,
+        Parameter(
+            name="--no-retry-ambiguous",
+            help="Do not repeat attempts that may have been charged. Their items fail.",
+        ),
+    ] = False
+    ledger_patience: Annotated[
+        float,
+        Parameter(
+            name="--ledger-patience",
+            help="Seconds to keep trying while the ledger is locked or its disk is full. Then the "
+            "responses that it lacks are saved elsewhere, and the run stops.",
+            validator=validators.Number(gte=0),
+        ),
+    ] = PATIENCE
+
+    def build_settings(self, *, on_missing_result: Literal["raise", "analyze"]) -> Settings:
+        """Return the settings of the session.
+
+        Raises:
+            ConfigurationError: A value is invalid.
+        """
+        return Settings(
+            permits=self.permits,
+            attempts=self.attempts,
+            connect_timeout=self.connect_timeout,
+            read_timeout=self.read_timeout,
+            call_timeout=self.call_timeout,
+            task_timeout=self.task_timeout,
+            retry_ambiguous=not self.no_retry_ambiguous,
+            on_missing_result=on_missing_result,
+        )
+
+
+DEFAULT_CALLS: Final = CallOptions()
+
+
+@attrs.frozen
+class Service:
+    """The service to call.
+
+    Attributes:
+        credentials: The account.
         emulator: The emulator that was started for it, if it is one.
     """
 
     credentials: Credentials
     emulator: Emulator | None = None
 
+    def identify(self) -> dict[str, str]:
+        """Return what a ledger of this service belongs to; see `Ledger.open`."""
+        cloud_name = self.credentials.cloud_name
+        host = self.credentials.host or DEFAULT_HOST
+        return {"base_url": read_base_url(host, cloud_name), "cloud_name": cloud_name}
+
 
 @asynccontextmanager
-async def open_service(*, emulated: bool, console: Console) -> AsyncIterator[Service]:
+async def open_service(
+    *, emulated: bool, console: Console, host: str | None = None
+) -> AsyncIterator[Service]:
     """Find the credentials, or start an emulator for as long as the block lasts.
 
+    Args:
+        emulated: Whether to start an emulator.
+        console: Where to say so.
+        host: The host to call instead of that of the credentials.
+
     Raises:
-        CommandError: There are no credentials, or they cannot be right.
+        CommandError: The credentials are missing or invalid.
+        ConfigurationError: The host is invalid.
     """
     if not emulated:
-        yield Service(read_credentials())
+        credentials = read_credentials()
+        yield Service(credentials if host is None else attrs.evolve(credentials, host=host))
         return
+    if host is not None:
+        raise CommandError("--host has no meaning with --emulator; pass one of them.")
     from cloudinary_analyze.emulator import Emulator, WebhookPolicy
 
     # its webhooks are answered only once their results are kept, so many must be under way

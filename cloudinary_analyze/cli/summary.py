@@ -17,7 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from cloudinary_analyze.cli.screen import CommandError, ExitCode, say
-from cloudinary_analyze.errors import AnalyzeError, BulkStoppedError, QuotaExceededError
+from cloudinary_analyze.errors import (
+    AnalyzeError,
+    BudgetReachedError,
+    BulkStoppedError,
+    QuotaExceededError,
+)
 from cloudinary_analyze.events import SessionStats
 from cloudinary_analyze.responses import Limit
 
@@ -138,10 +143,14 @@ def print_summary(
     if quota:
         console.print(_build_quota_table(tally, quota))
     if stats.retries:
-        sentence = f"{stats.retries:,} attempts were repeated"
-        if stats.ambiguous_retries:
-            sentence += f"; {stats.ambiguous_retries:,} of them may have been charged before"
-        say(console, f"{sentence}.")
+        say(console, f"{_count(stats.retries, 'attempt was', 'attempts were')} repeated.")
+    if stats.ambiguous_retries:
+        twice = _count(stats.ambiguous_retries, "attempt", "attempts")
+        say(
+            console,
+            f"{twice} may have been charged twice: the response was lost, and the call repeated.",
+            style="yellow",
+        )
     if skipped:
         say(console, f"{skipped:,} of these were done in an earlier run, and not asked again.")
     if place:
@@ -255,7 +264,7 @@ def decide_ending(
     failed: int,
     balance: Balance | str | None = None,
     failure: BaseException | None = None,
-    stopping: Exception | None = None,
+    stops: Mapping[str, Exception] | None = None,
     interrupted: bool = False,
     aborted: bool = False,
     as_tasks: bool = False,
@@ -268,7 +277,7 @@ def decide_ending(
             ledger.
         balance: What the ledger holds, if there is one; or why that is not known.
         failure: What ended the stream, if it was not the end of the input.
-        stopping: An item's error that would have stopped it, had there been more of the input.
+        stops: Features and models that were not sent any more, and why; ``""`` for all of them.
         interrupted: Whether an interrupt asked it to finish.
         aborted: Whether a second interrupt cut off what was in flight.
         as_tasks: Whether what was in flight were tasks, which go on remotely.
@@ -277,16 +286,18 @@ def decide_ending(
         way_on = _build_way_on(position)
     else:
         way_on = balance if isinstance(balance, str) else _build_balance(balance)
+    stops = stops or {}
     if failure is not None:
-        code, reason = _explain(failure)
+        code, reason = _explain(failure, stops)
         return Ending(code, f"{reason} {way_on}")
     if aborted:
         reason = "Aborted: calls in flight were cut off, and may have been charged."
         if as_tasks and balance is not None:
             reason = "Aborted: tasks under way go on, and the same command takes them up again."
         return Ending(ExitCode.INTERRUPTED, f"{reason} {way_on}")
-    if stopping is not None:
-        return Ending(ExitCode.STOPPED, f"{_explain_stop(stopping)} {way_on}")
+    if stops:
+        continued = "" if "" in stops else " The other models continued."
+        return Ending(ExitCode.STOPPED, f"{_explain_stops(stops)}{continued} {way_on}")
     nothing_left = position.exhausted or (isinstance(balance, Balance) and balance.left == 0)
     if interrupted and not nothing_left:
         reason = "Interrupted: what was in flight was finished and written."
@@ -295,12 +306,14 @@ def decide_ending(
     return Ending(code, _build_retry(balance) if isinstance(balance, Balance) else "")
 
 
-def _explain(failure: BaseException) -> tuple[ExitCode, str]:
+def _explain(failure: BaseException, stops: Mapping[str, Exception]) -> tuple[ExitCode, str]:
     match failure:
         case CommandError():
             return failure.exit_code, str(failure)
+        case BudgetReachedError(feature=feature):
+            return ExitCode.STOPPED, _explain_stops({**stops, feature or "": failure})
         case BulkStoppedError(reason=AnalyzeError() as reason):
-            return ExitCode.STOPPED, _explain_stop(reason)
+            return ExitCode.STOPPED, _explain_stops(stops or {"": reason})
         case AnalyzeError():
             return ExitCode.STOPPED, failure.message
         case OSError():
@@ -308,18 +321,30 @@ def _explain(failure: BaseException) -> tuple[ExitCode, str]:
     raise failure
 
 
-def _explain_stop(reason: Exception) -> str:
-    sentence = f"Stopped early, because every further item would fail alike: {reason}"
-    if isinstance(reason, QuotaExceededError):
-        sentence += f" {_tell_renewal(reason)}"
-    return sentence
+def _explain_stops(stops: Mapping[str, Exception]) -> str:
+    """Return a sentence for each feature or model that stopped, or for all of them."""
+    sentences = []
+    for name, reason in stops.items():
+        if name and "" in stops:
+            continue  # everything stopped in the end
+        if isinstance(reason, BudgetReachedError):
+            sentences.append(f"Stopped: {reason}")
+        elif name:
+            sentences.append(f"Stopped sending {name}: {reason}")
+        else:
+            sentences.append(
+                f"Stopped early, because every remaining item would fail with this error: {reason}"
+            )
+        if isinstance(reason, QuotaExceededError):
+            sentences.append(_tell_reset(reason))
+    return " ".join(sentences)
 
 
-def _tell_renewal(error: QuotaExceededError) -> str:
+def _tell_reset(error: QuotaExceededError) -> str:
     if error.reset_time is None:
-        return "When the quota is renewed, the service did not tell."
+        return "The service did not report when the quota resets."
     instant = datetime.fromtimestamp(error.reset_time, UTC)
-    return f"The quota is renewed at {instant:%Y-%m-%d %H:%M:%S} UTC."
+    return f"The quota resets at {instant:%Y-%m-%d %H:%M:%S} UTC."
 
 
 def _build_balance(balance: Balance) -> str:

@@ -24,6 +24,7 @@ from cloudinary_analyze.ledger.file import (
     ANSWERED,
     FAILED,
     OPEN,
+    SUBMITTED,
     connect_for_reading,
     explaining,
 )
@@ -89,9 +90,10 @@ class Inventory:
     Attributes:
         items: Items in all.
         bad: Items that make no request.
-        repeated: Items whose request an earlier item makes, too.
         done: Items with a recorded response or final error.
-        calls: Requests to send, by model.
+        repeated: Further items whose request an earlier item makes, too, by model.
+        submitted: Further items whose task was submitted.
+        calls: Requests to send, by model: the rest.
         changed: Items that differ from those that the ledger held before.
         other: If there are any: recorded responses and errors of no item of this input, but of
             another input, other models or other parameters.
@@ -100,8 +102,9 @@ class Inventory:
 
     items: int = 0
     bad: int = 0
-    repeated: int = 0
     done: int = 0
+    repeated: Counter[str] = attrs.field(factory=Counter)
+    submitted: int = 0
     calls: Counter[str] = attrs.field(factory=Counter)
     changed: int = 0
     other: int = 0
@@ -206,12 +209,16 @@ def write_items(connection: sqlite3.Connection, rows: Iterable[ItemRow], path: P
         if not record:
             inventory.bad += 1
             continue
+        model = row[2] or ""
         new = seen.add(record)
-        inventory.repeated += not new
         if state in _DONE:
             inventory.done += 1
-        elif new:
-            inventory.calls[row[2] or ""] += 1
+        elif not new:
+            inventory.repeated[model] += 1
+        elif state == SUBMITTED:
+            inventory.submitted += 1
+        else:
+            inventory.calls[model] += 1
     while known is not None:
         known = advance()
     deleted = connection.execute("DELETE FROM items WHERE position >= ?", (inventory.items,))
@@ -287,6 +294,39 @@ def read_items(path: Path) -> Iterator[LedgerItem]:
         for row in _read_in_order(connection, query, path):
             first = row[9] is None or seen.add(row[9])
             yield _build_item(row, path, answered_before=not first or (row[14] or 0.0) < begun)
+
+
+def read_newest_responses(path: Path) -> Iterator[tuple[JSONObject, float]]:
+    """Yield the newest response of each model, and when it was recorded (Unix seconds).
+
+    Raises:
+        LedgerError: There is no ledger, or it cannot be read.
+    """
+    with closing(connect_for_reading(path)) as connection, explaining(path):
+        newest = connection.execute(
+            "SELECT record, max(recorded) FROM items JOIN records ON records.id = record "
+            "WHERE state = ? GROUP BY model",
+            (ANSWERED,),
+        ).fetchall()
+        for record, recorded in newest:
+            query = "SELECT content FROM answers WHERE record = ?"
+            for (content,) in connection.execute(query, (record,)):
+                response, _ = load_answer(ANSWERED, content, path)
+                if response is not None:
+                    yield response, recorded or 0.0
+
+
+def copy_states(connection: sqlite3.Connection, path: Path) -> None:
+    """Copy what another ledger knows about its keys, without the responses."""
+    add = (
+        "INSERT INTO records (key, state, task_id) VALUES (?, ?, ?) "
+        "ON CONFLICT (key) DO UPDATE SET state = max(state, excluded.state)"
+    )
+    name = "INSERT OR REPLACE INTO named SELECT id, ? FROM records WHERE key = ?"
+    named = "SELECT source, key FROM named JOIN records ON records.id = named.record"
+    with closing(connect_for_reading(path)) as other:
+        connection.executemany(add, other.execute("SELECT key, state, task_id FROM records"))
+        connection.executemany(name, other.execute(named))
 
 
 def read_columns(path: Path) -> Iterator[JSONObject]:

@@ -39,6 +39,7 @@ from cloudinary_analyze.ledger.items import (
     ItemRow,
     LedgerItem,
     RecordSet,
+    copy_states,
     load_answer,
     read_answered,
     read_columns,
@@ -180,6 +181,11 @@ class SQLiteLedger(NotPicklable, Ledger):
     def path(self) -> Path:
         """The file."""
         return self._path
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is open and gave up writing; see `rescue`."""
+        return self._writer is not None and self._writer.failure is not None
 
     async def __aenter__(self) -> Self:
         return self
@@ -387,16 +393,13 @@ class SQLiteLedger(NotPicklable, Ledger):
             )
         )
 
-    async def replace_items(
-        self, read_rows: Callable[[], Iterable[ItemRow]], *, keep: bool = True
-    ) -> Inventory:
+    async def replace_items(self, read_rows: Callable[[], Iterable[ItemRow]]) -> Inventory:
         """Replace the items of the run by others, all or none. Results are kept.
 
         Args:
             read_rows: Begins to read them, in the order of the run; see `build_row`. Called in the
                 ledger's thread, and again if the ledger was locked or the disk was full. Whatever
                 it raises is raised here.
-            keep: Whether the ledger keeps them, or only counts them.
 
         Raises:
             LedgerError: Something could not be written.
@@ -408,8 +411,6 @@ class SQLiteLedger(NotPicklable, Ledger):
             connection.execute("SAVEPOINT replacing")
             try:
                 outcome.append(write_items(connection, read_rows(), self._path))
-                if not keep:
-                    connection.execute("ROLLBACK TO replacing")
             except (sqlite3.Error, LedgerError):
                 raise
             except Exception as error:
@@ -455,6 +456,17 @@ class SQLiteLedger(NotPicklable, Ledger):
         writer, other = self._use(), Path(path)
         if verify(other, *writer.owner):
             await writer.perform(partial(copy_records, path=other))
+
+    async def copy_states(self, path: str | os.PathLike[str]) -> None:
+        """Copy what another ledger knows about its keys into this new one, without the responses.
+
+        Raises:
+            LedgerError: The other one cannot be read, or is of another host or cloud; or
+                something could not be written.
+        """
+        writer, other = self._use(), Path(path)
+        if verify(other, *writer.owner):
+            await writer.perform(partial(copy_states, path=other))
 
     def rescue(self, path: str | os.PathLike[str]) -> None:
         """Write the records that could not be written into another ledger, for `absorb`.

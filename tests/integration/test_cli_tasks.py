@@ -28,11 +28,12 @@ from notification_support import RedisServer, build_delivery, start_redis
 from cloudinary_analyze import AnalyzeSession, Answered, Coco, Credentials, Response
 from cloudinary_analyze.analyses import OtherAnalysis
 from cloudinary_analyze.cli import main, notifications
+from cloudinary_analyze.cli.money import NO_LIMITS
 from cloudinary_analyze.cli.notifications import CALLS, ReceivingOptions, open_line
 from cloudinary_analyze.cli.output import DEFAULT_OUTPUT, plan_places
 from cloudinary_analyze.cli.run import RunPlan
 from cloudinary_analyze.cli.screen import build_console
-from cloudinary_analyze.cli.service import Service
+from cloudinary_analyze.cli.service import DEFAULT_CALLS, Service
 from cloudinary_analyze.emulator import Emulator, FaultPlan, WebhookPolicy
 from cloudinary_analyze.events import NotificationSeen
 
@@ -178,7 +179,8 @@ def test_what_was_never_delivered_is_paid_for_again_only_if_that_is_wished(
         named=False,
         retry_failed=retry_failed,
         receiving=receiving,
-        permits=1,
+        calling=DEFAULT_CALLS,
+        spending=NO_LIMITS,
         limit=None,
         emulated=False,
     )
