@@ -275,7 +275,8 @@ class Notification:
     def failed(self) -> bool:
         """Whether the task failed, by its HTTP status, its error object or its task status."""
         raw = self.raw  # read directly, because this is asked of every notification
-        if raw.get("error") or (_read_integer(raw.get("http_status")) or 0) >= 400:
+        status = raw.get("http_status")
+        if raw.get("error") or (status != 200 and (_read_integer(status) or 0) >= 400):
             return True
         data = raw.get("data")
         if type(data) is dict and data:

@@ -122,9 +122,9 @@ def _verify(
         raise InvalidSignatureError("The notification has no signature.")
     if timestamp is None or not is_timestamp(timestamp):
         raise InvalidSignatureError("The notification has no readable timestamp.")
-    digest = _HEX_LENGTHS.get(len(signature)) if signature.isascii() else None
     matched = False
-    if digest is not None and digest in digests:
+    digest = _HEX_LENGTHS.get(len(signature), "")
+    if digest in digests and signature.isascii():
         for secret in secrets:  # all of them, so that the time taken tells nothing
             expected = compute_signature(body, timestamp, secret, digest=digest)
             matched |= hmac.compare_digest(expected, signature)
@@ -269,9 +269,8 @@ def read_delivery(delivery: Delivery, credentials: Credentials) -> Notification:
     Raises:
         NotificationError: It is forged, stale or malformed.
     """
-    if type(delivery) is VerifiedDelivery and delivery.seal is _find_seal(credentials):
-        return parse_delivery(delivery)
-    verify_delivery(delivery, credentials)
+    if type(delivery) is not VerifiedDelivery or delivery.seal is not _find_seal(credentials):
+        verify_delivery(delivery, credentials)
     return parse_delivery(delivery)
 
 

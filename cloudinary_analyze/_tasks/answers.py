@@ -56,7 +56,7 @@ def build_timeout(entry: Entry, what: str) -> TaskTimeoutError:
             f"{what.format(entry.task_id)} The remote work continues; its last known status is "
             f"{entry.status!r}. Call session.task(task_id, …) to wait again."
         )
-    ambiguous = entry.phase is Phase.SUBMITTING
+    ambiguous = entry.phase == Phase.SUBMITTING
     return TaskTimeoutError(message, task_id=entry.task_id, ambiguous=ambiguous)
 
 

@@ -18,7 +18,6 @@ first poll that says *completed* or *failed*, and whoever comes and goes later n
 from __future__ import annotations
 
 import asyncio
-import enum
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, final
@@ -40,15 +39,15 @@ LEFT: Final = -1  # the index of a wait that its entry no longer has
 UNKNOWN: Final = "unknown"
 
 
-class Phase(enum.Enum):
-    """See the table in the module's docstring."""
+class Phase:
+    """See the table in the module's docstring. Strings, because an `Enum` is slow to compare."""
 
-    SUBMITTING = enum.auto()
-    PENDING = enum.auto()
-    GRACE = enum.auto()
-    REPEATING = enum.auto()
-    RESTING = enum.auto()
-    OVER = enum.auto()
+    SUBMITTING: Final = "submitting"
+    PENDING: Final = "pending"
+    GRACE: Final = "grace"
+    REPEATING: Final = "repeating"
+    RESTING: Final = "resting"
+    OVER: Final = "over"
 
 
 AWAITED: Final = frozenset({Phase.PENDING, Phase.GRACE})
@@ -139,7 +138,7 @@ class Entry:
     request: AnalyzeRequest[Any] | None
     task_id: str | None = None
     status: str = "submitting"
-    phase: Phase = Phase.SUBMITTING
+    phase: str = Phase.SUBMITTING
     waits: list[Wait] = attrs.field(factory=list)
     since: float = -math.inf
     due: float | None = None

@@ -155,7 +155,7 @@ class Table:
     ) -> Sequence[Effect]:
         """Register the task of a submission; its wait ends at a deadline from now on."""
         entry = wait.entry
-        if entry.phase is not Phase.SUBMITTING:
+        if entry.phase != Phase.SUBMITTING:
             return ()  # it was answered meanwhile
         entry.verified = True
         effects = self._register(entry, task_id, now, at_once=False)
@@ -229,7 +229,7 @@ class Table:
     def _resume(self, entry: Entry, now: float) -> Sequence[Effect]:
         """Wait for a resting task again, if somebody does."""
         task_id = entry.task_id
-        if entry.phase is not Phase.RESTING or not entry.waits or task_id is None:
+        if entry.phase != Phase.RESTING or not entry.waits or task_id is None:
             return ()
         if self.build_end is not None:
             return self.answer(entry, Answer("session", self.build_end(task_id)), now)
@@ -294,7 +294,7 @@ class Table:
         self._confirm(entry)
         entry.misses = 0
         state = find_string(notification.raw, "status")
-        if state is None or entry.phase is not Phase.PENDING or entry.status == state:
+        if state is None or entry.phase != Phase.PENDING or entry.status == state:
             return ()
         entry.status = state
         return (Changed(entry.waits),)
@@ -339,10 +339,10 @@ class Table:
             raw: What the answer's body was parsed to.
         """
         phase, task_id = entry.phase, entry.task_id
-        if phase is Phase.OVER:
+        if phase == Phase.OVER:
             return ()
         if task_id is not None:
-            if phase is Phase.RESTING:
+            if phase == Phase.RESTING:
                 self.resting.pop(task_id)
             else:
                 self.pending.pop(task_id, None)
@@ -353,10 +353,11 @@ class Table:
         return (Ended(_end_waits(entry, answer, status), answer, entry, raw),)
 
     def _keep(self, task_id: str, answer: Answer, now: float) -> None:
-        if answer.response is not None:
-            answer = Answer(answer.by, body=codec.dumps(answer.response.raw))
         body = answer.body
-        self.answered.put(task_id, answer, now, size=len(body) if body is not None else 0)
+        if answer.response is not None:
+            body = codec.dumps(answer.response.raw)
+            answer = Answer(answer.by, body=body)
+        self.answered.put(task_id, answer, now, size=len(body or b""))
         self._wake_at(now + self.answered.seconds)
 
     # Polls.
@@ -366,7 +367,7 @@ class Table:
         entry.misses = 0
         self._confirm(entry)
         phase, task_id = entry.phase, entry.task_id
-        if phase is Phase.OVER or task_id is None:
+        if phase == Phase.OVER or task_id is None:
             return ()
         result = find_result(status.raw)
         if result or (result is not None and status.finished):
@@ -387,17 +388,17 @@ class Table:
             entry.due = now + grace if self.with_source else now
             self.dues.push(entry.due, entry)
             self._wake_at(entry.due)
-        if phase is Phase.PENDING and entry.due is not None:
+        if phase == Phase.PENDING and entry.due is not None:
             entry.phase = Phase.GRACE
             entry.poll_at = None
             effects += self._end_grace(entry, now)
-        elif phase is Phase.PENDING:
+        elif phase == Phase.PENDING:
             effects.append(Poll(entry))
         return effects
 
     def take_error(self, entry: Entry, error: Exception, now: float) -> Sequence[Effect]:
         """Act on a poll that brought no status. With a source it never fails a task."""
-        if entry.phase is not Phase.PENDING:
+        if entry.phase != Phase.PENDING:
             return ()
         if isinstance(error, REFUSALS) and not self.with_source:
             return self.answer(entry, Answer("poll", error), now)
@@ -413,7 +414,7 @@ class Table:
     def _end_grace(self, entry: Entry, now: float) -> Sequence[Effect]:
         """Act on a finished task whose notification did not arrive in time."""
         task_id, due, request = entry.task_id, entry.due, entry.request
-        if entry.phase is not Phase.GRACE or task_id is None or due is None or due > now:
+        if entry.phase != Phase.GRACE or task_id is None or due is None or due > now:
             return ()
         if entry.status == "failed":
             error: Exception = build_task_failure(task_id, model=entry.model)

@@ -243,7 +243,7 @@ class Tracker(NotPicklable):
         """End a wait, and the call that submits its task if that was not accepted yet."""
         entry = wait.entry
         self.abandon(wait)
-        if entry.phase is Phase.SUBMITTING and (call := self._calls.get(entry)) is not None:
+        if entry.phase == Phase.SUBMITTING and (call := self._calls.get(entry)) is not None:
             call.cancel()
 
     def drop(self, wait: Wait, *, unobserved: bool) -> None:

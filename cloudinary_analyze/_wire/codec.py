@@ -6,7 +6,6 @@ The shapes themselves, and cattrs, are in `structure`, which is imported with th
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -19,7 +18,6 @@ except ImportError:  # the [speed] extra
 # orjson turns integers over 64 bits into floats; the shortest has 19 digits
 _SAME_DIGIT: Final = bytes.maketrans(b"123456789", b"0" * 9)
 _LONG_NUMBER: Final = b"0" * 19
-_LONG_INTEGER: Final = rb"(?:^|[\[:,\s])-?[0-9]{19}"  # compiled by the first use
 
 
 def loads(text: bytes) -> Any:
@@ -29,7 +27,8 @@ def loads(text: bytes) -> Any:
         ValueError: It is not valid JSON.
         RecursionError: It is nested too deeply.
     """
-    if orjson is not None and not _has_long_integer(text):
+    # `find`, because bytes first try what `in` is given as a number
+    if orjson is not None and text.translate(_SAME_DIGIT).find(_LONG_NUMBER) < 0:
         try:
             return orjson.loads(text)
         except ValueError:
@@ -40,13 +39,6 @@ def loads(text: bytes) -> Any:
         if orjson is None:
             raise
         return orjson.loads(text)  # it reads deeper nesting
-
-
-def _has_long_integer(text: bytes) -> bool:
-    """Whether JSON may hold an integer over 64 bits. Digits that begin a string do not count."""
-    if _LONG_NUMBER not in text.translate(_SAME_DIGIT):  # quick, and true of nearly all
-        return False
-    return re.search(_LONG_INTEGER, text) is not None
 
 
 def _parse_integer(digits: str) -> int | str:

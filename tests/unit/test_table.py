@@ -273,7 +273,7 @@ class TestProgress:
         wait = accept(table, "t1")
         table.leave(wait, 0)
         assert deliver(table, build_result("t1", data={"status": "processing"})) == "progress"
-        assert wait.entry.phase is Phase.RESTING
+        assert wait.entry.phase == Phase.RESTING
         assert deliver(table, build_result("t1")) == "resolved"
 
 
@@ -421,7 +421,7 @@ class TestWaits:
         wait = accept(table, "t1")
         table.abandon(wait, 0)
         assert wait.answer is not None
-        assert wait.entry.phase is Phase.RESTING
+        assert wait.entry.phase == Phase.RESTING
         assert wait.entry.poll_at is None
         advance(table, 99)
         assert deliver(table, build_result("t1"), 99) == "resolved"

@@ -172,18 +172,18 @@ class TableMachine(RuleBasedStateMachine):
         for task_id, entry in table.pending.items():
             assert entry.task_id == task_id
             assert entry.phase in {*AWAITED, Phase.REPEATING}
-            assert entry.waits or entry.phase is Phase.REPEATING
-            assert (entry.due is None) == (entry.phase is Phase.PENDING)
+            assert entry.waits or entry.phase == Phase.REPEATING
+            assert (entry.due is None) == (entry.phase == Phase.PENDING)
             assert task_id not in table.resting
             assert task_id not in table.parked
         for entry in self.entries:
             for index, wait in enumerate(entry.waits):
                 assert (wait.index, wait.entry, wait.answer) == (index, entry, None)
-            if entry.phase is Phase.OVER:
+            if entry.phase == Phase.OVER:
                 assert not entry.waits
                 assert (entry.due, entry.poll_at) == (None, None)
-            assert entry.waits is not NOBODY or entry.phase is Phase.OVER
-            if entry.phase is Phase.RESTING:
+            assert entry.waits is not NOBODY or entry.phase == Phase.OVER
+            if entry.phase == Phase.RESTING:
                 assert not entry.waits
         doubtful = [entry for entry in table.pending.values() if not entry.verified]
         # less, if a poll of an entry that is gone confirmed the id
