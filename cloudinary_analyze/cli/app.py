@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from cyclopts import App, CycloptsError, Parameter, validators
 from rich.console import Console
@@ -45,6 +45,7 @@ from cloudinary_analyze.cli.service import (
 )
 from cloudinary_analyze.cli.single import SinglePlan, perform_analyze, perform_status
 from cloudinary_analyze.errors import AnalyzeError
+from cloudinary_analyze.results.report import DEFAULT_TITLE
 
 DEFAULT_SAMPLES: Final = 300
 EXIT_CODES: Final = """Exit codes:
@@ -218,12 +219,25 @@ def export(
         ),
     ],
     output_format: ExportFormatOption = None,
+    status: Annotated[
+        Literal["ok", "error"] | None,
+        Parameter(name="--status", help="Write only answered items (ok) or only failures (error)."),
+    ] = None,
+    models: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name="--model", help="Write only items of this model; repeatable.", show_default=False
+        ),
+    ] = (),
 ) -> ExitCode:
-    """Write the contents of a ledger as JSON Lines, CSV or Parquet, also during a run."""
+    """Write the contents of a ledger as JSON Lines, CSV or Parquet, also during a run.
+
+    The ledger may be one of `run` or one that a program filled with `session.map`.
+    """
     chosen = output_format or detect_output_format(output)
     check_extra(chosen == "parquet", "pyarrow", "parquet", "Parquet")
     _check_output(output, ledger)
-    return export_ledger(ledger, output, chosen, build_console())
+    return export_ledger(ledger, output, chosen, build_console(), status=status, models=models)
 
 
 @app.command
@@ -234,11 +248,12 @@ def report(
     output: Annotated[
         str, Parameter(name=["--output", "-o"], help="The HTML file.")
     ] = "report.html",
+    title: Annotated[str, Parameter(name="--title", help="Heading of the page.")] = DEFAULT_TITLE,
 ) -> ExitCode:
     """Write an HTML page of the results: the pictures, what was found on them, and the numbers."""
     check_extra(True, "jinja2", "report", "The report")
     _check_output(output, results)
-    return report_results(results, output, build_console())
+    return report_results(results, output, build_console(), title=title)
 
 
 def _check_output(output: str, source: Path) -> None:

@@ -6,12 +6,12 @@ import asyncio
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 import attrs
 from cyclopts import Parameter
@@ -27,7 +27,9 @@ from cloudinary_analyze.cli.files import (
 from cloudinary_analyze.cli.ledger import HaltedError
 from cloudinary_analyze.cli.screen import STANDARD, CommandError, ExitCode, say
 from cloudinary_analyze.cli.summary import Tally
+from cloudinary_analyze.ledger.items import LedgerItem
 from cloudinary_analyze.ledger.sqlite import SQLiteLedger
+from cloudinary_analyze.requests import read_model_name
 from cloudinary_analyze.results.export import (
     NO_COLUMNS,
     ExportFormat,
@@ -37,7 +39,7 @@ from cloudinary_analyze.results.export import (
     write_records,
 )
 from cloudinary_analyze.results.records import build_ledger_record, dump_record
-from cloudinary_analyze.results.report import write_report
+from cloudinary_analyze.results.report import DEFAULT_TITLE, write_report
 
 LEDGER_SUFFIX: Final = ".ledger"
 
@@ -166,12 +168,14 @@ class LedgerExport:
 
     Attributes:
         ledger: The ledger; only read.
+        choose: Whether an item is written and counted.
         tally: The counts of what was written last.
         unanswered: How many items have no outcome yet, and so no record.
         counted: Whether both are of the whole ledger.
     """
 
     ledger: SQLiteLedger
+    choose: Callable[[LedgerItem], bool] = lambda _: True
     counted: bool = attrs.field(default=False, init=False)
     tally: Tally = attrs.field(factory=Tally, init=False)
     unanswered: int = attrs.field(default=0, init=False)
@@ -192,6 +196,8 @@ class LedgerExport:
             for item in items:
                 if self._halted:
                     raise HaltedError
+                if not self.choose(item):
+                    continue
                 if not item.done:
                     self.unanswered += 1
                     continue
@@ -200,16 +206,20 @@ class LedgerExport:
                 yield record
         self.counted = True
 
-    async def write(self, places: Places) -> str:
+    async def write(self, places: Places, *, source: str) -> str:
         """Write the results, and their report where one is wanted; return where they are.
 
         What is streamed is only counted.
+
+        Args:
+            places: Where they go.
+            source: The name of the input, for the report.
 
         Raises:
             CommandError: They cannot be written, or `halt` was called.
             LedgerError: The ledger cannot be read.
         """
-        writing = asyncio.create_task(asyncio.to_thread(self._write, places))
+        writing = asyncio.create_task(asyncio.to_thread(self._write, places, source))
         try:
             return await asyncio.shield(writing)
         except asyncio.CancelledError:
@@ -217,7 +227,7 @@ class LedgerExport:
             await asyncio.wait({writing})
             raise
 
-    def _write(self, places: Places) -> str:
+    def _write(self, places: Places, source: str) -> str:
         place, shown = places.output, "standard output"
         try:
             if places.streamed:
@@ -227,7 +237,8 @@ class LedgerExport:
                 shown = place
             if places.report is not None:
                 place = str(places.report)
-                write_report(map(dump_record, self.iter_records()), places.report)
+                lines = map(dump_record, self.iter_records())
+                write_report(lines, places.report, source=source)
         except HaltedError:
             raise self._explain(f"The writing of {place} was interrupted", 130) from None
         except OSError as error:
@@ -325,15 +336,36 @@ def _write_all(descriptor: int, line: bytes) -> None:
 
 
 def export_ledger(
-    ledger: Path, output: str, output_format: ExportFormat, console: Console
+    ledger: Path,
+    output: str,
+    output_format: ExportFormat,
+    console: Console,
+    *,
+    status: Literal["ok", "error"] | None = None,
+    models: Sequence[str] = (),
 ) -> ExitCode:
-    """Write what a ledger holds, while a run goes on or not.
+    """Write what a ledger holds, also during a run.
+
+    Args:
+        ledger: The ledger.
+        output: The file, or ``-``.
+        output_format: Its format.
+        console: For messages.
+        status: Write only answered or only failed items.
+        models: Write only the items of these models; empty: of all.
 
     Raises:
         CommandError: It cannot be written.
         LedgerError: The ledger cannot be read.
     """
-    export = LedgerExport(SQLiteLedger(ledger))
+    wanted = frozenset(map(read_model_name, models))
+    export = LedgerExport(
+        SQLiteLedger(ledger),
+        lambda item: (
+            (not wanted or item.model in wanted)
+            and (status is None or (item.response is not None) == (status == "ok"))
+        ),
+    )
     records = export.iter_records()
     try:
         own = export.find_columns(output_format)
@@ -345,6 +377,9 @@ def export_ledger(
     except OSError as error:
         raise _explain(output, error) from None
     tally = export.tally
+    if wanted and not tally.done:
+        known = sorted({item.model for item in export.ledger.iter_items() if item.model})
+        say(console, f"The ledger has no results of that kind; its models: {', '.join(known)}.")
     sentence = f"{tally.done:,} items in {output}: {tally.done - tally.failed:,} ok, "
     sentence += f"{tally.failed:,} failed"
     if export.unanswered:
@@ -353,7 +388,9 @@ def export_ledger(
     return ExitCode.DONE
 
 
-def report_results(results: Path, output: str, console: Console) -> ExitCode:
+def report_results(
+    results: Path, output: str, console: Console, *, title: str = DEFAULT_TITLE
+) -> ExitCode:
     """Write the report of a run from its results in JSON Lines, or from its ledger.
 
     Raises:
@@ -362,17 +399,19 @@ def report_results(results: Path, output: str, console: Console) -> ExitCode:
     """
     if is_database(results):
         records = LedgerExport(SQLiteLedger(results)).iter_records()
-        return _write(map(dump_record, records), results, output, console)
+        return _write(map(dump_record, records), results, output, console, title)
     try:
         with results.open("rb") as stream:
-            return _write(stream, results, output, console)
+            return _write(stream, results, output, console, title)
     except OSError as error:
         raise CommandError(f"{results} cannot be read: {error.strerror}.") from None
 
 
-def _write(lines: Iterable[bytes], results: Path, output: str, console: Console) -> ExitCode:
+def _write(
+    lines: Iterable[bytes], results: Path, output: str, console: Console, title: str
+) -> ExitCode:
     try:
-        written = write_report(lines, output)
+        written = write_report(lines, output, title=title, source=str(results))
     except OSError as error:
         raise _explain(output, error) from None
     if not written.results and written.bad_lines:

@@ -517,7 +517,7 @@ async def _settle(run: _Run) -> tuple[str, CommandError | None]:
             )
         ):
             run.set_aside_output()
-        place = await export.write(run.plan.places)
+        place = await export.write(run.plan.places, source=run.source.name)
     except AnalyzeError as error:
         return "", CommandError(error.message, exit_code=ExitCode.STOPPED)
     except CommandError as error:

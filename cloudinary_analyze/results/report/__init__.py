@@ -25,6 +25,7 @@ from cloudinary_analyze.results.statistics import Statistics, build_axis, format
 
 __all__ = ["MOST_PICTURES", "WrittenReport", "write_report"]
 
+DEFAULT_TITLE: Final = "Image analysis"
 _SHOWN_LABELS: Final = 20
 _OFFERED_LABELS: Final = 500
 _TONES: Final = {"low": "bad", "medium": "soft", "high": "good"}
@@ -49,7 +50,7 @@ def write_report(
     lines: Iterable[bytes | str],
     output: str | os.PathLike[str],
     *,
-    title: str = "Image analysis",
+    title: str = DEFAULT_TITLE,
     source: str | None = None,
     made: datetime | None = None,
 ) -> WrittenReport:
