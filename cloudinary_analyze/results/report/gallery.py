@@ -14,7 +14,6 @@ from typing import Any, Final
 
 import attrs
 
-from cloudinary_analyze.emulator.gallery import read_picture_number, render_picture
 from cloudinary_analyze.results.findings import Findings, Mark, read_number
 from cloudinary_analyze.results.statistics import get_error, name_cause, name_model
 
@@ -110,7 +109,12 @@ class Gallery:
     def _draw(self, source: str) -> str | None:
         """Return a picture of an emulator's gallery on this machine, whose address may be gone."""
         known = _LOCAL_GALLERY.fullmatch(source)
-        number = None if known is None else read_picture_number(known[1])
+        if known is None:
+            return None
+        # not at the top: the emulator imports aiohttp
+        from cloudinary_analyze.emulator.gallery import read_picture_number, render_picture
+
+        number = read_picture_number(known[1])
         if number is None or self._drawings >= MOST_DRAWINGS:
             return None
         drawing = base64.b64encode(render_picture(number)).decode()
