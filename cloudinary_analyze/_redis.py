@@ -129,80 +129,95 @@ class Secrets:
     """
 
     password: str | None = attrs.field(default=None, repr=False)
-    options: Mapping[str, str] = attrs.field(factory=dict, repr=False, eq=False)
+    options: Mapping[str, str] = attrs.field(factory=dict, repr=False, hash=False)
 
 
 @attrs.frozen
 class RedisLocation:
     """A Redis server as a value. It pickles without passwords.
 
-    A password is taken from, in this order: the URL that it was built with in this process; the
+    Passwords are taken from, in this order: the URL that it was built with in this process; the
     environment variable that the option ``password_env`` names; the variable ``REDIS_URL`` if that
-    is of the same server.
+    is of the same server and user.
 
     Attributes:
         url: The URL without passwords.
+        protected: Whether the URL that it was built with had a password.
     """
 
     url: str
+    protected: bool = attrs.field(default=False, repr=False)
     _secrets: Secrets = attrs.field(default=Secrets(), repr=False, eq=False)
 
-    def __getstate__(self) -> str:
-        return self.url
+    def __getstate__(self) -> tuple[str, bool]:
+        return self.url, self.protected
 
-    def __setstate__(self, url: str) -> None:
-        object.__setattr__(self, "url", url)
-        object.__setattr__(self, "_secrets", Secrets())
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        for name, value in zip(("url", "protected", "_secrets"), (*state, Secrets()), strict=True):
+            object.__setattr__(self, name, value)
+
+    def __deepcopy__(self, _: Any) -> RedisLocation:
+        return self  # it is immutable, and stays in the process
 
     def resolve(self) -> str:
-        """Return the URL with its password, from the environment if need be."""
+        """Return the URL with its passwords, from the environment if need be."""
         parts = urlsplit(self.url)
         options = dict(parse_qsl(parts.query, keep_blank_values=True))
-        name = options.pop("password_env", None)
-        password, username = self._secrets.password, parts.username
-        if password is None:
-            text = os.environ.get(name or URL_VARIABLE, "")
-            if "://" in text:
-                other = urlsplit(text)
-                if name is not None or (other.hostname, other.port) == (parts.hostname, parts.port):
-                    password = None if other.password is None else unquote(other.password)
-                    username = username or other.username
-            elif name is not None and text:
-                password = text
-        options |= self._secrets.options
+        options.pop("password_env", None)
+        username, secrets = self._find_secrets()
+        options |= secrets.options
         return urlunsplit(
             parts._replace(
-                netloc=_build_netloc(parts.netloc, username, password), query=urlencode(options)
+                netloc=_build_netloc(parts.netloc, parts.username or username, secrets.password),
+                query=urlencode(options),
             )
         )
+
+    def _find_secrets(self) -> tuple[str | None, Secrets]:
+        """Return the user, if the environment names one, and the passwords."""
+        if self._secrets.password is not None or self._secrets.options:
+            return None, self._secrets
+        name = dict(parse_qsl(urlsplit(self.url).query)).get("password_env")
+        text = os.environ.get(name or URL_VARIABLE, "")
+        if "://" not in text:
+            return None, Secrets(text or None) if name else Secrets()
+        try:
+            shown, secrets = _split_secrets(text)
+            same = _name_server(shown) == _name_server(self.url)
+        except ValueError:  # not a URL
+            return None, Secrets()
+        user, other = urlsplit(self.url).username, urlsplit(shown).username
+        if name is None and not (same and (user is None or user == other or other is None)):
+            return None, Secrets()
+        return other, secrets
+
+    def _connectable(self) -> str:
+        """Return the URL to connect to.
+
+        Raises:
+            ConfigurationError: Its password stayed behind in another process.
+        """
+        named = "password_env" in dict(parse_qsl(urlsplit(self.url).query))
+        if (self.protected or named) and self._find_secrets()[1] == Secrets():
+            raise ConfigurationError(
+                f"Missing password of {self}. Pickles do not contain it. In each worker, set "
+                f"{URL_VARIABLE} to the URL of this server, or set the variable that the option "
+                "password_env of the URL names."
+            )
+        return self.resolve()
 
     def build_client(self, connections: int, *, retries: int = 0) -> Any:
         """Return an asyncio client with its own pool.
 
         Raises:
-            ConfigurationError: The URL is invalid.
+            ConfigurationError: The URL is invalid, or its password is missing.
         """
-        options: dict[str, Any] = {
-            "max_connections": connections,
-            "timeout": CONNECT_SECONDS,
-            "socket_connect_timeout": CONNECT_SECONDS,
-            # callers have their own: the library's can swallow a cancellation on Python 3.11
-            "socket_timeout": None,
-            "retry": Retry(NoBackoff(), retries),
-            "protocol": 2,
-        }
-        try:
-            pool: Any = BlockingConnectionPool.from_url(self.resolve(), **options)
-            pool.make_connection()
-            return Redis.from_pool(pool)
-        except (ValueError, TypeError, RedisError):
-            # the library's message may quote the URL, and with it the password
-            raise ConfigurationError(f"The Redis URL is invalid. {_FORMS}") from None
+        return _build_client(self._connectable(), connections, retries=retries)
 
     def build_blocking_client(self) -> Any:
         """Return a client for code without an event loop."""
         return BlockingRedis.from_url(
-            self.resolve(),
+            self._connectable(),
             protocol=2,
             socket_timeout=ANSWER_SECONDS,
             socket_connect_timeout=CONNECT_SECONDS,
@@ -227,9 +242,29 @@ def read_location(value: str | URLObject | RedisLocation | None) -> RedisLocatio
     if not isinstance(url, str):
         raise ConfigurationError(f"The Redis URL must be a string, not {type(value).__name__}.")
     check_url(url)
-    location = RedisLocation(*_split_secrets(url))
-    location.build_client(1)  # checks the options; connects to nothing
+    shown, secrets = _split_secrets(url)
+    location = RedisLocation(shown, secrets != Secrets(), secrets)
+    _build_client(location.resolve(), 1)  # checks the options; connects to nothing
     return location
+
+
+def _build_client(url: str, connections: int, *, retries: int = 0) -> Any:
+    options: dict[str, Any] = {
+        "max_connections": connections,
+        "timeout": CONNECT_SECONDS,
+        "socket_connect_timeout": CONNECT_SECONDS,
+        # callers have their own: the library's can swallow a cancellation on Python 3.11
+        "socket_timeout": None,
+        "retry": Retry(NoBackoff(), retries),
+        "protocol": 2,
+    }
+    try:
+        pool: Any = BlockingConnectionPool.from_url(url, **options)
+        pool.make_connection()
+        return Redis.from_pool(pool)
+    except (ValueError, TypeError, RedisError):
+        # the library's message may quote the URL, and with it the password
+        raise ConfigurationError(f"The Redis URL is invalid. {_FORMS}") from None
 
 
 def _split_secrets(url: str) -> tuple[str, Secrets]:
@@ -246,6 +281,12 @@ def _split_secrets(url: str) -> tuple[str, Secrets]:
         )
     )
     return shown, Secrets(password, hidden)
+
+
+def _name_server(url: str) -> tuple[str | None, int, str]:
+    """Return what two URLs of one server have in common."""
+    parts = urlsplit(url)
+    return parts.hostname, parts.port or 6379, parts.path if parts.scheme == "unix" else ""
 
 
 def _build_netloc(netloc: str, username: str | None, password: str | None) -> str:

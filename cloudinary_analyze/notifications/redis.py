@@ -95,15 +95,20 @@ class RedisNotifications:
             async with AnalyzeSession(notifications=notifications) as session:
                 ...
 
-    It is a value until it is used: it pickles, without the password, which is then read from the
-    environment (see `RedisLedger`). Connects when it is first used. Close it after the session, with `aclose` or ``async with``.
+    It is a value until it is used: it pickles, without the password. Workers read that from
+    ``REDIS_URL``, if it is of the same server and user, or from the variable that the URL names:
+    ``redis://host/0?password_env=NAME``. A worker that finds no password raises an error and does not
+    connect without one.
+
+    Connects when it is first used. Close it after the session, with `aclose` or ``async with``.
     Belongs to one event loop, and to one session at a time.
 
     Attributes:
-        url: ``redis://``, ``rediss://`` (TLS) or ``unix://``. The query may set ``db``,
-            ``max_connections``, ``health_check_interval``, ``client_name``, the credentials,
-            ``password_env`` (the variable that holds the password), and options of sockets and
-            TLS, such as ``?ssl_ca_certs=…``. Default: ``REDIS_URL``.
+        location: The server. The argument is ``url``: ``redis://``, ``rediss://`` (TLS) or
+            ``unix://``. The query may set ``db``, ``max_connections``, ``health_check_interval``,
+            ``client_name``, the credentials, ``password_env`` (the variable that holds the
+            password), and options of sockets and TLS, such as ``?ssl_ca_certs=…``. Default:
+            ``REDIS_URL``.
         namespace: What all keys begin with. Receivers and sessions must agree on it.
         keep: Seconds that a delivery is kept. Until then any process can resume the task.
         keep_resolved: Seconds that a delivery is kept once a session has resolved its task with it,

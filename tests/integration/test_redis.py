@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import copy
 import pickle
+import re
 import signal
 import sys
 import time
@@ -150,6 +152,61 @@ def test_it_pickles_without_the_password(monkeypatch):
     assert again.location.resolve() == "redis://user@localhost/1"
     monkeypatch.setenv("REDIS_URL", "redis://:other@localhost")
     assert again.location.resolve() == "redis://user:other@localhost/1"
+
+
+@pytest.mark.parametrize(
+    ("url", "environment", "resolved"),
+    [
+        ("redis://:a1b2@host:6379/1", "redis://:c3@host", "redis://:c3@host:6379/1"),
+        ("redis://:a1b2@HOST/1", "redis://:c3@host:6379/0", "redis://:c3@HOST/1"),
+        ("redis://host?password=a1b2", "redis://host?password=c3", "redis://:c3@host"),
+        ("redis://bob:a1b2@host", "redis://bob:c3@host", "redis://bob:c3@host"),
+        ("redis://:a1b2@host", "redis://bob:c3@host", "redis://bob:c3@host"),
+        (
+            "rediss://host?password=a1b2&ssl_password=a1b2",
+            "rediss://host?password=c3&ssl_password=d4",
+            "rediss://:c3@host?ssl_password=d4",
+        ),
+        ("unix:///a.sock?password=a1b2", "unix:///a.sock?password=c3", "unix://:c3@/a.sock"),
+    ],
+)
+def test_a_worker_takes_the_password_from_its_environment(monkeypatch, url, environment, resolved):
+    content = pickle.dumps(RedisNotifications(url))
+    assert b"a1b2" not in content
+    monkeypatch.setenv("REDIS_URL", environment)
+    again = pickle.loads(content)
+    assert again.location.resolve() == resolved
+    again.location.build_client(1)
+
+
+@pytest.mark.parametrize(
+    ("url", "environment"),
+    [
+        ("redis://:a1b2@host", ""),
+        ("redis://:a1b2@host", "c3"),
+        ("redis://:a1b2@host", "redis://:c3@other"),
+        ("redis://:a1b2@host", "redis://:c3@host:7777"),
+        ("redis://:a1b2@host", "redis://:c3@host:port"),
+        ("redis://bob:a1b2@host", "redis://alice:c3@host"),
+        ("unix:///a.sock?password=a1b2", "unix:///b.sock?password=c3"),
+        ("redis://host?password_env=UNSET", "redis://:c3@host"),
+    ],
+)
+async def test_a_worker_without_the_password_says_so(monkeypatch, url, environment):
+    """It neither connects without one nor sends that of another server or user."""
+    monkeypatch.setenv("UNSET", "a1b2")
+    content = pickle.dumps(RedisNotifications(url))
+    monkeypatch.setenv("UNSET", "")
+    monkeypatch.setenv("REDIS_URL", environment)
+    with pytest.raises(ConfigurationError, match="Missing password") as caught:
+        await pickle.loads(content).fetch(["t1"])
+    assert not {"a1b2", "c3"} & set(re.findall(r"\w+", str(caught.value)))
+
+
+def test_copies_in_the_process_keep_the_password():
+    notifications = RedisNotifications("redis://user:a1b2@host")
+    for again in (copy.copy(notifications), copy.deepcopy(notifications)):
+        assert again.location.resolve() == "redis://user:a1b2@host"
 
 
 def test_the_password_is_in_no_repr():
