@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
+from itertools import islice
 from typing import Final
 
 import attrs
@@ -23,6 +24,8 @@ from cloudinary_analyze.errors import (
     ConfigurationError,
     LedgerError,
     NotFoundError,
+    OutageError,
+    PacerError,
     PermissionDeniedError,
     QuotaExceededError,
     RateLimitedError,
@@ -170,6 +173,11 @@ def build_waits(settings: Settings) -> Iterator[float]:
         yield min(float(next(waits)), settings.backoff_max)
 
 
+def compute_patience(settings: Settings) -> float:
+    """Return the seconds that all our own waits of a call take at most."""
+    return sum(islice(build_waits(settings), settings.attempts - 1))
+
+
 def is_retriable(error: AnalyzeError, *, retry_ambiguous: bool) -> bool:
     """Whether another attempt of a call may succeed and may be made."""
     if error.ambiguous and not retry_ambiguous:
@@ -185,6 +193,13 @@ def is_throttle(error: AnalyzeError) -> bool:
         return False
     asked = error.status == 503 and error.retry_after is not None
     return asked or _judge(error).throttle
+
+
+def is_outage(error: AnalyzeError) -> bool:
+    """Whether the service or the network failed, whatever was asked for."""
+    if isinstance(error, TransportError):
+        return True
+    return isinstance(error, ApiError) and _judge(error).retriable
 
 
 def compute_wait(own_wait: float, retry_after: float | None, *, chance: float) -> float:
@@ -208,7 +223,6 @@ def compute_wait(own_wait: float, retry_after: float | None, *, chance: float) -
 
 def decide_wait(
     error: AnalyzeError,
-    attempt: int,
     settings: Settings,
     *,
     own_wait: float,
@@ -218,12 +232,11 @@ def decide_wait(
 
     Args:
         error: Why the attempt failed.
-        attempt: Its number, from 1.
         settings: The policy.
         own_wait: From `build_waits`.
         chance: From 0 to 1, evenly.
     """
-    if attempt >= settings.attempts or asks_for_more(error, settings.max_server_wait):
+    if asks_for_more(error, settings.max_server_wait):
         return None
     if not is_retriable(error, retry_ambiguous=settings.retry_ambiguous):
         return None
@@ -255,6 +268,8 @@ def is_final(error: AnalyzeError) -> bool:
 _STOPPING: Final = (
     ConfigurationError,
     LedgerError,
+    OutageError,
+    PacerError,
     SessionStateError,
 )
 
@@ -279,7 +294,14 @@ def find_stop(error: Exception, settings: Settings) -> Stop | None:
         return Stop.EVERYTHING if error.feature is None else Stop.FEATURE
     if isinstance(error, _STOPPING) or asks_for_more(error, settings.max_server_wait):
         return Stop.EVERYTHING
-    return _judge(error).stop if isinstance(error, RemoteError) else None
+    if isinstance(error, TransportError) and error.permanent:
+        return Stop.EVERYTHING  # all requests go to one host
+    if not isinstance(error, RemoteError):
+        return None
+    stop = _judge(error).stop
+    if stop is None and isinstance(error, ApiError) and not error.attempts:
+        return Stop.EVERYTHING  # unsent, within a wait that the service asked for
+    return stop
 
 
 def stops_the_stream(error: Exception, settings: Settings) -> bool:

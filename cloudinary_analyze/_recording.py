@@ -140,7 +140,7 @@ class Work(Generic[Item, A]):
             limits = None if response is None else response.limits
             self._spending.settle(self._feature, limits, charged=charged)
 
-    async def start(self) -> None:
+    def start(self) -> None:
         """Note that the first attempt is about to start.
 
         Raises:
@@ -193,14 +193,16 @@ class Sender:
         self,
         work: Work[Item, A],
         *,
-        admit: Callable[[], Awaitable[None]] | None = None,
+        claim: Callable[[], Awaitable[None]] | None = None,
         on_accepted: Callable[[str], Awaitable[None]] | None = None,
     ) -> Response[A]:
         """Make a call, and follow the task if the service makes one of it."""
         answer = await self.tracker.caller.analyze(
             work.request,
             deadline=self._build_deadline(self.settings.call_timeout),
-            admit=admit or work.start,
+            urgent=False,
+            claim=claim,
+            on_start=work.start,
         )
         if not isinstance(answer, Accepted):
             return answer
@@ -208,14 +210,16 @@ class Sender:
         return await follow(task, on_accepted=on_accepted)
 
     def submit(
-        self, work: Work[Item, A], *, admit: Callable[[], Awaitable[None]] | None = None
+        self, work: Work[Item, A], *, claim: Callable[[], Awaitable[None]] | None = None
     ) -> AnalysisTask[A]:
-        """Submit a request as a task."""
+        """Submit the request of an item as a task."""
         return self.tracker.submit(
             work.request,
             as_task=True,
             deadline=self._build_deadline(self.settings.task_timeout),
-            admit=admit or work.start,
+            urgent=False,
+            claim=claim,
+            on_start=work.start,
             before_repeat=work.reserve_again,
         )
 
@@ -442,8 +446,8 @@ class Recording:
     async def _obtain(self, key: str, work: Work[Item, A], progress: _Progress) -> Response[A]:
         """Await the task that is known, or send the request."""
 
-        async def admit() -> None:
-            await work.start()
+        async def claim() -> None:
+            work.check()
             await self._claim(key, progress)
 
         async def record_task(task_id: str) -> None:
@@ -453,8 +457,8 @@ class Recording:
         if progress.task_id is not None:
             return await self._resume(progress.task_id, work)
         if not self.sender.as_tasks:
-            return await self.sender.call(work, admit=admit, on_accepted=record_task)
-        task = self.sender.submit(work, admit=admit)
+            return await self.sender.call(work, claim=claim, on_accepted=record_task)
+        task = self.sender.submit(work, claim=claim)
         try:
             await task.accepted()
         except asyncio.CancelledError:
@@ -507,7 +511,7 @@ class Recording:
         Raises:
             _TaskForgottenError: It has.
         """
-        await work.start()
+        work.start()
         task = self.sender.attach(task_id, work)
         try:
             if not await task.is_known():

@@ -456,10 +456,11 @@ class Settings:
     """
 
     permits: int = attrs.field(default=64, validator=_count)
-    """HTTP attempts of analyze calls in flight at once; halved for a while when throttled."""
+    """HTTP attempts of analyze calls in flight at once. Fewer while the service allows fewer."""
 
     attempts: int = attrs.field(default=6, validator=_count)
-    """Attempts per call, the first included."""
+    """Attempts per call, the first included. In bulk work, attempts that only show a limit of the
+    service (429) do not count, because they cost nothing."""
 
     connect_timeout: float = attrs.field(default=10, validator=_positive)
     """For one attempt: until the connection is established, name lookup included (real time)."""
@@ -471,6 +472,10 @@ class Settings:
     """For a whole `analyze`, queueing and retries included, where the call names no ``timeout``.
     ``None``: no limit but the attempts'."""
 
+    outage_timeout: float | None = attrs.field(default=120, validator=_maybe_positive)
+    """How long bulk work waits while the service fails or refuses everything. Then the stream stops
+    with `OutageError`. ``None``: for ever. Meanwhile single requests test whether it is over."""
+
     backoff_first: float = attrs.field(default=0.5, validator=_positive)
     """The wait before the second attempt; doubles with each, jittered down to a half."""
 
@@ -478,7 +483,8 @@ class Settings:
     """The longest wait of our own choosing."""
 
     max_server_wait: float = attrs.field(default=120, validator=_positive)
-    """The longest wait that the server may ask for; when it asks for more, the call raises."""
+    """The longest wait that the server may ask for. When it asks for more, the call raises, and so
+    do later calls, unsent, until that time is over."""
 
     retry_ambiguous: bool = attrs.field(default=True, validator=_truth)
     """Whether attempts that may have been charged (sent and unanswered; 500, 502, 504) are
@@ -535,9 +541,17 @@ class Settings:
     parked_bytes: int = attrs.field(default=16 * 2**20, validator=_count)
     """How many bytes of such notifications are kept; the oldest are dropped first."""
 
+    rate: float | None = attrs.field(default=None, validator=_maybe_positive)
+    """Attempts of analyze calls per second at most, evenly spaced, in this session. ``None``: no
+    limit but what the service turns out to allow."""
+
+    burst: int = attrs.field(default=1, validator=_count)
+    """How many attempts may begin at once under `rate`, after a time with fewer."""
+
     pacer: Pacer | None = None
-    """Something with ``async acquire()``, awaited before each attempt of an analyze call, for a
-    rate of your own. Holds no permit while it waits."""
+    """Instead of `rate`, an object with ``async acquire()`` of your own, for example one that all
+    workers share. It is awaited once before each attempt of an analyze call, after any pause, with
+    the permit held. If it raises, the attempt is not sent and a bulk stream stops."""
 
     def __attrs_post_init__(self) -> None:
         if self.backoff_max < self.backoff_first:
@@ -546,6 +560,10 @@ class Settings:
             raise ConfigurationError("Settings.poll_longest must not be less than poll_first.")
         if self.host is not None:
             _split_host(self.host)
+        if self.rate is not None and self.pacer is not None:
+            raise ConfigurationError("Settings.rate and Settings.pacer exclude each other.")
+        if self.rate is None and self.burst != 1:
+            raise ConfigurationError("Settings.burst needs Settings.rate.")
         if self.pacer is not None and not _has_method(self.pacer, "acquire"):
             raise ConfigurationError(
                 "Settings.pacer must be an object with a method `async acquire()`, "

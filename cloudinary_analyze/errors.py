@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from copy import copy
-from typing import Any, Final, TypedDict, Unpack
+from typing import Any, Final, TypedDict, TypeVar, Unpack
 
 from cloudinary_analyze.responses import Limit, TaskStatus
 
@@ -134,6 +134,33 @@ class CallTimeoutError(AnalyzeError, TimeoutError):
     def __init__(self, message: str, *, attempts: int = 0, ambiguous: bool = False) -> None:
         super().__init__(message, ambiguous=ambiguous)
         self.attempts = attempts
+
+
+class OutageError(AnalyzeError):
+    """The service failed or refused everything for too long; this request waited unsent meanwhile.
+
+    Stops a bulk stream; run it again later, with the same ledger, and only what is missing is sent.
+    The time is `Settings.outage_timeout` for bulk work. A single call waits no longer than its own
+    retries would have taken. ``__cause__`` is the failure of its last attempt, if it had one.
+
+    Attributes:
+        seconds: How long the outage had lasted.
+        attempts: How many attempts this call had made; 0 if nothing was sent.
+    """
+
+    def __init__(
+        self, message: str, *, seconds: float = 0.0, attempts: int = 0, ambiguous: bool = False
+    ) -> None:
+        super().__init__(message, ambiguous=ambiguous)
+        self.seconds = seconds
+        self.attempts = attempts
+
+
+class PacerError(AnalyzeError):
+    """`Settings.pacer` raised, so an attempt was not sent. Stops a bulk stream.
+
+    ``__cause__`` is what it raised.
+    """
 
 
 class RemoteFields(TypedDict, total=False):
@@ -266,6 +293,17 @@ class QuotaExceededError(RateLimitedError):
 
 class ServerError(ApiError):
     """5xx, 408 or 423 after every attempt, or a status that no client expects."""
+
+
+E = TypeVar("E", bound=RemoteError)
+
+
+def build_unsent(error: E, message: str) -> E:
+    """Return the error for a call that was not sent, because of the error of another call."""
+    unsent = copy(error)
+    unsent.message, unsent.args = message, (message,)
+    unsent.attempts, unsent.ambiguous = 0, False  # those were the other call's
+    return unsent
 
 
 class ResponseDecodeError(AnalyzeError, ValueError):

@@ -165,7 +165,8 @@ class CallFinished:
         request_id: The service's id of the last request, if it sent one.
         task_id: The task, if the service made one of the call.
         limits: The quotas that came with the response or error.
-        denied: Whether a ledger refused the claim, so that nothing was sent and nothing is counted.
+        denied: Whether a ledger refused the claim, or the stream had stopped. Then nothing was sent,
+            and nothing is counted.
         error: ``None`` on success.
     """
 
@@ -281,13 +282,14 @@ class ItemRestored:
 
 @attrs.frozen(kw_only=True)
 class SessionPaused:
-    """No new attempt starts for a while.
+    """No new attempt starts for a while; then single ones test whether the service answers again.
 
     Attributes:
-        seconds: How long from now.
-        permits: How many permits are allowed afterwards.
+        seconds: How long until the first of these, from now.
+        permits: How many attempts may be in flight after the pause.
         polls: Whether the status polls pause, and not the analyses.
-        cause: ``"throttled"``: the service asked to slow down (429, 420, 503 with Retry-After).
+        cause: ``"throttled"``: the service throttles everything (429, 420) or asked for a pause
+            (503 with Retry-After). ``"failing"``: every request fails (5xx, connection errors).
             ``"refused"``: it refused a poll (401, 403).
     """
 
@@ -325,10 +327,15 @@ class SessionStats(Jsonable):
         attempts: HTTP attempts of analyze calls.
         retries: Attempts that were repeated.
         ambiguous_retries: Repeated attempts that may have been charged already.
-        pauses: Pauses of the session that the service asked for.
+        pauses: Times when all attempts had to wait, because the service refused or failed
+            everything, or asked for it.
+        probes: Attempts that tested whether such a pause is over.
         in_flight: Analyze calls begun and not finished.
         permits_in_use: Attempts on the wire now.
-        permits_allowed: Attempts allowed at once now; below the setting after a throttle.
+        permits_allowed: Attempts allowed at once now: fewer than the setting while the service
+            limits them, and 1 during a pause.
+        pace: Attempts per second that the service turned out to allow; ``None`` while it shows no
+            limit.
         waiting: Attempts queueing for a permit now.
         polls: Status polls made.
         pending: Tasks accepted and not answered.
@@ -341,9 +348,11 @@ class SessionStats(Jsonable):
     retries: int = 0
     ambiguous_retries: int = 0
     pauses: int = 0
+    probes: int = 0
     in_flight: int = 0
     permits_in_use: int = 0
     permits_allowed: int = 0
+    pace: float | None = None
     waiting: int = 0
     polls: int = 0
     pending: int = 0

@@ -18,7 +18,6 @@ import attrs
 from cloudinary_analyze import _policy
 from cloudinary_analyze._budget import Budget
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
-from cloudinary_analyze._http.permits import Permits
 from cloudinary_analyze._http.quota import Quota
 from cloudinary_analyze._recording import Leader, Recording, Sender
 from cloudinary_analyze._stream import OutcomeStream
@@ -258,8 +257,6 @@ class AnalyzeSession(NotPicklable):
             transport,
             self._meter,
             self._quota,
-            Permits(self._settings.permits, self._clock),
-            Permits(self._settings.poll_permits, self._clock),
         )
         tracker = Tracker.start(
             caller,
@@ -664,7 +661,8 @@ class AnalyzeSession(NotPicklable):
         """A snapshot of the counts since the session was created."""
         meter = self._meter
         connection = self._connection
-        permits = connection.caller.permits if connection else None
+        queue = connection.caller.queue if connection else None
+        admission = queue.admission if queue else None
         table = connection.tracker.table if connection else None
         return SessionStats(
             calls=meter.calls,
@@ -673,9 +671,11 @@ class AnalyzeSession(NotPicklable):
             ambiguous_retries=meter.ambiguous_retries,
             pauses=meter.pauses,
             in_flight=meter.in_flight,
-            permits_in_use=permits.in_use if permits else 0,
-            permits_allowed=permits.allowed if permits else self._settings.permits,
-            waiting=permits.waiting if permits else 0,
+            permits_in_use=admission.in_use if admission else 0,
+            permits_allowed=admission.allowed if admission else self._settings.permits,
+            pace=admission.pace.rate if admission else None,
+            probes=admission.probes if admission else 0,
+            waiting=queue.waiting if queue else 0,
             polls=meter.polls,
             pending=len(table.pending) if table else 0,
             parked=len(table.parked) if table else 0,
@@ -750,4 +750,4 @@ class AnalyzeSession(NotPicklable):
         """Wait until no attempt is in flight, but not for long."""
         with contextlib.suppress(TimeoutError):
             async with self._clock.timeout_at(self._clock.monotonic() + CLOSE_PATIENCE):
-                await caller.permits.wait_empty()
+                await caller.queue.wait_empty()

@@ -1,8 +1,6 @@
-"""Calls over the network: `call` repeats attempts, each under a permit.
+"""Calls over the network: `call` repeats attempts, each admitted by a queue.
 
-The order is retry(permit(one attempt)). `_policy` and `quota` decide, `permits` admits, and
-`transport` is the only module that uses aiohttp's client.
-
-`waiting`, `admission` and `limits` are the admission queue that will replace `permits`: it learns
-rate limits, concurrency limits and outages. Sessions do not use it yet.
+The order is retry(admission(one attempt)). `_policy` and `quota` decide. `waiting` is the admission
+queue: `admission` and `limits` decide for it when attempts start, from what they learn of rate limits,
+concurrency limits and outages. `transport` is the only module that uses aiohttp's client.
 """

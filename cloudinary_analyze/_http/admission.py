@@ -89,6 +89,7 @@ class Admission:
         generation: Counts the stalls. Results from before the last one are ignored.
         probes: Probes so far.
         stalled_at: When the stall began; ``None`` if there is none.
+        asked_until: Until when the service asked to wait in a stall.
     """
 
     permits: int
@@ -99,6 +100,7 @@ class Admission:
     generation: int = attrs.field(default=0, init=False)
     probes: int = attrs.field(default=0, init=False)
     stalled_at: float | None = attrs.field(default=None, init=False)
+    asked_until: float = attrs.field(default=-inf, init=False)
     cap: Cap = attrs.field(init=False)
     pace: Pace = attrs.field(factory=Pace, init=False)
     _number: int = attrs.field(default=0, init=False)
@@ -118,6 +120,11 @@ class Admission:
         if self.stalled_at is not None:
             return State.TESTING if self._testing else State.STALLED
         return State.CALM if self.calm else self.pace.state
+
+    @property
+    def allowed(self) -> int:
+        """The most attempts in flight now."""
+        return self.cap.limit if self.stalled_at is None else 1
 
     def find_start(self, now: float) -> float:
         """Return when the next attempt may start: not after `now` means at once.
@@ -256,6 +263,8 @@ class Admission:
     def _delay_probe(self, now: float, seconds: float) -> None:
         pause = min(LONGEST_PAUSE, FIRST_PAUSE * PAUSE_GROWTH**self._pauses)
         self._pauses += 1
+        if seconds > 0:
+            self.asked_until = max(self.asked_until, now + seconds)
         self._probe_at = max(self._probe_at, now + max(seconds, pause * (0.5 + self.chance())))
 
     def _end_stall(self, probe: Attempt, now: float) -> None:

@@ -1,8 +1,8 @@
-"""Calls: attempts, repeated as the policy says, each under a permit.
+"""Calls: attempts, repeated as the policy says, each admitted by a queue.
 
-One loop serves analyze calls and status polls. The policy decides, `Permits` admits, `Transport`
-sends, `_wire` reads. A permit covers exactly one attempt: it is given back before any wait, and
-only after the attempt's outcome was reported.
+One loop serves analyze calls and status polls. The policy decides, `AdmissionQueue` admits,
+`Transport` sends, `_wire` reads. The order of an attempt: quota breaker, pause or probe, slot and
+pace, pacer, claim, send, report, release. No slot is held while a call sleeps.
 """
 
 from __future__ import annotations
@@ -12,18 +12,28 @@ import random
 from collections.abc import Awaitable, Callable, Iterator
 from copy import copy
 from functools import partial
-from typing import TypeVar
+from math import inf
+from typing import Final, TypeVar
 
 import attrs
 from yarl import URL
 
 from cloudinary_analyze._cancellation import Sections, get_task
 from cloudinary_analyze._clock import Clock, wake
-from cloudinary_analyze._http.permits import Permits
+from cloudinary_analyze._http.admission import Admission, Attempt
+from cloudinary_analyze._http.limits import CATCH_UP, Turnstile
 from cloudinary_analyze._http.quota import Quota
 from cloudinary_analyze._http.transport import Answer, Body, Transport
+from cloudinary_analyze._http.waiting import AdmissionQueue
 from cloudinary_analyze._http.watch import Watch
-from cloudinary_analyze._policy import build_waits, decide_wait, is_throttle
+from cloudinary_analyze._policy import (
+    asks_for_more,
+    build_waits,
+    compute_patience,
+    decide_wait,
+    is_outage,
+    is_throttle,
+)
 from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze._wire.protocol import (
     Accepted,
@@ -41,10 +51,13 @@ from cloudinary_analyze.errors import (
     ApiError,
     AuthenticationError,
     CallTimeoutError,
-    ForeignCancellationError,
     InvalidRequestError,
+    OutageError,
+    PacerError,
     ResponseDecodeError,
     TransportError,
+    build_unsent,
+    shorten,
 )
 from cloudinary_analyze.events import Meter, SessionPaused
 from cloudinary_analyze.requests import AnalyzeRequest
@@ -53,6 +66,9 @@ from cloudinary_analyze.responses import Response, TaskStatus
 A = TypeVar("A")
 T = TypeVar("T")
 
+# Seconds that a slot waits for a claim. A slow store must not keep calls that need none.
+SLOT_PATIENCE: Final = 1.0
+
 
 @attrs.define(eq=False, repr=False)
 class _Call:
@@ -60,19 +76,27 @@ class _Call:
 
     Attributes:
         url: Where to.
-        permits: What its attempts need.
-        limit: Attempts at most.
+        queue: Admits its attempts.
+        limit: Attempts at most, besides those that cost none.
+        begun: Monotonic instant of the call.
         model: The model's wire name; ``None`` for a status poll.
         feature: The add-on feature that it is charged to.
         content: The JSON to POST; ``None``: a GET.
+        patience: Seconds of its own waits that are left to an interactive call. Waiting for the end
+            of an outage uses them up, too. Waits that the service asked for do not.
         deadline: Monotonic instant when it gives up.
-        admit: Awaited with the permit held, immediately before the first attempt.
-        denied: Whether `admit` did not return, so that the call does not count.
+        urgent: Whether it is interactive: admitted before bulk work, and impatient in an outage.
+        claim: Awaited with the slot held, once, before the first attempt.
+        on_start: Called immediately before the first attempt.
+        unsent: Whether `claim` or `on_start` refused it, so that the call does not count.
         attempts: Attempts begun.
+        free: Those of them that do not count towards the limit.
         number: The number of the last of them among all attempts of the session.
         sending: The body of the attempt in flight.
         ambiguous: Whether an earlier attempt may have been charged.
         error: Why the last attempt failed.
+        failed_at: Monotonic instant of its first failure.
+        again: Whether the next attempt starts before those of other calls.
         waits: Our own waits between attempts, once there was a failure.
         token: The number of the OAuth token that the last attempt was sent with.
         renewed: Whether a refusal has led to a new token already.
@@ -81,19 +105,26 @@ class _Call:
     """
 
     url: URL
-    permits: Permits
+    queue: AdmissionQueue
     limit: int
+    begun: float
+    patience: float
     model: str | None = None
     feature: str = ""
     content: bytes | None = None
     deadline: float | None = None
-    admit: Callable[[], Awaitable[None]] | None = None
-    denied: bool = False
+    urgent: bool = True
+    claim: Callable[[], Awaitable[None]] | None = None
+    on_start: Callable[[], None] | None = None
+    unsent: bool = False
     attempts: int = 0
+    free: int = 0
     number: int = 0
     sending: Body | None = None
     ambiguous: bool = False
     error: AnalyzeError | None = None
+    failed_at: float | None = None
+    again: bool = False
     waits: Iterator[float] | None = None
     token: int = 0
     renewed: bool = False
@@ -108,6 +139,8 @@ class Caller(NotPicklable):
     Attributes:
         base_url: ``scheme://host[:port]``.
         cloud_name: The product environment.
+        queue: Admits the attempts of analyze calls.
+        poll_queue: Admits those of status polls.
     """
 
     base_url: str
@@ -117,12 +150,30 @@ class Caller(NotPicklable):
     transport: Transport
     meter: Meter
     quota: Quota
-    permits: Permits
-    poll_permits: Permits
+    queue: AdmissionQueue = attrs.field(init=False)
+    poll_queue: AdmissionQueue = attrs.field(init=False)
+    _own_patience: float = attrs.field(init=False)
+    _bulk_patience: float = attrs.field(init=False)
     _urls: dict[str, URL] = attrs.field(factory=dict, init=False)
     _sleepers: set[asyncio.Future[None]] = attrs.field(factory=set, init=False)
     _pacing: Sections = attrs.field(factory=Sections, init=False)
     _closed: AnalyzeError | None = attrs.field(default=None, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        settings = self.settings
+        rate = None
+        if settings.rate is not None:
+            # a late timer is made up for, but not more, so that the rate is kept
+            slack = max(CATCH_UP, (settings.burst - 1) / settings.rate)
+            rate = Turnstile(1 / settings.rate, slack)
+        self.queue = AdmissionQueue(
+            Admission(settings.permits, rate=rate), self.clock, self._build_outage_error
+        )
+        self.poll_queue = AdmissionQueue(
+            Admission(settings.poll_permits), self.clock, self._build_outage_error
+        )
+        self._own_patience = compute_patience(settings)
+        self._bulk_patience = inf if settings.outage_timeout is None else settings.outage_timeout
 
     async def analyze(
         self,
@@ -131,7 +182,9 @@ class Caller(NotPicklable):
         deadline: float | None = None,
         as_task: bool = False,
         notification_url: str | None = None,
-        admit: Callable[[], Awaitable[None]] | None = None,
+        urgent: bool = True,
+        claim: Callable[[], Awaitable[None]] | None = None,
+        on_start: Callable[[], None] | None = None,
         repeats: str | None = None,
     ) -> Response[A] | Accepted:
         """Make an analyze call and return the response, or the task that the service made of it.
@@ -141,23 +194,31 @@ class Caller(NotPicklable):
             deadline: Monotonic instant when the call gives up.
             as_task: Whether to ask for a task.
             notification_url: Where the service is to send the task's result.
-            admit: Awaited with the permit held, immediately before the first attempt.
+            urgent: Whether the call is interactive, and not an item of bulk work.
+            claim: Awaited once, with the slot held, before the first attempt. After a second of
+                it, the slot is given to another call and taken again later.
+            on_start: Called immediately before the first attempt.
             repeats: The task that the call repeats.
 
         Raises:
             AnalyzeError: See `AnalyzeSession.analyze`.
-            Exception: What `admit` raised. Nothing was sent.
+            Exception: What `claim` or `on_start` raised. Nothing was sent.
         """
         model = request.model
+        begun = self.clock.monotonic()
         call = _Call(
             self._urls.get(model) or self._build_url(model),
-            self.permits,
+            self.queue,
             self.settings.attempts,
+            begun,
+            self._own_patience,
             model,
             request.feature or model,
             build_body(request, as_task=as_task, notification_url=notification_url),
             deadline,
-            admit,
+            urgent,
+            claim,
+            on_start,
         )
         meter = self.meter
         meter.calls += 1
@@ -181,25 +242,29 @@ class Caller(NotPicklable):
             raise
         finally:
             meter.in_flight -= 1
-            if call.denied:
+            if call.unsent:
                 meter.calls -= 1
             if call.watch is not None:
-                call.watch.finish_call(result, error, denied=call.denied)
+                call.watch.finish_call(result, error, denied=call.unsent)
 
     async def get_task_status(self, task_id: str, *, attempts: int | None = None) -> TaskStatus:
         """Ask for a task's status, under the permits for polls.
 
         Args:
             task_id: The task.
-            attempts: Attempts at most; default: the settings'.
+            attempts: Attempts at most, of a poll in the background. Default: the settings', of an
+                interactive one.
 
         Raises:
             AnalyzeError: No status could be had.
         """
         call = _Call(
             URL(build_task_url(self.base_url, self.cloud_name, task_id), encoded=True),
-            self.poll_permits,
+            self.poll_queue,
             self.settings.attempts if attempts is None else attempts,
+            self.clock.monotonic(),
+            self._own_patience,
+            urgent=attempts is None,
         )
         polling = self._repeat(call, partial(self._read_status, task_id))
         if self.meter.hook is None:
@@ -237,52 +302,108 @@ class Caller(NotPicklable):
 
     async def _repeat(self, call: _Call, read: Callable[[_Call, Answer], T]) -> T:
         """Attempt a call until it has a response or an error that the policy calls final."""
-        permits = call.permits
+        queue = call.queue
         quota = self.quota
-        pacer = None if call.model is None else self.settings.pacer
         watch = call.watch
+        waits_for_turn = call.model is not None and (
+            call.claim is not None or self.settings.pacer is not None
+        )
         while True:
             if watch is not None:
                 watch.queue()
             if quota.breakers and call.model is not None and not call.probing:
                 call.probing = quota.check(call.feature)
-            if pacer is not None:
-                await self._await_pacer(pacer)
-            if permits.idle:
-                permits.in_use += 1
-            else:
-                await permits.acquire()
-            generation = permits.generation
+            attempt = queue.start_at_once() or await self._wait_to_start(call)
+            if waits_for_turn and not await self._take_turn(call, attempt):
+                continue
             try:
-                if call.admit is not None and not call.attempts:
-                    call.denied = True
-                    await call.admit()
-                    call.denied = False
                 self._begin(call)
-                try:
-                    sending = self.transport.send(call.url, call.sending)
-                    if watch is None:
-                        result = read(call, await sending)
-                    else:
-                        result = await watch.attempt(sending, call.sending, partial(read, call))
-                except (ApiError, TransportError) as error:
-                    wait = self._judge(call, error, generation)
-                    refused = error
-                    if wait is None and not self._may_renew(call, error):
-                        raise
-                except ResponseDecodeError as error:
-                    error.model = call.model
-                    error.ambiguous &= call.model is not None
-                    raise
+            except BaseException:
+                queue.withdraw(attempt)
+                raise
+            try:
+                sending = self.transport.send(call.url, call.sending)
+                if watch is None:
+                    result = read(call, await sending)
                 else:
-                    permits.succeed()
-                    return result
+                    result = await watch.attempt(sending, call.sending, partial(read, call))
+            except (ApiError, TransportError) as error:
+                refused = error
+                wait = self._judge(call, attempt, error)
+                if wait is None and not self._may_renew(call, error):
+                    raise
+            except ResponseDecodeError as error:
+                queue.succeed(attempt)  # the service did answer
+                error.model = call.model
+                error.ambiguous &= call.model is not None
+                raise
+            else:
+                queue.succeed(attempt)
+                return result
             finally:
-                permits.release()
+                queue.release(attempt)
             if wait is None:
                 await self._renew_token(call, refused)
-            else:
+            elif wait:
                 await self._sleep(wait)
+
+    async def _wait_to_start(self, call: _Call) -> Attempt:
+        """Wait in the queue; in an outage, no longer than the call may.
+
+        Raises:
+            OutageError: The outage lasts too long for bulk work, or for a call that was not sent.
+            AnalyzeError: The error of its last attempt, of an interactive call; the queue was
+                closed; or the service asked for a longer wait than the settings allow.
+        """
+        since, patience = call.begun, self._bulk_patience
+        if call.urgent:
+            since, patience = self.clock.monotonic(), call.patience
+        try:
+            attempt = await call.queue.start(
+                urgent=call.urgent, first=call.again, since=since, patience=patience
+            )
+            if attempt.probe:
+                stalled_at = call.queue.admission.stalled_at or since
+                call.patience -= self.clock.monotonic() - max(since, stalled_at)
+            return attempt
+        except OutageError as error:
+            if not call.urgent or call.error is None:
+                error.attempts = call.attempts
+                raise error from call.error
+        raise call.error
+
+    async def _take_turn(self, call: _Call, attempt: Attempt) -> bool:
+        """Await the pacer and the claim with the slot held.
+
+        Every call of a session needs its pacer, so a slot that waits for the pacer is kept. Other
+        calls may need no claim, so after `SLOT_PATIENCE` the slot is given back.
+
+        Returns:
+            Whether the attempt may be sent now. Otherwise it was withdrawn.
+        """
+        queue = call.queue
+        slot: list[Attempt] = [attempt]
+        try:
+            if self.settings.pacer is not None:
+                await self._await_pacer(self.settings.pacer)
+            if call.claim is not None:
+                call.unsent = True
+                timer = self.clock.call_at(
+                    self.clock.monotonic() + SLOT_PATIENCE, lambda: queue.withdraw(slot.pop())
+                )
+                try:
+                    await call.claim()
+                finally:
+                    timer.cancel()
+                call.unsent, call.claim = False, None
+            if slot and queue.is_current(attempt):
+                slot.clear()
+                return True
+        finally:
+            if slot:
+                queue.withdraw(attempt)
+        call.again = True
+        return False
 
     def _may_renew(self, call: _Call, error: AnalyzeError) -> bool:
         """Whether a new OAuth token may help a call that failed, once."""
@@ -307,6 +428,10 @@ class Caller(NotPicklable):
 
     def _begin(self, call: _Call) -> None:
         """Check that an attempt may still be sent, and count it."""
+        if call.on_start is not None:
+            call.unsent = True
+            call.on_start()
+            call.unsent, call.on_start = False, None
         if call.deadline is not None and self.clock.monotonic() >= call.deadline:
             # the loop was late: the permit came before the timer, which is due by now
             raise CallTimeoutError(
@@ -326,7 +451,12 @@ class Caller(NotPicklable):
             call.token = self.transport.token.number
 
     async def _await_pacer(self, pacer: Pacer) -> None:
-        """Wait for the user's pacer; closing the session ends the wait."""
+        """Wait for the user's pacer; closing the session ends the wait.
+
+        Raises:
+            PacerError: It failed.
+            SessionClosedError: The session was closed meanwhile.
+        """
         task = get_task()
         cancelling = task.cancelling()
         self._pacing.inside[task] = 0.0
@@ -339,14 +469,16 @@ class Caller(NotPicklable):
                 raise
             if not interrupted:
                 cause = error
+        except Exception as error:
+            cause = error
         finally:
             self._pacing.leave(task)
         if self._closed is not None:
             raise copy(self._closed) from cause
         if cause is not None:
-            raise ForeignCancellationError(
-                "The pacer (Settings.pacer) raised CancelledError, but nothing cancelled this "
-                "call. Nothing was sent."
+            raise PacerError(
+                f"Settings.pacer failed ({type(cause).__name__}: {shorten(str(cause))}). This "
+                "attempt was not sent."
             ) from cause
 
     def _read_analysis(
@@ -390,7 +522,7 @@ class Caller(NotPicklable):
         raise read_error(status, headers, body, now=self.clock.wall(), model=None, feature=None)
 
     def _judge(
-        self, call: _Call, error: ApiError | TransportError, generation: int
+        self, call: _Call, attempt: Attempt, error: ApiError | TransportError
     ) -> float | None:
         """Report a failed attempt to those whom it concerns, and decide on the call.
 
@@ -406,46 +538,87 @@ class Caller(NotPicklable):
         call.error = error
         call.ambiguous |= error.ambiguous
         error.attempts = call.attempts
+        probe = attempt.probe
+        if call.failed_at is None:
+            call.failed_at = self.clock.monotonic()
+        if call.waits is None:
+            call.waits = build_waits(self.settings)
+        own_wait = next(call.waits)
+        self._report(call, attempt, error, own_wait)
         if self._closed is not None:
             closed = copy(self._closed)
             closed.ambiguous = error.ambiguous
             raise closed from error
-        if call.waits is None:
-            call.waits = build_waits(self.settings)
-        own_wait = next(call.waits)
         wait = None
-        if call.attempts < call.limit:
-            wait = decide_wait(
-                error, call.attempts, self.settings, own_wait=own_wait, chance=random.random()
-            )
-        if is_throttle(error):
-            self._throttle(call.permits, error, generation, own_wait if wait is None else wait)
+        if self._may_repeat(call, error, probe=probe):
+            wait = decide_wait(error, self.settings, own_wait=own_wait, chance=random.random())
+        if wait is not None and call.urgent:
+            call.patience -= min(wait, own_wait)
+            wait = wait if call.patience > -0.001 else None  # but for rounding errors
         if call.model is not None and isinstance(error, ApiError):
             self.quota.take_failure(
                 call.feature, error, number=call.number, newest=self.meter.attempts
             )
         if wait is not None:
+            if probe and not error.ambiguous:
+                wait = 0.0  # the queue pauses
+            call.again = not error.ambiguous  # possible charges are spread over the items
             self._count_retry(call, error, wait)
         return wait
+
+    def _may_repeat(self, call: _Call, error: AnalyzeError, *, probe: bool) -> bool:
+        """Whether the limits of a call allow one more attempt.
+
+        What only shows a limit of the service or an outage costs bulk work no attempt, but time.
+        Otherwise slow progress would fail items for good.
+        """
+        costs_nothing = is_throttle(error) or (probe and not error.ambiguous)
+        if call.urgent or call.model is None or not costs_nothing:
+            return call.attempts - call.free < call.limit
+        assert call.failed_at is not None
+        call.free += 1
+        return probe or self.clock.monotonic() < call.failed_at + self._bulk_patience
+
+    def _report(
+        self, call: _Call, attempt: Attempt, error: ApiError | TransportError, own_wait: float
+    ) -> None:
+        """Tell the queue what an attempt says about the service."""
+        queue, generation = call.queue, call.queue.admission.generation
+        if isinstance(error, ApiError) and asks_for_more(error, self.settings.max_server_wait):
+            assert error.retry_after is not None
+            queue.refuse(self.clock.monotonic() + error.retry_after, partial(_build_refusal, error))
+        elif isinstance(error, ApiError) and is_throttle(error):
+            poll = call.model is None
+            seconds = max(error.retry_after or 0.0, own_wait if poll else 0.0)
+            queue.throttle(attempt, seconds, stall=poll or error.status == 503)
+        elif is_outage(error):
+            queue.fail(attempt)
+        else:
+            queue.succeed(attempt)
+        if queue.admission.generation > generation:
+            self.meter.pauses += 1
+            now = self.clock.monotonic()
+            self.meter.tell(
+                SessionPaused(
+                    seconds=queue.admission.find_start(now) - now,
+                    permits=queue.admission.cap.limit,
+                    polls=queue is self.poll_queue,
+                    cause="throttled" if is_throttle(error) else "failing",
+                )
+            )
+
+    def _build_outage_error(self, seconds: float) -> OutageError:
+        return OutageError(
+            f"The service has failed or refused every request for {seconds:.0f} s. Nothing more was "
+            "sent for this request.",
+            seconds=seconds,
+        )
 
     def _count_retry(self, call: _Call, error: AnalyzeError, wait: float) -> None:
         self.meter.retries += 1
         self.meter.ambiguous_retries += error.ambiguous
         if call.watch is not None:
             call.watch.retry(error, wait)
-
-    def _throttle(
-        self, permits: Permits, error: AnalyzeError, generation: int, seconds: float
-    ) -> None:
-        if isinstance(error, ApiError) and error.retry_after is not None:
-            seconds = max(seconds, min(error.retry_after, self.settings.max_server_wait))
-        if permits.throttle(generation, seconds):
-            self.meter.pauses += 1
-            self.meter.tell(
-                SessionPaused(
-                    seconds=seconds, permits=permits.allowed, polls=permits is self.poll_permits
-                )
-            )
 
     async def _sleep(self, seconds: float) -> None:
         """Sleep on the session's clock; closing the session ends it with its error."""
@@ -463,7 +636,7 @@ class Caller(NotPicklable):
     def close(self, error: AnalyzeError) -> None:
         """Fail everything that queues or sleeps, and all that comes later."""
         self._closed = error
-        self.permits.close(error)
+        self.queue.close(error)
         self._pacing.interrupt_all()
         if self.transport.token is not None:
             self.transport.token.close()
@@ -474,4 +647,16 @@ class Caller(NotPicklable):
     def close_polls(self) -> None:
         """Fail the status polls that queue, and all that come later."""
         if self._closed is not None:
-            self.poll_permits.close(self._closed)
+            self.poll_queue.close(self._closed)
+
+
+def _build_refusal(error: ApiError, seconds: float) -> ApiError:
+    """Return the error for a call within a wait that the service asked another one for."""
+    unsent = build_unsent(
+        error,
+        f"Not sent: the service asked at an earlier call for a wait of {error.retry_after:.0f} s, "
+        f"which is longer than Settings.max_server_wait. {seconds:.0f} s of it are left. Its "
+        f"response was: {error.message}",
+    )
+    unsent.retry_after = seconds
+    return unsent

@@ -271,13 +271,13 @@ class Pace:
         self.throttled += not explained
 
     def remember_ceiling(self, now: float, *, throttled: bool) -> None:
-        """Take note of a stall. After an outage, nothing is known of the rate.
+        """Take note of a stall. If nothing was accepted, or in an outage, the rate stays unknown.
 
         The mean since the climb began is low if that was long ago, so that it has a floor.
         """
         accepted = self._climbed / max(0.001, now - self._climb_at)
         accepted = max(1.0, accepted, (self.rate or 0.0) * STALL_FLOOR)
-        self.ceiling = accepted if throttled else inf
+        self.ceiling = accepted if throttled and self._climbed > 0 else inf
 
     def is_over(self, number: int, now: float) -> bool:
         """Return whether the round can be judged.

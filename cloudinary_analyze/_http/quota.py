@@ -11,7 +11,7 @@ from typing import Any, Final
 import attrs
 
 from cloudinary_analyze._clock import Clock
-from cloudinary_analyze.errors import QuotaExceededError, RemoteError
+from cloudinary_analyze.errors import QuotaExceededError, RemoteError, build_unsent
 from cloudinary_analyze.responses import Limit, read_limits
 
 PROBE_INTERVAL: Final = 300.0
@@ -193,12 +193,11 @@ def is_newer(limit: Limit, known: Limit, *, least_rise: float) -> bool:
 
 def build_unsent_error(error: QuotaExceededError, *, seconds: float) -> QuotaExceededError:
     """Return the error for a call that was not sent because of an earlier answer."""
-    fields = {name: value for name, value in vars(error).items() if name != "message"}
-    # these were the other call's
-    fields["attempts"], fields["ambiguous"], fields["task_id"] = 0, False, None
     then = "the quota is renewed" if error.reset_time is not None else "it is tried again"
-    return QuotaExceededError(
+    unsent = build_unsent(
+        error,
         f"Not sent: the quota of the add-on feature {error.feature or 'of this model'!r} was used "
         f"up at an earlier request; in {seconds:.0f} s {then}.",
-        **fields,
     )
+    unsent.task_id = None  # it was the other request's
+    return unsent

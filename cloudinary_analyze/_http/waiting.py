@@ -1,26 +1,8 @@
 """The queue in front of `Admission`: starts waiting attempts when they may start.
 
-One attempt loop serves calls and polls. Each kind has a queue. The intended loop:
-
-    # `again`: the last attempt was throttled, or was a probe. `since`: when the call first waited.
-    attempt = queue.start_at_once() or await queue.start(urgent=urgent, first=again, since=since)
-    probe = attempt.probe
-    try:
-        # A pacer or a claim is awaited here. After about a second, or if the claim is denied,
-        # `queue.withdraw(attempt)` returns the slot. The call then waits without a slot and calls
-        # `start(first=True)` again. After any wait, check `queue.is_current(attempt)`; if it is
-        # false, withdraw the attempt and start again.
-        answer = await transport.post(url, body)
-        queue.succeed(attempt)                       # any response but those below, also a 400
-        queue.throttle(attempt, retry_after)         # 429, 420
-        queue.throttle(attempt, seconds, stall=True) # 503 with Retry-After, a throttled poll
-        queue.fail(attempt)                          # other 5xx, connection errors
-        queue.refuse(until, build_error)             # Retry-After over `max_server_wait`
-    finally:
-        queue.release(attempt)                       # after the report: else two probes could start
-    # Here, without a permit, the call sleeps for its backoff or Retry-After. A failed probe that
-    # is not ambiguous costs no attempt and needs no sleep, because the queue pauses anyway. An
-    # ambiguous failure starts with `first=False`, which spreads possible charges over the items.
+Calls have one queue and status polls another. An attempt that was started ends in one of two ways:
+`release` after it was sent and its result reported, or `withdraw` if it was not sent. The report
+comes before the release; otherwise two probes could be in flight.
 
 Order: urgent attempts (`analyze`, `submit`) start before the others (`map`), but after
 `URGENT_IN_A_ROW` of them one of the others starts. Within each kind, attempts with `first` start
@@ -38,9 +20,11 @@ Each waiter is in exactly one of these states:
 from __future__ import annotations
 
 import asyncio
+import heapq
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import copy
+from itertools import count
 from math import inf
 from typing import Final
 
@@ -61,86 +45,65 @@ class _Waiter:
     """A waiting attempt.
 
     Attributes:
+        line: The line that it is in, until it starts or fails.
+        since: When its patience began, at the earliest.
+        patience: Seconds of a stall after which it fails.
         started: Receives the attempt.
-        since: When its patience began.
     """
 
-    started: asyncio.Future[Attempt]
+    line: Waiters
     since: float
+    patience: float
+    started: asyncio.Future[Attempt]
 
 
 Waiters = OrderedDict[_Waiter, None]
 
 
 @attrs.define(eq=False)
-class _Line:
+class _Lines:
     """The waiters of one kind.
 
     Attributes:
-        patience: Seconds of a stall after which a waiter fails.
         again: Those that start first, in the order of arrival.
         fresh: The others, in the order of arrival.
     """
 
-    patience: float
     again: Waiters = attrs.field(factory=OrderedDict)
     fresh: Waiters = attrs.field(factory=OrderedDict)
-
-    def find_first(self) -> Waiters | None:
-        """Return the waiters whose first one starts next."""
-        return self.again or self.fresh or None
-
-    def find_expired(self, stalled_at: float, now: float) -> Waiters | None:
-        """Return the waiters whose first one has no more patience."""
-        for waiters in (self.again, self.fresh):
-            if self._find_expiry(waiters, stalled_at) <= now:
-                return waiters
-        return None
-
-    def find_expiry(self, stalled_at: float) -> float:
-        """Return when the next waiter's patience ends, if the stall does not."""
-        return min(
-            self._find_expiry(self.again, stalled_at), self._find_expiry(self.fresh, stalled_at)
-        )
-
-    def _find_expiry(self, waiters: Waiters, stalled_at: float) -> float:
-        for waiter in waiters:
-            return max(waiter.since, stalled_at) + self.patience
-        return inf
 
 
 @attrs.define(eq=False)
 class AdmissionQueue:
-    """Starts attempts in order, as `Admission` allows. Each operation takes constant time.
+    """Starts attempts in order, as `Admission` allows.
+
+    Each operation takes constant time, and logarithmic time during a stall.
 
     Attributes:
         admission: Decides when attempts start.
         clock: The source of time.
-        patience: Seconds of a stall after which a waiting attempt fails.
-        urgent_patience: The same for urgent attempts.
-        build_outage_error: Builds the error of such an attempt from the seconds of the stall.
+        build_outage_error: Builds the error of an attempt whose patience is over, from the seconds
+            of the stall.
     """
 
     admission: Admission
     clock: Clock
-    patience: float
-    urgent_patience: float
     build_outage_error: BuildError
-    _urgent: _Line = attrs.field(init=False)
-    _others: _Line = attrs.field(init=False)
+    _urgent: _Lines = attrs.field(factory=_Lines, init=False)
+    _others: _Lines = attrs.field(factory=_Lines, init=False)
     _waiting: int = attrs.field(default=0, init=False)
     _in_a_row: int = attrs.field(default=0, init=False)
     _timer: TimerHandle | None = attrs.field(default=None, init=False)
     _timer_at: float = attrs.field(default=inf, init=False)
+    # during a stall: when the patience of each waiter ends; may hold waiters that have left
+    _expiries: list[tuple[float, int, _Waiter]] = attrs.field(factory=list, init=False)
+    _expiries_of: int | None = attrs.field(default=None, init=False)  # the stall's generation
+    _order: Iterator[int] = attrs.field(factory=count, init=False)
     _open: bool = attrs.field(default=True, init=False)  # neither closed nor refusing
     _closed: Exception | None = attrs.field(default=None, init=False)
     _refused_until: float = attrs.field(default=-inf, init=False)
     _build_refusal: BuildError | None = attrs.field(default=None, init=False)
     _emptied: asyncio.Future[None] | None = attrs.field(default=None, init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self._urgent = _Line(self.urgent_patience)
-        self._others = _Line(self.patience)
 
     @property
     def waiting(self) -> int:
@@ -160,32 +123,41 @@ class AdmissionQueue:
         return None
 
     async def start(
-        self, *, urgent: bool = False, first: bool = False, since: float | None = None
+        self,
+        *,
+        urgent: bool = False,
+        first: bool = False,
+        since: float | None = None,
+        patience: float = inf,
     ) -> Attempt:
         """Wait until an attempt may start, and start it. Cancelling leaves the queue as it was.
 
         Args:
             urgent: Whether it is interactive.
             first: Whether it starts before the others of its kind.
-            since: When its patience began; default: now.
+            since: When its patience began; default: now. In a later stall: when that begins.
+            patience: Seconds of a stall after which the wait fails, besides what the service asked
+                for before.
 
         Raises:
             Exception: The queue is closed, the service refuses calls for a known time, or the
                 patience is over. Nothing was sent.
         """
-        line = self._urgent if urgent else self._others
+        lines = self._urgent if urgent else self._others
         since = self.clock.monotonic() if since is None else since
         while True:
             self._check_open()
-            waiter = _Waiter(asyncio.get_running_loop().create_future(), since)
-            waiters = line.again if first else line.fresh
-            waiters[waiter] = None
+            line = lines.again if first else lines.fresh
+            waiter = _Waiter(line, since, patience, asyncio.get_running_loop().create_future())
+            line[waiter] = None
             self._waiting += 1
+            if self._expiries_of is not None:
+                self._push_expiry(waiter)
             self._start_waiters()
             try:
                 attempt = await waiter.started
             except BaseException:
-                self._abandon(waiters, waiter)
+                self._abandon(waiter)
                 raise
             if self.is_current(attempt):
                 return attempt
@@ -275,17 +247,16 @@ class AdmissionQueue:
             raise self._build_refusal(left)
         self._open, self._build_refusal = True, None
 
-    def _abandon(self, waiters: Waiters, waiter: _Waiter) -> None:
+    def _abandon(self, waiter: _Waiter) -> None:
         started = waiter.started
         if started.done() and not started.cancelled() and started.exception() is None:
             self.withdraw(started.result())
-        elif waiter in waiters:
-            del waiters[waiter]
-            self._waiting -= 1
+        elif waiter in waiter.line:
+            self._remove(waiter)
 
-    def _pop(self, waiters: Waiters) -> asyncio.Future[Attempt]:
+    def _remove(self, waiter: _Waiter) -> None:
+        del waiter.line[waiter]
         self._waiting -= 1
-        return waiters.popitem(last=False)[0].started
 
     def _go_on(self) -> None:
         if self._waiting:
@@ -301,37 +272,59 @@ class AdmissionQueue:
             due = self.admission.find_start(now)
             if due > now:
                 break
-            urgent, others = self._urgent.find_first(), self._others.find_first()
-            if others is None or (urgent is not None and self._in_a_row < URGENT_IN_A_ROW):
-                assert urgent is not None
-                started, in_a_row = self._pop(urgent), self._in_a_row + 1
-            else:
-                started, in_a_row = self._pop(others), 0
-            if not started.done():  # otherwise its task was cancelled, but has not run yet
-                self._in_a_row = in_a_row
-                started.set_result(self.admission.start(now))
-        stalled_at = self.admission.stalled_at
-        if self._waiting and stalled_at is not None:
-            due = min(due, self._expire(stalled_at, now))
+            waiter = self._find_next()
+            self._remove(waiter)
+            if not waiter.started.done():  # otherwise its task was cancelled, but has not run yet
+                waiter.started.set_result(self.admission.start(now))
+        if self.admission.stalled_at is not None:
+            due = min(due, self._expire(self.admission.stalled_at, now))
+        elif self._expiries_of is not None:
+            self._expiries_of = None
+            self._expiries.clear()
         if self._waiting and due < self._timer_at:
             self._set_timer(due)
 
+    def _find_next(self) -> _Waiter:
+        """Return the waiter that starts next."""
+        urgent = self._urgent.again or self._urgent.fresh
+        others = self._others.again or self._others.fresh
+        if not others or (urgent and self._in_a_row < URGENT_IN_A_ROW):
+            self._in_a_row += 1
+            return next(iter(urgent))
+        self._in_a_row = 0
+        return next(iter(others))
+
     def _expire(self, stalled_at: float, now: float) -> float:
         """Fail the waiters whose patience is over. Return when the next one's is."""
-        for line in (self._urgent, self._others):
-            while (waiters := line.find_expired(stalled_at, now)) is not None:
-                self._fail(self._pop(waiters), self.build_outage_error(now - stalled_at))
-        return min(self._urgent.find_expiry(stalled_at), self._others.find_expiry(stalled_at))
+        if self._expiries_of != self.admission.generation:
+            self._expiries_of = self.admission.generation
+            self._expiries.clear()
+            for lines in (self._urgent, self._others):
+                for waiter in (*lines.again, *lines.fresh):
+                    self._push_expiry(waiter)
+        while self._expiries:
+            at, _, waiter = self._expiries[0]
+            if not waiter.started.done():
+                if at > now:
+                    return at
+                self._remove(waiter)
+                waiter.started.set_exception(self.build_outage_error(now - stalled_at))
+            heapq.heappop(self._expiries)
+        return inf
+
+    def _push_expiry(self, waiter: _Waiter) -> None:
+        stalled_at = self.admission.stalled_at
+        if stalled_at is not None and waiter.patience < inf:
+            begun = max(waiter.since, stalled_at, self.admission.asked_until)
+            at = begun + waiter.patience
+            heapq.heappush(self._expiries, (at, next(self._order), waiter))
 
     def _fail_waiters(self, build: Callable[[], Exception]) -> None:
-        for line in (self._urgent, self._others):
-            while (waiters := line.find_first()) is not None:
-                self._fail(self._pop(waiters), build())
-
-    @staticmethod
-    def _fail(started: asyncio.Future[Attempt], error: Exception) -> None:
-        if not started.done():
-            started.set_exception(error)
+        for lines in (self._urgent, self._others):
+            for waiter in (*lines.again, *lines.fresh):
+                self._remove(waiter)
+                if not waiter.started.done():
+                    waiter.started.set_exception(build())
 
     def _set_timer(self, at: float) -> None:
         if self._timer is not None:

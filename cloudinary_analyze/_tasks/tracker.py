@@ -128,10 +128,12 @@ class Tracker(NotPicklable):
         *,
         as_task: bool,
         deadline: float | None,
-        admit: Callable[[], Awaitable[None]] | None = None,
+        urgent: bool = True,
+        claim: Callable[[], Awaitable[None]] | None = None,
+        on_start: Callable[[], None] | None = None,
         before_repeat: Callable[[], Awaitable[None]] | None = None,
     ) -> AnalysisTask[A]:
-        """Send a request in the background and return its handle at once."""
+        """Send a request in the background and return its handle at once; see `Caller.analyze`."""
         wait = self.table.submit(request)
         wait.entry.before_repeat = before_repeat
         handle: AnalysisTask[A] = AnalysisTask(self, wait)
@@ -145,7 +147,9 @@ class Tracker(NotPicklable):
                 deadline=deadline,
                 as_task=as_task,
                 notification_url=self.notification_url,
-                admit=admit,
+                urgent=urgent,
+                claim=claim,
+                on_start=on_start,
             )
         )
         self._calls[wait.entry] = call
@@ -375,7 +379,7 @@ class Tracker(NotPicklable):
     ) -> Response[Any] | Accepted:
         if entry.before_repeat is not None:
             await entry.before_repeat()
-        return await self.caller.analyze(request, repeats=entry.task_id)
+        return await self.caller.analyze(request, urgent=False, repeats=entry.task_id)
 
     def _take_repetition(self, entry: Entry, call: Call) -> None:
         self._calls.pop(entry, None)

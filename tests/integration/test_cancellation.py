@@ -53,6 +53,8 @@ async def test_analyze_can_be_cancelled_between_its_retries(late: bool) -> None:
     async with server, server.session(permits=2) as session:
 
         async def call() -> None:
+            server.handler = CAPTION  # eight failures in a row would be an outage
+            await session.analyze(Captioning(URL))
             server.handler = one_after_the_other(
                 answer(500), SLOW_DOWN, hang_up(), answer(503), CAPTION
             )

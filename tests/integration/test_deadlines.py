@@ -17,7 +17,7 @@ from cloudinary_analyze import (
     AttemptTimeoutError,
     CallTimeoutError,
     Captioning,
-    ForeignCancellationError,
+    PacerError,
     Response,
     SessionClosedError,
 )
@@ -197,7 +197,7 @@ class CancelledPacer:
 async def test_a_pacer_that_raises_cancelled_error_fails_its_call() -> None:
     async with ScriptedServer(CAPTION) as server:
         async with server.session(pacer=CancelledPacer()) as session:
-            with pytest.raises(ForeignCancellationError, match="pacer") as caught:
+            with pytest.raises(PacerError, match="CancelledError") as caught:
                 await session.analyze(Captioning(URL))
             assert isinstance(caught.value.__cause__, asyncio.CancelledError)
             assert (len(server.seen), busy(session.stats)) == (0, (0, 0, 0))

@@ -303,16 +303,18 @@ async def test_a_denied_call_ends_with_an_event(tmp_path: Path) -> None:
     assert len(server.seen) == 1
 
 
-async def test_pauses_have_a_cause(clock: ManualClock) -> None:
+@pytest.mark.parametrize(("status", "cause"), [(429, "throttled"), (503, "failing")])
+async def test_pauses_have_a_cause(clock: ManualClock, status: int, cause: str) -> None:
     events: list[Any] = []
-    handler = one_after_the_other(answer(429), CAPTION)
+    handler = one_after_the_other(*[answer(status)] * 8, CAPTION)
+    requests = [Captioning(f"{URL}?{number}") for number in range(8)]
     async with ScriptedServer(handler) as server:
         async with server.session(clock=clock, on_event=events.append) as session:
-            await wind(clock, session.analyze(Captioning(URL)))
-    assert (only(events, SessionPaused).cause, only(events, SessionPaused).polls) == (
-        "throttled",
-        False,
-    )
+            stream = session.map(requests)
+            await wind(clock, asyncio.gather(*(anext(stream) for _ in requests)))
+            await stream.aclose()
+    pause = only(events, SessionPaused)
+    assert (pause.cause, pause.polls) == (cause, False)
 
 
 async def test_refused_polls_are_a_pause() -> None:

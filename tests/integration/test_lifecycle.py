@@ -465,13 +465,13 @@ async def test_a_close_in_the_turn_in_which_a_permit_is_granted_fails_that_call(
     for throttled in (False, True):
         async with asyncio.timeout(10), ScriptedServer(CAPTION) as server:
             session = await server.session(permits=1).__aenter__()
-            permits = session._connection.caller.permits  # type: ignore[union-attr]
-            await permits.acquire()
+            queue = session._connection.caller.queue  # type: ignore[union-attr]
+            held = await queue.start()
             calls = [asyncio.create_task(session.analyze(r)) for r in requests_of(3, Captioning)]
             await asyncio.sleep(0)
-            permits.release()  # granted to the first, which has not run yet
             if throttled:
-                permits.throttle(permits.generation, 60)
+                queue.throttle(held, 60, stall=True)
+            queue.release(held)  # granted to the first, which has not run yet
             await session.aclose()
             for call in calls:
                 with pytest.raises(SessionClosedError):

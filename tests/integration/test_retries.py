@@ -213,7 +213,7 @@ async def test_a_timeout_in_a_wait_remembers_the_ambiguous_attempt_before_it(
     assert len(server.seen) == 1
 
 
-async def test_a_pacer_is_asked_before_every_attempt_and_holds_no_permit() -> None:
+async def test_a_pacer_is_asked_once_for_each_attempt() -> None:
     asked: list[int] = []
 
     class Pacer:
@@ -224,4 +224,4 @@ async def test_a_pacer_is_asked_before_every_attempt_and_holds_no_permit() -> No
     handler = one_after_the_other(answer(503), answer(503), CAPTION)
     async with ScriptedServer(handler) as server, server.session(pacer=Pacer()) as session:
         await session.analyze(Captioning(URL))
-    assert asked == [0, 0, 0]
+    assert asked == [1, 1, 1]

@@ -35,7 +35,7 @@ async def test_a_server_that_drips_is_timed_out_like_a_silent_one() -> None:
 async def test_many_attempts_share_the_timer_and_each_times_out() -> None:
     async with (
         ScriptedServer(_drip) as server,
-        server.session(read_timeout=0.2, attempts=1, permits=20) as session,
+        server.session(read_timeout=0.2, attempts=1, permits=40) as session,
     ):
         outcomes = await session.analyze_all(requests_of(40, Captioning))
 

@@ -60,7 +60,7 @@ class Service:
     async def perform(self, work: Any) -> Any:
         work.check()
         number = int(work.request.source.uri.removeprefix(BASE))
-        await work.start()
+        work.start()
         self.sent.append(number)
         self.now += 1
         self.most = max(self.most, self.now)
@@ -781,7 +781,7 @@ async def test_an_outcome_tells_how_long_it_queued_and_how_long_its_attempts_too
         clock.now += 3
         if work.item == 1:
             raise ValueError
-        await work.start()
+        work.start()
         clock.now += 5
         return Response(1, model="captioning")
 

@@ -7,6 +7,7 @@ import heapq
 import random
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -27,9 +28,9 @@ class Refused(Exception):
     """Stands for the error of the session."""
 
 
-def build_queue(permits: int, clock: ManualClock, *, patience: float = 120) -> AdmissionQueue:
+def build_queue(permits: int, clock: ManualClock) -> AdmissionQueue:
     admission = Admission(permits, random.Random(1).random)
-    return AdmissionQueue(admission, clock, patience, 15.0, Outage)
+    return AdmissionQueue(admission, clock, Outage)
 
 
 async def settle(turns: int = 5) -> None:
@@ -37,7 +38,7 @@ async def settle(turns: int = 5) -> None:
         await asyncio.sleep(0)
 
 
-def start(queue: AdmissionQueue, **options: bool) -> asyncio.Task[Attempt]:
+def start(queue: AdmissionQueue, **options: Any) -> asyncio.Task[Attempt]:
     return asyncio.create_task(queue.start(**options))
 
 
@@ -164,8 +165,8 @@ async def test_waiting_attempts_fail_when_their_patience_ends(clock: ManualClock
     probe = start(queue)
     await clock.advance(2)
     assert probe.result().probe  # it stays in flight
-    urgent, other = start(queue, urgent=True), start(queue)
-    again = start(queue, urgent=True, first=True)
+    urgent, other = start(queue, urgent=True, patience=15), start(queue, patience=120)
+    again = start(queue, urgent=True, first=True, patience=15)
     await clock.advance(14)
     assert not urgent.done()
     await clock.advance(2)
@@ -181,7 +182,7 @@ async def test_a_stall_shorter_than_the_patience_fails_nothing(clock: ManualCloc
     queue = build_queue(16, clock)
     await clock.advance(1000)
     await stall(queue)
-    tasks = [start(queue, urgent=True) for _ in range(3)]
+    tasks = [start(queue, urgent=True, patience=15) for _ in range(3)]
     await clock.advance(2)
     (probe,) = [task.result() for task in tasks if task.done()]
     queue.succeed(probe)
@@ -269,8 +270,7 @@ def test_no_waiter_is_lost(
 ) -> None:
     async def run() -> None:
         clock = ManualClock()
-        queue = build_queue(permits, clock, patience=1e9)
-        queue._urgent.patience = 1e9
+        queue = build_queue(permits, clock)
         tasks: list[asyncio.Task[Attempt]] = []
         flying: list[Attempt] = []
 
