@@ -28,6 +28,7 @@ from cloudinary_analyze import (
 )
 from cloudinary_analyze.emulator import Emulator
 from cloudinary_analyze.ledger import SQLiteLedger
+from cloudinary_analyze.ledger.sqlite import build_row
 from tests.task_support import connected
 
 URLS = [f"https://example.com/{number}.jpg" for number in range(300)]
@@ -206,7 +207,7 @@ async def test_closing_is_patient_too(path: Path) -> None:
     ledger = SQLiteLedger(path)
     await ledger.open(**OWNER)
     with locked(path):
-        await ledger.add_item(0, line=1, source="s", model="coco", key="ab" * 32)
+        await ledger.add_item(0, build_row(source="s", line=1, model="coco", key="ab" * 32))
         closing = asyncio.create_task(ledger.aclose())
         await asyncio.wait([closing], timeout=1.5)
         assert not closing.done()
@@ -218,7 +219,7 @@ async def test_a_failed_ledger_says_so_on_closing(path: Path) -> None:
     ledger = SQLiteLedger(path, patience=0)
     await ledger.open(**OWNER)
     with locked(path):
-        await ledger.add_item(0, line=1, source="s", model="coco", key="ab" * 32)
+        await ledger.add_item(0, build_row(source="s", line=1, model="coco", key="ab" * 32))
         begun = time.monotonic()
         with pytest.raises(LedgerError, match="in use by another process"):
             await ledger.aclose()

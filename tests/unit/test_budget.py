@@ -47,7 +47,7 @@ class Calls:
     async def perform(self, work: Any) -> Any:
         work.check()
         await work.reserve()
-        await work.start()
+        work.start()
         number, self.sent = self.sent, self.sent + 1
         self.now += 1
         self.most = max(self.most, self.now)
