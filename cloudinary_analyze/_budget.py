@@ -30,7 +30,7 @@ def _copy_units(units: Any) -> Any:
     return dict(units) if isinstance(units, Mapping) else units
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, repr=False)
 class Budget(Jsonable):
     """What one stream may spend: new charges only, not responses restored from a ledger.
 
@@ -73,7 +73,7 @@ class Budget(Jsonable):
                 )
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, repr=False)
 class Spent(Jsonable):
     """What a stream has spent so far.
 

@@ -9,6 +9,8 @@ import reprlib
 from collections.abc import Iterator
 from typing import Annotated, Any, Final, Protocol
 
+import attrs
+
 _REPR: Final = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 80
 
@@ -42,7 +44,22 @@ def quote(value: object) -> str:
     return _REPR.repr(value)
 
 
-class Jsonable:
+class Described:
+    """An attrs object. One `repr` serves all, because each that attrs compiles delays the import."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        kind: Any = type(self)
+        shown = []
+        for field in attrs.fields(kind):
+            if field.repr:
+                describe = repr if field.repr is True else field.repr
+                shown.append(f"{field.name}={describe(getattr(self, field.name))}")
+        return f"{kind.__qualname__.rsplit('>.', 1)[-1]}({', '.join(shown)})"
+
+
+class Jsonable(Described):
     """A value that ``dict(value)``, pydantic and FastAPI can write as JSON, as `to_dict` does."""
 
     __slots__ = ()

@@ -39,7 +39,7 @@ class BoundingBox(NamedTuple):
     height: float
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class AttributeValue(Jsonable):
     """One value of a garment's attribute, such as ``midi`` for ``skirt length``.
 
@@ -52,7 +52,7 @@ class AttributeValue(Jsonable):
     score: float | None = None
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class Detection(Jsonable):
     """One found instance of a label.
 
@@ -163,7 +163,7 @@ class DetectedTags(Mapping[str, tuple[Detection, ...]]):
         return DetectedTags, (self.raw,)
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, repr=False)
 class Analysis(Jsonable):
     """What every analysis has.
 
@@ -174,7 +174,7 @@ class Analysis(Jsonable):
     model_version: ModelVersion = None
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class DetectionAnalysis(Analysis):
     """What the models that detect or classify have in common.
 
@@ -233,7 +233,7 @@ class UnidetAnalysis(DetectionAnalysis):
     __slots__ = ()
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class VisionAnswer(Jsonable):
     """The answer to one prompt.
 
@@ -244,7 +244,7 @@ class VisionAnswer(Jsonable):
     value: str = ""
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class AIVisionGeneralAnalysis(Analysis):
     """Answers to prompts, as many and in the order of the prompts. Model ``ai_vision_general``."""
 
@@ -256,7 +256,7 @@ class AIVisionGeneralAnalysis(Analysis):
         return tuple([response.value for response in self.responses])
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class ModerationAnswer(Jsonable):
     """The answer to one rejection question.
 
@@ -270,7 +270,7 @@ class ModerationAnswer(Jsonable):
     prompt: str | None = None
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class AIVisionModerationAnalysis(Analysis):
     """Answers to rejection questions. Model ``ai_vision_moderation``."""
 
@@ -282,7 +282,7 @@ class AIVisionModerationAnalysis(Analysis):
         return any(response.value.strip().lower() == "yes" for response in self.responses)
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class VisionTag(Jsonable):
     """A tag whose description fits the image.
 
@@ -293,7 +293,7 @@ class VisionTag(Jsonable):
     name: str = ""
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class AIVisionTaggingAnalysis(Analysis):
     """The defined tags that fit; empty if none does. Model ``ai_vision_tagging``."""
 
@@ -305,14 +305,14 @@ class AIVisionTaggingAnalysis(Analysis):
         return tuple([tag.name for tag in self.tags])
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class CaptioningAnalysis(Analysis):
     """A sentence on what the image shows. Model ``captioning``."""
 
     caption: str
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class LogoVertex(Jsonable):
     """A corner of the polygon round a logo, in pixels; what is not sent is 0."""
 
@@ -320,7 +320,7 @@ class LogoVertex(Jsonable):
     y: int = 0
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class Logo(Jsonable):
     """A logo that was found.
 
@@ -337,14 +337,14 @@ class Logo(Jsonable):
     mid: str | None = None
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class GoogleLogoDetectionAnalysis(Analysis):
     """Logos of known products. Model ``google_logo_detection``."""
 
     logos: tuple[Logo, ...]
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class GoogleLabel(Jsonable):
     """A label that fits the image.
 
@@ -357,14 +357,14 @@ class GoogleLabel(Jsonable):
     score: float | None = None
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class GoogleTaggingAnalysis(Analysis):
     """Labels by Google's tagging service; may be empty. Model ``google_tagging``."""
 
     labels: tuple[GoogleLabel, ...] = ()
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class ImageQualityAnalysis(Analysis):
     """How good the picture is, technically. Model ``image_quality``.
 
@@ -380,7 +380,7 @@ class ImageQualityAnalysis(Analysis):
     confidence: float | None = None
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class Watermark(Jsonable):
     """What was found in place of a watermark.
 
@@ -394,14 +394,14 @@ class Watermark(Jsonable):
     confidence: float | None = None
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class WatermarkDetectionAnalysis(Analysis):
     """Watermarks and banners; may be empty. Model ``watermark_detection``."""
 
     detections: tuple[Watermark, ...] = ()
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class OtherAnalysis(Analysis):
     """The analysis of a model that this package does not know, as received.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import pickle
 import re
 import sys
 from collections.abc import Awaitable, Callable, Mapping
@@ -234,6 +233,8 @@ class Credentials:
     def __getstate__(self) -> dict[str, Any]:
         """Return the fields, for pickling."""
         if callable(self.oauth_token):
+            import pickle
+
             try:
                 pickle.dumps(self.oauth_token)
             except Exception:  # its text may quote what the function holds

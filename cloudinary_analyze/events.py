@@ -66,7 +66,7 @@ from typing import TypeAlias
 
 import attrs
 
-from cloudinary_analyze._values import Jsonable
+from cloudinary_analyze._values import Described, Jsonable
 from cloudinary_analyze.responses import Limit
 
 __all__ = [
@@ -88,8 +88,8 @@ __all__ = [
 logger: logging.Logger = logging.getLogger("cloudinary_analyze.events")
 
 
-@attrs.frozen(kw_only=True)
-class CallStarted:
+@attrs.frozen(kw_only=True, repr=False)
+class CallStarted(Described):
     """An analyze call begins: it queues for a permit.
 
     Attributes:
@@ -105,8 +105,8 @@ class CallStarted:
     repeats: str | None = None
 
 
-@attrs.frozen(kw_only=True)
-class AttemptFinished:
+@attrs.frozen(kw_only=True, repr=False)
+class AttemptFinished(Described):
     """An HTTP request ended: with a response, with an error, or because it was cancelled.
 
     Attributes:
@@ -130,8 +130,8 @@ class AttemptFinished:
     error: BaseException | None = None
 
 
-@attrs.frozen(kw_only=True)
-class AttemptRetried:
+@attrs.frozen(kw_only=True, repr=False)
+class AttemptRetried(Described):
     """An attempt failed and will be repeated.
 
     Attributes:
@@ -151,8 +151,8 @@ class AttemptRetried:
     error: BaseException
 
 
-@attrs.frozen(kw_only=True)
-class CallFinished:
+@attrs.frozen(kw_only=True, repr=False)
+class CallFinished(Described):
     """An analyze call ended: with its response, with a task, or without either.
 
     Attributes:
@@ -183,8 +183,8 @@ class CallFinished:
     error: BaseException | None = None
 
 
-@attrs.frozen(kw_only=True)
-class TaskAccepted:
+@attrs.frozen(kw_only=True, repr=False)
+class TaskAccepted(Described):
     """The service accepted a task (202).
 
     Attributes:
@@ -196,8 +196,8 @@ class TaskAccepted:
     model: str
 
 
-@attrs.frozen(kw_only=True)
-class PollFinished:
+@attrs.frozen(kw_only=True, repr=False)
+class PollFinished(Described):
     """A request for a task's status ended.
 
     Attributes:
@@ -219,8 +219,8 @@ class PollFinished:
     error: BaseException | None = None
 
 
-@attrs.frozen(kw_only=True)
-class NotificationSeen:
+@attrs.frozen(kw_only=True, repr=False)
+class NotificationSeen(Described):
     """A delivery was read and judged.
 
     Attributes:
@@ -240,8 +240,8 @@ class NotificationSeen:
     trace: str | None = None
 
 
-@attrs.frozen(kw_only=True)
-class TaskAnswered:
+@attrs.frozen(kw_only=True, repr=False)
+class TaskAnswered(Described):
     """A task has its result or its error.
 
     A task that was answered without a notification is reported again if that arrives later.
@@ -263,8 +263,8 @@ class TaskAnswered:
     error: BaseException | None = None
 
 
-@attrs.frozen(kw_only=True)
-class ItemRestored:
+@attrs.frozen(kw_only=True, repr=False)
+class ItemRestored(Described):
     """An item of a stream was answered from the ledger: nothing was sent.
 
     Attributes:
@@ -280,8 +280,8 @@ class ItemRestored:
     error: BaseException | None = None
 
 
-@attrs.frozen(kw_only=True)
-class SessionPaused:
+@attrs.frozen(kw_only=True, repr=False)
+class SessionPaused(Described):
     """No new attempt starts for a while; then single ones test whether the service answers again.
 
     Attributes:
@@ -318,7 +318,7 @@ def _copy_counts(counts: Mapping[str, int]) -> Mapping[str, int]:
     return dict(counts)
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, repr=False)
 class SessionStats(Jsonable):
     """A snapshot of a session's counts since it was opened.
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from itertools import islice
-from pathlib import PurePath
 from typing import Any, ClassVar, Final, Generic, TypeVar, cast
 
 import attrs
 
-from cloudinary_analyze._values import URLObject, quote, read_url
+from cloudinary_analyze._values import Described, URLObject, quote, read_url
 from cloudinary_analyze.analyses import (
     AIVisionGeneralAnalysis,
     AIVisionModerationAnalysis,
@@ -52,8 +52,8 @@ _MODEL_NAME = r"[0-9A-Za-z][0-9A-Za-z_.-]*"
 _TAG_NAME = r"[a-z0-9-]+"
 
 
-@attrs.frozen
-class Uri:
+@attrs.frozen(repr=False)
+class Uri(Described):
     """A publicly reachable http(s) URL of an image, on Cloudinary or anywhere else.
 
     Attributes:
@@ -77,8 +77,8 @@ class Uri:
         return self.uri
 
 
-@attrs.frozen
-class Asset:
+@attrs.frozen(repr=False)
+class Asset(Described):
     """An asset of the same product environment, by its immutable asset id.
 
     Attributes:
@@ -126,8 +126,9 @@ def _build_source_error(source: object) -> InvalidRequestError:
             f"White space in a URL must be percent-encoded.{hint}"
         )
     what, argument = type(source).__name__, ""
-    if isinstance(source, PurePath):
-        what, argument = f"the local file {quote(str(source))}", quote(str(source))
+    if isinstance(source, os.PathLike):
+        argument = quote(os.fspath(source))
+        what = f"the local file {argument}"
     elif isinstance(source, bytes | bytearray | memoryview) or hasattr(type(source), "read"):
         argument = "data"
     hint = f" To get one, upload the image first: {upload.format(argument)}." if argument else ""
@@ -194,8 +195,8 @@ def _check_text(value: str, noun: str) -> None:
         )
 
 
-@attrs.frozen
-class AnalyzeRequest(Generic[A_co]):
+@attrs.frozen(repr=False)
+class AnalyzeRequest(Described, Generic[A_co]):
     """What every request has. Not made itself: use the class of a model.
 
     Attributes:
@@ -264,7 +265,7 @@ class KeyBuilder:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class AIVisionGeneral(AnalyzeRequest[AIVisionGeneralAnalysis]):
     """Ask free questions about an image (``ai_vision_general``). Costs AI Vision tokens.
 
@@ -284,7 +285,7 @@ class AIVisionGeneral(AnalyzeRequest[AIVisionGeneralAnalysis]):
         return {"prompts": list(self.prompts)}
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class AIVisionModeration(AnalyzeRequest[AIVisionModerationAnalysis]):
     """Ask yes/no questions about an image (``ai_vision_moderation``). Costs AI Vision tokens.
 
@@ -304,8 +305,8 @@ class AIVisionModeration(AnalyzeRequest[AIVisionModerationAnalysis]):
         return {"rejection_questions": list(self.rejection_questions)}
 
 
-@attrs.frozen
-class TagDefinition:
+@attrs.frozen(repr=False)
+class TagDefinition(Described):
     """A tag and when it fits.
 
     Attributes:
@@ -342,7 +343,7 @@ def _read_definitions(
     return definitions
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class AIVisionTagging(AnalyzeRequest[AIVisionTaggingAnalysis]):
     """Find which of your own tags fit an image (``ai_vision_tagging``). Costs AI Vision tokens.
 
@@ -552,7 +553,7 @@ def _check_model_name(name: str) -> str:
     return read_model_name(str.__str__(name))
 
 
-@attrs.frozen(init=False)
+@attrs.frozen(init=False, repr=False)
 class OtherModel(AnalyzeRequest[OtherAnalysis]):
     """A model that this package does not know; its analysis stays as received.
 

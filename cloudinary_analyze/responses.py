@@ -26,7 +26,7 @@ A_co = TypeVar("A_co", covariant=True)
 JSONObject = Mapping[str, Any]
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class Limit(Jsonable):
     """One entry of an answer's ``limits``: how much of an add-on's quota is left.
 
@@ -187,7 +187,7 @@ class Response(Jsonable, Generic[A_co]):
         )
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class TaskStatus(Jsonable):
     """What ``GET /tasks/{id}`` says of a task. It never carries the result.
 

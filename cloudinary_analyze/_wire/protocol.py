@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from datetime import UTC
-from email.utils import parsedate_to_datetime
 from typing import Any, Final, TypedDict, TypeVar
 from urllib.parse import quote
 
@@ -295,6 +294,8 @@ def read_retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
     try:
         seconds = float(value.replace("_", "?"))  # Python's digit separator is not HTTP's
     except ValueError:
+        from email.utils import parsedate_to_datetime
+
         try:
             instant = parsedate_to_datetime(value)
         except (TypeError, ValueError, OverflowError):

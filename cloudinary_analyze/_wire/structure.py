@@ -196,26 +196,23 @@ def build_converter(*, detailed: bool) -> cattrs.Converter:
     converter.register_structure_hook(int, _read_integer)
     converter.register_structure_hook(DetectedTags, _read_tags)
     converter.register_structure_hook_func(lambda hint: hint == ModelVersion, _read_scalar)
-    converter.register_structure_hook(
-        Logo,
-        _build_object(
+    # built when they are first needed, as those of the other classes
+    builders: dict[type[Any], Callable[[], Callable[[Any, Any], Any]]] = {
+        Logo: lambda: _build_object(
             converter,
             Logo,
             vertices=override(rename="bounding_poly", struct_hook=_read_logo_box),
         ),
-    )
-    converter.register_structure_hook(
-        GoogleLogoDetectionAnalysis,
-        _build_object(
+        GoogleLogoDetectionAnalysis: lambda: _build_object(
             converter, GoogleLogoDetectionAnalysis, logos=override(rename="logo_annotations")
         ),
-    )
-    converter.register_structure_hook(
-        CaptioningAnalysis, _flatten(converter, CaptioningAnalysis, "data", "caption")
-    )
-    converter.register_structure_hook(
-        GoogleTaggingAnalysis,
-        _flatten(converter, GoogleTaggingAnalysis, "label_annotations", "labels"),
+        CaptioningAnalysis: lambda: _flatten(converter, CaptioningAnalysis, "data", "caption"),
+        GoogleTaggingAnalysis: lambda: _flatten(
+            converter, GoogleTaggingAnalysis, "label_annotations", "labels"
+        ),
+    }
+    converter.register_structure_hook_factory(
+        lambda kind: kind in builders, lambda kind: builders[kind]()
     )
     converter.register_structure_hook(
         OtherAnalysis,

@@ -18,6 +18,7 @@ from cloudinary_analyze import (
     Captioning,
     CldFashion,
     Coco,
+    CocoAnalysis,
     Detection,
     GoogleLabel,
     GoogleLogoDetection,
@@ -37,6 +38,7 @@ from cloudinary_analyze import (
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze._wire.protocol import read_response
 from cloudinary_analyze.analyses import DetectedTags
+from cloudinary_analyze.events import TaskAccepted
 from cloudinary_analyze.testing import build_response
 
 URL = "https://res.cloudinary.com/demo/image/upload/sample.jpg"
@@ -482,3 +484,16 @@ def test_a_response_for_tests_takes_a_request_and_an_analysis() -> None:
         build_response("nonsense")
     with pytest.raises(ResponseDecodeError, match="caption"):
         build_response(Captioning, {"data": {}})
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (Detection("cat", None, None, {"x": 1}), "label='cat', confidence=None, bounding_box=None"),
+        (CocoAnalysis(), "model_version=None, tags=DetectedTags({})"),
+        (TagDefinition("a", "b"), "name='a', description='b'"),
+        (TaskAccepted(task_id="a", model="b"), "task_id='a', model='b'"),
+    ],
+)
+def test_a_repr_shows_every_field_that_is_not_hidden(value: Any, text: str):
+    assert repr(value) == f"{type(value).__name__}({text})"
