@@ -307,12 +307,13 @@ async def test_closing_with_a_stream_in_retry_sleep_leaves_no_unread_error_behin
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
+@pytest.mark.parametrize("injected", [False, True])
 async def test_a_hanging_answer_does_not_hold_the_close_for_long(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, injected: bool
 ) -> None:
     monkeypatch.setattr("cloudinary_analyze.session.CLOSE_PATIENCE", 0.05)
-    async with ScriptedServer(Held()) as server:
-        session = await server.session().__aenter__()
+    async with ScriptedServer(Held()) as server, aiohttp.ClientSession() as http:
+        session = await server.session(http=http if injected else None).__aenter__()
         call = asyncio.create_task(session.analyze(Captioning(URL)))
         await until(lambda: server.in_flight)
         async with asyncio.timeout(5):
