@@ -64,11 +64,13 @@ class _Stops:
         seen: The models of all requests so far, and their features.
         reasons: What is refused, and the error that said so.
         unsent: Items in a row that were not sent for that reason.
+        halted: Whether the caller stopped the stream.
     """
 
     seen: dict[str, str | None] = attrs.field(factory=dict)
     reasons: dict[tuple[Stop, str], Exception] = attrs.field(factory=dict)
     unsent: int = 0
+    halted: bool = False
 
     def check(self, work: Work[Any, Any]) -> None:
         """Raise if an item's request would be refused; called before it queues and is sent.
@@ -76,6 +78,9 @@ class _Stops:
         Raises:
             BulkStoppedError: Its kind is stopped. Nothing was sent.
         """
+        if self.halted:
+            work.unsent = True
+            raise BulkStoppedError("Not sent, because the stream was stopped.")
         if not self.reasons:
             return
         reason = self.find(work.request.model, work.request.feature)
@@ -282,7 +287,7 @@ class _Pump(Generic[Item, A]):
             if self.unusable == UNUSABLE and not stops.seen:
                 self._stop_for(error, f"None of the first {UNUSABLE} items made a request.")
         elif work.unsent:
-            if stops.unsent >= self.window:
+            if stops.unsent >= self.window and not stops.halted:
                 reason = stops.find(request.model, request.feature) or error
                 self._stop_for(reason, f"{self.window} items in a row would fail.")
         elif not work.restored:
@@ -441,6 +446,15 @@ class OutcomeStream(NotPicklable, Generic[Item_co, A_co]):
         """What was spent so far; ``None`` without a budget."""
         spending = self._pump.spending
         return None if spending is None else spending.spent
+
+    def stop(self) -> None:
+        """Send nothing more, and end once everything in flight has its outcome. Idempotent.
+
+        Items that were pulled but not sent are `Failed` with `BulkStoppedError`. Pulling an item
+        that the input is about to yield is not interrupted.
+        """
+        self._pump.stops.halted = True
+        self._pump.stop(None)
 
     def __aiter__(self) -> Self:
         return self

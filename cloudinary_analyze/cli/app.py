@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -23,6 +24,7 @@ from cloudinary_analyze.cli.notifications import (
     ReceivingOptions,
     perform_listen,
 )
+from cloudinary_analyze.cli.outlet import flush_stdout, protect_standard_streams
 from cloudinary_analyze.cli.output import (
     DEFAULT_OUTPUT,
     ExportFormatOption,
@@ -34,7 +36,14 @@ from cloudinary_analyze.cli.output import (
     report_results,
 )
 from cloudinary_analyze.cli.run import RunPlan, perform_run
-from cloudinary_analyze.cli.screen import CommandError, ExitCode, build_console, say
+from cloudinary_analyze.cli.screen import (
+    CommandError,
+    ExitCode,
+    build_console,
+    explain_stdout,
+    finish_messages,
+    say,
+)
 from cloudinary_analyze.cli.service import (
     DEFAULT_CALLS,
     CallOptions,
@@ -89,6 +98,9 @@ Emulated = Annotated[
         help="Call an emulator inside this process; it needs no account and costs nothing.",
     ),
 ]
+Work = Callable[[Console], "ExitCode | Coroutine[Any, Any, ExitCode]"]
+"""What a command has to do, once its options are read."""
+
 Host = Annotated[str, Parameter(help="Address to listen on.")]
 Port = Annotated[int, Parameter(help="Port to listen on; 0 takes a free one.")]
 
@@ -120,7 +132,7 @@ def run(
             validator=validators.Number(gte=1),
         ),
     ] = None,
-) -> ExitCode:
+) -> Work:
     """Read the options of `run` into a plan, and perform it."""
     builders = choose_models(models, parameters)
     _check_input(source, emulated=emulated, samples=samples)
@@ -144,9 +156,7 @@ def run(
         limit=source.limit,
         emulated=emulated,
     )
-    if spending.dry_run:
-        return _perform(perform_dry_run(plan, build_console()))
-    return _perform(perform_run(plan, build_console()))
+    return partial(perform_dry_run if spending.dry_run else perform_run, plan)
 
 
 def _check_input(source: InputOptions, *, emulated: bool, samples: int | None) -> None:
@@ -173,17 +183,17 @@ def analyze(
     *,
     parameters: Parameters = NO_PARAMETERS,
     emulated: Emulated = False,
-) -> ExitCode:
+) -> Work:
     """Analyze one image. Prints a summary on a terminal, otherwise the JSON as received."""
     build = next(iter(choose_models([model], parameters).values()))
     plan = SinglePlan(build=build, source=read_source(source), emulated=emulated)
-    return _perform(perform_analyze(plan, build_console()))
+    return partial(perform_analyze, plan)
 
 
 @app.command
-def status(task_id: Annotated[str, Parameter(help="The task's id.")], /) -> ExitCode:
+def status(task_id: Annotated[str, Parameter(help="The task's id.")], /) -> Work:
     """Show the status of a task. Prints a summary on a terminal, otherwise the JSON as received."""
-    return _perform(perform_status(task_id, build_console()))
+    return partial(perform_status, task_id)
 
 
 @app.command
@@ -195,7 +205,7 @@ def listen(
     redis: Annotated[
         str | None, Parameter(help="URL of a Redis to store them in, which feeds all workers.")
     ] = None,
-) -> ExitCode:
+) -> Work:
     """Receive notifications and print those that are verified, until Ctrl-C.
 
     Prints a summary on a terminal, otherwise JSON Lines; refusals are reported on stderr.
@@ -204,7 +214,7 @@ def listen(
     if not path.startswith("/"):
         raise CommandError(f"--path must begin with a slash, not {path!r}.")
     plan = ListenPlan(host=host, port=port, path=path, redis=redis)
-    return _perform(perform_listen(plan, build_console()))
+    return partial(perform_listen, plan)
 
 
 @app.command
@@ -229,7 +239,7 @@ def export(
             name="--model", help="Write only items of this model; repeatable.", show_default=False
         ),
     ] = (),
-) -> ExitCode:
+) -> Work:
     """Write the contents of a ledger as JSON Lines, CSV or Parquet, also during a run.
 
     The ledger may be one of `run` or one that a program filled with `session.map`.
@@ -237,7 +247,7 @@ def export(
     chosen = output_format or detect_output_format(output)
     check_extra(chosen == "parquet", "pyarrow", "parquet", "Parquet")
     _check_output(output, ledger)
-    return export_ledger(ledger, output, chosen, build_console(), status=status, models=models)
+    return partial(export_ledger, ledger, output, chosen, status=status, models=models)
 
 
 @app.command
@@ -249,11 +259,11 @@ def report(
         str, Parameter(name=["--output", "-o"], help="The HTML file.")
     ] = "report.html",
     title: Annotated[str, Parameter(name="--title", help="Heading of the page.")] = DEFAULT_TITLE,
-) -> ExitCode:
+) -> Work:
     """Write an HTML page of the results: the pictures, what was found on them, and the numbers."""
     check_extra(True, "jinja2", "report", "The report")
     _check_output(output, results)
-    return report_results(results, output, build_console(), title=title)
+    return partial(report_results, results, output, title=title)
 
 
 def _check_output(output: str, source: Path) -> None:
@@ -263,10 +273,9 @@ def _check_output(output: str, source: Path) -> None:
 
 
 @app.command
-def models() -> ExitCode:
+def models() -> Work:
     """List the models, the quota that each uses, and the option that it needs."""
-    print_models()
-    return ExitCode.DONE
+    return print_models
 
 
 @app.command
@@ -286,24 +295,39 @@ def emulator(
             show_default=False,
         ),
     ] = (),
-) -> ExitCode:
+) -> Work:
     """Run the emulator of the Analyze API until Ctrl-C, and print the CLOUDINARY_URL for it."""
     plan = EmulatorPlan(
         host=host, port=port, latency=read_latency(latency), quotas=read_quotas(quotas)
     )
-    return _perform(serve(plan, build_console()))
+    return partial(serve, plan)
 
 
 def run_app(arguments: Sequence[str]) -> int:
     """Run the command that the arguments name, and return the exit code."""
+    protect_standard_streams()
     console = build_console()
     try:
-        result = app(
+        exit_code = _run(arguments, console)
+        if (failure := flush_stdout()) is not None and exit_code != ExitCode.STOPPED:
+            exit_code = _fail(console, explain_stdout(failure), ExitCode.STOPPED)
+        return int(exit_code)
+    finally:
+        finish_messages(console)
+
+
+def _run(arguments: Sequence[str], console: Console) -> ExitCode:
+    try:
+        work: Work | None = app(
             list(arguments),
             exit_on_error=False,
             print_error=False,
             result_action="return_value",
         )
+        if work is None:  # --help or --version
+            return ExitCode.DONE
+        result = work(console)
+        return result if isinstance(result, ExitCode) else asyncio.run(result)
     except KeyboardInterrupt:
         return _fail(console, "Interrupted.", ExitCode.INTERRUPTED)
     except CycloptsError as error:
@@ -312,13 +336,8 @@ def run_app(arguments: Sequence[str]) -> int:
         return _fail(console, str(error), error.exit_code)
     except AnalyzeError as error:
         return _fail(console, str(error), ExitCode.USAGE)
-    return int(result) if isinstance(result, ExitCode) else ExitCode.DONE
 
 
-def _fail(console: Console, sentence: str, exit_code: ExitCode) -> int:
+def _fail(console: Console, sentence: str, exit_code: ExitCode) -> ExitCode:
     say(console, sentence, style="red")
-    return int(exit_code)
-
-
-def _perform(work: Coroutine[Any, Any, ExitCode]) -> ExitCode:
-    return asyncio.run(work)
+    return exit_code

@@ -14,7 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cloudinary_analyze.cli.screen import CommandError, is_interactive
+from cloudinary_analyze.cli.screen import (
+    CommandError,
+    ExitCode,
+    build_console,
+    check_stdout,
+    is_interactive,
+    showing_results,
+)
 from cloudinary_analyze.errors import InvalidRequestError
 from cloudinary_analyze.requests import (
     MODELS,
@@ -158,17 +165,19 @@ def list_models() -> list[tuple[str, str, str, str]]:
     ]
 
 
-def print_models() -> None:
+def print_models(_console: Console) -> ExitCode:
     """Print the models: a table on a terminal, else a line each with tabs between."""
     rows = list_models()
-    if not is_interactive(sys.stdout):
-        for row in rows:
-            print("\t".join(row))
-        return
-    table = Table("model", "add-on quota", "needs", "what it does")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    Console(file=sys.stdout).print(table)
+    check_stdout()
+    with showing_results():
+        if is_interactive(sys.stdout):
+            table = Table("model", "add-on quota", "needs", "what it does")
+            for row in rows:
+                table.add_row(*map(Text, row))
+            build_console(sys.stdout).print(table)
+        else:
+            print("\n".join(map("\t".join, rows)))
+    return ExitCode.DONE
 
 
 def _describe(docstring: str) -> str:

@@ -19,10 +19,14 @@ from rich.console import Console
 from rich.json import JSON
 from rich.text import Text
 
-from cloudinary_analyze._wire import codec
+from cloudinary_analyze.cli.outlet import Outlet
 from cloudinary_analyze.cli.screen import (
     CommandError,
     ExitCode,
+    build_console,
+    check_stdout,
+    encode_json,
+    explain_stdout,
     handle_interrupts,
     is_interactive,
     say,
@@ -316,39 +320,53 @@ class ListenPlan:
 
 @attrs.define(eq=False)
 class _Printer(NotificationSink):
-    """Shows what was verified, once it is stored."""
+    """Shows what was verified, once it is stored.
+
+    If there is a store, the output of what is shown may fail or fall behind. Otherwise the sender
+    gets its response once it is shown.
+    """
 
     inner: NotificationSink | None
     ended: asyncio.Event
-    cut_off: bool = False
+    outlet: Outlet
+    console: Console
+    failure: OSError | None = None
 
     async def put(self, delivery: Delivery, /) -> None:
         if self.inner is not None:
             await self.inner.put(delivery)
+        text = _show(parse_delivery(delivery), delivery)
+        data = text.encode(sys.stdout.encoding or "utf-8", "backslashreplace")
+        if self.inner is not None:
+            self.outlet.put(data)
+            if self.failure is None and (failure := self.outlet.failure) is not None:
+                self.failure = failure
+                sentence = f"{explain_stdout(failure)} Notifications are still stored in Redis."
+                say(self.console, sentence, style="yellow")
+            return
         try:
-            _show(parse_delivery(delivery), delivery)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            self.cut_off = True
+            await self.outlet.write(data)
+        except OSError as error:
+            self.failure = error
             self.ended.set()
-            if self.inner is None:
-                raise
+            raise
 
 
-def _show(notification: Notification, delivery: Delivery) -> None:
+def _show(notification: Notification, delivery: Delivery) -> str:
     if not is_interactive(sys.stdout):
-        print(codec.dumps(notification.raw).decode())
-        return
+        return encode_json(dict(notification.raw)) + "\n"
     instant = ""
     if delivery.received_at is not None:
         instant = f"{datetime.fromtimestamp(delivery.received_at, UTC):%H:%M:%S} UTC  "
     state = ("failed", "bold red") if notification.failed else ("ok", "bold green")
-    console = Console(file=sys.stdout)
-    console.print(
-        Text.assemble((instant, "dim"), state, f"  {notification.task_id}"), soft_wrap=True
-    )
     told = (notification.error if notification.failed else notification.data) or notification.raw
-    console.print(JSON.from_data(told), soft_wrap=True)
+    console = build_console(sys.stdout)
+    with console.capture() as shown:
+        console.print(
+            Text.assemble((instant, "dim"), state, f"  {notification.task_id}"), soft_wrap=True
+        )
+        console.print(JSON.from_data(told), soft_wrap=True)
+    return shown.get()
 
 
 async def perform_listen(plan: ListenPlan, console: Console) -> ExitCode:
@@ -358,14 +376,17 @@ async def perform_listen(plan: ListenPlan, console: Console) -> ExitCode:
         CommandError: It cannot be begun, or nobody reads what is shown any more.
         ConfigurationError: The credentials hold no secret to verify with.
     """
+    check_stdout()
     credentials = read_credentials(EMULATOR_ASIDE)
     ended = asyncio.Event()
+    outlet = Outlet(sys.stdout.fileno())
     async with AsyncExitStack() as stack:
+        stack.callback(outlet.close)
         stack.enter_context(show_logs(console))
         inner = None
         if plan.redis is not None:
             inner = await stack.enter_async_context(open_redis(plan.redis))
-        printer = _Printer(inner, ended)
+        printer = _Printer(inner, ended, outlet, console)
         stack.enter_context(handle_interrupts(ended.set, ended.set))
         from cloudinary_analyze.notifications.aiohttp import WebhookReceiver
 
@@ -373,11 +394,8 @@ async def perform_listen(plan: ListenPlan, console: Console) -> ExitCode:
         origin = await stack.enter_async_context(serve(handle, plan.host, plan.port))
         say(console, f"Listening on {origin}{plan.path} (Ctrl-C ends it).")
         await ended.wait()
-    if printer.cut_off:
-        sys.stdout = None  # or the interpreter flushes it, and fails
-        raise CommandError(
-            "Whoever read standard output reads no more.", exit_code=ExitCode.STOPPED
-        )
+    if inner is None and printer.failure is not None:
+        raise CommandError(explain_stdout(printer.failure), exit_code=ExitCode.STOPPED)
     return ExitCode.DONE
 
 

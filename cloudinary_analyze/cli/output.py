@@ -25,7 +25,8 @@ from cloudinary_analyze.cli.files import (
     is_stream,
 )
 from cloudinary_analyze.cli.ledger import HaltedError
-from cloudinary_analyze.cli.screen import STANDARD, CommandError, ExitCode, say
+from cloudinary_analyze.cli.outlet import Outlet, escape_controls
+from cloudinary_analyze.cli.screen import STANDARD, CommandError, ExitCode, explain_stdout, say
 from cloudinary_analyze.cli.summary import Tally
 from cloudinary_analyze.ledger.items import LedgerItem
 from cloudinary_analyze.ledger.sqlite import SQLiteLedger
@@ -280,6 +281,7 @@ class StreamResults:
 
     output: str
     _descriptor: int = attrs.field(default=-1, init=False)
+    _outlet: Outlet = attrs.field(init=False)
 
     @property
     def place(self) -> str:
@@ -289,33 +291,32 @@ class StreamResults:
     def __enter__(self) -> Self:
         if self.output == STANDARD:
             self._descriptor = sys.stdout.fileno()
-            return self
-        try:
-            self._descriptor = os.open(self.output, os.O_WRONLY)
-        except OSError as error:
-            raise CommandError(
-                f"The output {self.output} cannot be written: {error.strerror}."
-            ) from None
+        else:
+            try:
+                self._descriptor = os.open(self.output, os.O_WRONLY)
+            except OSError as error:
+                raise CommandError(
+                    f"The output {self.output} cannot be written: {error.strerror}."
+                ) from None
+        self._outlet = Outlet(self._descriptor)
         return self
 
     async def write(self, line: bytes) -> None:
-        """Write a record. In a thread: a pipe makes its writer wait for its reader.
+        """Write a record. A pipe makes its writer wait for its reader, and so slows the run down.
 
         Raises:
             CommandError: It cannot be written.
         """
+        if os.isatty(self._descriptor):
+            line = escape_controls(line.decode()).encode()
         try:
-            await asyncio.to_thread(_write_all, self._descriptor, line)
-        except BrokenPipeError:
-            raise CommandError(
-                f"Whoever read {self.place} reads no more; nothing further was sent.",
-                exit_code=ExitCode.STOPPED,
-            ) from None
+            await self._outlet.write(line)
         except OSError as error:
+            sentence = explain_stdout(error)
+            if self.output != STANDARD:
+                sentence = sentence.replace("Standard output", f"The output {self.output}")
             raise CommandError(
-                f"Results could not be written to {self.place}: {error.strerror}. "
-                "Nothing further was sent.",
-                exit_code=ExitCode.STOPPED,
+                f"{sentence} No further items were sent.", exit_code=ExitCode.STOPPED
             ) from None
 
     def __exit__(
@@ -324,15 +325,9 @@ class StreamResults:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._outlet.close()
         if self.output != STANDARD:
             os.close(self._descriptor)
-
-
-def _write_all(descriptor: int, line: bytes) -> None:
-    """Write past the buffers of Python, which would break again when the process ends."""
-    rest = memoryview(line)
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
 
 
 def export_ledger(

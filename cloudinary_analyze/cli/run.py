@@ -6,7 +6,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from contextlib import AsyncExitStack, suppress
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 from rich.console import Console
@@ -71,6 +71,9 @@ from cloudinary_analyze.results.records import (
     dump_record,
 )
 from cloudinary_analyze.session import AnalyzeSession
+
+if TYPE_CHECKING:
+    from cloudinary_analyze._stream import OutcomeStream
 
 
 @attrs.frozen(kw_only=True)
@@ -152,6 +155,7 @@ class _Run:
     estimate: Estimate = attrs.field(factory=Estimate)
     spent: Spent | None = None
     interrupted: bool = False
+    outcomes: OutcomeStream[InputItem, Any] | None = None
     work: asyncio.Task[None] | None = None
 
     @property
@@ -226,12 +230,12 @@ class _Run:
             ledger=None if book is None else book.ledger,
             key=_read_name if self.plan.named else None,
             budget=self.plan.spending.build_budget(self.plan.models),
-        ) as stream:
+        ) as self.outcomes:
             try:
-                async for outcome in stream:
+                async for outcome in self.outcomes:
                     await self._take(outcome)
             finally:
-                self.spent = stream.spent
+                self.spent = self.outcomes.spent
 
     async def _pull(self) -> AsyncIterator[InputItem]:
         """Yield the items that make a request; note them if the input is read only now."""
@@ -258,6 +262,8 @@ class _Run:
 
     async def _take(self, outcome: AnyOutcome) -> None:
         error, item = outcome.error, outcome.item
+        if type(error) is BulkStoppedError and error.reason is None:
+            return  # Ctrl-C came before it was sent
         if error is not None and (
             isinstance(error, BulkStoppedError) or stops_the_stream(error, self.settings)
         ):
@@ -319,7 +325,19 @@ class _Run:
         else:
             self.interrupted = True
             self.feed.stop()
+            if self.outcomes is not None:
+                self.outcomes.stop()
             say(self.console, self._describe_flight(), style="bold")
+
+    def end(self) -> None:
+        """Abort at once; the ledger holds what was answered, and nothing is written from it."""
+        if self.book is not None:
+            self.book.halt()
+        if self.export is not None:
+            self.export.halt()
+        self.interrupted = True
+        if self.stage == "working" and self.work is not None:
+            self.work.cancel()
 
     def _describe_flight(self) -> str:
         if self.plan.mode == "task":
@@ -393,7 +411,7 @@ async def perform_run(plan: RunPlan, console: Console) -> ExitCode:
         )
         stack.enter_context(show_logs(console))
         run = await _prepare(plan, service, console, stack)
-        with handle_interrupts(run.interrupt, run.interrupt):
+        with handle_interrupts(run.interrupt, run.interrupt, run.end):
             try:
                 await run.prepare_input()
             except HaltedError:

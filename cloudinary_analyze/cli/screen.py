@@ -6,6 +6,7 @@ Results go to stdout, everything else to stderr.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import signal
 import sys
@@ -13,10 +14,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from enum import IntEnum
 from types import FrameType, TracebackType
-from typing import Final, Self, TextIO
+from typing import Any, Final, Self, TextIO, cast
 
 import attrs
-from rich.console import Console
+from rich.console import (
+    Console,
+    ConsoleOptions,
+    ConsoleRenderable,
+    RenderableType,
+    RenderHook,
+    RenderResult,
+)
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -27,8 +35,11 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.text import Text
 
+from cloudinary_analyze._wire import codec
+from cloudinary_analyze.cli.outlet import MessageStream, escape_controls
 from cloudinary_analyze.responses import Limit
 
 STANDARD: Final = "-"  # standard input or output, as the name of a file
@@ -56,14 +67,91 @@ class CommandError(Exception):
         self.exit_code = exit_code
 
 
-def build_console() -> Console:
-    """Return a console on stderr, as stderr is now."""
-    return Console(file=sys.stderr, highlight=False)
+class _Cleaned:
+    """Something to print, without characters of its texts that a terminal interprets."""
+
+    def __init__(self, inner: RenderableType) -> None:
+        self._inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self._inner, options):
+            if segment.control:
+                yield segment
+            else:
+                yield Segment(escape_controls(segment.text), segment.style)
 
 
-def is_interactive(stream: TextIO) -> bool:
+class _Cleaner(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Cleaned(renderable) for renderable in renderables]
+
+
+def build_console(stream: TextIO | None = None) -> Console:
+    """Return a console; on stderr, as stderr is now, unless there is another stream.
+
+    Texts from servers, inputs and strangers are printed without control characters. Messages on
+    stderr never wait and never fail.
+    """
+    file = MessageStream(sys.stderr) if stream is None else stream
+    console = Console(file=cast(TextIO, file), highlight=False)
+    console.push_render_hook(_Cleaner())
+    return console
+
+
+def finish_messages(console: Console) -> None:
+    """Wait until messages are written, but not for a reader that does not read."""
+    if isinstance(console.file, MessageStream):
+        console.file.finish()
+
+
+@contextmanager
+def showing_results() -> Iterator[None]:
+    """Print results on stdout inside the block.
+
+    Raises:
+        CommandError: They cannot be printed.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        raise CommandError(explain_stdout(error), exit_code=ExitCode.STOPPED) from None
+
+
+def explain_stdout(error: OSError) -> str:
+    """Return the sentence for an error of stdout."""
+    if isinstance(error, BrokenPipeError):
+        return "Standard output was closed by its reader."
+    return f"Standard output could not be written: {error.strerror}."
+
+
+def print_json(value: Any) -> None:
+    """Print a value on stdout as one line of JSON."""
+    print(encode_json(value))
+
+
+def encode_json(value: Any) -> str:
+    """Return JSON for stdout, in ASCII if stdout is not UTF-8."""
+    if (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf8"):
+        return codec.dumps(value).decode()
+    return json.dumps(value)
+
+
+def is_interactive(stream: TextIO | None) -> bool:
     """Whether a person looks at a stream, on a terminal that can redraw."""
-    return stream.isatty() and not Console(file=stream).is_dumb_terminal
+    if stream is None or stream.closed or not stream.isatty():
+        return False
+    return not Console(file=stream).is_dumb_terminal
+
+
+def check_stdout() -> None:
+    """See beforehand that there is a standard output.
+
+    Raises:
+        CommandError: It is closed.
+    """
+    if sys.stdout is None or sys.stdout.closed:
+        raise CommandError("Standard output is closed, so no result can be shown.")
 
 
 def say(console: Console, sentence: str, *, style: str = "") -> None:
@@ -133,7 +221,7 @@ def describe_quota(quota: Mapping[str, Limit]) -> str:
         for name, limit in quota.items()
         if limit.remaining is not None
     ]
-    return f"quota left: {', '.join(left)}" if left else ""
+    return escape_controls(f"quota left: {', '.join(left)}") if left else ""
 
 
 @attrs.define(eq=False)
@@ -201,28 +289,48 @@ class RunProgress:
         )
 
 
-SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+ENDING_SIGNALS: Final = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+SIGNALS: Final = (signal.SIGINT, *ENDING_SIGNALS)
 
 
 @contextmanager
-def handle_interrupts(finish: Callable[[], object], abort: Callable[[], object]) -> Iterator[None]:
-    """Call ``finish`` at the first interrupt and ``abort`` at each later one, on the loop.
+def handle_interrupts(
+    finish: Callable[[], object],
+    abort: Callable[[], object],
+    end: Callable[[], object] | None = None,
+) -> Iterator[None]:
+    """Call ``finish`` at the first signal, and another function at each later one, on the loop.
 
-    SIGTERM counts as an interrupt: what is in flight was paid for.
+    SIGTERM and SIGHUP count as interrupts, because what is in flight was paid for. When one of them
+    comes again, the process shall end at once.
+
+    Args:
+        finish: Finishes what is in flight.
+        abort: Called at a second Ctrl-C.
+        end: Called at a second SIGTERM or SIGHUP; default: ``abort``.
     """
     loop = asyncio.get_running_loop()
-    steps = iter((finish,))
+    begun = False
 
-    def interrupt() -> None:
-        next(steps, abort)()
+    def interrupt(number: int) -> None:
+        nonlocal begun
+        if not begun:
+            begun = True
+            finish()
+        elif number in ENDING_SIGNALS and end is not None:
+            end()
+        else:
+            abort()
 
-    def interrupt_soon(_number: int, _frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(interrupt)
+    def interrupt_soon(number: int, _frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(interrupt, number)
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number in SIGNALS:
         try:
-            loop.add_signal_handler(number, interrupt)
+            loop.add_signal_handler(number, interrupt, number)
         except NotImplementedError:  # Windows
             signal.signal(number, interrupt_soon)
     try:

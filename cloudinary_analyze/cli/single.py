@@ -10,14 +10,17 @@ from rich.console import Console
 from rich.json import JSON
 from rich.text import Text
 
-from cloudinary_analyze._wire import codec
 from cloudinary_analyze.cli.models import BuildRequest
 from cloudinary_analyze.cli.screen import (
     CommandError,
     ExitCode,
+    build_console,
+    check_stdout,
     describe_quota,
     is_interactive,
+    print_json,
     show_logs,
+    showing_results,
 )
 from cloudinary_analyze.cli.service import EMULATOR_ASIDE, open_service, read_credentials
 from cloudinary_analyze.errors import (
@@ -54,6 +57,7 @@ async def perform_analyze(plan: SinglePlan, console: Console) -> ExitCode:
         CommandError: There is no answer; its sentence says why.
         ConfigurationError: The credentials cannot be right.
     """
+    check_stdout()
     async with open_service(emulated=plan.emulated, console=console) as service:
         with show_logs(console):
             async with AnalyzeSession(service.credentials) as session:
@@ -61,10 +65,11 @@ async def perform_analyze(plan: SinglePlan, console: Console) -> ExitCode:
                     response = await session.analyze(plan.build(plan.source))
                 except AnalyzeError as error:
                     raise CommandError(str(error), exit_code=choose_code(error)) from error
-    if is_interactive(sys.stdout):
-        _print_response(Console(file=sys.stdout), response)
-    else:
-        print(codec.dumps(response.raw).decode())
+    with showing_results():
+        if is_interactive(sys.stdout):
+            _print_response(build_console(sys.stdout), response)
+        else:
+            print_json(dict(response.raw))
     return ExitCode.DONE
 
 
@@ -94,6 +99,7 @@ async def perform_status(task_id: str, console: Console) -> ExitCode:
     Raises:
         CommandError: There is none; its sentence says why.
     """
+    check_stdout()
     with show_logs(console):
         async with AnalyzeSession(read_credentials(EMULATOR_ASIDE)) as session:
             try:
@@ -104,10 +110,11 @@ async def perform_status(task_id: str, console: Console) -> ExitCode:
                 ) from error
             except AnalyzeError as error:
                 raise CommandError(str(error), exit_code=choose_code(error)) from error
-    if is_interactive(sys.stdout):
-        _print_status(Console(file=sys.stdout), status)
-    else:
-        print(codec.dumps(status.raw).decode())
+    with showing_results():
+        if is_interactive(sys.stdout):
+            _print_status(build_console(sys.stdout), status)
+        else:
+            print_json(dict(status.raw))
     return ExitCode.DONE
 
 

@@ -15,7 +15,6 @@ from typing import Any, Final, TypeAlias
 
 import attrs
 
-from cloudinary_analyze._recording import may_be_same_source
 from cloudinary_analyze._values import quote
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze.errors import AnalyzeError, InvalidRequestError, LedgerError
@@ -234,6 +233,8 @@ def _check_name(connection: sqlite3.Connection, row: ItemRow) -> ItemRow:
     line, source, _, key, file, name, columns, _ = row
     if name is None or key is None:
         return row
+    from cloudinary_analyze._recording import may_be_same_source  # imports aiohttp
+
     query = "SELECT source FROM named JOIN records ON records.id = named.record WHERE key = ?"
     known = connection.execute(query, (key,)).fetchone()
     if known is None or may_be_same_source(known[0], source):

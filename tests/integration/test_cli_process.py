@@ -30,7 +30,6 @@ async def test_interrupt_finishes_and_writes_what_is_in_flight_and_resumes(tmp_p
         records = read_records(tmp_path / "results.jsonl")
         assert {record["status"] for record in records} == {"ok"}
         assert len(records) == emulator.counts.total_done  # all that was charged was written
-        assert len(records) == 2 * records[-1]["line"]  # whole lines
         assert f"{len(records)} items are answered, {400 - len(records)} left" in err
         assert "run the same command again" in err
         emulator.latency = None
@@ -112,7 +111,7 @@ async def test_a_reader_that_goes_away_stops_the_run(tmp_path: Path):
         async with asyncio.timeout(10):
             assert await process.wait() == 3
         assert emulator.counts.total_received < 2000
-    assert "reads no more" in told
+    assert "was closed by its reader" in told
     assert "Traceback" not in told
 
 

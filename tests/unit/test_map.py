@@ -808,3 +808,67 @@ async def test_consumers_that_give_up_leave_nothing_behind() -> None:
                 await anext(outcomes)
     assert len(outcomes._pump.consumers) == 0
     await outcomes.aclose()
+
+
+async def collect(outcomes: OutcomeStream[Any, Any]) -> list[Outcome[Any, Any]]:
+    return [outcome async for outcome in outcomes]
+
+
+async def test_a_stopped_stream_sends_nothing_more_and_finishes_what_is_in_flight():
+    service = Service(held=True)
+    running = stream(service, iter(range(100)), window=8)
+    taking = asyncio.create_task(collect(running))
+    while service.now < 8:
+        await asyncio.sleep(0)
+    running.stop()
+    running.stop()
+    service.open.set()
+    outcomes = await taking
+    assert service.sent == list(range(8))
+    assert [outcome.error for outcome in outcomes] == [None] * 8
+
+
+async def test_items_that_queue_when_a_stream_is_stopped_fail_unsent():
+    gate = asyncio.Event()
+    sent: list[int] = []
+    queued: list[int] = []
+
+    async def perform(work: Any) -> Any:
+        work.check()
+        if work.index >= 2:
+            queued.append(work.index)
+            await gate.wait()  # for a permit
+        work.start()
+        sent.append(work.index)
+        await gate.wait()
+        return Response(work.index, model="captioning")
+
+    running = OutcomeStream(
+        iter(range(100)),
+        to_request,
+        perform,
+        settings=Settings(),
+        clock=SYSTEM_CLOCK,
+        window=6,
+        ordered=True,
+    )
+    taking = asyncio.create_task(collect(running))
+    while len(sent) < 2 or len(queued) < 4:
+        await asyncio.sleep(0)
+    running.stop()
+    gate.set()
+    outcomes = await taking
+    assert sent == [0, 1]
+    assert [outcome.error is None for outcome in outcomes] == [True, True] + [False] * 4
+    assert all(type(outcome.error) is BulkStoppedError for outcome in outcomes[2:])
+
+
+async def test_a_stream_may_be_stopped_before_it_begins_and_after_it_ended():
+    service = Service()
+    stopped = stream(service, iter(range(3)))
+    stopped.stop()
+    assert await collect(stopped) == []
+    other = stream(service, iter(range(3)))
+    assert len(await collect(other)) == 3
+    other.stop()
+    assert await collect(other) == []
