@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from benchmarks import throttling
 from benchmarks.cells import CELLS
 from benchmarks.model import Cell
 from benchmarks.report import build_document, describe_target, find_caveats, format_result, is_kept
@@ -22,7 +23,11 @@ LEAST_ROUNDS: Final = 5  # for a median that one busy moment does not move
 
 
 def _read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        epilog="python -m benchmarks throttling --help: how much of a limit clients use",
+    )
     parser.add_argument(
         "cells", nargs="*", help="names or patterns such as 'captioning-*'; default: all"
     )
@@ -76,7 +81,9 @@ def _choose_effort(arguments: argparse.Namespace) -> Effort:
 
 
 def main() -> int:
-    """Run the chosen cells; return the exit code."""
+    """Run the chosen cells, or the throttling scenarios; return the exit code."""
+    if sys.argv[1:2] == ["throttling"]:
+        return throttling.main(sys.argv[2:])
     arguments = _read_arguments()
     if arguments.list:
         for cell in CELLS.values():

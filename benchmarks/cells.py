@@ -18,6 +18,7 @@ from benchmarks import (
     pending,
     queueing,
     resuming,
+    sharing,
 )
 from benchmarks.model import Cell
 
@@ -32,5 +33,6 @@ FAMILIES: Final = (
     pending,
     queueing,
     resuming,
+    sharing,
 )
 CELLS: Final[dict[str, Cell]] = {cell.name: cell for family in FAMILIES for cell in family.CELLS}

@@ -1,0 +1,120 @@
+"""Draws rates over time as SVG: a panel for each scenario, a line for each contender."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+from xml.sax.saxutils import escape
+
+import attrs
+
+NAMESPACE: Final = "http://www.w3.org/2000/svg"
+WIDTH: Final = 860
+PANEL: Final = 150
+GAP: Final = 52
+LEFT: Final = 52
+RIGHT: Final = 24
+TOP: Final = 56
+STYLE: Final = """
+  svg { --ink: #1f2328; --quiet: #59636e; --grid: #d8dee4; --paper: #ffffff;
+        --c0: #0969da; --c1: #bc4c00; --c2: #8250df; font: 12px system-ui, sans-serif; }
+  @media (prefers-color-scheme: dark) {
+    svg { --ink: #e6edf3; --quiet: #9198a1; --grid: #30363d; --paper: #0d1117;
+          --c0: #58a6ff; --c1: #f0883e; --c2: #bc8cff; } }
+  .paper { fill: var(--paper) } text { fill: var(--quiet) } .title { fill: var(--ink);
+  font-weight: 600 } .grid { stroke: var(--grid) } .limit { stroke: var(--ink); fill: none;
+  stroke-dasharray: 4 3 } .c0, .c1, .c2 { fill: none; stroke-linejoin: round }
+  .c0 { stroke: var(--c0); stroke-width: 2.2 } .c1 { stroke: var(--c1); stroke-width: 1.4 }
+  .c2 { stroke: var(--c2); stroke-width: 1.4 }
+"""
+
+
+@attrs.frozen(kw_only=True)
+class Curve:
+    """What a contender reached in each second."""
+
+    name: str
+    rates: Sequence[float]
+
+
+@attrs.frozen(kw_only=True)
+class Panel:
+    """A scenario.
+
+    Attributes:
+        title: Its title.
+        limit: What the service allows in each second.
+        curves: The contenders, always in the same order.
+    """
+
+    title: str
+    limit: Sequence[float]
+    curves: Sequence[Curve]
+
+
+def draw(panels: Sequence[Panel]) -> str:
+    """Return the SVG."""
+    height = TOP + len(panels) * (PANEL + GAP)
+    names = list(dict.fromkeys(curve.name for panel in panels for curve in panel.curves))
+    title = "Responses per second while a service limits its clients"
+    lines = [
+        f'<svg xmlns="{NAMESPACE}" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{title}">',
+        f"<style>{STYLE}</style>",
+        f'<rect class="paper" width="{WIDTH}" height="{height}"/>',
+        *_draw_legend(names),
+    ]
+    for number, panel in enumerate(panels):
+        lines += _draw_panel(panel, TOP + 24 + number * (PANEL + GAP), names)
+    return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+def _draw_legend(names: Sequence[str]) -> list[str]:
+    entries = [("limit", "what the service allows"), *((f"c{n}", x) for n, x in enumerate(names))]
+    lines, x = [], LEFT
+    for kind, name in entries:
+        lines.append(f'<path class="{kind}" d="M{x} 22h26"/>')
+        lines.append(f'<text x="{x + 32}" y="26">{escape(name)}</text>')
+        x += 62 + 7 * len(name)
+    return lines
+
+
+def _draw_panel(panel: Panel, top: float, names: Sequence[str]) -> list[str]:
+    seconds = len(panel.limit)
+    most = 1.25 * max(*panel.limit, 1)
+    across, down = (WIDTH - LEFT - RIGHT) / seconds, PANEL / most
+
+    def draw_line(rates: Sequence[float], kind: str, shift: float) -> str:
+        points = " ".join(
+            f"{LEFT + (second + shift) * across:.1f},{top + PANEL - min(rate, most) * down:.1f}"
+            for second, rate in enumerate(rates)
+        )
+        return f'<polyline class="{kind}" points="{points}"/>'
+
+    lines = [f'<text class="title" x="{LEFT}" y="{top - 8}">{escape(panel.title)}</text>']
+    step = _find_step(most)
+    for rate in range(0, int(most) + 1, step):
+        y = top + PANEL - rate * down
+        lines.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+        lines.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{rate}/s</text>')
+    for second in range(0, seconds + 1, 10):
+        x = LEFT + second * across
+        lines.append(
+            f'<text x="{x:.1f}" y="{top + PANEL + 15}" text-anchor="middle">{second} s</text>'
+        )
+    stairs = [(second, rate) for second, rate in enumerate(panel.limit)]
+    path = "".join(
+        f"{'L' if second else 'M'}{LEFT + second * across:.1f} {top + PANEL - rate * down:.1f}"
+        f"h{across:.1f}"
+        for second, rate in stairs
+    )
+    lines.append(f'<path class="limit" d="{path}"/>')
+    # ours is drawn last, above the others
+    curves = [
+        draw_line(curve.rates, f"c{names.index(curve.name)}", 0.5)
+        for curve in reversed(panel.curves)
+    ]
+    return lines + curves
+
+
+def _find_step(most: float) -> int:
+    return next(step for step in (5, 10, 20, 50, 100, 200, 500, 1000) if most / step <= 5)
