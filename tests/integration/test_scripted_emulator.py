@@ -12,6 +12,7 @@ from cloudinary_analyze import (
     AIVisionModeration,
     AIVisionTagging,
     AnalyzeSession,
+    ApiError,
     Asset,
     Captioning,
     Coco,
@@ -87,8 +88,10 @@ async def test_errors_are_not_charged_and_synthetic_results_come_back(emulator, 
     assert await get_caption(session, URL) == build_response(Captioning(URL)).analysis.caption
     for status in (400, 418, 420, 499, 500, 599):
         emulator.respond(Coco, status=status)
-        (outcome,) = await session.analyze_all([Coco(URL)])
-        assert outcome.error.status == status
+        with pytest.raises(ApiError) as caught:
+            await session.analyze(Coco(URL))
+        assert caught.value.status == status
+        await get_caption(session, URL)  # many failures in a row would be an outage
 
 
 async def test_requests_are_those_that_were_sent(emulator, session):

@@ -64,6 +64,7 @@ VALUES: dict[str, Any] = {
     "cause_known": False,
     "last_status": TaskStatus("053f", "completed"),
     "reason": None,
+    "seconds": 121.5,
     "calls": 3,
     "units": {"ai_vision": 7},
     "overshoot": {"ai_vision": 1},

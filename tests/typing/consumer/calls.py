@@ -31,8 +31,10 @@ from cloudinary_analyze import (
     LedgerError,
     Limit,
     NotFoundError,
+    OutageError,
     Outcome,
     OutcomeStream,
+    PacerError,
     PermissionDeniedError,
     QuotaExceededError,
     RateLimitedError,
@@ -186,7 +188,9 @@ def judge(error: Exception) -> str:
             return f"too many tasks: {error.task_id}"
         case ResponseDecodeError():
             return f"unreadable: {error.raw_body!r}"
-        case LedgerError() | ForeignCancellationError():
+        case OutageError(seconds=seconds):
+            return f"out for {seconds} s"
+        case LedgerError() | PacerError() | ForeignCancellationError():
             return "not recorded"
         case AnalyzeError():
             return error.message
