@@ -16,6 +16,7 @@ from cloudinary_analyze import (
     CaptioningAnalysis,
     Credentials,
     NotFoundError,
+    TaskLimitError,
 )
 from cloudinary_analyze.notifications.asgi import WebhookReceiver
 from cloudinary_analyze.notifications.redis import RedisNotifications
@@ -73,6 +74,8 @@ async def answer(request: Request, task: AnalysisTask[CaptioningAnalysis]) -> Ca
         raise HTTPException(status, {"task_id": task.task_id})
     except NotFoundError as error:
         raise HTTPException(404, {"task_id": task.task_id}) from error
+    except TaskLimitError as error:
+        raise HTTPException(503, {"task_id": task.task_id}) from error
     finally:
         gone.cancel()
         result.cancel()

@@ -101,6 +101,17 @@ async def test_an_id_that_the_service_does_not_know_is_a_404(open_worker):
         assert (status, content["detail"]) == (404, {"task_id": "nosuchtask"})
 
 
+async def test_one_unknown_id_too_many_is_a_503(open_worker, monkeypatch):
+    monkeypatch.setattr("cloudinary_analyze._tasks.table.MOST_UNCONFIRMED", 0)
+    async with (
+        Emulator(task_seconds=3600) as emulator,
+        open_worker(emulator) as (_, origin),
+        aiohttp.ClientSession() as client,
+    ):
+        status, content = await get(client, f"{origin}/captions/nosuchtask")
+        assert (status, content["detail"]) == (503, {"task_id": "nosuchtask"})
+
+
 async def test_a_client_that_goes_away_is_noticed_and_nobody_waits_any_more(open_worker, caplog):
     async with (
         Emulator(task_seconds=3600) as emulator,
