@@ -148,17 +148,7 @@ async def until(condition: Callable[[], object], *, seconds: float = 10.0) -> No
 
 async def wind(clock: ManualClock, awaitable: Awaitable[Any], *, seconds: float = 20.0) -> Any:
     """Move a clock on, timer by timer, until something is done; the sockets stay real."""
-    task = asyncio.ensure_future(awaitable)
-    deadline = time.monotonic() + seconds
-    try:
-        while not task.done():
-            assert time.monotonic() < deadline, "it hangs"
-            if (due := clock.next_at) is not None:
-                await clock.advance(max(0.0, due - clock.now))
-            await asyncio.sleep(0.001)
-        return await task
-    finally:
-        task.cancel()
+    return await clock.run(awaitable, seconds=seconds)
 
 
 def busy(stats: SessionStats) -> tuple[int, int, int]:

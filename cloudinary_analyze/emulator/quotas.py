@@ -52,7 +52,12 @@ class QuotaBook:
     _remaining: dict[str, int] = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._remaining = dict(self.quotas or {})
+        self.refill(self.quotas)
+
+    def refill(self, quotas: Mapping[str, int] | None) -> None:
+        """Begin a period with these quotas."""
+        self.quotas = quotas
+        self._remaining = dict(quotas or {})
 
     def charge(self, feature: str, cost: int) -> Charge:
         """Charge a call.

@@ -74,6 +74,11 @@ def _check_cloud_name(_emulator: Any, _attribute: Any, name: str) -> None:
         )
 
 
+def _refill(emulator: Any, _attribute: Any, quotas: Mapping[str, int] | None) -> Any:
+    emulator._quota_book.refill(quotas)  # noqa: SLF001 - of the emulator itself
+    return quotas
+
+
 Seconds = float | Literal["realistic"]
 
 
@@ -96,8 +101,8 @@ class Emulator:
 
     Calls of another cloud name are answered 404, bad credentials 401.
 
-    ``unsubscribed``, ``latency``, ``task_seconds``, ``results_in_status``, ``on_delivery`` and
-    ``faults`` can be set while it runs.
+    ``unsubscribed``, ``quotas``, ``latency``, ``task_seconds``, ``results_in_status``,
+    ``on_delivery`` and ``faults`` can be set while it runs.
 
     Attributes:
         host: The address to listen on.
@@ -134,7 +139,11 @@ class Emulator:
     unsubscribed: frozenset[str] = attrs.field(
         default=frozenset(), converter=frozenset, validator=_check_features
     )
-    quotas: Mapping[str, int] | None = attrs.field(default=None, validator=_check_features)
+    quotas: Mapping[str, int] | None = attrs.field(
+        default=None,
+        validator=_check_features,
+        on_setattr=attrs.setters.pipe(attrs.setters.validate, _refill),
+    )
     reset_time: datetime | None = None
     latency: Seconds | None = attrs.field(
         default=None, validator=attrs.validators.optional(_check_seconds)

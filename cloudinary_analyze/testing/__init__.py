@@ -53,7 +53,8 @@ And its test::
         assert cloudinary_emulator.requests == [BEE]
 
 `ScriptedEmulator.respond` sets results and errors; ``cloudinary_emulator.faults = FaultPlan(…)``
-makes some or all requests fail. If the application takes webhooks, let the emulator post them to
+makes some or all requests fail, and ``cloudinary_emulator.quotas = {"ai_vision": 0}`` exhausts a
+quota. If the application takes webhooks, let the emulator post them to
 it::
 
     with TestClient(app) as client:
@@ -68,9 +69,14 @@ or post your own with `sign_notification` and `build_notification`::
 Modules that read the credentials while they are imported need ``CLOUDINARY_URL`` then: import
 them in a fixture or a test that uses ``cloudinary_emulator``, whose port stays the same.
 
-`build_response` makes a response for code that receives one. Move a `ManualClock` with
-`ManualClock.advance`: every wait and deadline of the session follows it. Only the timeouts of
-sockets are real.
+For an emulator of another scope, write a fixture with `run_emulator` and call
+`ScriptedEmulator.reset` between tests. Instead of ``pytest_plugins``, ``-p
+cloudinary_analyze.testing`` in ``addopts`` works, too.
+
+`build_response` makes a response for code that receives one. A `ManualClock` takes the place of
+time: every wait and deadline of the session follows it, and only the timeouts of sockets are real.
+``await manual_clock.run(session.analyze(…))`` moves it until the call is done;
+`ManualClock.advance` moves it by some seconds.
 """
 
 from cloudinary_analyze.testing.clock import ManualClock

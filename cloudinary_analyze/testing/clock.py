@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
+from typing import TypeVar
 
 import attrs
 
 from cloudinary_analyze._clock import wake
+
+T = TypeVar("T")
 
 
 @attrs.define(eq=False)
@@ -100,6 +104,31 @@ class ManualClock:
             await _settle()
         self.now = target
         await _settle()
+
+    async def run(self, awaitable: Awaitable[T], *, seconds: float = 30.0) -> T:
+        """Move the clock on from timer to timer until something is done; return its result.
+
+        For code that waits for the clock and for the network in turn, such as retries.
+
+        Args:
+            awaitable: What to wait for.
+            seconds: Real seconds after which it is cancelled.
+
+        Raises:
+            TimeoutError: It was not done in time.
+        """
+        task = asyncio.ensure_future(awaitable)
+        deadline = time.monotonic() + seconds
+        try:
+            while not task.done():
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"It was not done after {seconds:g} real seconds.")
+                if (due := self.next_at) is not None:
+                    await self.advance(max(0.0, due - self.now))
+                await asyncio.sleep(0.001)
+            return await task
+        finally:
+            task.cancel()
 
     @staticmethod
     def _fire(timer: _Timer) -> None:

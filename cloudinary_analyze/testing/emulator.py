@@ -12,7 +12,7 @@ import attrs
 
 from cloudinary_analyze.config import Credentials
 from cloudinary_analyze.emulator import Emulator
-from cloudinary_analyze.emulator.canned import CannedResult
+from cloudinary_analyze.emulator.canned import CannedResult, CannedResults
 from cloudinary_analyze.emulator.models import MODELS as EMULATED
 from cloudinary_analyze.emulator.validation import AnalyzeRequest as ReceivedRequest
 from cloudinary_analyze.errors import InvalidRequestError
@@ -47,8 +47,9 @@ class ScriptedEmulator(Emulator):
 
         Args:
             request: A request class or a model's name (every source), or a request (its source).
-            analysis: The ``data.analysis`` object, such as ``{"data": {"caption": "A cat"}}``.
-                Default: the synthetic one.
+            analysis: The ``data.analysis`` object, such as ``{"data": {"caption": "A cat"}}``; for
+                another model, look at ``build_response(Coco).raw["data"]["analysis"]``. Default:
+                the synthetic one.
             status: The HTTP status of an error, such as 404 or 503.
             times: How many requests it serves. A retry is a request of its own.
 
@@ -70,6 +71,13 @@ class ScriptedEmulator(Emulator):
             build_response(kind, analysis)
         source = None if isinstance(kind, type) else _write_source(kind)
         self._canned.add(model, source, CannedResult(analysis, status, times))
+
+    def reset(self) -> None:
+        """Forget all rules and requests, faults and quotas, for an emulator of several tests."""
+        self._canned = CannedResults()
+        self._received.clear()
+        self.faults = None
+        self.quotas = None
 
     @property
     def credentials(self) -> Credentials:

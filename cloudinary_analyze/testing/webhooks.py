@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 import aiohttp
 import attrs
 
-from cloudinary_analyze._values import NotPicklable
+from cloudinary_analyze._values import NotPicklable, URLObject, read_url
 from cloudinary_analyze.config import Credentials
 from cloudinary_analyze.emulator import Emulator
 from cloudinary_analyze.errors import ConfigurationError
@@ -41,6 +41,14 @@ class Client(Protocol):
 
     def post(self, url: Any, /, *, content: Any, headers: Any) -> Any:
         """Post, and return a response with a ``status_code`` and a ``text``."""
+
+
+class Server(Protocol):
+    """A server that runs, such as the ``TestServer`` of aiohttp."""
+
+    def make_url(self, path: Any, /) -> URLObject:
+        """Return the URL of a path."""
+        ...
 
 
 def sign_notification(
@@ -128,9 +136,9 @@ class WebhookSimulator(NotPicklable):
     async test. With a ``TestClient`` or a URL it can be created and used anywhere.
 
     Args:
-        target: The application: an ASGI application such as ``FastAPI()``, a client of one (a
-            ``TestClient``, or an async client of httpx), or the origin of a server, such as
-            ``http://127.0.0.1:8000``.
+        target: The application: an ASGI application such as ``FastAPI()``; a client of one (a
+            ``TestClient``, or an async client of httpx); the ``TestServer`` or ``TestClient`` of an
+            aiohttp application; or the origin of a server, such as ``http://127.0.0.1:8000``.
         path: The path of the receiver, such as ``/hooks/cloudinary``.
         credentials: They sign. Default: `Credentials.from_environment`.
 
@@ -145,7 +153,7 @@ class WebhookSimulator(NotPicklable):
 
     def __init__(
         self,
-        target: ASGIApp | Client | str,
+        target: ASGIApp | Client | Server | str | URLObject,
         path: str,
         *,
         credentials: Credentials | None = None,
@@ -153,9 +161,11 @@ class WebhookSimulator(NotPicklable):
         self.replies: list[WebhookReply] = []
         self._credentials = Credentials.from_environment() if credentials is None else credentials
         self._loop: asyncio.AbstractEventLoop | None = None
+        make_url = getattr(target, "make_url", None)  # of aiohttp's TestServer and TestClient
+        origin = read_url(make_url("/") if callable(make_url) else target)
         post = getattr(target, "post", None)
-        if isinstance(target, str):
-            self._send: _Send = partial(_post_to_server, target.rstrip("/") + path)
+        if isinstance(origin, str):
+            self._send: _Send = partial(_post_to_server, origin.rstrip("/") + path)
         elif callable(target):
             self._send = partial(_call_application, target, path)
             self._loop = _find_loop()

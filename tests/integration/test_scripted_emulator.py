@@ -22,11 +22,13 @@ from cloudinary_analyze import (
     InvalidRequestError,
     NotFoundError,
     OtherModel,
+    QuotaExceededError,
     RateLimitedError,
     ResponseDecodeError,
     Settings,
     parse_notification,
 )
+from cloudinary_analyze.emulator import FaultPlan
 from cloudinary_analyze.testing import (
     ScriptedEmulator,
     build_notification,
@@ -112,6 +114,26 @@ async def test_an_emulator_that_counts_no_sources_keeps_no_requests():
         async with AnalyzeSession(emulator.credentials) as session:
             await session.analyze(Captioning(URL))
         assert emulator.requests == []
+
+
+async def test_quotas_can_be_set_while_it_runs(emulator, session):
+    await session.analyze(Coco(URL))
+    emulator.quotas = {"object_detection": 1}
+    assert (await session.analyze(Coco(URL))).limits[0].remaining == 0
+    with pytest.raises(QuotaExceededError):
+        await session.analyze(Coco(URL))
+    with pytest.raises(ValueError, match="feature"):
+        emulator.quotas = {"coco": 1}
+
+
+async def test_an_emulator_of_several_tests_can_be_reset(emulator):
+    emulator.respond(Captioning, status=404)
+    emulator.quotas = {"object_detection": 0}
+    emulator.faults = FaultPlan(error_500=1.0)
+    emulator.reset()
+    async with AnalyzeSession(emulator.credentials) as session:
+        await session.analyze(Captioning(URL))
+    assert emulator.requests == [Captioning(URL)]
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -10,6 +10,9 @@ from contextlib import asynccontextmanager
 
 import httpx
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient as AiohttpClient
+from aiohttp.test_utils import TestServer
 from fastapi import FastAPI, HTTPException, Request
 from notification_support import serve_asgi, until
 from starlette.routing import Route
@@ -23,6 +26,7 @@ from cloudinary_analyze import (
     TaskFailedError,
 )
 from cloudinary_analyze.emulator import FaultPlan, WebhookPolicy
+from cloudinary_analyze.notifications.aiohttp import WebhookReceiver as AiohttpReceiver
 from cloudinary_analyze.notifications.asgi import WebhookReceiver
 from cloudinary_analyze.testing import (
     ScriptedEmulator,
@@ -157,6 +161,19 @@ async def test_a_server_gets_them_by_its_origin(emulator):
         response = await client.get("/captions", params={"uri": URL}, timeout=20)
         assert response.status_code == 200
         assert (await simulator.post(b"{")).status == 400
+
+
+@pytest.mark.parametrize("kind", ["server", "client", "url"])
+async def test_aiohttp_applications_get_them_by_their_test_tools(emulator, kind):
+    queue = asyncio.Queue()
+    app = web.Application()
+    app.router.add_post(HOOK, AiohttpReceiver(queue, emulator.credentials).handle)
+    async with TestServer(app) as server, AiohttpClient(server) as client:
+        targets = {"server": server, "client": client, "url": server.make_url("/")}
+        simulator = WebhookSimulator(targets[kind], HOOK, credentials=emulator.credentials)
+        simulator.connect(emulator)
+        async with AnalyzeSession(emulator.credentials, notifications=queue) as session:
+            assert (await session.submit(Coco(URL), timeout=20)).entity == URL
 
 
 async def test_a_task_of_ones_own_is_answered(emulator, app):

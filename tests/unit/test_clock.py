@@ -82,3 +82,43 @@ async def test_the_system_clock_is_real() -> None:
     SYSTEM_CLOCK.call_at(begun - 1, fired.set)
     await asyncio.wait_for(fired.wait(), 1)
     assert SYSTEM_CLOCK.monotonic() - begun < 1
+
+
+class TestRun:
+    async def test_it_moves_from_timer_to_timer(self, clock: ManualClock) -> None:
+        async def act() -> str:
+            await clock.sleep(3600)
+            await asyncio.sleep(0.01)  # what only real time brings
+            await clock.sleep(60)
+            return "done"
+
+        assert await clock.run(act()) == "done"
+        assert clock.now == 3660
+
+    async def test_errors_and_futures_come_through(self, clock: ManualClock) -> None:
+        async def fail() -> None:
+            await clock.sleep(5)
+            raise TimeoutError("its own")
+
+        with pytest.raises(TimeoutError, match="its own"):
+            await clock.run(fail())
+        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        clock.call_at(9, lambda: future.set_result(7))
+        assert await clock.run(future) == 7
+
+    async def test_what_hangs_is_cancelled(self, clock: ManualClock) -> None:
+        task = asyncio.create_task(asyncio.Event().wait())
+        with pytest.raises(TimeoutError, match="real seconds"):
+            await clock.run(task, seconds=0.01)
+        await asyncio.sleep(0)
+        assert task.cancelled()
+
+    async def test_cancelling_it_cancels_what_it_runs(self, clock: ManualClock) -> None:
+        task = asyncio.create_task(asyncio.Event().wait())
+        running = asyncio.create_task(clock.run(task))
+        await asyncio.sleep(0.005)
+        running.cancel()
+        await asyncio.wait([running])
+        await asyncio.sleep(0)
+        assert running.cancelled()
+        assert task.cancelled()
