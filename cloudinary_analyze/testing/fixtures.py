@@ -42,8 +42,8 @@ def cloudinary_emulator(
 
 @pytest.fixture
 def analyze_session(cloudinary_emulator: ScriptedEmulator) -> AnalyzeSession:
-    """Return a session to the emulator, for ``async with``. It retries without a noticeable wait."""
-    settings = Settings(backoff_first=0.001, backoff_max=0.01)
+    """Return a session to the emulator, for ``async with``, with short waits between attempts."""
+    settings = Settings(backoff_first=0.001, backoff_max=0.01, outage_timeout=1.0)
     return AnalyzeSession(cloudinary_emulator.credentials, settings=settings)
 
 

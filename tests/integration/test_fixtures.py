@@ -54,7 +54,9 @@ def test_each(client, cloudinary_emulator, number):
 """
 
 ASYNC_TEST = """
-from cloudinary_analyze import AuthenticationError, Coco, ServerError
+import pytest
+
+from cloudinary_analyze import Coco, OutageError, ServerError
 from cloudinary_analyze.emulator import FaultPlan
 
 
@@ -66,12 +68,13 @@ async def test_each_retry_is_seen(analyze_session, cloudinary_emulator):
 
 
 async def test_faults_can_be_planned_while_it_runs(analyze_session, cloudinary_emulator):
-    cloudinary_emulator.faults = FaultPlan(error_503=1.0, fault_times=99)
     async with analyze_session as session:
-        (outcome,) = await session.analyze_all([Coco("https://x.test/a.jpg")])
-        assert isinstance(outcome.error, ServerError)
-        cloudinary_emulator.faults = None
         await session.analyze(Coco("https://x.test/a.jpg"))
+        cloudinary_emulator.faults = FaultPlan(error_503=1.0, fault_times=1000)
+        with pytest.raises(ServerError):
+            await session.analyze(Coco("https://x.test/a.jpg"))
+        (outcome,) = await session.analyze_all([Coco("https://x.test/a.jpg")])
+        assert isinstance(outcome.error, OutageError)
 """
 
 

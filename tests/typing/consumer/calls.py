@@ -184,6 +184,10 @@ def judge(error: Exception) -> str:
             return "misuse"
         case SessionStateError() | ConfigurationError() | InvalidRequestError():
             return "misuse"
+        case OutageError():
+            return f"down for {error.seconds} s after {error.attempts} attempts"
+        case PacerError():
+            return f"the pacer raised {error.__cause__!r}"
         case TaskLimitError():
             return f"too many tasks: {error.task_id}"
         case ResponseDecodeError():
