@@ -33,6 +33,7 @@ client: TestClient
 cloudinary_emulator: ScriptedEmulator
 credentials: Credentials
 notifications: RedisNotifications
+session: AnalyzeSession
 sink: NotificationSink
 task_id: str
 urls: list[str]
