@@ -25,7 +25,7 @@ import attrs
 
 from cloudinary_analyze._clock import SYSTEM_CLOCK
 from cloudinary_analyze._stream import OutcomeStream
-from cloudinary_analyze.errors import ConfigurationError
+from cloudinary_analyze.errors import ConfigurationError, shorten
 from cloudinary_analyze.outcomes import Outcome
 from cloudinary_analyze.responses import Limit
 from cloudinary_analyze.session import AnalyzeSession
@@ -128,7 +128,7 @@ def describe_reading(reading: Reading, meter: Meter) -> str:
     parts.append(_describe_time(reading, meter))
     if (tasks := _describe_tasks(reading)) is not None:
         parts.append(tasks)
-    if (quota := _describe_quota(reading)) is not None:
+    if quota := describe_quota(reading.quota):
         parts.append(quota)
     return ", ".join(parts)
 
@@ -173,13 +173,14 @@ def _describe_tasks(reading: Reading) -> str | None:
     return f"tasks: {accepted:,} accepted, {completed:,} completed, {waiting:,} waiting"
 
 
-def _describe_quota(reading: Reading) -> str | None:
+def describe_quota(quota: Mapping[str, Limit]) -> str:
+    """Return what is left of each quota; empty if that is unknown."""
     left = [
-        f"{name} {limit.remaining:,}"
-        for name, limit in reading.quota.items()
+        f"{shorten(name)} {limit.remaining:,}"
+        for name, limit in quota.items()
         if limit.remaining is not None
     ]
-    return f"quota left: {', '.join(left)}" if left else None
+    return f"quota left: {', '.join(left)}" if left else ""
 
 
 @attrs.define(eq=False)
@@ -256,7 +257,7 @@ class ProgressReporter:
     def _draw(self, reading: Reading) -> None:
         if self._progress is None or self._row is None:
             return
-        more = (_describe_tasks(reading), _describe_quota(reading))
+        more = (_describe_tasks(reading), describe_quota(reading.quota))
         self._progress.update(
             self._row,
             completed=reading.done,

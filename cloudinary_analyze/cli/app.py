@@ -37,7 +37,9 @@ from cloudinary_analyze.cli.output import (
 )
 from cloudinary_analyze.cli.run import RunPlan, perform_run
 from cloudinary_analyze.cli.screen import (
+    DEFAULT_DISPLAY,
     CommandError,
+    DisplayOptions,
     ExitCode,
     build_console,
     explain_stdout,
@@ -114,6 +116,7 @@ def run(
     receiving: ReceivingOptions = CALLS,
     calling: CallOptions = DEFAULT_CALLS,
     spending: SpendingOptions = NO_LIMITS,
+    display: DisplayOptions = DEFAULT_DISPLAY,
     retry_failed: Annotated[
         bool,
         Parameter(
@@ -153,10 +156,12 @@ def run(
         receiving=receiving,
         calling=calling,
         spending=spending,
+        display=display,
         limit=source.limit,
         emulated=emulated,
     )
-    return partial(perform_dry_run if spending.dry_run else perform_run, plan)
+    perform = perform_dry_run if spending.dry_run else perform_run
+    return lambda console: perform(plan, display.adapt(console))
 
 
 def _check_input(source: InputOptions, *, emulated: bool, samples: int | None) -> None:

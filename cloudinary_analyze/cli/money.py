@@ -20,6 +20,7 @@ from rich.text import Text
 from cloudinary_analyze._budget import Budget, Spent
 from cloudinary_analyze.cli.feed import describe_line
 from cloudinary_analyze.cli.ledger import Book, RunLedger, build_makers, find_rescued
+from cloudinary_analyze.cli.output import write_summary
 from cloudinary_analyze.cli.screen import CommandError, ExitCode, say
 from cloudinary_analyze.cli.service import open_service
 from cloudinary_analyze.ledger.items import Inventory, read_newest_responses
@@ -274,6 +275,8 @@ async def perform_dry_run(plan: RunPlan, console: Console) -> ExitCode:
     for line in book.bad_lines:
         say(console, f"{describe_line(line.number, line.file)}: {line.error}", style="yellow")
     print_forecast(console, forecast)
+    if plan.places.summary is not None:
+        write_summary(plan.places.summary, forecast.build_record())
     return ExitCode.DONE
 
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,6 +39,7 @@ from cloudinary_analyze.results.export import (
     find_own_columns,
     write_records,
 )
+from cloudinary_analyze.results.files import open_replacement
 from cloudinary_analyze.results.records import build_ledger_record, dump_record
 from cloudinary_analyze.results.report import DEFAULT_TITLE, write_report
 
@@ -83,6 +84,7 @@ class OutputOptions:
         output_format: Its format; ``None``: by its extension.
         ledger: The file of the ledger; ``None``: beside the output.
         report: The file of the report, if one is wanted.
+        summary: The file of the summary, if one is wanted.
     """
 
     output: Annotated[
@@ -100,6 +102,10 @@ class OutputOptions:
     report: Annotated[
         Path | None, Parameter(name="--report", help="Also write an HTML report of the results.")
     ] = None
+    summary: Annotated[
+        Path | None,
+        Parameter(name="--summary-json", help="Also write the counts of the run, as JSON."),
+    ] = None
 
 
 DEFAULT_OUTPUT: Final = OutputOptions()
@@ -115,6 +121,7 @@ class Places:
         streamed: Whether records go there as they come.
         ledger: The file of the ledger; ``None``: none is kept.
         report: The file of the report, if one is wanted.
+        summary: The file of the summary, if one is wanted.
     """
 
     output: str
@@ -122,6 +129,20 @@ class Places:
     streamed: bool
     ledger: Path | None
     report: Path | None
+    summary: Path | None = None
+
+
+def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    """Write the counts of a run as JSON.
+
+    Raises:
+        CommandError: It cannot be written.
+    """
+    try:
+        with open_replacement(path) as stream:
+            stream.write(dump_record(summary))
+    except OSError as error:
+        raise _explain(str(path), error) from None
 
 
 def plan_places(
@@ -150,6 +171,8 @@ def plan_places(
     outputs: list[tuple[str, str | Path]] = [("--output", output)]
     if report is not None:
         outputs.append(("--report", report))
+    if options.summary is not None:
+        outputs.append(("--summary-json", options.summary))
     for option, name in outputs:
         check_output(option, str(name))
     if ledger is not None:
@@ -159,7 +182,12 @@ def plan_places(
     check_extra(chosen == "parquet", "pyarrow", "parquet", "Parquet")
     check_extra(report is not None, "jinja2", "report", "The report")
     return Places(
-        output=output, output_format=chosen, streamed=streamed, ledger=ledger, report=report
+        output=output,
+        output_format=chosen,
+        streamed=streamed,
+        ledger=ledger,
+        report=report,
+        summary=options.summary,
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import sys
 from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
@@ -32,15 +34,16 @@ from cloudinary_analyze.cli.money import (
     print_estimate,
 )
 from cloudinary_analyze.cli.notifications import Line, ReceivingOptions, open_line
-from cloudinary_analyze.cli.output import LedgerExport, Places, StreamResults
+from cloudinary_analyze.cli.output import LedgerExport, Places, StreamResults, write_summary
 from cloudinary_analyze.cli.screen import (
     STANDARD,
     CommandError,
+    DisplayOptions,
     ExitCode,
-    Reading,
-    RunProgress,
+    MessageConsole,
     handle_interrupts,
     is_interactive,
+    report_progress,
     say,
     show_logs,
 )
@@ -48,8 +51,10 @@ from cloudinary_analyze.cli.service import CallOptions, Service, open_service
 from cloudinary_analyze.cli.summary import (
     AGAIN,
     Balance,
+    Ending,
     Position,
     Tally,
+    build_summary,
     decide_ending,
     print_summary,
 )
@@ -62,7 +67,9 @@ from cloudinary_analyze.errors import (
 )
 from cloudinary_analyze.ledger.items import Inventory, RecordSet
 from cloudinary_analyze.outcomes import AnyOutcome
+from cloudinary_analyze.progress import ProgressReporter, Reading
 from cloudinary_analyze.requests import AnalyzeRequest
+from cloudinary_analyze.responses import Limit
 from cloudinary_analyze.results.records import (
     InputItem,
     InputLine,
@@ -70,6 +77,7 @@ from cloudinary_analyze.results.records import (
     build_record,
     dump_record,
 )
+from cloudinary_analyze.results.statistics import Durations
 from cloudinary_analyze.session import AnalyzeSession
 
 if TYPE_CHECKING:
@@ -90,6 +98,7 @@ class RunPlan:
         receiving: How the results arrive.
         calling: How calls are made.
         spending: What the run may spend.
+        display: What is shown while it lasts.
         limit: How many lines to take at the most.
         emulated: Whether to call an emulator in this process.
     """
@@ -103,6 +112,7 @@ class RunPlan:
     receiving: ReceivingOptions
     calling: CallOptions
     spending: SpendingOptions
+    display: DisplayOptions
     limit: int | None
     emulated: bool
 
@@ -154,6 +164,8 @@ class _Run:
     stops: dict[str, Exception] = attrs.field(factory=dict)
     estimate: Estimate = attrs.field(factory=Estimate)
     spent: Spent | None = None
+    queued: Durations = attrs.field(factory=Durations)
+    restored: int = 0
     interrupted: bool = False
     outcomes: OutcomeStream[InputItem, Any] | None = None
     work: asyncio.Task[None] | None = None
@@ -282,6 +294,9 @@ class _Run:
         self.feed.finish(item)
         self.done += 1
         self.failed += error is not None
+        self.restored += outcome.restored
+        if not outcome.restored:
+            self.queued.add(outcome.queued)
 
     def _note_stop(self, outcome: AnyOutcome, error: Exception) -> None:
         """Note what is not sent any more, and why; what was not sent is left for another run."""
@@ -358,8 +373,19 @@ class _Run:
             done=earlier + self.done,
             failed=self.failed,
             total=self.total,
-            quota={} if self.plan.emulated else self.session.quota,
+            tasks=None if self.plan.mode == "call" else self._count_tasks(),
+            notifications=sum(self.session.stats.notifications.values()),
+            quota=self.quota,
         )
+
+    def _count_tasks(self) -> tuple[int, int, int]:
+        waiting, completed = self.session.stats.pending, self.done - self.restored
+        return waiting + completed, completed, waiting
+
+    @property
+    def quota(self) -> Mapping[str, Limit]:
+        """The quotas, but not those of an emulator, which never run down."""
+        return {} if self.plan.emulated else self.session.quota
 
     def weigh(self) -> Balance | str | None:
         if self.export is None:
@@ -382,8 +408,7 @@ class _Run:
         if self.plan.spending.sample is not None and self.inventory is not None:
             calls = self.inventory.calls
             left = {model: calls[model] - self.estimate.count_calls(model) for model in calls}
-            quota = {} if self.plan.emulated else self.session.quota
-            print_estimate(self.console, self.estimate, left, quota)
+            print_estimate(self.console, self.estimate, left, self.quota)
 
     def locate(self) -> Position:
         through = self.feed.finished_through
@@ -465,8 +490,10 @@ async def _prepare(
 
 async def _perform(run: _Run) -> ExitCode:
     plan, console = run.plan, run.console
-    drawn = is_interactive(sys.stderr) and not (
-        plan.places.output == STANDARD and sys.stdout.isatty()  # the results would tear it
+    drawn = (
+        is_interactive(sys.stderr)
+        and plan.display.log_format == "text"
+        and not (plan.places.output == STANDARD and sys.stdout.isatty())  # results would tear it
     )
     async with run.session:
         run.work = work = asyncio.create_task(run.consume())
@@ -490,27 +517,62 @@ async def _perform(run: _Run) -> ExitCode:
         aborted=aborted,
         as_tasks=plan.mode == "task",
     )
-    print_summary(
-        console,
-        run.tally,
-        quota={} if plan.emulated else run.session.quota,  # the emulator's never runs down
-        stats=run.session.stats,
-        skipped=0 if run.inventory is None else run.inventory.done,
-        place=place,
-    )
-    run.report_costs()
-    if ending.sentence:
-        say(console, ending.sentence, style="bold")
+    _report_end(run, ending, place)
     if unwritten is not None:
         say(console, str(unwritten), style="red")
         return max(ending.exit_code, unwritten.exit_code)
     return ending.exit_code
 
 
+def _report_end(run: _Run, ending: Ending, place: str) -> None:
+    """Print the closing tables and sentences, and write the summary."""
+    places, console = run.plan.places, run.console
+    stats = run.session.stats
+    skipped = 0 if run.inventory is None else run.inventory.done
+    if not run.plan.display.quiet:
+        print_summary(
+            console,
+            run.tally,
+            quota=run.quota,
+            stats=stats,
+            skipped=skipped,
+            queued=run.queued,
+            place=place,
+        )
+        if place and not places.streamed and places.report is None and run.tally.done:
+            results = places.output if places.output_format == "jsonl" else places.ledger
+            say(console, f"Report: cloudinary-analyze report {shlex.quote(str(results))}")
+    run.report_costs()
+    if ending.sentence:
+        say(console, ending.sentence, style="bold")
+    summary = {
+        "exit_code": int(ending.exit_code),
+        "message": ending.sentence,
+        **build_summary(
+            run.tally,
+            total=run.total,
+            skipped=skipped,
+            queued=run.queued,
+            stats=stats,
+            quota=run.quota,
+        ),
+        "stopped": {name or "everything": str(reason) for name, reason in run.stops.items()},
+        "output": places.output,
+        "ledger": None if places.ledger is None else str(places.ledger),
+    }
+    if isinstance(console, MessageConsole) and console.as_json:
+        console.log_event("The run has ended.", event="summary", summary=summary)
+    if places.summary is not None:
+        write_summary(places.summary, summary)
+
+
 async def _drive(run: _Run, work: asyncio.Task[None], console: Console | None) -> None:
     """Run to the end, whatever it is."""
     try:
-        async with RunProgress(console, run.measure):
+        async with AsyncExitStack() as stack:
+            if not run.plan.display.quiet:
+                report = partial(report_progress, run.console)
+                await stack.enter_async_context(ProgressReporter(run.measure, console, report))
             await asyncio.wait({work})
     finally:
         run.feed.stop()

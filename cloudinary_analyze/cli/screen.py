@@ -12,11 +12,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from enum import IntEnum
-from types import FrameType, TracebackType
-from typing import Any, Final, Self, TextIO, cast
+from types import FrameType
+from typing import Annotated, Any, Final, Literal, TextIO, cast
 
 import attrs
+from cyclopts import Parameter
 from rich.console import (
     Console,
     ConsoleOptions,
@@ -25,22 +27,11 @@ from rich.console import (
     RenderHook,
     RenderResult,
 )
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.segment import Segment
 from rich.text import Text
 
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze.cli.outlet import MessageStream, escape_controls
-from cloudinary_analyze.responses import Limit
 
 STANDARD: Final = "-"  # standard input or output, as the name of a file
 
@@ -93,7 +84,7 @@ def build_console(stream: TextIO | None = None) -> Console:
     stderr never wait and never fail.
     """
     file = MessageStream(sys.stderr) if stream is None else stream
-    console = Console(file=cast(TextIO, file), highlight=False)
+    console = MessageConsole(file=cast(TextIO, file), highlight=False)
     console.push_render_hook(_Cleaner())
     return console
 
@@ -175,6 +166,76 @@ class ConsoleHandler(logging.Handler):
             self.handleError(record)
 
 
+@Parameter(name="*")
+@attrs.frozen(kw_only=True)
+class DisplayOptions:
+    """What a run says while it lasts.
+
+    Attributes:
+        quiet: Whether to say only what went wrong, and how the run ended.
+        log_format: Whether messages are text or JSON Lines.
+    """
+
+    quiet: Annotated[
+        bool,
+        Parameter(
+            name=["--quiet", "-q"],
+            help="Print no progress and no tables, only warnings, errors and the closing sentence.",
+        ),
+    ] = False
+    log_format: Annotated[
+        Literal["text", "json"],
+        Parameter(
+            name="--log-format",
+            help="Print messages on stderr as text, or as one JSON object per line.",
+        ),
+    ] = "text"
+
+    def adapt(self, console: Console) -> Console:
+        """Let a console print messages in the wanted format from now on."""
+        if isinstance(console, MessageConsole):
+            console.as_json = self.log_format == "json"
+        return console
+
+
+DEFAULT_DISPLAY: Final = DisplayOptions()
+_LEVELS: Final = {"red": "error", "yellow": "warning"}
+
+
+class MessageConsole(Console):
+    """A console for messages, which can print them as JSON Lines. Tables are left out then.
+
+    Attributes:
+        as_json: Whether it does.
+    """
+
+    as_json: bool = False
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print texts; as JSON each is an object with its time, level and message."""
+        if not self.as_json:
+            super().print(*objects, **options)
+            return
+        for each in objects:
+            if isinstance(each, Text):
+                self.log_event(each.plain, level=_LEVELS.get(str(each.style), "info"))
+
+    def log_event(self, message: str, *, level: str = "info", **fields: Any) -> None:
+        """Print a message with further fields as JSON."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        record = {"time": now, "level": level, "message": message, **fields}
+        self.file.write(json.dumps(record, default=str) + "\n")
+        self.file.flush()
+
+
+def report_progress(console: Console, text: str, fields: Mapping[str, Any]) -> None:
+    """Print a line of progress."""
+    if isinstance(console, MessageConsole) and console.as_json:
+        console.log_event(text, event="progress", **fields)
+    else:
+        say(console, text, style="dim")
+
+
 @contextmanager
 def show_logs(console: Console) -> Iterator[None]:
     """Show warnings and errors of all loggers on a console."""
@@ -186,107 +247,6 @@ def show_logs(console: Console) -> Iterator[None]:
         yield
     finally:
         root.removeHandler(handler)
-
-
-INTERVAL: Final = 0.2  # seconds
-
-
-@attrs.frozen(kw_only=True)
-class Reading:
-    """How far a run has come.
-
-    Attributes:
-        done: Items with an outcome, failed ones included.
-        failed: Items whose outcome is an error.
-        total: Items in all; ``None`` if that is not known.
-        quota: What is known of the quotas.
-    """
-
-    done: int
-    failed: int
-    total: int | None
-    quota: Mapping[str, Limit]
-
-
-class _RateColumn(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("–/s" if speed is None else f"{speed:,.1f}/s")
-
-
-def describe_quota(quota: Mapping[str, Limit]) -> str:
-    """Return what is left of each quota, for one line."""
-    left = [
-        f"{name} {limit.remaining:,}"
-        for name, limit in quota.items()
-        if limit.remaining is not None
-    ]
-    return escape_controls(f"quota left: {', '.join(left)}") if left else ""
-
-
-@attrs.define(eq=False)
-class RunProgress:
-    """Draws a run's progress while its block lasts.
-
-    Attributes:
-        console: Where to draw; ``None``: nowhere.
-        read: Tells how far the run is; asked a few times a second, however fast the run is.
-    """
-
-    console: Console | None
-    read: Callable[[], Reading]
-    _progress: Progress | None = attrs.field(default=None, init=False)
-    _row: TaskID | None = attrs.field(default=None, init=False)
-    _ticker: asyncio.Task[None] | None = attrs.field(default=None, init=False)
-
-    async def __aenter__(self) -> Self:
-        if self.console is not None:
-            self._progress = Progress(
-                BarColumn(bar_width=20),
-                MofNCompleteColumn(),
-                TextColumn("[red]{task.fields[failed]:,} failed"),
-                _RateColumn(),
-                TimeRemainingColumn(compact=True),
-                TextColumn("{task.fields[quota]}", markup=False),
-                console=self.console,
-                auto_refresh=False,
-                redirect_stdout=False,  # a terminal may show the results, too
-            )
-            self._row = self._progress.add_task("", total=None, failed=0, quota="")
-            self._progress.start()
-            self._ticker = asyncio.create_task(self._tick())
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._progress is None or self._ticker is None:
-            return
-        self._ticker.cancel()
-        await asyncio.wait({self._ticker})
-        self._draw()
-        self._progress.stop()
-
-    async def _tick(self) -> None:
-        while True:
-            self._draw()
-            await asyncio.sleep(INTERVAL)
-
-    def _draw(self) -> None:
-        if self._progress is None or self._row is None:
-            return
-        reading = self.read()
-        self._progress.update(
-            self._row,
-            completed=reading.done,
-            total=reading.total,
-            failed=reading.failed,
-            quota=describe_quota(reading.quota),
-            refresh=True,
-        )
 
 
 ENDING_SIGNALS: Final = tuple(

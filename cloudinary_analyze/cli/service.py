@@ -51,6 +51,7 @@ class CallOptions:
         call_timeout: See `Settings.call_timeout`.
         task_timeout: See `Settings.task_timeout`.
         no_retry_ambiguous: See `Settings.retry_ambiguous`.
+        rate: See `Settings.rate`.
         ledger_patience: See `SQLiteLedger`.
     """
 
@@ -92,6 +93,10 @@ class CallOptions:
             help="Do not repeat attempts that may have been charged. Their items fail.",
         ),
     ] = False
+    rate: Annotated[
+        float | None,
+        Parameter(name="--rate", help="Attempts per second at most. Default: no limit."),
+    ] = None
     ledger_patience: Annotated[
         float,
         Parameter(
@@ -116,6 +121,7 @@ class CallOptions:
             call_timeout=self.call_timeout,
             task_timeout=self.task_timeout,
             retry_ambiguous=not self.no_retry_ambiguous,
+            rate=self.rate,
             on_missing_result=on_missing_result,
         )
 

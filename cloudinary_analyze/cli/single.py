@@ -16,7 +16,6 @@ from cloudinary_analyze.cli.screen import (
     ExitCode,
     build_console,
     check_stdout,
-    describe_quota,
     is_interactive,
     print_json,
     show_logs,
@@ -30,6 +29,7 @@ from cloudinary_analyze.errors import (
     PermissionDeniedError,
     QuotaExceededError,
 )
+from cloudinary_analyze.progress import describe_quota
 from cloudinary_analyze.requests import Asset, Uri
 from cloudinary_analyze.responses import Response, TaskStatus
 from cloudinary_analyze.session import AnalyzeSession

@@ -5,7 +5,6 @@ Memory stays flat: durations are kept in a histogram, causes up to a number.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -25,30 +24,11 @@ from cloudinary_analyze.errors import (
 )
 from cloudinary_analyze.events import SessionStats
 from cloudinary_analyze.responses import Limit
+from cloudinary_analyze.results.statistics import Durations, format_seconds
 
 BAD_LINES: Final = "(bad input lines)"
 MOST_CAUSES: Final = 50
-_STEPS: Final = 100  # of the histogram to a factor of e, so that a time is right to 1 %
-
-
-@attrs.define(eq=False)
-class Durations:
-    """Times of calls, of which quantiles are wanted: a histogram with a logarithmic scale."""
-
-    _counts: Counter[int] = attrs.field(factory=Counter, init=False)
-
-    def add(self, seconds: float) -> None:
-        """Count a time."""
-        self._counts[round(_STEPS * math.log(max(seconds, 1e-6)))] += 1
-
-    def compute_quantile(self, quantile: float) -> float | None:
-        """Return the time that this share of the calls did not exceed; ``None`` without calls."""
-        rank = math.ceil(quantile * self._counts.total())
-        for step, count in sorted(self._counts.items()):
-            rank -= count
-            if rank <= 0:
-                return math.exp(step / _STEPS)
-        return None
+SHOWN_QUEUEING: Final = 0.1  # seconds
 
 
 @attrs.define(eq=False)
@@ -125,6 +105,7 @@ def print_summary(
     quota: Mapping[str, Limit],
     stats: SessionStats,
     skipped: int,
+    queued: Durations,
     place: str,
 ) -> None:
     """Print the closing tables.
@@ -135,6 +116,7 @@ def print_summary(
         quota: What is known of the quotas.
         stats: The session's counts.
         skipped: How many items had their outcome from an earlier run.
+        queued: How long items of this run queued before their first attempt.
         place: Where the results are; empty if they could not be written.
     """
     console.print(_build_model_table(tally))
@@ -142,6 +124,13 @@ def print_summary(
         console.print(_build_cause_table(tally))
     if quota:
         console.print(_build_quota_table(tally, quota))
+    median, late = queued.compute_quantile(0.5), queued.compute_quantile(0.95)
+    if late is not None and late >= SHOWN_QUEUEING:
+        say(
+            console,
+            f"Before their first attempt, items queued for {format_seconds(median)} (median), "
+            f"{format_seconds(late)} (p95). The durations above do not include this.",
+        )
     if stats.retries:
         say(console, f"{_count(stats.retries, 'attempt was', 'attempts were')} repeated.")
     if stats.ambiguous_retries:
@@ -157,17 +146,56 @@ def print_summary(
         say(console, f"Results: {place}")
 
 
+def build_summary(
+    tally: Tally,
+    *,
+    total: int | None,
+    skipped: int,
+    queued: Durations,
+    stats: SessionStats,
+    quota: Mapping[str, Limit],
+) -> dict[str, Any]:
+    """Return the counts of a run for JSON; see `print_summary`."""
+    return {
+        "items": total,
+        "answered": tally.done - tally.failed,
+        "failed": tally.failed,
+        "left": None if total is None else max(0, total - tally.done),
+        "answered_before": skipped,
+        "models": {
+            name: {
+                "ok": model.ok,
+                "failed": model.failed,
+                "median_seconds": model.durations.compute_quantile(0.5),
+                "p95_seconds": model.durations.compute_quantile(0.95),
+            }
+            for name, model in tally.models.items()
+        },
+        "causes": [
+            {"cause": name, "items": cause.count, "example": cause.example}
+            for name, cause in tally.causes.items()
+        ],
+        "queued_median_seconds": queued.compute_quantile(0.5),
+        "queued_p95_seconds": queued.compute_quantile(0.95),
+        "units": dict(tally.used),
+        "quota": {name: limit.remaining for name, limit in quota.items()},
+        "calls": stats.calls,
+        "retries": stats.retries,
+        "may_be_charged_twice": stats.ambiguous_retries,
+    }
+
+
 def _build_model_table(tally: Tally) -> Table:
     table = Table("model")
-    for heading in ("ok", "failed", "median s", "p95 s"):
+    for heading in ("ok", "failed", "median", "p95"):
         table.add_column(heading, justify="right")
     for name, model in tally.models.items():
         table.add_row(
             Text(name),
             f"{model.ok:,}",
             Text(f"{model.failed:,}", style="red" if model.failed else ""),
-            _show_seconds(model.durations.compute_quantile(0.5)),
-            _show_seconds(model.durations.compute_quantile(0.95)),
+            format_seconds(model.durations.compute_quantile(0.5)),
+            format_seconds(model.durations.compute_quantile(0.95)),
         )
     return table
 
@@ -193,10 +221,6 @@ def _build_quota_table(tally: Tally, quota: Mapping[str, Limit]) -> Table:
             _show_count(limit.limit),
         )
     return table
-
-
-def _show_seconds(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{seconds:.3g}"
 
 
 def _show_count(count: int | None) -> str:

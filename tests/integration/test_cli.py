@@ -14,9 +14,10 @@ from cli_support import StartEmulator, read_records, write_lines
 from cloudinary_analyze import MODELS
 from cloudinary_analyze.cli import main
 from cloudinary_analyze.cli.feed import READ_AHEAD, ItemFeed
-from cloudinary_analyze.cli.summary import Balance, Durations, Position, decide_ending
+from cloudinary_analyze.cli.summary import Balance, Position, decide_ending
 from cloudinary_analyze.requests import Uri
 from cloudinary_analyze.results.records import InputItem, InputLine
+from cloudinary_analyze.results.statistics import Durations
 
 cli_folder, start_emulator = cli_support.cli_folder, cli_support.start_emulator
 pytestmark = pytest.mark.usefixtures("cli_folder")

@@ -32,7 +32,7 @@ from cloudinary_analyze.cli.money import NO_LIMITS
 from cloudinary_analyze.cli.notifications import CALLS, ReceivingOptions, open_line
 from cloudinary_analyze.cli.output import DEFAULT_OUTPUT, plan_places
 from cloudinary_analyze.cli.run import RunPlan
-from cloudinary_analyze.cli.screen import build_console
+from cloudinary_analyze.cli.screen import DEFAULT_DISPLAY, build_console
 from cloudinary_analyze.cli.service import DEFAULT_CALLS, Service
 from cloudinary_analyze.emulator import Emulator, FaultPlan, WebhookPolicy
 from cloudinary_analyze.events import NotificationSeen
@@ -181,6 +181,7 @@ def test_what_was_never_delivered_is_paid_for_again_only_if_that_is_wished(
         receiving=receiving,
         calling=DEFAULT_CALLS,
         spending=NO_LIMITS,
+        display=DEFAULT_DISPLAY,
         limit=None,
         emulated=False,
     )

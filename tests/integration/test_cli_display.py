@@ -1,0 +1,151 @@
+"""What a run says: summaries, JSON messages, quiet runs, and the command for the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cli_support
+import pytest
+from cli_support import StartEmulator, read_records, write_urls
+
+from cloudinary_analyze.cli import main
+from cloudinary_analyze.cli import run as run_module
+from cloudinary_analyze.cli.screen import MessageConsole
+from cloudinary_analyze.progress import ProgressReporter
+
+cli_folder, start_emulator = cli_support.cli_folder, cli_support.start_emulator
+pytestmark = pytest.mark.usefixtures("cli_folder")
+
+RUN = ["run", "captioning", "--input", "urls.txt"]
+
+
+def read_summary() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path("s.json").read_text(encoding="utf-8"))
+    return found
+
+
+def write_input(count: int = 12) -> None:
+    write_urls(Path(), count)
+    with Path("urls.txt").open("a", encoding="utf-8") as stream:
+        stream.write("nonsense\nhttps://example.com/1.jpg\n")
+
+
+def test_a_summary_holds_the_counts_of_the_run(start_emulator: StartEmulator) -> None:
+    start_emulator(quotas={"object_detection": 5000})
+    write_input()
+    assert main([*RUN, "--summary-json", "s.json", "--max-calls", "5"]) == 3
+    first = read_summary()
+    assert (first["exit_code"], first["answered"], first["failed"], first["left"]) == (3, 6, 1, 7)
+    assert "5 of 5 calls" in first["message"]
+    assert "5 of 5 calls" in first["stopped"]["everything"]
+    assert main([*RUN, "--summary-json", "s.json"]) == 1
+    found = read_summary()
+    records = read_records()
+    assert found["items"] == len(records) == 14
+    assert (found["answered"], found["failed"], found["left"]) == (13, 1, 0)
+    assert found["answered_before"] == 6
+    assert found["models"]["captioning"]["ok"] == 13
+    assert found["models"]["captioning"]["median_seconds"] > 0
+    assert found["units"] == {"object_detection": 7}
+    assert found["quota"] == {"object_detection": 4988}
+    assert found["calls"] == 7
+    assert found["may_be_charged_twice"] == 0
+    assert found["stopped"] == {}
+    assert (found["output"], found["ledger"]) == ("results.jsonl", "results.jsonl.ledger")
+    assert [cause["items"] for cause in found["causes"]] == [1]
+
+
+def test_a_dry_run_writes_its_summary(start_emulator: StartEmulator) -> None:
+    start_emulator()
+    write_input()
+    assert main([*RUN, "--dry-run", "--summary-json", "s.json"]) == 0
+    found = read_summary()
+    assert found["dry_run"] is True
+    assert (found["rows"], found["invalid"], found["duplicates"]) == (14, 1, 1)
+    assert found["calls"] == {"captioning": 12}
+
+
+def test_a_summary_never_replaces_another_file(start_emulator: StartEmulator) -> None:
+    emulator = start_emulator()
+    write_input()
+    for name in ("urls.txt", "./urls.txt", "results.jsonl", "results.jsonl.ledger"):
+        assert main([*RUN, "--summary-json", name]) == 2
+    assert not emulator.counts.total_received
+
+
+def test_messages_are_json_lines(
+    start_emulator: StartEmulator, capfd: pytest.CaptureFixture[str]
+) -> None:
+    start_emulator()
+    write_input()
+    assert main([*RUN, "--log-format", "json"]) == 1
+    events = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert all({"time", "level", "message"} <= set(event) for event in events)
+    (bad,) = [event for event in events if event["level"] == "warning"]
+    assert bad["message"].startswith("line 13: ")
+    (summary,) = [event["summary"] for event in events if event.get("event") == "summary"]
+    assert (summary["answered"], summary["failed"]) == (13, 1)
+
+
+def test_progress_is_json_too(
+    start_emulator: StartEmulator,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start_emulator(latency=0.05)
+    write_input(60)
+
+    def report_often(*arguments: Any) -> ProgressReporter:
+        return ProgressReporter(*arguments, interval=0.05)
+
+    monkeypatch.setattr(run_module, "ProgressReporter", report_often)
+    assert main([*RUN, "--log-format", "json", "--permits", "4"]) == 1
+    events = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    progress = [event for event in events if event.get("event") == "progress"]
+    assert len(progress) > 3
+    assert progress[-1]["total"] == 62
+    assert progress[0]["done"] < progress[-1]["done"]
+
+
+def test_a_quiet_run_says_how_it_ended_alone(
+    start_emulator: StartEmulator, capfd: pytest.CaptureFixture[str]
+) -> None:
+    start_emulator()
+    write_urls(Path(), 9)
+    assert main([*RUN, "--quiet", "--max-calls", "4"]) == 3
+    err = capfd.readouterr().err
+    assert "4 of 4 calls were spent" in err
+    assert "median" not in err
+    assert "Results:" not in err
+
+
+def test_the_command_for_the_report_is_named(
+    start_emulator: StartEmulator, capfd: pytest.CaptureFixture[str]
+) -> None:
+    start_emulator()
+    write_urls(Path(), 2)
+    for output, named in (("a b.jsonl", "'a b.jsonl'"), ("c.csv", "c.csv.ledger")):
+        assert main([*RUN, "--output", output]) == 0
+        (hint,) = [
+            line for line in capfd.readouterr().err.splitlines() if line.startswith("Report: ")
+        ]
+        assert hint == f"Report: cloudinary-analyze report {named}"
+    assert main(["report", "a b.jsonl"]) == 0
+    assert main(["report", "c.csv.ledger"]) == 0
+    assert main([*RUN, "--report", "r.html", "--output", "d.jsonl"]) == 0
+    assert "Report: " not in capfd.readouterr().err
+
+
+def test_what_is_not_text_is_left_out_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+    import sys
+
+    console = MessageConsole(file=sys.stderr)
+    console.as_json = True
+    console.print("a table", object())
+    console.log_event("\x1b[2J\u202e\ud800", more={"a": 1})
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.isascii()
+    assert line.isprintable()
+    assert json.loads(line)["more"] == {"a": 1}
