@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import multiprocessing
 import os
 import threading
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 
 from cloudinary_analyze.emulator import Emulator
 from cloudinary_analyze.stage import close_sessions, outcome_columns, worker_stats
+
+# Its server imports everything once, and its children inherit no thread. Their environment is that
+# of the server, so of an earlier test.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["cloudinary_analyze._http.call", "machines_support", "redis"])
 
 
 def build_urls(count):
@@ -37,8 +44,9 @@ def serve_on_thread(service):
 
     thread = threading.Thread(target=run)
     thread.start()
-    ready.wait(10)
     try:
+        ready.wait(10)
+        assert not failures
         yield service
     finally:
         stop.set()
@@ -66,3 +74,10 @@ def count_statuses(stage, items):
 
 def split(items, count):
     return [items[number::count] for number in range(count)]
+
+
+@contextlib.contextmanager
+def open_pool(workers=2):
+    """Open a pool of processes that start fast."""
+    with ProcessPoolExecutor(workers, mp_context=CONTEXT) as pool:
+        yield pool

@@ -1,17 +1,16 @@
 """Clusters that share a ledger: killed, suspended, cut off, each with its charges counted."""
 
 import contextlib
-import multiprocessing
 import os
 import random
 import signal
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
 
 import pytest
-from machines_support import build_urls, count_statuses, emulate_in_environment, split
+from machines_support import build_urls, count_statuses, emulate_in_environment, open_pool, split
 from notification_support import start_redis
 
 from cloudinary_analyze import Captioning, Credentials, Settings
@@ -21,9 +20,6 @@ from cloudinary_analyze.stage import AnalyzeStage, worker_stats
 pytestmark = pytest.mark.slow
 
 PERMITS = 16
-# its server imports everything once, and its children inherit no thread
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["cloudinary_analyze._http.call", "machines_support", "redis"])
 
 
 @pytest.fixture
@@ -52,12 +48,6 @@ def build_stage(redis_server, emulator):
         )
 
     return build_stage
-
-
-@contextlib.contextmanager
-def open_pool(workers=2):
-    with ProcessPoolExecutor(workers, mp_context=CONTEXT) as pool:
-        yield pool
 
 
 def run(pool, stage, parts):

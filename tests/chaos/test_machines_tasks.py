@@ -1,0 +1,133 @@
+"""Workers that share notifications and a pace."""
+
+import contextlib
+import os
+import signal
+import time
+from concurrent.futures.process import BrokenProcessPool
+
+import attrs
+import pytest
+from aiohttp import web
+from machines_support import (
+    build_urls,
+    count_statuses,
+    emulate_in_environment,
+    open_pool,
+    serve_on_thread,
+    split,
+)
+from notification_support import find_free_port, start_redis
+
+from cloudinary_analyze import Captioning, Credentials, Settings
+from cloudinary_analyze.ledger.redis import RedisLedger
+from cloudinary_analyze.notifications.aiohttp import WebhookReceiver
+from cloudinary_analyze.notifications.redis import RedisNotifications
+from cloudinary_analyze.pacing import RedisPacer
+from cloudinary_analyze.stage import AnalyzeStage
+from tests.scripted import CAPTION, ScriptedServer
+
+pytestmark = pytest.mark.slow
+
+PERMITS = 16
+LIMIT = 150  # per second
+
+
+@pytest.fixture
+def redis_server(tmp_path):
+    server = start_redis(tmp_path)
+    yield server
+    server.kill()
+
+
+@attrs.define(eq=False, slots=False)
+class Receiver:
+    """The one receiver of webhooks, which puts them into Redis for whichever worker waits."""
+
+    redis_url: str
+    credentials: Credentials
+    port: int = attrs.field(factory=find_free_port)
+
+    async def __aenter__(self):
+        self.notifications = RedisNotifications(self.redis_url)
+        app = web.Application()
+        app.router.add_post("/hook", WebhookReceiver(self.notifications, self.credentials).handle)
+        self.runner = web.AppRunner(app, access_log=None)
+        await self.runner.setup()
+        await web.TCPSite(self.runner, "127.0.0.1", self.port).start()
+        return self
+
+    async def __aexit__(self, *_):
+        await self.runner.cleanup()
+        await self.notifications.aclose()
+
+
+def test_tasks_of_a_killed_worker_are_taken_over(monkeypatch, redis_server):
+    urls = build_urls(600)
+    with emulate_in_environment(monkeypatch, task_seconds=3, latency=0.05) as emulator:
+        credentials = Credentials.from_url(emulator.cloudinary_url)
+        with serve_on_thread(Receiver(redis_server.url, credentials)) as receiver:
+            stage = AnalyzeStage(
+                Captioning,
+                settings=Settings(permits=PERMITS),
+                ledger=RedisLedger(redis_server.url, lease=2.0),
+                notifications=RedisNotifications(redis_server.url),
+                notification_url=f"http://127.0.0.1:{receiver.port}/hook",
+                mode="task",
+                credentials=credentials,
+                pickle_credentials=True,
+            )
+            with contextlib.suppress(BrokenProcessPool), open_pool(1) as pool:
+                job = pool.submit(count_statuses, stage, urls)
+                while len(emulator.tasks) < 200:
+                    time.sleep(0.005)
+                (victim,) = pool._processes
+                os.kill(victim, signal.SIGKILL)
+                job.result(60)
+            submitted = len(emulator.tasks)
+            assert 200 <= submitted < 600
+            with open_pool(1) as pool:
+                statuses, _, repeated = pool.submit(count_statuses, stage, urls[::-1]).result(60)
+        assert statuses == {"answered": 600}
+        # in flight, or accepted and not recorded yet
+        assert len(emulator.tasks) - 600 <= repeated <= 2 * PERMITS
+
+
+@attrs.define(eq=False)
+class Limiter:
+    """Refuses what exceeds a rate by more than a tenth of a second."""
+
+    free: float = 0.0
+    answered: list = attrs.field(factory=list)
+    refused: int = 0
+
+    async def __call__(self, request):
+        now = time.monotonic()
+        if self.free > now + 0.1:
+            self.refused += 1
+            return web.Response(status=429)
+        self.free = max(self.free, now) + 1 / LIMIT
+        self.answered.append(now)
+        return await CAPTION(request)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_processes_that_share_a_pace_use_the_limit(redis_server, workers):
+    limiter = Limiter()
+    with serve_on_thread(ScriptedServer(limiter)) as server, open_pool(workers) as pool:
+        stage = AnalyzeStage(
+            Captioning,
+            settings=Settings(pacer=RedisPacer(redis_server.url, rate=LIMIT)),
+            credentials=Credentials("demo", "key", "secret", host=server.url),
+            pickle_credentials=True,
+        )
+        warm = [pool.submit(count_statuses, stage, build_urls(20)) for _ in range(2 * workers)]
+        assert all(job.result(60)[0] == {"answered": 20} for job in warm)
+        limiter.answered.clear()
+        parts = split(build_urls(750), workers)
+        for job in [pool.submit(count_statuses, stage, part) for part in parts]:
+            job.result(60)
+    rate = (len(limiter.answered) - 1) / (limiter.answered[-1] - limiter.answered[0])
+    print(f"{workers} processes: {rate:.0f}/s of {LIMIT}/s, {limiter.refused} refused")
+    assert limiter.refused <= 0.01 * 750
+    assert rate >= 0.95 * LIMIT
