@@ -165,16 +165,16 @@ def read_result(
     Raises:
         ResponseDecodeError: It holds no analysis of the model.
     """
-    found = _locate_result(raw, analysis_type)
-    if found is None:
+    analysis = find_result(raw, analysis_type)
+    if analysis is None:
         path, reason = _explain_missing(raw)
         raise _build_shape_error(body or codec.dumps(raw), 200, path, reason, model=model)
-    path, analysis = found
     try:
         typed = codec.read_analysis(analysis, analysis_type)
     except codec.CodecError as error:
+        path = f"{_find_path(raw, analysis)}{error.path}"
         raise _build_shape_error(
-            body or codec.dumps(raw), 200, f"{path}{error.path}", str(error), model=model
+            body or codec.dumps(raw), 200, path, str(error), model=model
         ) from error
     return Response(typed, model=model, raw=raw)
 
@@ -192,24 +192,24 @@ def find_result(raw: JSONObject, analysis_type: type[Any] | None = None) -> JSON
         analysis_type: The expected typed analysis; without it only known models are found in
             ``data`` itself.
     """
-    found = _locate_result(raw, analysis_type)
-    return None if found is None else found[1]
-
-
-def _locate_result(
-    raw: JSONObject, analysis_type: type[Any] | None
-) -> tuple[str, JSONObject] | None:
     data = raw.get("data")
     if type(data) is dict and type(analysis := data.get("analysis")) is dict:
-        return "$.data.analysis", analysis  # nearly always
-    envelopes = list(walk_envelopes(raw))
-    for path, envelope in envelopes:
+        return analysis  # nearly always
+    envelopes = [envelope for _, envelope in walk_envelopes(raw)]
+    for envelope in envelopes:
         if type(analysis := envelope.get("analysis")) is dict:
-            return f"{path}.analysis", analysis
-    for path, envelope in envelopes[1:]:
-        if _is_analysis(envelope, analysis_type):
-            return path, envelope
-    return None
+            return analysis
+    return next((inner for inner in envelopes[1:] if _is_analysis(inner, analysis_type)), None)
+
+
+def _find_path(raw: JSONObject, analysis: JSONObject) -> str:
+    """Return where `find_result` found an analysis."""
+    for path, envelope in walk_envelopes(raw):
+        if envelope.get("analysis") is analysis:
+            return f"{path}.analysis"
+        if envelope is analysis:
+            return path
+    return "$"
 
 
 def reports_progress(notification: Notification) -> bool:
