@@ -67,8 +67,8 @@ class ScriptedEmulator(Emulator):
             )
         if times is not None and times < 1:
             raise InvalidRequestError(f"`times` must be 1 or more, not {times!r}.")
-        if analysis is not None:
-            build_response(kind, analysis)
+        if analysis is not None:  # checked, and copied
+            analysis = build_response(kind, analysis).raw["data"]["analysis"]
         source = None if isinstance(kind, type) else _write_source(kind)
         self._canned.add(model, source, CannedResult(analysis, status, times))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Mapping
 from typing import Any, Final, TypeVar, overload
@@ -53,7 +54,8 @@ def build_response(
             Default: what the emulator answers to the request.
 
     Raises:
-        InvalidRequestError: The model is unknown, or the emulator has no result for the request.
+        InvalidRequestError: The model is unknown, the emulator has no result for the request, or
+            the analysis is not JSON.
         ResponseDecodeError: The analysis is not of the model's shape.
     """
     if isinstance(request, str):
@@ -63,15 +65,26 @@ def build_response(
     cost = 1
     if analysis is None:
         analysis, cost = _emulate(request)
+    else:
+        analysis = _copy_json(analysis)
     feature = request.feature or request.model
     quota = FREE_PLAN.get(feature, 1000)
     limit = {"type": feature, "used_by_request": cost, "remaining": quota - cost, "limit": quota}
     raw = {
         "limits": {"addons_quota": [limit]},
         "request_id": f"{zlib.crc32(request.key.encode()):032x}",
-        "data": {"entity": str(request.source), "analysis": dict(analysis)},
+        "data": {"entity": str(request.source), "analysis": analysis},
     }
     return Response.from_raw(request, raw)
+
+
+def _copy_json(analysis: JSONObject) -> JSONObject:
+    """Return an object as it arrives over the network."""
+    try:
+        copied: JSONObject = json.loads(json.dumps(dict(analysis)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"The analysis must be a JSON object: {error!s:.200}.") from None
+    return copied
 
 
 def _emulate(request: AnalyzeRequest[Any]) -> tuple[JSONObject, int]:

@@ -151,7 +151,19 @@ async def test_every_model_can_be_scripted(emulator, session, model):
     assert (await session.analyze(request)).analysis == example.analysis
 
 
+async def test_results_are_copied_and_keep_long_integers(emulator, session):
+    found = {"tags": {"cat": [{"confidence": 2**80}]}}
+    emulator.respond(Coco, found)
+    found["tags"].clear()
+    detections = (await session.analyze(Coco(URL))).analysis.detections
+    assert [each.confidence for each in detections] == [2**80]
+
+
 def test_what_cannot_be_answered_is_refused_at_once():
+    for odd in ({"data": {"caption": {1, 2}}}, [("data", 7, 8)], "caption", 7):
+        for build in (ScriptedEmulator().respond, build_response):
+            with pytest.raises(InvalidRequestError, match="JSON"):
+                build(Captioning, odd)
     emulator = ScriptedEmulator()
     with pytest.raises(ResponseDecodeError):
         emulator.respond(Captioning, {"text": "a cat"})
