@@ -338,6 +338,7 @@ class SessionStats(Jsonable):
             limit.
         waiting: Attempts queueing for a permit now.
         polls: Status polls made.
+        accepted: Tasks that the service accepted.
         pending: Tasks accepted and not answered.
         parked: Notifications that arrived before their task was known here.
         notifications: Deliveries looked at, by verdict.
@@ -355,6 +356,7 @@ class SessionStats(Jsonable):
     pace: float | None = None
     waiting: int = 0
     polls: int = 0
+    accepted: int = 0
     pending: int = 0
     parked: int = 0
     # a dict of its own: what a session counts with goes on changing
@@ -376,6 +378,7 @@ class Meter:
     pauses: int = 0
     in_flight: int = 0
     polls: int = 0
+    accepted: int = 0
     notifications: dict[str, int] = attrs.field(factory=dict)
     watched: int = 0  # the number of the last call or poll that events name
 

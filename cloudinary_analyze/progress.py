@@ -291,7 +291,7 @@ class _Counted(Generic[Item, A]):
         self, session: AnalyzeSession, stream: OutcomeStream[Item, A], total: int | None
     ) -> None:
         self._session, self._stream, self._total = session, stream, total
-        self._done = self._failed = self._restored = 0
+        self._done = self._failed = 0
 
     def __aiter__(self) -> Self:
         return self
@@ -300,16 +300,15 @@ class _Counted(Generic[Item, A]):
         outcome = await anext(self._stream)
         self._done += 1
         self._failed += outcome.error is not None
-        self._restored += outcome.restored
         return outcome
 
     def read(self) -> Reading:
         stats = self._session.stats
         notifications = sum(stats.notifications.values())
         tasks = None
-        if stats.pending or notifications:
-            completed = self._done - self._restored
-            tasks = (completed + stats.pending, completed, stats.pending)
+        if stats.accepted or stats.pending:
+            accepted = max(stats.accepted, stats.pending)  # some may be of an earlier run
+            tasks = (accepted, accepted - stats.pending, stats.pending)
         return Reading(
             done=self._done,
             failed=self._failed,

@@ -677,6 +677,7 @@ class AnalyzeSession(NotPicklable):
             probes=admission.probes if admission else 0,
             waiting=queue.waiting if queue else 0,
             polls=meter.polls,
+            accepted=meter.accepted,
             pending=len(table.pending) if table else 0,
             parked=len(table.parked) if table else 0,
             notifications=meter.notifications,

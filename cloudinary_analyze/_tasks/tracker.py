@@ -236,6 +236,7 @@ class Tracker(NotPicklable):
             self.listener.ask_for(task_id)
 
     def _tell_accepted(self, task_id: str, model: str) -> None:
+        self.meter.accepted += 1
         if self.meter.hook is not None:
             self.meter.tell(TaskAccepted(task_id=task_id, model=model))
 

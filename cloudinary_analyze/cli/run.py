@@ -165,7 +165,6 @@ class _Run:
     estimate: Estimate = attrs.field(factory=Estimate)
     spent: Spent | None = None
     queued: Durations = attrs.field(factory=Durations)
-    restored: int = 0
     interrupted: bool = False
     outcomes: OutcomeStream[InputItem, Any] | None = None
     work: asyncio.Task[None] | None = None
@@ -294,7 +293,6 @@ class _Run:
         self.feed.finish(item)
         self.done += 1
         self.failed += error is not None
-        self.restored += outcome.restored
         if not outcome.restored:
             self.queued.add(outcome.queued)
 
@@ -379,8 +377,10 @@ class _Run:
         )
 
     def _count_tasks(self) -> tuple[int, int, int]:
-        waiting, completed = self.session.stats.pending, self.done - self.restored
-        return waiting + completed, completed, waiting
+        stats = self.session.stats
+        resumed = 0 if self.inventory is None else self.inventory.submitted
+        accepted = max(stats.accepted + resumed, stats.pending)
+        return accepted, accepted - stats.pending, stats.pending
 
     @property
     def quota(self) -> Mapping[str, Limit]:

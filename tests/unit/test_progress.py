@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from task_support import connected
 
 from cloudinary_analyze import AnalyzeSession, Captioning, ConfigurationError, Credentials, Limit
 from cloudinary_analyze import progress as module
@@ -174,3 +175,19 @@ async def test_without_rich_a_sentence_says_what_to_install(
                 async with show_progress(session, stream):
                     raise AssertionError
             await stream.aclose()
+
+
+async def test_task_phases_are_counted() -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=200, color_system=None)
+    async with connected(latency=0.05) as (_, session):
+        stream = session.map(URLS, Captioning, mode="task")
+        async with show_progress(session, stream, total=30, console=console) as outcomes:
+            async for outcome in outcomes:
+                assert outcome.error is None
+        assert session.stats.accepted == 30
+    seen = re.findall(r"tasks: (\d+) accepted, (\d+) completed, (\d+) waiting", shown.getvalue())
+    phases = [tuple(map(int, numbers)) for numbers in seen]
+    assert phases[-1] == (30, 30, 0)
+    assert all(accepted == completed + waiting for accepted, completed, waiting in phases)
+    assert [accepted for accepted, _, _ in phases] == sorted(accepted for accepted, _, _ in phases)
