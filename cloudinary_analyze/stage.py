@@ -5,10 +5,192 @@ returns one outcome for each item. The engine schedules, and the workers share t
 Redis: the ledger (`RedisLedger`), the pace (`RedisPacer`) and the notifications of tasks
 (`RedisNotifications`)::
 
-    stage = AnalyzeStage(Captioning, ledger=RedisLedger("redis://host:6379/0"))
+    stage = AnalyzeStage(
+        Captioning,
+        ledger=RedisLedger("redis://host:6379/0"),
+        settings=Settings(pacer=RedisPacer("redis://host:6379/0", rate=50)),
+    )
     outcomes = stage(urls)
 
 Workers read their credentials from ``CLOUDINARY_URL`` and the password of Redis from ``REDIS_URL``.
+
+*Resume.* Run the same job again, with the same ledger. Recorded responses are restored, and the rest
+is sent. The partitions may differ, and several jobs may run over the same items at the same time.
+
+*Stops.* An exhausted quota or refused credentials do not raise, so the engine keeps what was paid
+for. The remaining items are marked ``stopped``; see `outcome_columns`.
+
+*Killed workers.* The engine repeats the partition. Recorded responses are restored. At most as many
+requests as the worker had in flight are sent and charged again, and
+``SessionStats.ambiguous_retries`` counts them. `worker_stats` shows all workers while they run.
+
+*Partitions.* A session is fast with some hundred items or more in flight, so prefer few large
+partitions to many small ones. Processes multiply the permits: 8 workers with 64 permits have 512
+requests in flight. The account's limits apply to all of them together; a pacer keeps them below it.
+
+*Without an engine.* ``cloudinary-analyze run --ledger redis://host/0 --shard 1/4`` on each of four
+machines.
+
+The programs below analyse the column ``url`` of ``urls.parquet``.
+
+A process pool::
+
+    from concurrent.futures import ProcessPoolExecutor
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from cloudinary_analyze import Captioning
+    from cloudinary_analyze.ledger.redis import RedisLedger
+    from cloudinary_analyze.stage import SCHEMA, AnalyzeStage, outcome_columns
+
+    stage = AnalyzeStage(Captioning, ledger=RedisLedger())
+
+
+    def analyze(urls):
+        return pa.table(outcome_columns(stage(urls)), SCHEMA)
+
+
+    if __name__ == "__main__":
+        urls = pq.read_table("urls.parquet")["url"].to_pylist()
+        parts = [urls[start : start + 500] for start in range(0, len(urls), 500)]
+        with ProcessPoolExecutor(2) as pool, pq.ParquetWriter("results.parquet", SCHEMA) as file:
+            for table in pool.map(analyze, parts):
+                file.write_table(table)
+
+Dask dataframes, Parquet to Parquet. The plugin closes the sessions when a worker ends::
+
+    import dask.dataframe as dd
+    import pandas as pd
+    from dask.distributed import Client
+
+    from cloudinary_analyze import Captioning
+    from cloudinary_analyze.dask import AnalyzePlugin
+    from cloudinary_analyze.ledger.redis import RedisLedger
+    from cloudinary_analyze.stage import META, SCHEMA, AnalyzeStage, outcome_columns
+
+    stage = AnalyzeStage(Captioning, ledger=RedisLedger())
+
+
+    def analyze(part):
+        return pd.DataFrame(outcome_columns(stage(part["url"]))).astype(META.dtypes)
+
+
+    if __name__ == "__main__":
+        with Client(n_workers=2, threads_per_worker=1) as client:
+            client.register_plugin(AnalyzePlugin())
+            frame = dd.read_parquet("urls.parquet").repartition(npartitions=4)
+            results = frame.map_partitions(analyze, meta=META)
+            results.to_parquet("results", schema=SCHEMA, write_index=False)
+
+Dask bags::
+
+    import pandas as pd
+    from dask import bag
+    from dask.distributed import Client
+
+    from cloudinary_analyze import Captioning
+    from cloudinary_analyze.dask import AnalyzePlugin
+    from cloudinary_analyze.ledger.redis import RedisLedger
+    from cloudinary_analyze.stage import META, SCHEMA, AnalyzeStage, outcome_columns
+
+    stage = AnalyzeStage(Captioning, ledger=RedisLedger())
+
+
+    def analyze(urls):
+        columns = outcome_columns(stage(urls))
+        return [dict(zip(columns, row)) for row in zip(*columns.values())]
+
+
+    if __name__ == "__main__":
+        with Client(n_workers=2, threads_per_worker=1) as client:
+            client.register_plugin(AnalyzePlugin())
+            urls = pd.read_parquet("urls.parquet")["url"].tolist()
+            rows = bag.from_sequence(urls, npartitions=4).map_partitions(analyze)
+            results = rows.to_dataframe(meta=META)
+            results.to_parquet("results", schema=SCHEMA, write_index=False)
+
+Hugging Face datasets::
+
+    from datasets import Dataset, Features
+
+    from cloudinary_analyze import Captioning
+    from cloudinary_analyze.ledger.redis import RedisLedger
+    from cloudinary_analyze.stage import SCHEMA, AnalyzeStage, outcome_columns
+
+    stage = AnalyzeStage(Captioning, ledger=RedisLedger())
+
+
+    def analyze(batch):
+        return outcome_columns(stage(batch["url"]))
+
+
+    if __name__ == "__main__":
+        dataset = Dataset.from_parquet("urls.parquet")
+        results = dataset.map(
+            analyze,
+            batched=True,
+            batch_size=500,
+            num_proc=2,
+            remove_columns=["url"],
+            features=Features.from_arrow_schema(SCHEMA),
+        )
+        results.to_parquet("results.parquet")
+
+Ray Data. Actors keep their session between batches; ``repartition`` makes large ones::
+
+    import pyarrow as pa
+    import ray
+
+    from cloudinary_analyze import Captioning
+    from cloudinary_analyze.ledger.redis import RedisLedger
+    from cloudinary_analyze.stage import SCHEMA, AnalyzeStage, outcome_columns
+
+
+    class Analyze:
+        def __init__(self):
+            self.stage = AnalyzeStage(Captioning, ledger=RedisLedger())
+
+        def __call__(self, table):
+            outcomes = self.stage(table["url"].to_pylist())
+            return pa.table(outcome_columns(outcomes), SCHEMA)
+
+
+    if __name__ == "__main__":
+        dataset = ray.data.read_parquet("urls.parquet").repartition(4)
+        dataset.map_batches(
+            Analyze, batch_format="pyarrow", batch_size=None, concurrency=2, num_cpus=0.5
+        ).write_parquet("results")
+
+Spark::
+
+    import pyarrow as pa
+    from pyspark.sql import SparkSession
+    from pyspark.sql.pandas.types import from_arrow_schema
+
+    from cloudinary_analyze import Captioning
+    from cloudinary_analyze.ledger.redis import RedisLedger
+    from cloudinary_analyze.stage import SCHEMA, AnalyzeStage, outcome_columns
+
+    stage = AnalyzeStage(Captioning, ledger=RedisLedger())
+
+
+    def analyze(batches):
+        for batch in batches:
+            outcomes = stage(batch["url"].to_pylist())
+            yield pa.RecordBatch.from_pydict(outcome_columns(outcomes), SCHEMA)
+
+
+    if __name__ == "__main__":
+        spark = SparkSession.builder.getOrCreate()
+        frame = spark.read.parquet("urls.parquet").repartition(4)
+        results = frame.mapInArrow(analyze, from_arrow_schema(SCHEMA))
+        results.write.parquet("results")
+
+*Prefect and Airflow* run tasks, not partitions. Call the stage in a task with the URLs of one part
+(in Airflow: a mapped task), and let the task write its table to a file. Retries of the task are safe,
+because the ledger restores what was answered. Return file names, not outcomes: both keep results in
+a database.
 """
 
 from __future__ import annotations
