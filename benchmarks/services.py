@@ -230,6 +230,10 @@ def _fail(seconds: float, status: int, required: float, **more: object) -> Scena
 
 
 SCENARIOS: Final[dict[str, Scenario]] = {
+    # a control: a busy machine reaches less here, too
+    "unlimited": Scenario(
+        title="no limit but 64 permits", build=lambda: Service(MOST), latency=LATENCY, required=0.0
+    ),
     "rate-10": _limit_rate(10, 5, 0.94),
     "rate-10-retry-after": _limit_rate(10, 5, 0.92, retry_after=1),
     "rate-50": _limit_rate(50, 10, 0.96, quick=25, peers=True),

@@ -18,7 +18,8 @@ Legal states, from the fastest to the slowest:
     WATCHED    | under cap              | a round without throttles, cap = permits -> CALM;
                |                        | too large a share throttled -> CRUISING
     SEARCHING  | under cap, at a pace    | a clean round: the pace doubles; a bad round -> CRUISING;
-               | after a stall          | the pace delays nothing -> WATCHED; `ceiling` -> CRUISING
+               | after a stall          | the pace delays nothing -> WATCHED; `ceiling` -> CRUISING;
+               |                        | most are throttled: half the pace -> CRUISING
     CRUISING   | under cap, at the pace | the rest is over -> PROBING; a bad round: a lower pace;
                |                        | the pace delays nothing -> WATCHED
     PROBING    | under cap, at a pace   | a clean round: a higher pace; a bad one -> CRUISING
@@ -26,7 +27,8 @@ Legal states, from the fastest to the slowest:
     STALLED    | one, after a pause     | its start -> TESTING
     TESTING    | none                   | the probe's success -> SEARCHING; otherwise -> STALLED
 
-Most results in a row bad (`RUN`, `MOST`) lead from any of the first five states to STALLED.
+Most results in a row bad (`RUN`, `MOST`) lead from any of the first five states to STALLED, but
+throttles from SEARCHING to CRUISING first.
 A `Settings.rate` is one more pace. It bounds the starts in every state and is never CALM.
 """
 
@@ -208,7 +210,7 @@ class Admission:
         if attempt.generation != self.generation or attempt.depth > self.cap.limit:
             return  # it started before the last stall or cut
         explained = self.cap.count_throttle(attempt.depth, now, self.chance())
-        self.pace.count_throttle(explained=explained)
+        self.pace.count_throttle(attempt.number, explained=explained)
         self._count_bad(attempt, now, retry_after, throttled=True)
         self._judge(attempt, now)
 
@@ -253,6 +255,9 @@ class Admission:
             return
         if self.cap.learn(0.0):
             self._cut(now)
+        elif throttled and self.pace.step_back(now, self.chance()):
+            self._run = 0
+            self.pace.begin_round(now, self._number)
         else:
             self.stall(now, retry_after, throttled=throttled)
 

@@ -219,6 +219,7 @@ class Pace:
     _rest: float = 1.0
     _probe_at: float = 0.0
     _round_at: float = 0.0
+    _unanswered: int = 0  # starts of the round that are too young for a rejection
     _round_from: int = 0  # the number of the last start before the round
     _climb_at: float = 0.0
     _climbed: int = 0  # starts since then that were not throttled
@@ -261,14 +262,15 @@ class Pace:
         if self.rate is not None:
             self.turnstile.put_back()
 
-    def count_throttle(self, *, explained: bool) -> None:
+    def count_throttle(self, number: int, *, explained: bool) -> None:
         """Count a throttle.
 
         Args:
+            number: Of the attempt. One from before the round says nothing about the round's rate.
             explained: The cap explains it.
         """
         self._climbed -= 1
-        self.throttled += not explained
+        self.throttled += not explained and number > self._round_from
 
     def remember_ceiling(self, now: float, *, throttled: bool) -> None:
         """Take note of a stall. If nothing was accepted, or in an outage, the rate stays unknown.
@@ -289,6 +291,8 @@ class Pace:
         if number <= self._round_from or not self.started:
             return False
         seconds, gain = now - self._round_at, self._gain
+        # At most half, because a round lasts for two lags.
+        self._unanswered = int(self.started * min(0.5, self.lag / max(0.001, seconds)))
         if seconds >= LONGEST_ROUND:
             return True
         shortest = max(SHORTEST_ROUND, GAIN / gain, ROUND_LAGS * self.lag)
@@ -303,8 +307,8 @@ class Pace:
 
     @property
     def share(self) -> float:
-        """The share of the round's starts that was throttled."""
-        return self.throttled / max(1, self.started)
+        """The share of the round's starts that was throttled, of those old enough to know."""
+        return self.throttled / max(1, self.started - self._unanswered)
 
     @property
     def is_bad(self) -> bool:
@@ -338,6 +342,19 @@ class Pace:
         self._cruise(now, chance)
         self._fresh, self._last_share = True, share
         self._cuts += 1
+
+    def step_back(self, now: float, chance: float) -> bool:
+        """Undo the last step of a search. Return whether there was one.
+
+        A full bucket hides the limit for a step or two. Then the next one is so far above it that
+        most starts are throttled. A stall would cost seconds.
+        """
+        if self.state is not State.SEARCHING or self.rate is None:
+            return False
+        self._set_rate(self.rate / 2)
+        self._rest, self._fresh = 1.0, True
+        self._cruise(now, chance)
+        return True
 
     def pass_round(self, now: float, chance: float) -> None:
         """Act on a round that was not bad."""
