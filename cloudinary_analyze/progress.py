@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar
@@ -31,7 +31,7 @@ from cloudinary_analyze.responses import Limit
 from cloudinary_analyze.session import AnalyzeSession
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.progress import Progress, TaskID
 
 __all__ = ["Meter", "ProgressReporter", "Reading", "describe_reading", "show_progress"]
@@ -264,20 +264,29 @@ class ProgressReporter:
             total=reading.total,
             failed=reading.failed,
             time=f"{_describe_rate(self.meter)} {_describe_time(reading, self.meter)}",
-            more=" ".join(part for part in more if part),
+            more=", ".join(part for part in more if part),
             refresh=True,
         )
 
 
 def _build_progress(console: Console) -> Progress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.text import Text
 
-    return Progress(
+    class TwoLines(Progress):
+        """The bar, and below it what would not fit next to it on a narrow terminal."""
+
+        def get_renderables(self) -> Iterator[RenderableType]:
+            yield self.make_tasks_table(self.tasks)
+            more = " ".join(task.fields["more"] for task in self.tasks)
+            if more:
+                yield Text(more, no_wrap=True, overflow="ellipsis")
+
+    return TwoLines(
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TextColumn("[red]{task.fields[failed]:,} failed"),
         TextColumn("{task.fields[time]}", markup=False),
-        TextColumn("{task.fields[more]}", markup=False),
         console=console,
         auto_refresh=False,
         redirect_stdout=False,  # a terminal may show the results, too
