@@ -377,7 +377,7 @@ async def test_an_interrupt_while_the_results_are_written_leaves_the_earlier_one
         export = LedgerExport(ledger)
         export.halt()
         with pytest.raises(CommandError, match="cloudinary-analyze export") as caught:
-            await export.write(plan_places(DEFAULT_OUTPUT, needs_ledger=False))
+            await export.write(plan_places(DEFAULT_OUTPUT, needs_ledger=False), source="urls.txt")
     assert caught.value.exit_code == 130
     assert Path("results.jsonl").read_text(encoding="utf-8") == "from an earlier run\n"
     assert not list(Path().glob("*.part"))

@@ -6,6 +6,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -193,6 +194,8 @@ MODULES = [
         found.name
         for found in pkgutil.walk_packages(cloudinary_analyze.__path__, "cloudinary_analyze.")
         if not found.name.endswith("__main__")
+        # engines are not part of the test environment
+        and (found.name != "cloudinary_analyze.dask" or find_spec("distributed"))
     ),
 ]
 
