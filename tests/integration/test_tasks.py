@@ -7,7 +7,16 @@ import time
 
 import pytest
 from scripted import ScriptedServer, answer, until
-from task_support import build_failure, build_result, connected, idle, library_tasks, quick, sign
+from task_support import (
+    URL,
+    build_failure,
+    build_result,
+    connected,
+    idle,
+    library_tasks,
+    quick,
+    sign,
+)
 
 from cloudinary_analyze import (
     AnalysisTask,
@@ -33,6 +42,14 @@ def request(index=0):
     return Captioning(f"https://example.com/{index}.jpg")
 
 
+def notify(session, task_id, **fields):
+    """Let a signed notification of a task arrive, and return its body."""
+    body = build_result(task_id, **fields)
+    secret, now = session._credentials.api_secret, time.time()
+    session._source.queue.put_nowait(sign(body, secret=secret, at=now, received_at=now))
+    return body
+
+
 @pytest.fixture
 async def reported():
     """Collect what the loop's exception handler is told."""
@@ -44,7 +61,8 @@ async def reported():
 
 class TestAwaiting:
     async def test_submit_returns_a_handle_at_once_and_it_resolves(self):
-        async with connected() as (emulator, session):
+        settings = quick(poll_first=NEVER, poll_longest=NEVER)
+        async with connected(settings, task_seconds=NEVER) as (emulator, session):
             task = session.submit(request())
             assert isinstance(task, AnalysisTask)
             assert (task.task_id, task.status, task.done()) == (None, "submitting", False)
@@ -54,9 +72,10 @@ class TestAwaiting:
             assert task_id in emulator.tasks
             assert task.task_id == task_id
             assert task.status == "pending"
+            notify(session, task_id)
             response = await task
             assert isinstance(response.analysis, CaptioningAnalysis)
-            assert response.entity == "https://example.com/0.jpg"
+            assert response.entity == URL
             assert response.raw["task_id"] == task_id
             assert (task.done(), task.status) == (True, "completed")
             assert task.result() is response is await task
@@ -178,9 +197,7 @@ class TestAwaiting:
     async def test_a_signed_result_that_cannot_be_read_ends_its_task_with_the_body(self):
         async with connected(task_seconds=NEVER) as (_, session):
             task = session.submit(request())
-            body = build_result(await task.accepted(), data={"progress": 50})
-            secret, now = session._credentials.api_secret, time.time()
-            session._source.queue.put_nowait(sign(body, secret=secret, at=now, received_at=now))
+            body = notify(session, await task.accepted(), data={"progress": 50})
             with pytest.raises(ResponseDecodeError) as caught:
                 await task
             assert caught.value.raw_body == body
@@ -189,16 +206,10 @@ class TestAwaiting:
         async with connected(task_seconds=NEVER) as (_, session):
             task = session.submit(request())
             task_id = await task.accepted()
-            secret, now = session._credentials.api_secret, time.time()
-
-            def notify(**fields):
-                body = build_result(task_id, **fields)
-                session._source.queue.put_nowait(sign(body, secret=secret, at=now, received_at=now))
-
-            notify(data={"status": "processing", "progress": 50})
+            notify(session, task_id, data={"status": "processing", "progress": 50})
             await until(lambda: task.status == "processing")
             assert not task.done()
-            notify()
+            notify(session, task_id)
             assert (await task).analysis.caption == "a cat"
             assert session.stats.notifications == {"progress": 1, "resolved": 1}
 
