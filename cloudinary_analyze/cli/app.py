@@ -54,6 +54,7 @@ from cloudinary_analyze.cli.service import (
     read_quotas,
     serve,
 )
+from cloudinary_analyze.cli.shared import is_shared, shard_source
 from cloudinary_analyze.cli.single import SinglePlan, perform_analyze, perform_status
 from cloudinary_analyze.errors import AnalyzeError
 from cloudinary_analyze.results.report import DEFAULT_TITLE
@@ -141,9 +142,14 @@ def run(
     _check_input(source, emulated=emulated, samples=samples)
     named = source.key_column is not None
     lines = open_source(source) if source.names else None
+    if source.shard is not None and lines is not None:
+        lines = shard_source(lines, source.shard)
     places = plan_places(results, inputs=() if lines is None else lines.files, needs_ledger=named)
     if retry_failed and places.ledger is None:
         raise CommandError("--retry-failed needs a ledger; add --ledger.")
+    if places.shared is not None and (retry_failed or emulated):
+        option = "--retry-failed" if retry_failed else "--emulator"
+        raise CommandError(f"{option} does not work with a ledger that other machines share.")
     receiving.check(emulated=emulated)
     spending.check(builders, streamed=places.ledger is None)
     plan = RunPlan(
@@ -174,9 +180,10 @@ def _check_input(source: InputOptions, *, emulated: bool, samples: int | None) -
             "Missing input: pass --input with a file, or - for standard input. "
             "To try it without an account and an input, pass --emulator instead."
         )
-    if not source.names and (source.input_format or source.column_options):
+    if not source.names and (source.input_format or source.column_options or source.shard):
         raise CommandError(
-            "--input-format, --column, --key-column and --keep describe an input; add --input."
+            "--input-format, --column, --key-column, --keep and --shard describe an input; add "
+            "--input."
         )
 
 
@@ -224,7 +231,9 @@ def listen(
 
 @app.command
 def export(
-    ledger: Annotated[Path, Parameter(help="The ledger of a run.")],
+    ledger: Annotated[
+        str, Parameter(help="The ledger of a run, or redis://HOST/0 for all machines.")
+    ],
     /,
     *,
     output: Annotated[
@@ -251,7 +260,8 @@ def export(
     """
     chosen = output_format or detect_output_format(output)
     check_extra(chosen == "parquet", "pyarrow", "parquet", "Parquet")
-    _check_output(output, ledger)
+    if not is_shared(ledger):
+        _check_output(output, Path(ledger))
     return partial(export_ledger, ledger, output, chosen, status=status, models=models)
 
 

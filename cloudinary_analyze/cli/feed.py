@@ -48,6 +48,7 @@ class InputOptions:
         key_column: The column that identifies an item instead of its source.
         keep: The columns that are kept for the output, with commas between.
         limit: The number of lines to process at most.
+        shard: The part of the lines to process, such as ``1/4``.
     """
 
     names: Annotated[
@@ -94,6 +95,14 @@ class InputOptions:
             name="--limit",
             help="Process only the first N lines.",
             validator=validators.Number(gte=1),
+        ),
+    ] = None
+
+    shard: Annotated[
+        str | None,
+        Parameter(
+            name="--shard",
+            help="I/N: process only every N-th line, from the I-th on. For N machines.",
         ),
     ] = None
 

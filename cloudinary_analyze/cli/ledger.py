@@ -7,7 +7,7 @@ import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import AsyncIterator, Generator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Final
@@ -194,6 +194,7 @@ async def open_book(
     retry_failed: bool,
     patience: float,
     console: Console,
+    make: Callable[..., RunLedger] | None = None,
 ) -> AsyncIterator[Book]:
     """Open the ledger of a run for as long as the block lasts.
 
@@ -211,7 +212,7 @@ async def open_book(
         begun_before = True  # what lies there is its output
     else:
         begun_before = False
-    async with RunLedger(path, patience=patience) as ledger:
+    async with (make or RunLedger)(path, patience=patience) as ledger:
         await ledger.open(**service.identify())
         with closing(iter(ledger.iter_items())) as items:  # type: ignore[type-var]
             begun_before = begun_before or next(items, None) is not None

@@ -27,6 +27,7 @@ from cloudinary_analyze.cli.files import (
 from cloudinary_analyze.cli.ledger import HaltedError
 from cloudinary_analyze.cli.outlet import Outlet, escape_controls
 from cloudinary_analyze.cli.screen import STANDARD, CommandError, ExitCode, explain_stdout, say
+from cloudinary_analyze.cli.shared import SharedItems, build_shared_ledger, is_shared
 from cloudinary_analyze.cli.summary import Tally
 from cloudinary_analyze.ledger.items import LedgerItem
 from cloudinary_analyze.ledger.sqlite import SQLiteLedger
@@ -97,7 +98,12 @@ class OutputOptions:
     ] = "results.jsonl"
     output_format: ExportFormatOption = None
     ledger: Annotated[
-        Path | None, Parameter(name="--ledger", help="File of the ledger. Default: OUTPUT.ledger.")
+        str | None,
+        Parameter(
+            name="--ledger",
+            help="File of the ledger (default: OUTPUT.ledger), or redis://HOST/0 to share the work "
+            "with other machines. Its password comes from REDIS_URL.",
+        ),
     ] = None
     report: Annotated[
         Path | None, Parameter(name="--report", help="Also write an HTML report of the results.")
@@ -122,6 +128,7 @@ class Places:
         ledger: The file of the ledger; ``None``: none is kept.
         report: The file of the report, if one is wanted.
         summary: The file of the summary, if one is wanted.
+        shared: The URL of the ledger that other machines share, if any.
     """
 
     output: str
@@ -130,6 +137,7 @@ class Places:
     ledger: Path | None
     report: Path | None
     summary: Path | None = None
+    shared: str | None = None
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
@@ -153,7 +161,9 @@ def plan_places(
     Raises:
         CommandError: They cannot, or the options do not fit together.
     """
-    output, ledger, report = options.output, options.ledger, options.report
+    output, report = options.output, options.report
+    shared = options.ledger if options.ledger and is_shared(options.ledger) else None
+    ledger = None if shared or options.ledger is None else Path(options.ledger)
     streamed = is_stream(output)
     chosen = options.output_format or ("jsonl" if streamed else detect_output_format(output))
     if streamed:
@@ -181,7 +191,14 @@ def plan_places(
     check_conflicts([("--input", name) for name in inputs], outputs, ledger=ledger)
     check_extra(chosen == "parquet", "pyarrow", "parquet", "Parquet")
     check_extra(report is not None, "jinja2", "report", "The report")
+    if shared is not None:
+        if ledger is None:
+            raise CommandError(
+                "A ledger in Redis needs a file for --output; the run resumes by it."
+            )
+        build_shared_ledger(shared)
     return Places(
+        shared=shared,
         output=output,
         output_format=chosen,
         streamed=streamed,
@@ -203,7 +220,7 @@ class LedgerExport:
         counted: Whether both are of the whole ledger.
     """
 
-    ledger: SQLiteLedger
+    ledger: SQLiteLedger | SharedItems
     choose: Callable[[LedgerItem], bool] = lambda _: True
     counted: bool = attrs.field(default=False, init=False)
     tally: Tally = attrs.field(factory=Tally, init=False)
@@ -359,7 +376,7 @@ class StreamResults:
 
 
 def export_ledger(
-    ledger: Path,
+    ledger: str,
     output: str,
     output_format: ExportFormat,
     console: Console,
@@ -370,7 +387,7 @@ def export_ledger(
     """Write what a ledger holds, also during a run.
 
     Args:
-        ledger: The ledger.
+        ledger: The ledger: a file, or the URL of a Redis.
         output: The file, or ``-``.
         output_format: Its format.
         console: For messages.
@@ -383,7 +400,7 @@ def export_ledger(
     """
     wanted = frozenset(map(read_model_name, models))
     export = LedgerExport(
-        SQLiteLedger(ledger),
+        SharedItems(ledger) if is_shared(ledger) else SQLiteLedger(ledger),
         lambda item: (
             (not wanted or item.model in wanted)
             and (status is None or (item.response is not None) == (status == "ok"))

@@ -48,6 +48,7 @@ from cloudinary_analyze.cli.screen import (
     show_logs,
 )
 from cloudinary_analyze.cli.service import CallOptions, Service, open_service
+from cloudinary_analyze.cli.shared import SharedRunLedger, build_shared_ledger
 from cloudinary_analyze.cli.summary import (
     AGAIN,
     Balance,
@@ -466,6 +467,9 @@ async def _prepare(
                 retry_failed=plan.retry_failed,
                 patience=plan.calling.ledger_patience,
                 console=console,
+                make=None
+                if places.shared is None
+                else partial(SharedRunLedger, shared=build_shared_ledger(places.shared)),
             )
         )
     session = AnalyzeSession(

@@ -58,6 +58,7 @@ def test_a_recipe_analyses_every_row_once(name, tmp_path, monkeypatch):
                             **os.environ,
                             "REDIS_URL": server.url,
                             "PYTHONPATH": str(ROOT),
+                            "PYSPARK_PYTHON": sys.executable,
                             "HF_HOME": str(tmp_path / "cache"),
                             "HF_DATASETS_CACHE": str(tmp_path / f"cache{run}"),
                         },

@@ -1,0 +1,182 @@
+"""`--ledger redis://…` and `--shard`: runs on several machines that share one ledger.
+
+Each run keeps its own items in a file, as always. The ledger in Redis is asked before anything is
+sent, and told of everything that is recorded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+
+from cloudinary_analyze._wire import codec
+from cloudinary_analyze.cli.feed import LineSource
+from cloudinary_analyze.cli.ledger import RunLedger
+from cloudinary_analyze.cli.screen import CommandError
+from cloudinary_analyze.errors import AnalyzeError
+from cloudinary_analyze.ledger.encoding import dump_error
+from cloudinary_analyze.ledger.file import ANSWERED, FAILED
+from cloudinary_analyze.ledger.writer import write_answer
+from cloudinary_analyze.protocols import Claim, LedgerRecord
+from cloudinary_analyze.responses import Response
+from cloudinary_analyze.results.records import InputLine
+
+if TYPE_CHECKING:
+    from cloudinary_analyze.ledger.items import LedgerItem
+    from cloudinary_analyze.ledger.redis import RedisLedger
+
+_SCHEMES: Final = ("redis://", "rediss://", "unix://")
+
+
+def is_shared(name: str) -> bool:
+    """Whether the name of a ledger is the URL of a Redis."""
+    return name.startswith(_SCHEMES)
+
+
+def build_shared_ledger(url: str) -> RedisLedger:
+    """Return the ledger at a URL, whose password comes from the environment.
+
+    Raises:
+        CommandError: The [redis] extra is missing, or the URL has a password.
+        ConfigurationError: The URL is invalid.
+    """
+    try:
+        from cloudinary_analyze.ledger.redis import RedisLedger
+    except ImportError as error:
+        raise CommandError(str(error)) from None
+    ledger = RedisLedger(url)
+    if ledger.location.protected and url != os.environ.get("REDIS_URL"):
+        raise CommandError(
+            "The URL of the ledger has a password, which every user of this machine can read in "
+            "the list of processes. Set REDIS_URL to the URL with the password, and pass it "
+            "without."
+        )
+    return ledger
+
+
+class SharedRunLedger(RunLedger):
+    """The ledger of a run in a file, in front of one in Redis that other machines share."""
+
+    def __init__(self, path: Path, shared: RedisLedger, *, patience: float) -> None:
+        super().__init__(path, patience=patience)
+        self._shared = shared
+
+    async def open(self, *, base_url: str, cloud_name: str) -> None:
+        """Open both."""
+        await super().open(base_url=base_url, cloud_name=cloud_name)
+        await self._shared.open(base_url=base_url, cloud_name=cloud_name)
+
+    async def aclose(self) -> None:
+        """Close both."""
+        try:
+            await self._shared.aclose()
+        finally:
+            await super().aclose()
+
+    async def find(self, key: str) -> LedgerRecord | None:
+        """Return what either knows; copy what another machine recorded."""
+        record = await super().find(key)
+        if record is not None and record.final:
+            return record
+        theirs = await self._shared.find(key)
+        if theirs is None or not theirs.final:
+            return theirs or record
+        packed = bytes.fromhex(key)
+        if theirs.error is not None:
+            state, content = FAILED, dump_error(theirs.error)
+        else:
+            state, content = ANSWERED, codec.dumps(theirs.response)
+        copy = partial(
+            write_answer,
+            key=packed,
+            state=state,
+            content=content,
+            seconds=theirs.seconds or 0.0,
+            recorded=0.0,  # before this run, which was not charged for it
+        )
+        await self._use().perform(copy, key=packed)
+        return theirs
+
+    async def claim(self, key: str) -> Claim | None:
+        """Claim a key for this machine, unless the file cannot be written."""
+        return None if self._use().trouble is not None else await self._shared.claim(key)
+
+    async def watch(self, key: str) -> None:
+        """Return when both may have a new result."""
+        await super().watch(key)
+        await self._shared.watch(key)
+
+    def release(self, key: str, *, ambiguous: bool) -> None:
+        """Release the claim."""
+        self._shared.release(key, ambiguous=ambiguous)
+
+    async def note_item(self, key: str, *, source: str, model: str, index: int) -> None:
+        """Note it in Redis; the file has it, see `Book.register`."""
+        await self._shared.note_item(key, source=source, model=model, index=index)
+
+    async def record_submitted(self, key: str, task_id: str | None) -> None:
+        """Record it in both."""
+        await self._shared.record_submitted(key, task_id)
+        await super().record_submitted(key, task_id)
+
+    async def record_response(self, key: str, response: Response[Any], *, seconds: float) -> None:
+        """Record it in both."""
+        await self._shared.record_response(key, response, seconds=seconds)
+        await super().record_response(key, response, seconds=seconds)
+
+    async def record_error(self, key: str, error: AnalyzeError, *, seconds: float) -> None:
+        """Record it in both."""
+        await self._shared.record_error(key, error, seconds=seconds)
+        await super().record_error(key, error, seconds=seconds)
+
+
+class SharedItems:
+    """The records of a ledger in Redis, to be exported like the items of a file."""
+
+    def __init__(self, url: str) -> None:
+        self._ledger = build_shared_ledger(url)
+        self.path = self._ledger.location
+
+    def iter_items(self) -> Iterator[LedgerItem]:
+        """Yield everything that has its response or permanent error."""
+        return self._ledger.iter_records()
+
+    def iter_columns(self) -> Iterator[Any]:
+        """Yield nothing: each machine keeps the columns of its input."""
+        yield from ()
+
+
+def read_shard(text: str) -> tuple[int, int]:
+    """Read ``i/n``.
+
+    Raises:
+        CommandError: It is something else.
+    """
+    number, _, count = text.partition("/")
+    if not (number.isascii() and number.isdecimal() and count.isascii() and count.isdecimal()):
+        raise CommandError(f"--shard must be I/N, such as 1/4, not {text!r:.40}.")
+    if not 1 <= int(number) <= int(count):
+        raise CommandError(f"--shard must be from 1/{count} to {count}/{count}, not {text!r:.40}.")
+    return int(number), int(count)
+
+
+def shard_source(source: LineSource, text: str) -> LineSource:
+    """Return the part of an input that a shard processes; the lines keep their numbers.
+
+    Raises:
+        CommandError: See `read_shard`.
+    """
+    number, count = read_shard(text)
+
+    def read() -> Generator[InputLine, None, None]:
+        with closing(source.read()) as lines:
+            yield from islice(lines, number - 1, None, count)
+
+    return attrs.evolve(source, read=read)
