@@ -12,7 +12,7 @@ event               when                                         fields
 `AttemptFinished`   an HTTP request of a call or poll ended      ``call``, ``model``, ``attempt``,
                                                                  ``seconds``, ``permit_wait``,
                                                                  ``status``, ``ambiguous``,
-                                                                 ``error``
+                                                                 ``probe``, ``error``
 `AttemptRetried`    the attempt failed and will be repeated      ``call``, ``model``, ``attempt``,
                                                                  ``wait``, ``ambiguous``, ``error``
 `CallFinished`      the call has its response, its task or its   ``call``, ``model``, ``attempts``,
@@ -32,6 +32,7 @@ event               when                                         fields
                                                                  ``error``
 `SessionPaused`     no new attempt starts for a while            ``seconds``, ``permits``,
                                                                  ``polls``, ``cause``
+`PaceChanged`       the session learned a limit of the service   ``pace``, ``permits``
 ==================  ===========================================  ===================================
 
 ``call`` joins the events of one call or poll: a number that is unique in its session. ``task_id``
@@ -117,6 +118,7 @@ class AttemptFinished(Described):
         permit_wait: Seconds that it queued before: for a permit, a pause, a pace or a claim.
         status: HTTP status; ``None`` if no response arrived.
         ambiguous: Whether it may have been charged although it has no usable response.
+        probe: Whether it tested if the service answers again, during a pause.
         error: ``None`` on success.
     """
 
@@ -127,6 +129,7 @@ class AttemptFinished(Described):
     permit_wait: float
     status: int | None = None
     ambiguous: bool = False
+    probe: bool = False
     error: BaseException | None = None
 
 
@@ -299,6 +302,19 @@ class SessionPaused(Described):
     cause: str = "throttled"
 
 
+@attrs.frozen(kw_only=True)
+class PaceChanged:
+    """The session learned how fast, or how many at once, the service serves analyze calls.
+
+    Attributes:
+        pace: Attempts per second; ``None``: no limit is known.
+        permits: Attempts in flight at most.
+    """
+
+    pace: float | None
+    permits: int
+
+
 Event: TypeAlias = (
     CallStarted
     | AttemptFinished
@@ -310,6 +326,7 @@ Event: TypeAlias = (
     | TaskAnswered
     | ItemRestored
     | SessionPaused
+    | PaceChanged
 )
 EventHook: TypeAlias = Callable[[Event], None]
 

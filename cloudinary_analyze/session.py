@@ -661,7 +661,7 @@ class AnalyzeSession(NotPicklable):
         """A snapshot of the counts since the session was created."""
         meter = self._meter
         connection = self._connection
-        queue = connection.caller.queue if connection else None
+        queue = connection.caller.attempts.queue if connection else None
         admission = queue.admission if queue else None
         table = connection.tracker.table if connection else None
         return SessionStats(
@@ -731,7 +731,9 @@ class AnalyzeSession(NotPicklable):
 
     async def _close(self, connection: _Connection, drain: float) -> None:
         caller, tracker = connection.caller, connection.tracker
-        caller.close(SessionClosedError("The session was closed while this call was waiting."))
+        caller.attempts.close(
+            SessionClosedError("The session was closed while this call was waiting.")
+        )
         try:
             await self._wait_for_responses(caller)
             for stream in list(self._streams):
@@ -739,7 +741,7 @@ class AnalyzeSession(NotPicklable):
             if drain > 0:
                 await tracker.drain(drain)
         finally:
-            caller.close_polls()
+            caller.attempts.close_polls()
             try:
                 await tracker.stop()
             finally:
@@ -751,4 +753,4 @@ class AnalyzeSession(NotPicklable):
         """Wait until no attempt is in flight, but not for long."""
         with contextlib.suppress(TimeoutError):
             async with self._clock.timeout_at(self._clock.monotonic() + CLOSE_PATIENCE):
-                await caller.queue.wait_empty()
+                await caller.attempts.queue.wait_empty()

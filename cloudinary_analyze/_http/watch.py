@@ -63,7 +63,8 @@ class Watch:
 
     def queue(self) -> None:
         """Note that the next attempt begins to queue."""
-        self.queued_at = self.clock.monotonic()
+        if self.queued_at is None:
+            self.queued_at = self.clock.monotonic()
 
     def _end_queueing(self) -> float:
         since, self.queued_at = self.queued_at, None
@@ -72,7 +73,12 @@ class Watch:
         return waited
 
     async def attempt(
-        self, sending: Awaitable[Answer], body: Body | None, read: Callable[[Answer], T]
+        self,
+        sending: Awaitable[Answer],
+        body: Body | None,
+        read: Callable[[Answer], T],
+        *,
+        probe: bool,
     ) -> T:
         """Make an attempt and report its end.
 
@@ -80,6 +86,7 @@ class Watch:
             sending: Sends the request and returns the response.
             body: What it sends; ``None`` for a poll.
             read: Reads the response, or raises.
+            probe: Whether it is the only attempt in a pause.
         """
         waited = self._end_queueing()
         begun = self.clock.monotonic()
@@ -107,6 +114,7 @@ class Watch:
                     permit_wait=waited,
                     status=self.status,
                     ambiguous=ambiguous and self.model is not None,
+                    probe=probe,
                     error=error,
                 )
             )

@@ -89,7 +89,7 @@ async def receive_all(emulator, session, count):
 
 async def pass_time(session, clock, seconds):
     """Move the clock on; each poll is answered at the instant when it is made."""
-    polls = session._connection.caller.poll_queue.admission
+    polls = session._connection.caller.attempts.poll_queue.admission
     for _ in range(round(seconds / 0.05)):
         await clock.advance(0.05)
         await until(lambda: not polls.in_use, seconds=PATIENCE)

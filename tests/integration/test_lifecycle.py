@@ -466,7 +466,7 @@ async def test_a_close_in_the_turn_in_which_a_permit_is_granted_fails_that_call(
     for throttled in (False, True):
         async with asyncio.timeout(10), ScriptedServer(CAPTION) as server:
             session = await server.session(permits=1).__aenter__()
-            queue = session._connection.caller.queue  # type: ignore[union-attr]
+            queue = session._connection.caller.attempts.queue  # type: ignore[union-attr]
             held = await queue.start()
             calls = [asyncio.create_task(session.analyze(r)) for r in requests_of(3, Captioning)]
             await asyncio.sleep(0)

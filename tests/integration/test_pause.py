@@ -28,7 +28,7 @@ from cloudinary_analyze import (
     QuotaExceededError,
     RateLimitedError,
 )
-from cloudinary_analyze.events import SessionPaused
+from cloudinary_analyze.events import AttemptFinished, PaceChanged, SessionPaused
 from cloudinary_analyze.testing import ManualClock
 
 SLOW_DOWN = answer(429, headers={"Retry-After": "5"})
@@ -73,6 +73,10 @@ async def test_nobody_sends_while_everything_is_throttled(clock: ManualClock) ->
             assert 5 <= clock.now <= 10
             assert server.most_in_flight < 32
             assert (session.stats.pauses, session.stats.probes) == (1, 1)
+            attempts = [event for event in events if type(event) is AttemptFinished]
+            assert sum(attempt.probe for attempt in attempts) == 1
+            paces = [event.pace for event in events if type(event) is PaceChanged]
+            assert paces[0] == 16
             (pause,) = [event for event in events if type(event) is SessionPaused]
             assert (pause.seconds >= 5, pause.polls) == (True, False)
     assert len(server.seen) == 64 + 65

@@ -117,7 +117,7 @@ class TestEverySuspension:
 
                 async def check(_):
                     await until(lambda: busy(session.stats) == (0, 0, 0))
-                    await until(lambda: tracker.caller.poll_queue.admission.in_use == 0)
+                    await until(lambda: tracker.caller.attempts.poll_queue.admission.in_use == 0)
                     assert tracker.poller.scheduled == 0
                     pending = tracker.table.pending.values()
                     assert not any(entry.waits or entry.poll_at for entry in pending)
@@ -140,9 +140,11 @@ class TestEverySuspension:
                 await until(lambda: busy(session.stats) == (0, 0, 0))
                 await until(lambda: session.stats.pending == 0)
                 await until(
-                    lambda: session._connection.tracker.caller.poll_queue.admission.in_use == 0
+                    lambda: (
+                        session._connection.tracker.caller.attempts.poll_queue.admission.in_use == 0
+                    )
                 )
-                assert session._connection.tracker.caller.poll_queue.waiting == 0
+                assert session._connection.tracker.caller.attempts.poll_queue.waiting == 0
 
             assert await cancel_everywhere(act, check, late=late) > 3
 

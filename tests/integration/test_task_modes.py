@@ -243,7 +243,7 @@ class TestMap:
                 waiting.cancel()
                 await asyncio.wait([waiting])
             tracker = session._connection.tracker
-            await until(lambda: tracker.caller.poll_queue.admission.in_use == 0)
+            await until(lambda: tracker.caller.attempts.poll_queue.admission.in_use == 0)
             polls = emulator.counts.total_polls
             await asyncio.sleep(0.05)
             assert emulator.counts.total_polls == polls

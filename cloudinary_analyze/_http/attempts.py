@@ -1,0 +1,512 @@
+"""Attempts: the one loop that repeats calls and polls, each attempt admitted by a queue.
+
+The policy decides, `AdmissionQueue` admits, `Transport` sends. The order of an attempt: quota
+breaker, pause or probe, slot and pace, pacer, claim, send, report, release. No slot is held while a
+call sleeps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from copy import copy
+from functools import partial
+from math import inf
+from typing import Final, TypeVar
+
+import attrs
+from yarl import URL
+
+from cloudinary_analyze._cancellation import Sections, get_task
+from cloudinary_analyze._clock import Clock, wake
+from cloudinary_analyze._http.admission import Admission, Attempt
+from cloudinary_analyze._http.limits import CATCH_UP, Turnstile
+from cloudinary_analyze._http.quota import Quota
+from cloudinary_analyze._http.transport import Answer, Body, Transport
+from cloudinary_analyze._http.waiting import AdmissionQueue
+from cloudinary_analyze._http.watch import Watch
+from cloudinary_analyze._policy import (
+    asks_for_more,
+    build_waits,
+    compute_patience,
+    decide_wait,
+    is_outage,
+    is_throttle,
+)
+from cloudinary_analyze._values import NotPicklable
+from cloudinary_analyze.config import Pacer, Settings
+from cloudinary_analyze.errors import (
+    AnalyzeError,
+    ApiError,
+    AuthenticationError,
+    CallTimeoutError,
+    OutageError,
+    PacerError,
+    ResponseDecodeError,
+    TransportError,
+    build_unsent,
+    shorten,
+)
+from cloudinary_analyze.events import Meter, PaceChanged, SessionPaused
+
+T = TypeVar("T")
+
+# Seconds that a slot waits for a claim. A slow store must not keep calls that need none.
+SLOT_PATIENCE: Final = 1.0
+
+
+@attrs.define(eq=False, repr=False)
+class Call:
+    """One call: what it sends, and how far it has come.
+
+    Attributes:
+        url: Where to.
+        queue: Admits its attempts.
+        limit: Attempts at most, besides those that cost none.
+        begun: Monotonic instant of the call.
+        model: The model's wire name; ``None`` for a status poll.
+        feature: The add-on feature that it is charged to.
+        content: The JSON to POST; ``None``: a GET.
+        patience: Seconds of its own waits that are left to an interactive call. Waiting for the end
+            of an outage uses them up, too. Waits that the service asked for do not.
+        deadline: Monotonic instant when it gives up.
+        urgent: Whether it is interactive: admitted before bulk work, and impatient in an outage.
+        claim: Awaited with the slot held, once, before the first attempt.
+        on_start: Called immediately before the first attempt.
+        unsent: Whether `claim` or `on_start` refused it, so that the call does not count.
+        attempts: Attempts begun.
+        free: Those of them that do not count towards the limit.
+        number: The number of the last of them among all attempts of the session.
+        sending: The body of the attempt in flight.
+        ambiguous: Whether an earlier attempt may have been charged.
+        error: Why the last attempt failed.
+        failed_at: Monotonic instant of its first failure.
+        again: Whether the next attempt starts before those of other calls.
+        waits: Our own waits between attempts, once there was a failure.
+        token: The number of the OAuth token that the last attempt was sent with.
+        renewed: Whether a refusal has led to a new token already.
+        probing: Whether this call tests if a used up quota was renewed.
+        watch: Reports its events; ``None`` if the session has no hook.
+    """
+
+    url: URL
+    queue: AdmissionQueue
+    limit: int
+    begun: float
+    patience: float
+    model: str | None = None
+    feature: str = ""
+    content: bytes | None = None
+    deadline: float | None = None
+    urgent: bool = True
+    claim: Callable[[], Awaitable[None]] | None = None
+    on_start: Callable[[], None] | None = None
+    unsent: bool = False
+    attempts: int = 0
+    free: int = 0
+    number: int = 0
+    sending: Body | None = None
+    ambiguous: bool = False
+    error: AnalyzeError | None = None
+    failed_at: float | None = None
+    again: bool = False
+    waits: Iterator[float] | None = None
+    token: int = 0
+    renewed: bool = False
+    probing: bool = False
+    watch: Watch | None = None
+
+
+@attrs.define(eq=False, repr=False)
+class Attempts(NotPicklable):
+    """Makes the attempts of one session's calls and polls.
+
+    Attributes:
+        queue: Admits the attempts of analyze calls.
+        poll_queue: Admits those of status polls.
+        own_patience: Seconds that all our own waits of a call take at most.
+    """
+
+    settings: Settings
+    clock: Clock
+    transport: Transport
+    meter: Meter
+    quota: Quota
+    queue: AdmissionQueue = attrs.field(init=False)
+    poll_queue: AdmissionQueue = attrs.field(init=False)
+    own_patience: float = attrs.field(init=False)
+    _bulk_patience: float = attrs.field(init=False)
+    _limits: tuple[float | None, int] = attrs.field(init=False)
+    _sleepers: set[asyncio.Future[None]] = attrs.field(factory=set, init=False)
+    _pacing: Sections = attrs.field(factory=Sections, init=False)
+    _closed: AnalyzeError | None = attrs.field(default=None, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        settings = self.settings
+        rate = None
+        if settings.rate is not None:
+            # a late timer is made up for, but not more, so that the rate is kept
+            slack = max(CATCH_UP, (settings.burst - 1) / settings.rate)
+            rate = Turnstile(1 / settings.rate, slack)
+        self.queue = AdmissionQueue(
+            Admission(settings.permits, rate=rate), self.clock, self._build_outage_error
+        )
+        self.poll_queue = AdmissionQueue(
+            Admission(settings.poll_permits), self.clock, self._build_outage_error
+        )
+        self._limits = None, settings.permits
+        self.own_patience = compute_patience(settings)
+        self._bulk_patience = inf if settings.outage_timeout is None else settings.outage_timeout
+
+    async def repeat_until(
+        self, deadline: float, call: Call, read: Callable[[Call, Answer], T]
+    ) -> T:
+        begun = self.clock.monotonic()
+        if deadline <= begun:
+            raise CallTimeoutError("The time for the whole call was over before it was sent.")
+        scope: asyncio.Timeout | None = None
+        try:
+            async with self.clock.timeout_at(deadline) as scope:
+                return await self.repeat(call, read)
+        except TimeoutError as error:
+            if isinstance(error, AnalyzeError) or scope is None or not scope.expired():
+                raise  # an attempt's, or the pacer's own
+            how = f"{call.attempts} attempts" if call.attempts else "queueing for a permit"
+            raise CallTimeoutError(
+                f"No response arrived within the {deadline - begun:.1f} s for the whole call "
+                f"({how}).",
+                attempts=call.attempts,
+                ambiguous=call.ambiguous or (call.sending is not None and call.sending.sent),
+            ) from call.error
+
+    async def repeat(self, call: Call, read: Callable[[Call, Answer], T]) -> T:
+        """Attempt a call until it has a response or an error that the policy calls final."""
+        queue = call.queue
+        quota = self.quota
+        watch = call.watch
+        waits_for_turn = call.model is not None and (
+            call.claim is not None or self.settings.pacer is not None
+        )
+        while True:
+            if watch is not None:
+                watch.queue()
+            if quota.breakers and call.model is not None and not call.probing:
+                call.probing = quota.check(call.feature)
+            attempt = queue.start_at_once() or await self._wait_to_start(call)
+            if waits_for_turn and not await self._take_turn(call, attempt):
+                continue
+            try:
+                self._begin(call)
+            except BaseException:
+                queue.withdraw(attempt)
+                raise
+            try:
+                sending = self.transport.send(call.url, call.sending)
+                if watch is None:
+                    result = read(call, await sending)
+                else:
+                    result = await watch.attempt(
+                        sending, call.sending, partial(read, call), probe=attempt.probe
+                    )
+            except (ApiError, TransportError) as error:
+                refused = error
+                wait = self._judge(call, attempt, error)
+                if wait is None and not self._may_renew(call, error):
+                    raise
+            except ResponseDecodeError as error:
+                queue.succeed(attempt)  # the service did answer
+                error.model = call.model
+                error.ambiguous &= call.model is not None
+                raise
+            else:
+                queue.succeed(attempt)
+                return result
+            finally:
+                queue.release(attempt)
+                if watch is not None and call.model is not None:
+                    self._tell_pace(queue.admission)
+            if wait is None:
+                await self._renew_token(call, refused)
+            elif wait:
+                await self._sleep(wait)
+
+    async def _wait_to_start(self, call: Call) -> Attempt:
+        """Wait in the queue; in an outage, no longer than the call may.
+
+        Raises:
+            OutageError: The outage lasts too long for bulk work, or for a call that was not sent.
+            AnalyzeError: The error of its last attempt, of an interactive call; the queue was
+                closed; or the service asked for a longer wait than the settings allow.
+        """
+        since, patience = call.begun, self._bulk_patience
+        if call.urgent:
+            since, patience = self.clock.monotonic(), call.patience
+        try:
+            attempt = await call.queue.start(
+                urgent=call.urgent, first=call.again, since=since, patience=patience
+            )
+            if attempt.probe:
+                stalled_at = call.queue.admission.stalled_at or since
+                call.patience -= self.clock.monotonic() - max(since, stalled_at)
+            return attempt
+        except OutageError as error:
+            if not call.urgent or call.error is None:
+                error.attempts = call.attempts
+                raise error from call.error
+        raise call.error
+
+    async def _take_turn(self, call: Call, attempt: Attempt) -> bool:
+        """Await the pacer and the claim with the slot held.
+
+        Every call of a session needs its pacer, so a slot that waits for the pacer is kept. Other
+        calls may need no claim, so after `SLOT_PATIENCE` the slot is given back.
+
+        Returns:
+            Whether the attempt may be sent now. Otherwise it was withdrawn.
+        """
+        queue = call.queue
+        slot: list[Attempt] = [attempt]
+        try:
+            if self.settings.pacer is not None:
+                await self._await_pacer(self.settings.pacer)
+            if call.claim is not None:
+                call.unsent = True
+                timer = self.clock.call_at(
+                    self.clock.monotonic() + SLOT_PATIENCE, lambda: queue.withdraw(slot.pop())
+                )
+                try:
+                    await call.claim()
+                finally:
+                    timer.cancel()
+                call.unsent, call.claim = False, None
+            if slot and queue.is_current(attempt):
+                slot.clear()
+                return True
+        finally:
+            if slot:
+                queue.withdraw(attempt)
+        call.again = True
+        return False
+
+    def _may_renew(self, call: Call, error: AnalyzeError) -> bool:
+        """Whether a new OAuth token may help a call that failed, once."""
+        refused = isinstance(error, AuthenticationError)
+        return refused and self.transport.token is not None and not call.renewed
+
+    async def _renew_token(self, call: Call, error: AnalyzeError) -> None:
+        """Wait for a newer OAuth token than the one that was refused.
+
+        Raises:
+            AuthenticationError: There is none; its cause says why.
+            SessionClosedError: The session was closed meanwhile.
+        """
+        assert self.transport.token is not None
+        call.renewed = True
+        failure = await self.transport.token.renew(call.token)
+        if self._closed is not None:
+            raise copy(self._closed) from error
+        if failure is not None:
+            raise error from failure
+        self._count_retry(call, error, 0.0)
+
+    def _begin(self, call: Call) -> None:
+        """Check that an attempt may still be sent, and count it."""
+        if call.on_start is not None:
+            call.unsent = True
+            call.on_start()
+            call.unsent, call.on_start = False, None
+        if call.deadline is not None and self.clock.monotonic() >= call.deadline:
+            # the loop was late: the permit came before the timer, which is due by now
+            raise CallTimeoutError(
+                "The time for the whole call ran out while it was waiting.",
+                attempts=call.attempts,
+            ) from call.error
+        if call.content is None:
+            self.meter.polls += 1
+        else:
+            if self.quota.breakers and not call.probing:
+                call.probing = self.quota.check(call.feature)  # it may have tripped meanwhile
+            call.sending = Body(call.content)
+            self.meter.attempts += 1
+            call.number = self.meter.attempts
+        call.attempts += 1
+        if self.transport.token is not None:
+            call.token = self.transport.token.number
+
+    async def _await_pacer(self, pacer: Pacer) -> None:
+        """Wait for the user's pacer; closing the session ends the wait.
+
+        Raises:
+            PacerError: It failed.
+            SessionClosedError: The session was closed meanwhile.
+        """
+        task = get_task()
+        cancelling = task.cancelling()
+        self._pacing.inside[task] = 0.0
+        cause: BaseException | None = None
+        try:
+            await pacer.acquire()
+        except asyncio.CancelledError as error:
+            interrupted = self._pacing.leave(task)
+            if task.cancelling() > cancelling:
+                raise
+            if not interrupted:
+                cause = error
+        except Exception as error:
+            cause = error
+        finally:
+            self._pacing.leave(task)
+        if self._closed is not None:
+            raise copy(self._closed) from cause
+        if cause is not None:
+            raise PacerError(
+                f"Settings.pacer failed ({type(cause).__name__}: {shorten(str(cause))}). This "
+                "attempt was not sent."
+            ) from cause
+
+    def _judge(
+        self, call: Call, attempt: Attempt, error: ApiError | TransportError
+    ) -> float | None:
+        """Report a failed attempt to those whom it concerns, and decide on the call.
+
+        Returns:
+            The seconds until the next attempt; ``None`` if the error is final.
+
+        Raises:
+            SessionClosedError: The session was closed meanwhile.
+        """
+        if call.model is None:
+            error.ambiguous = False  # asking for a status costs nothing
+        call.sending = None
+        call.error = error
+        call.ambiguous |= error.ambiguous
+        error.attempts = call.attempts
+        probe = attempt.probe
+        if call.failed_at is None:
+            call.failed_at = self.clock.monotonic()
+        if call.waits is None:
+            call.waits = build_waits(self.settings)
+        own_wait = next(call.waits)
+        self._report(call, attempt, error, own_wait)
+        if self._closed is not None:
+            closed = copy(self._closed)
+            closed.ambiguous = error.ambiguous
+            raise closed from error
+        wait = None
+        if self._may_repeat(call, error, probe=probe):
+            wait = decide_wait(error, self.settings, own_wait=own_wait, chance=random.random())
+        if wait is not None and call.urgent:
+            call.patience -= min(wait, own_wait)
+            wait = wait if call.patience > -0.001 else None  # but for rounding errors
+        if call.model is not None and isinstance(error, ApiError):
+            self.quota.take_failure(
+                call.feature, error, number=call.number, newest=self.meter.attempts
+            )
+        if wait is not None:
+            if probe and not error.ambiguous:
+                wait = 0.0  # the queue pauses
+            call.again = not error.ambiguous  # possible charges are spread over the items
+            self._count_retry(call, error, wait)
+        return wait
+
+    def _may_repeat(self, call: Call, error: AnalyzeError, *, probe: bool) -> bool:
+        """Whether the limits of a call allow one more attempt.
+
+        What only shows a limit of the service or an outage costs bulk work no attempt, but time.
+        Otherwise slow progress would fail items for good.
+        """
+        costs_nothing = is_throttle(error) or (probe and not error.ambiguous)
+        if call.urgent or call.model is None or not costs_nothing:
+            return call.attempts - call.free < call.limit
+        assert call.failed_at is not None
+        call.free += 1
+        return probe or self.clock.monotonic() < call.failed_at + self._bulk_patience
+
+    def _report(
+        self, call: Call, attempt: Attempt, error: ApiError | TransportError, own_wait: float
+    ) -> None:
+        """Tell the queue what an attempt says about the service."""
+        queue, generation = call.queue, call.queue.admission.generation
+        if isinstance(error, ApiError) and asks_for_more(error, self.settings.max_server_wait):
+            assert error.retry_after is not None
+            queue.refuse(self.clock.monotonic() + error.retry_after, partial(_build_refusal, error))
+        elif isinstance(error, ApiError) and is_throttle(error):
+            poll = call.model is None
+            seconds = max(error.retry_after or 0.0, own_wait if poll else 0.0)
+            queue.throttle(attempt, seconds, stall=poll or error.status == 503)
+        elif is_outage(error):
+            queue.fail(attempt)
+        else:
+            queue.succeed(attempt)
+        if queue.admission.generation > generation:
+            self.meter.pauses += 1
+            now = self.clock.monotonic()
+            self.meter.tell(
+                SessionPaused(
+                    seconds=queue.admission.find_start(now) - now,
+                    permits=queue.admission.cap.limit,
+                    polls=queue is self.poll_queue,
+                    cause="throttled" if is_throttle(error) else "failing",
+                )
+            )
+
+    def _tell_pace(self, admission: Admission) -> None:
+        limits = (admission.pace.rate, admission.cap.limit)
+        if limits != self._limits:
+            self._limits = limits
+            self.meter.tell(PaceChanged(pace=limits[0], permits=limits[1]))
+
+    def _build_outage_error(self, seconds: float) -> OutageError:
+        return OutageError(
+            f"The service has failed or refused every request for {seconds:.0f} s. Nothing more was "
+            "sent for this request.",
+            seconds=seconds,
+        )
+
+    def _count_retry(self, call: Call, error: AnalyzeError, wait: float) -> None:
+        self.meter.retries += 1
+        self.meter.ambiguous_retries += error.ambiguous
+        if call.watch is not None:
+            call.watch.retry(error, wait)
+
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep on the session's clock; closing the session ends it with its error."""
+        if self._closed is not None:
+            raise copy(self._closed)
+        woken = asyncio.get_running_loop().create_future()
+        timer = self.clock.call_at(self.clock.monotonic() + seconds, partial(wake, woken))
+        self._sleepers.add(woken)
+        try:
+            await woken
+        finally:
+            timer.cancel()
+            self._sleepers.discard(woken)
+
+    def close(self, error: AnalyzeError) -> None:
+        """Fail everything that queues or sleeps, and all that comes later."""
+        self._closed = error
+        self.queue.close(error)
+        self._pacing.interrupt_all()
+        if self.transport.token is not None:
+            self.transport.token.close()
+        for woken in self._sleepers:
+            if not woken.done():
+                woken.set_exception(copy(error))
+
+    def close_polls(self) -> None:
+        """Fail the status polls that queue, and all that come later."""
+        if self._closed is not None:
+            self.poll_queue.close(self._closed)
+
+
+def _build_refusal(error: ApiError, seconds: float) -> ApiError:
+    """Return the error for a call within a wait that the service asked another one for."""
+    unsent = build_unsent(
+        error,
+        f"Not sent: the service asked at an earlier call for a wait of {error.retry_after:.0f} s, "
+        f"which is longer than Settings.max_server_wait. {seconds:.0f} s of it are left. Its "
+        f"response was: {error.message}",
+    )
+    unsent.retry_after = seconds
+    return unsent
