@@ -219,9 +219,11 @@ async def open_book(
         if retry_failed:
             await ledger.forget_errors()
         await _absorb_rescued(ledger, console)
-        yield Book(ledger, begun_before, build_makers(builders))
-        if ledger.failed:
-            await _rescue(ledger, console)
+        try:
+            yield Book(ledger, begun_before, build_makers(builders))
+        finally:
+            if ledger.failed:
+                await _rescue(ledger, console)
 
 
 def find_rescued(ledger: Path) -> Iterator[Path]:
@@ -230,10 +232,11 @@ def find_rescued(ledger: Path) -> Iterator[Path]:
     Each is in another directory than the ledger, which only its owner may enter.
     """
     name = hashlib.sha256(os.fsencode(os.path.realpath(ledger))).hexdigest()[:16]
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    for parent in (Path(state), Path(tempfile.gettempdir())):
-        owner = f"-{os.getuid()}" if os.name == "posix" else ""
-        yield parent / f"cloudinary-analyze{owner}" / f"{ledger.name}-{name}.rescued"
+    owner = f"-{os.getuid()}" if os.name == "posix" else ""
+    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")  # noqa: PTH111
+    for parent in (Path(home), Path(tempfile.gettempdir())):
+        if parent.is_absolute():  # there may be no home directory
+            yield parent / f"cloudinary-analyze{owner}" / f"{ledger.name}-{name}.rescued"
 
 
 def _is_private(directory: Path) -> bool:
@@ -246,7 +249,11 @@ def _is_private(directory: Path) -> bool:
 async def _absorb_rescued(ledger: SQLiteLedger, console: Console) -> None:
     for path in find_rescued(ledger.path):
         if path.exists() and _is_private(path.parent):
-            await ledger.absorb(path)
+            try:
+                await ledger.absorb(path)
+            except LedgerError as error:
+                say(console, f"Saved responses were not read: {error.message}", style="yellow")
+                continue
             for suffix in COMPANIONS:
                 find_companion(path, suffix).unlink(missing_ok=True)
             path.unlink()
@@ -260,15 +267,16 @@ async def _rescue(ledger: SQLiteLedger, console: Console) -> None:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not _is_private(path.parent):
                 continue
-            await asyncio.to_thread(ledger.rescue, path)
+            count = await asyncio.to_thread(ledger.rescue, path)
         except (OSError, LedgerError):
             continue
-        say(
-            console,
-            f"Responses that the ledger could not record are saved in {path}. The next run with "
-            f"the ledger {ledger.path} reads them.",
-            style="bold",
-        )
+        if count:
+            say(
+                console,
+                f"{count:,} records that the ledger could not take are saved in {path}. The next "
+                f"run with the ledger {ledger.path} reads them.",
+                style="bold",
+            )
         return
     say(
         console,

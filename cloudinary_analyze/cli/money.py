@@ -6,7 +6,7 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -23,6 +23,7 @@ from cloudinary_analyze.cli.ledger import Book, RunLedger, build_makers, find_re
 from cloudinary_analyze.cli.output import write_summary
 from cloudinary_analyze.cli.screen import CommandError, ExitCode, say
 from cloudinary_analyze.cli.service import open_service
+from cloudinary_analyze.errors import LedgerError
 from cloudinary_analyze.ledger.items import Inventory, read_newest_responses
 from cloudinary_analyze.outcomes import AnyOutcome
 from cloudinary_analyze.requests import MODELS
@@ -263,8 +264,11 @@ async def perform_dry_run(plan: RunPlan, console: Console) -> ExitCode:
         with tempfile.TemporaryDirectory() as folder:
             async with RunLedger(Path(folder) / "dry-run.ledger") as scratch:
                 await scratch.open(**service.identify())
-                for path in () if known is None else (known, *find_rescued(known)):
-                    await scratch.copy_states(path)
+                if known is not None:
+                    await scratch.copy_states(known)
+                    for path in find_rescued(known):
+                        with suppress(LedgerError):  # the run reports it, and leaves it out, too
+                            await scratch.copy_states(path)
                 if plan.retry_failed:
                     await scratch.forget_errors()
                 book = Book(scratch, False, build_makers(plan.models))

@@ -468,7 +468,7 @@ class SQLiteLedger(NotPicklable, Ledger):
         if verify(other, *writer.owner):
             await writer.perform(partial(copy_states, path=other))
 
-    def rescue(self, path: str | os.PathLike[str]) -> None:
+    def rescue(self, path: str | os.PathLike[str]) -> int:
         """Write the records that could not be written into another ledger, for `absorb`.
 
         Call it after the ledger failed and before `aclose`. It blocks; call it in a thread.
@@ -476,13 +476,16 @@ class SQLiteLedger(NotPicklable, Ledger):
         Args:
             path: The other file, on another disk. It is created if it does not exist.
 
+        Returns:
+            The number of tasks, responses and final errors written.
+
         Raises:
             LedgerError: It cannot be written either; or this one did not fail.
         """
         writer = self._writer
         if writer is None or writer.failure is None:
             raise LedgerError(f"Nothing failed: the ledger {self._path} holds its records itself.")
-        writer.rescue(Path(path))
+        return writer.rescue(Path(path))
 
     def counts(self) -> LedgerCounts:
         """Count what is durable; reads through all records.

@@ -44,7 +44,7 @@ from cloudinary_analyze.ledger.file import (
     may_pass,
     verify,
 )
-from cloudinary_analyze.ledger.items import take_record
+from cloudinary_analyze.ledger.items import take_record, write_stream_item
 
 GATHERING: Final = 0.02  # seconds that a commit waits for further records
 RETRY_INTERVAL: Final = 0.25  # seconds between two tries while the ledger cannot be written
@@ -91,7 +91,7 @@ def write_source(connection: sqlite3.Connection, key: bytes, source: str) -> Non
 
 
 def copy_records(connection: sqlite3.Connection, path: Path) -> None:
-    """Copy the tasks, responses and final errors of another ledger."""
+    """Copy the tasks, responses and final errors of another ledger, and the items that have one."""
     query = (
         "SELECT key, state, task_id, content, seconds, recorded, source FROM records "
         "LEFT JOIN answers ON answers.record = records.id "
@@ -105,6 +105,12 @@ def copy_records(connection: sqlite3.Connection, path: Path) -> None:
                 write_task(connection, key, task_id)
             if content is not None:
                 write_answer(connection, key, state, content, seconds=seconds, recorded=recorded)
+        items = other.execute(
+            "SELECT key, position, source, model FROM items "
+            "JOIN records ON records.id = items.record ORDER BY position"
+        )
+        for key, position, source, model in items:
+            write_stream_item(connection, key, position=position, source=source, model=model)
 
 
 def delete_errors(connection: sqlite3.Connection) -> None:
@@ -283,20 +289,29 @@ class Writer:
         self.trouble = error
         return now - self._troubled_since < self.patience
 
-    def rescue(self, path: Path) -> None:
+    def rescue(self, path: Path) -> int:
         """Perform the steps that failed on another ledger, which is created if need be.
+
+        Returns:
+            How many of them were tasks, responses and final errors. Without any, no file is made.
 
         Raises:
             LedgerError: It cannot be written either.
         """
+        entries = [self._waiting[index] for index in range(len(self._waiting))]
+        count = sum(entry.key is not None for entry in entries)
+        if not count:
+            return 0
         if not verify(path, *self.owner):
             create(path, *self.owner)
         with contextlib.closing(connect_for_writing(path)) as connection, explaining(path):
             connection.execute("BEGIN IMMEDIATE")
-            for entry in self._waiting:
+            for entry in entries:
                 entry.step(connection)
             connection.execute("COMMIT")
-        self._waiting.clear()
+        for _ in entries:
+            self._waiting.popleft()
+        return count
 
     def _tell(self, callback: Callable[..., object], *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed, so nothing waits any more

@@ -291,7 +291,7 @@ async def test_answers_are_rescued_and_the_next_run_reads_them(tmp_path: Path) -
         paid = emulator.counts.total_done
         assert paid < 600
         (saved,) = [path for path in find_rescued(ledger) if path.exists()]
-        assert f"are saved in {saved}" in err.replace("\n", "")
+        assert f" are saved in {saved}" in err.replace("\n", "")
         assert saved.stat().st_mode & 0o077 == 0
         recorded = SQLiteLedger(ledger).counts().answered
         assert recorded + SQLiteLedger(saved).counts().answered == paid
@@ -319,6 +319,21 @@ def test_a_dry_run_counts_rescued_answers(
     capfd.readouterr()
     assert main([*RUN, "--dry-run"]) == 0
     assert read_table(capfd.readouterr().err)["answered already"] == "5"
+
+
+def test_saved_responses_of_another_cloud_do_not_stop_a_run(
+    tmp_path: Path, start_emulator: StartEmulator, capfd: pytest.CaptureFixture[str]
+) -> None:
+    emulator = start_emulator()
+    write_urls(tmp_path, 5)
+    saved = next(iter(find_rescued(tmp_path / "results.jsonl.ledger")))
+    saved.parent.mkdir(parents=True, mode=0o700)
+    saved.write_bytes(b"not a ledger" * 100)
+    assert main([*RUN, "--dry-run"]) == 0
+    assert main(RUN) == 0
+    assert "Saved responses were not read" in capfd.readouterr().err
+    assert emulator.counts.total_done == 5
+    assert saved.exists()
 
 
 def test_a_rescued_file_in_an_open_directory_is_ignored(

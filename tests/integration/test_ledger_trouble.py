@@ -133,10 +133,10 @@ async def test_rescued_answers_are_not_paid_for_again(path: Path, tmp_path: Path
     async with Emulator() as emulator:
         async with SQLiteLedger(path, patience=0.3) as ledger:
             await fail_run(emulator, ledger)
-            await asyncio.to_thread(ledger.rescue, rescued)
-            await asyncio.to_thread(ledger.rescue, rescued)  # there is nothing left
+            count = await asyncio.to_thread(ledger.rescue, rescued)
+            assert not await asyncio.to_thread(ledger.rescue, rescued)  # there is nothing left
         saved = SQLiteLedger(rescued).counts()
-        assert saved.answered > 0
+        assert saved.answered == count > 0
         assert stat.S_IMODE(rescued.stat().st_mode) == 0o600
         async with SQLiteLedger(path) as ledger, open_session(emulator) as session:
             caller = {"base_url": emulator.url, "cloud_name": emulator.cloud_name}
@@ -145,6 +145,8 @@ async def test_rescued_answers_are_not_paid_for_again(path: Path, tmp_path: Path
             got = await collect(session, ledger=ledger)
         assert all(outcome.error is None for outcome in got)
         assert emulator.counts.total_done == 300
+        items = {item.source for item in SQLiteLedger(path).iter_items() if item.response}
+        assert items == set(URLS)  # an export has all of them
 
 
 async def test_a_rescue_of_another_cloud_is_refused(path: Path, tmp_path: Path) -> None:
