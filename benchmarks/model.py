@@ -92,6 +92,7 @@ class Cell:
         targets: The limits that ``--check`` holds the subject to.
         quick: Whether ``--quick`` runs it.
         sliced: Whether the contenders of a round take turns slice by slice.
+        most_rounds: Rounds at most, where a sample takes a minute and varies little; 0: any number.
         prepare: What makes its place ready, if it needs one.
         program: A program that it cannot do without; it is left out where that is missing.
     """
@@ -104,5 +105,6 @@ class Cell:
     targets: tuple[Target, ...] = ()
     quick: bool = False
     sliced: bool = False
+    most_rounds: int = 0
     prepare: Prepare | None = None
     program: str = ""

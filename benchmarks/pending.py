@@ -124,6 +124,7 @@ CELLS: Final = (
             Target(figure="value", most=1024),
             Target(figure="note", most=20, note=LAG),
         ),
+        most_rounds=2,
         prepare=run_server,
     ),
 )

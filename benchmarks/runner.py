@@ -112,7 +112,7 @@ def run_cell(cell: Cell, effort: Effort) -> Result:
     broken = []
     with contextlib.ExitStack() as stack:
         place = stack.enter_context(cell.prepare(effort.items)) if cell.prepare else Place()
-        for _ in range(effort.rounds):
+        for _ in range(min(effort.rounds, cell.most_rounds or effort.rounds)):
             taken = _run_round(cell, list(samples), place, effort)
             for contender in list(samples):
                 if contender in taken:
