@@ -25,16 +25,23 @@ STYLE: Final = """
   font-weight: 600 } .grid { stroke: var(--grid) } .limit { stroke: var(--ink); fill: none;
   stroke-dasharray: 4 3 } .c0, .c1, .c2 { fill: none; stroke-linejoin: round }
   .c0 { stroke: var(--c0); stroke-width: 2.2 } .c1 { stroke: var(--c1); stroke-width: 1.4 }
-  .c2 { stroke: var(--c2); stroke-width: 1.4 }
+  .c2 { stroke: var(--c2); stroke-width: 1.4 } .bad { stroke-width: 1.2; stroke-dasharray: 1 3 }
 """
 
 
 @attrs.frozen(kw_only=True)
 class Curve:
-    """What a contender reached in each second."""
+    """What a contender reached in each second.
+
+    Attributes:
+        name: The contender.
+        rates: Its accepted requests in each second.
+        throttled: Its throttled requests in each second.
+    """
 
     name: str
     rates: Sequence[float]
+    throttled: Sequence[float]
 
 
 @attrs.frozen(kw_only=True)
@@ -56,7 +63,7 @@ def draw(panels: Sequence[Panel]) -> str:
     """Return the SVG."""
     height = TOP + len(panels) * (PANEL + GAP)
     names = list(dict.fromkeys(curve.name for panel in panels for curve in panel.curves))
-    title = "Responses per second while a service limits its clients"
+    title = "Requests accepted per second while a service limits its clients, and throttled ones"
     lines = [
         f'<svg xmlns="{NAMESPACE}" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{title}">',
         f"<style>{STYLE}</style>",
@@ -75,6 +82,8 @@ def _draw_legend(names: Sequence[str]) -> list[str]:
         lines.append(f'<path class="{kind}" d="M{x} 22h26"/>')
         lines.append(f'<text x="{x + 32}" y="26">{escape(name)}</text>')
         x += 62 + 7 * len(name)
+    lines.append(f'<path class="c0 bad" d="M{x} 22h26"/>')
+    lines.append(f'<text x="{x + 32}" y="26">throttled</text>')
     return lines
 
 
@@ -109,11 +118,11 @@ def _draw_panel(panel: Panel, top: float, names: Sequence[str]) -> list[str]:
     )
     lines.append(f'<path class="limit" d="{path}"/>')
     # ours is drawn last, above the others
-    curves = [
-        draw_line(curve.rates, f"c{names.index(curve.name)}", 0.5)
-        for curve in reversed(panel.curves)
-    ]
-    return lines + curves
+    for curve in reversed(panel.curves):
+        kind = f"c{names.index(curve.name)}"
+        lines.append(draw_line(curve.throttled, f"{kind} bad", 0.5))
+        lines.append(draw_line(curve.rates, kind, 0.5))
+    return lines
 
 
 def _find_step(most: float) -> int:

@@ -89,8 +89,13 @@ class _Answerer(asyncio.Protocol):
         else:
             answer = self.answers[path.rpartition(b"/")[2]]
         if self.delay:
-            asyncio.get_running_loop().call_later(self.delay, self.transport.write, answer)
+            asyncio.get_running_loop().call_later(self.delay, self.write, answer)
         else:
+            self.transport.write(answer)
+
+    def write(self, answer: bytes) -> None:
+        """Write an answer, unless the client has gone meanwhile."""
+        if not self.transport.is_closing():
             self.transport.write(answer)
 
 

@@ -266,7 +266,11 @@ def draw_runs(runs: list[Run]) -> str:
                 title=SCENARIOS[name].title,
                 limit=[service.allow(second, second + 1) for second in range(seconds)],
                 curves=[
-                    Curve(name=contender, rates=first[contender].list_rates(OK))
+                    Curve(
+                        name=contender,
+                        rates=first[contender].list_rates(OK),
+                        throttled=first[contender].list_rates(THROTTLED),
+                    )
                     for contender in CONTENDERS
                     if contender in first
                 ],

@@ -93,6 +93,9 @@ class Turnstile:
 class Cap:
     """How many attempts may be in flight, learned from the depths at which attempts are throttled.
 
+    Sessions that share one limit on concurrency do not share it evenly: the one that has most of it
+    rarely sees a throttle.
+
     Attributes:
         permits: The most, from the settings.
         limit: The most now.
