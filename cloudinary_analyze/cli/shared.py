@@ -29,6 +29,7 @@ from cloudinary_analyze.responses import Response
 from cloudinary_analyze.results.records import InputLine
 
 if TYPE_CHECKING:
+    from cloudinary_analyze._redis import RedisLocation
     from cloudinary_analyze.ledger.items import LedgerItem
     from cloudinary_analyze.ledger.redis import RedisLedger
 
@@ -142,7 +143,7 @@ class SharedItems:
 
     def __init__(self, url: str) -> None:
         self._ledger = build_shared_ledger(url)
-        self.path = self._ledger.location
+        self.path: RedisLocation = self._ledger.location
 
     def iter_items(self) -> Iterator[LedgerItem]:
         """Yield everything that has its response or permanent error."""

@@ -34,10 +34,9 @@ OPEN_BATCH: Final = 5000  # rows that are searched for open ones at once
 _DONE: Final = frozenset({ANSWERED, FAILED})
 COMPARED: Final = ("line", "source", "model", "key", "file", "name", "columns", "error")
 
-ItemRow: TypeAlias = (
-    "tuple[int | None, str, str | None, bytes | None, str | None, str | None, bytes | None, "
-    "bytes | None]"
-)
+ItemRow: TypeAlias = tuple[
+    int | None, str, str | None, bytes | None, str | None, str | None, bytes | None, bytes | None
+]
 """What is noted of an item, in the order of `COMPARED`."""
 
 
@@ -114,7 +113,7 @@ class RecordSet:
     """A set of the numbers of records, one bit each."""
 
     def __init__(self) -> None:
-        self.bits = bytearray()
+        self.bits: bytearray = bytearray()
 
     def add(self, number: int) -> bool:
         """Add a number; return whether it was not there."""

@@ -76,8 +76,8 @@ class ScriptedEmulator(Emulator):
         """Forget all rules and requests, faults and quotas, for an emulator of several tests."""
         self._canned = CannedResults()
         self._received.clear()
-        self.faults = None
-        self.quotas = None
+        options: Emulator = self  # for type checkers: assigned here, they would be of this class
+        options.faults = options.quotas = None
 
     @property
     def credentials(self) -> Credentials:
