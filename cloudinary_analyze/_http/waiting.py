@@ -36,6 +36,8 @@ from cloudinary_analyze._http.admission import Admission, Attempt
 # While both kinds wait, urgent attempts get three of four starts. Bulk work still moves on if
 # interactive calls could use every start.
 URGENT_IN_A_ROW: Final = 3
+# Waiters that fail in one turn of the loop. Each of them then runs its task.
+FAILURES_IN_A_TURN: Final = 100
 
 BuildError = Callable[[float], Exception]
 
@@ -212,7 +214,7 @@ class AdmissionQueue:
         self._go_on()
 
     def refuse(self, until: float, build_error: BuildError) -> None:
-        """Fail everything that waits, and all starts until a time.
+        """Fail everything that waits, over some turns of the loop, and all starts until a time.
 
         Args:
             until: The monotonic time.
@@ -225,15 +227,15 @@ class AdmissionQueue:
         self._fail_waiters(lambda: build_error(left))
 
     def close(self, error: Exception) -> None:
-        """Fail everything that waits, and all later starts."""
+        """Fail everything that waits, over some turns of the loop, and all later starts."""
         self._closed, self._open = error, False
         if self._timer is not None:
             self._timer.cancel()
         self._fail_waiters(lambda: copy(error))  # one each: they collect tracebacks
 
     async def wait_empty(self) -> None:
-        """Wait until nothing is in flight. For one waiter, after `close`."""
-        if self.admission.in_use:
+        """Wait until nothing waits or is in flight. For one waiter, after `close`."""
+        if self._waiting or self.admission.in_use:
             self._emptied = asyncio.get_running_loop().create_future()
             await self._emptied
 
@@ -260,7 +262,8 @@ class AdmissionQueue:
 
     def _go_on(self) -> None:
         if self._waiting:
-            self._start_waiters()
+            if self._open:  # otherwise they are about to fail
+                self._start_waiters()
         elif self._emptied is not None and not self.admission.in_use:
             wake(self._emptied)
 
@@ -299,8 +302,8 @@ class AdmissionQueue:
         if self._expiries_of != self.admission.generation:
             self._expiries_of = self.admission.generation
             self._expiries.clear()
-            for lines in (self._urgent, self._others):
-                for waiter in (*lines.again, *lines.fresh):
+            for line in self._list_lines():
+                for waiter in line:
                     self._push_expiry(waiter)
         while self._expiries:
             at, _, waiter = self._expiries[0]
@@ -320,11 +323,24 @@ class AdmissionQueue:
             heapq.heappush(self._expiries, (at, next(self._order), waiter))
 
     def _fail_waiters(self, build: Callable[[], Exception]) -> None:
-        for lines in (self._urgent, self._others):
-            for waiter in (*lines.again, *lines.fresh):
+        """Fail what waits, as long as starts are refused; in later turns what is left."""
+        failures = 0
+        for line in self._list_lines():
+            while line and not self._open:
+                if failures == FAILURES_IN_A_TURN:
+                    asyncio.get_running_loop().call_soon(self._fail_waiters, build)
+                    return
+                failures += 1
+                waiter = next(iter(line))
                 self._remove(waiter)
                 if not waiter.started.done():
                     waiter.started.set_exception(build())
+        self._go_on()
+
+    def _list_lines(self) -> list[Waiters]:
+        return [
+            line for lines in (self._urgent, self._others) for line in (lines.again, lines.fresh)
+        ]
 
     def _set_timer(self, at: float) -> None:
         if self._timer is not None:

@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-from scripted import until
+from aiohttp import web
+from scripted import CAPTION, ScriptedServer, until
 from task_support import SECRET, build_result, library_tasks
 from test_deadlines import LOOPS, run
 
@@ -137,6 +138,31 @@ async def test_100_000_tasks_end_in_short_turns(how: str, awaited: bool) -> None
         errors = await asyncio.gather(*waiters, return_exceptions=True)
         assert all(isinstance(error, Exception) for error in errors)
         assert session.stats.pending == 0
+
+
+@pytest.mark.slow
+async def test_20_000_queued_submissions_end_in_short_turns() -> None:
+    answered = asyncio.Event()
+
+    async def hold(request: web.Request) -> web.StreamResponse:
+        await answered.wait()
+        return await CAPTION(request)
+
+    async with ScriptedServer(hold) as server, server.session() as session:
+        tasks = [session.submit(REQUEST) for _ in range(20_000)]
+        await until(lambda: session.stats.waiting == 20_000 - 64, seconds=30)
+
+        async def end() -> None:
+            closing = asyncio.create_task(session.aclose())
+            await until(lambda: session.stats.waiting == 0, seconds=30)
+            answered.set()
+            await closing
+
+        with no_collector():
+            assert await measure_stall(asyncio.create_task(end())) < LONGEST_STALL
+        errors = [task.exception() for task in tasks]
+        assert errors.count(None) == 64
+        assert {type(error) for error in errors} == {type(None), SessionClosedError}
 
 
 @one_by_one

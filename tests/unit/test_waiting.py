@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from cloudinary_analyze import SessionClosedError
 from cloudinary_analyze._http.admission import Admission, Attempt
 from cloudinary_analyze._http.limits import State
-from cloudinary_analyze._http.waiting import AdmissionQueue
+from cloudinary_analyze._http.waiting import FAILURES_IN_A_TURN, AdmissionQueue
 from cloudinary_analyze.testing import ManualClock
 
 
@@ -224,6 +224,64 @@ async def test_an_attempt_granted_while_the_queue_closes_is_not_sent(clock: Manu
             await task
     await queue.wait_empty()
     assert (queue.admission.in_use, queue.waiting) == (0, 0)
+
+
+@pytest.mark.parametrize("how", ["close", "refuse"])
+async def test_many_waiters_fail_over_several_turns(clock: ManualClock, how: str) -> None:
+    queue = build_queue(1, clock)
+    held = await queue.start()
+    count = 3 * FAILURES_IN_A_TURN + 5
+    waiting = [start(queue, urgent=index % 2 == 0) for index in range(count)]
+    await settle()
+    if how == "close":
+        queue.close(SessionClosedError("closed"))
+    else:
+        queue.refuse(clock.now + 60, Refused)
+    assert queue.waiting == count - FAILURES_IN_A_TURN
+    waiting[-1].cancel()
+    queue.release(held)  # starts nothing
+    left = count
+    while left:
+        await asyncio.sleep(0)
+        before, left = left, sum(not task.done() for task in waiting)
+        assert before - left <= FAILURES_IN_A_TURN + 1
+    assert (queue.admission.in_use, queue.waiting) == (0, 0)
+    await asyncio.wait(waiting)
+    assert waiting[-1].cancelled()
+    kind = SessionClosedError if how == "close" else Refused
+    assert all(isinstance(task.exception(), kind) for task in waiting[:-1])
+
+
+async def test_a_start_after_a_short_refusal_outlives_what_it_failed(clock: ManualClock) -> None:
+    queue = build_queue(1, clock)
+    held = await queue.start()
+    refused = [start(queue) for _ in range(FAILURES_IN_A_TURN + 5)]
+    await settle()
+    queue.refuse(clock.now + 1, Refused)
+    clock.now += 2  # within the same turn
+    late = start(queue)
+    await settle()
+    queue.release(held)
+    for task in refused:
+        if await asyncio.wait({task}) and not task.exception():
+            queue.release(task.result())  # it was left when starts were allowed again
+    queue.release(await late)
+    assert (queue.admission.in_use, queue.waiting) == (0, 0)
+
+
+async def test_closing_waits_until_every_waiter_failed(clock: ManualClock) -> None:
+    queue = build_queue(1, clock)
+    queue.release(await queue.start())
+    held = await queue.start()
+    waiting = [start(queue) for _ in range(3 * FAILURES_IN_A_TURN)]
+    await settle()
+    queue.close(SessionClosedError("closed"))
+    queue.release(held)
+    await queue.wait_empty()
+    await settle()
+    assert all(task.done() for task in waiting)
+    for task in waiting:
+        task.exception()
 
 
 async def test_closing_waits_for_what_is_in_flight(clock: ManualClock) -> None:
