@@ -355,11 +355,15 @@ class Recording:
                 "key."
             )
         end = await asyncio.shield(leader.end)
+        if end is None:
+            return None
         work.started, work.restored = leader.work.started, leader.work.restored
         work.unrecorded = leader.work.unrecorded
-        work.recorded_seconds = leader.work.recorded_seconds
-        if work.restored and end is not None:
-            self._tell_restored(key, work, end if isinstance(end, Exception) else None)
+        work.recorded_seconds, _ = leader.work.measure()
+        failure = end if isinstance(end, Exception) else None
+        work.restored |= failure is None  # it was charged to the other item
+        if work.restored:
+            self._tell_restored(key, work, failure)
         if isinstance(end, Exception):
             work.unsent = leader.work.unsent
             raise end

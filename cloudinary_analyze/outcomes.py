@@ -30,11 +30,12 @@ class Answered(Jsonable, Generic[Item_co, A_co]):
         request: The request that was built from it.
         response: The response.
         error: Always ``None``.
-        restored: Whether the response was read from the ledger instead of requested and charged.
+        restored: Whether this item was not charged for: its response was read from the ledger, or
+            an equal request in flight received it.
         unrecorded: Whether the ledger failed before it could record the response. The stream
             stops, and a later run requests it again.
         seconds: From the start of the first attempt to the response (monotonic), retries
-            included; for a restored response, what the ledger recorded.
+            included; for a restored response, those of the attempts that led to it.
         queued: Seconds before that: the wait for a permit, a pause, a pace or the ledger.
     """
 

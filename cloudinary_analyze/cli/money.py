@@ -329,18 +329,12 @@ class Estimate:
     """What the calls of a sample cost, by model."""
 
     _costs: dict[str, _Costs] = attrs.field(factory=dict, init=False)
-    _seen: set[str] = attrs.field(factory=set, init=False)
 
     def add(self, outcome: AnyOutcome) -> None:
-        """Count an outcome. Items that share a call count once."""
+        """Count an outcome, if it was charged."""
         request, response = outcome.request, outcome.response
         if request is None or response is None or outcome.restored:
             return
-        item = outcome.item
-        key = request.key if item.line.name is None else f"{request.model} {item.line.name}"
-        if key in self._seen:
-            return
-        self._seen.add(key)
         costs = self._costs.setdefault(request.model, _Costs())
         used = sum(limit.used_by_request or 0 for limit in response.limits)
         costs.calls += 1

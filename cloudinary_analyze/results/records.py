@@ -76,7 +76,7 @@ def build_record(outcome: AnyOutcome) -> dict[str, Any]:
     ``entity``            The service's name of what it analyzed.
     ``request_id``        The service's id of the request, also of a failed one.
     ``limits``            The quotas in the response, a list; ``used_by_request`` is its cost.
-    ``restored``          Whether it was read from the ledger instead of requested and charged.
+    ``restored``          Whether it was not charged for; see `Answered.restored`.
     ``seconds``           How long its attempts took, retries included; 0 if nothing was sent.
     ``error``             ``type``, ``message``, ``status``, ``code``, ``details``,
                           ``request_id``, ``ambiguous`` (it may have been charged).

@@ -163,6 +163,10 @@ async def test_equal_keys_in_flight_share_one_call_in_and_between_streams(path):
     assert [outcome.response.analysis.caption for outcome in outcomes] == [
         outcomes[0].response.analysis.caption
     ] * 10
+    assert (
+        sorted(outcome.restored for outcome in outcomes) == [False] + [True] * 9
+    )  # one is charged
+    assert all(outcome.seconds > 0 for outcome in outcomes)
 
 
 async def test_when_the_one_who_asks_is_cancelled_another_asks(path):
