@@ -23,7 +23,7 @@ from cloudinary_analyze.cli.models import BuildRequest
 from cloudinary_analyze.cli.screen import CommandError, say
 from cloudinary_analyze.cli.service import Service
 from cloudinary_analyze.config import Settings
-from cloudinary_analyze.errors import AnalyzeError, LedgerError
+from cloudinary_analyze.errors import AnalyzeError, InvalidRequestError, LedgerError
 from cloudinary_analyze.ledger.file import (
     COMPANIONS,
     connect_for_reading,
@@ -127,19 +127,22 @@ class Book:
         )
 
     def read_items(self, *, open_only: bool) -> Generator[InputItem, None, None]:
-        """Yield the items that make a request; for one thread.
+        """Yield the items; for one thread.
 
         Args:
-            open_only: Whether to leave out those that have a response or a final error.
+            open_only: Whether to leave out those that are invalid, or have a response or a final
+                error.
 
         Raises:
             LedgerError: The ledger cannot be read.
         """
         for noted in self.ledger.iter_noted(open_only=open_only):
+            bad = noted.error if noted.model is None else None
             line = InputLine(
                 number=noted.line or 0,
                 text=noted.source,
-                source=read_source(noted.source),
+                source=None if bad is not None else read_source(noted.source),
+                error=bad if isinstance(bad, InvalidRequestError) else None,
                 name=noted.name,
                 file=noted.file,
                 columns=noted.columns,

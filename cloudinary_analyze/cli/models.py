@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from functools import partial
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Final
 
 import attrs
@@ -14,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cloudinary_analyze._values import quote
+from cloudinary_analyze.cli.input import FORMATS
 from cloudinary_analyze.cli.screen import (
     CommandError,
     ExitCode,
@@ -37,6 +41,7 @@ from cloudinary_analyze.requests import (
 
 BuildRequest = Callable[[Uri | Asset], AnalyzeRequest[Any]]
 
+PICTURES: Final = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 OPTIONS: Final[Mapping[str, str]] = {
     AIVisionGeneral.model_name: "--prompt",
     AIVisionModeration.model_name: "--question",
@@ -124,9 +129,23 @@ _EXAMPLES: Final = {
 
 def _read_model(name: str) -> str:
     model = read_model_name(name)
-    if model not in MODELS:
-        raise CommandError(f"{name!r} is no model. The models are: {_list_models()}.")
-    return model
+    if model in MODELS:
+        return model
+    if _may_be_source(name):
+        raise CommandError(
+            f"{quote(name)} is not a model. Pass what to analyze after the model: "
+            "cloudinary-analyze run MODEL --input FILE, or cloudinary-analyze analyze MODEL URL."
+        )
+    near = get_close_matches(model, MODELS, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise CommandError(f"Unknown model {quote(name)}.{hint} The models are: {_list_models()}.")
+
+
+def _may_be_source(name: str) -> bool:
+    """Whether a file, a URL or an asset is where a model belongs."""
+    if "://" in name or name[:5].lower() in {"data:", "asset"} or "/" in name:
+        return True
+    return Path(name).exists() or PurePath(name).suffix.lower() in {*FORMATS, *PICTURES} - {""}
 
 
 def _list_models() -> str:

@@ -46,12 +46,31 @@ from cloudinary_analyze.results.report import DEFAULT_TITLE, write_report
 
 LEDGER_SUFFIX: Final = ".ledger"
 
-_FORMATS: Final[dict[str, ExportFormat]] = {".csv": "csv", ".parquet": "parquet", ".pq": "parquet"}
+_FORMATS: Final[dict[str, ExportFormat]] = {
+    "": "jsonl",
+    ".json": "jsonl",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
 
 
 def detect_output_format(name: str) -> ExportFormat:
-    """Return the format of an output by its extension; JSON Lines if it tells nothing."""
-    return _FORMATS.get(Path(name).suffix.lower(), "jsonl")
+    """Return the format of an output by its extension; JSON Lines if there is none.
+
+    Raises:
+        CommandError: The extension is unknown.
+    """
+    suffix = Path(name).suffix.lower()
+    if suffix not in _FORMATS:
+        known = ", ".join(filter(None, _FORMATS))
+        raise CommandError(
+            f"Unknown extension {suffix!r} of the output {name}. Known: {known}. Or name its "
+            "format with --format."
+        )
+    return _FORMATS[suffix]
 
 
 def check_extra(wanted: bool, module: str, extra: str, what: str) -> None:
@@ -375,6 +394,18 @@ class StreamResults:
             os.close(self._descriptor)
 
 
+def check_is_ledger(path: Path) -> None:
+    """See beforehand that a ledger was named, and not the output next to it.
+
+    Raises:
+        CommandError: It was the output.
+    """
+    ledger = Path(f"{path}{LEDGER_SUFFIX}")
+    if not is_database(path) and is_database(ledger):
+        what = f"{path} is the output of a run" if path.exists() else f"There is no ledger {path}"
+        raise CommandError(f"{what}. The ledger of that run is {ledger}; pass that instead.")
+
+
 def export_ledger(
     ledger: str,
     output: str,
@@ -398,6 +429,8 @@ def export_ledger(
         CommandError: It cannot be written.
         LedgerError: The ledger cannot be read.
     """
+    if not is_shared(ledger):
+        check_is_ledger(Path(ledger))
     wanted = frozenset(map(read_model_name, models))
     export = LedgerExport(
         SharedItems(ledger) if is_shared(ledger) else SQLiteLedger(ledger),

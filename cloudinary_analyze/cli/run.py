@@ -79,7 +79,7 @@ from cloudinary_analyze.results.records import (
     dump_record,
 )
 from cloudinary_analyze.results.statistics import Durations
-from cloudinary_analyze.session import AnalyzeSession
+from cloudinary_analyze.session import CALL_WINDOW, AnalyzeSession
 
 if TYPE_CHECKING:
     from cloudinary_analyze._stream import OutcomeStream
@@ -236,9 +236,10 @@ class _Run:
         self.feed.start()
         book = self.book
         async with self.session.map(
-            self.feed if self.inventory is not None and self.stream is None else self._pull(),
+            self._pull(),
             self._build_request,
             mode=self.plan.mode,
+            window=self._choose_window(),
             ledger=None if book is None else book.ledger,
             key=_read_name if self.plan.named else None,
             budget=self.plan.spending.build_budget(self.plan.models),
@@ -250,14 +251,33 @@ class _Run:
                 self.spent = self.outcomes.spent
 
     async def _pull(self) -> AsyncIterator[InputItem]:
-        """Yield the items that make a request; note them if the input is read only now."""
+        """Yield the items that make a request; note them if the input is read only now.
+
+        Items of a stopped kind stay in the ledger for another run, so that a long series of them
+        does not end the stream.
+        """
         async for item in self.feed:
             if self.book is not None and self.inventory is None:
                 await self.book.note(item)
-            if item.line.error is None:
-                yield item
-            else:
+            if item.line.error is not None:
                 await self._take_bad_line(item)
+            elif self.stops and self.stream is None and self._is_stopped(item.model or ""):
+                self.feed.finish(item)
+            else:
+                yield item
+
+    def _is_stopped(self, model: str) -> bool:
+        """Whether a model is not sent any more, but others are."""
+        stopped = {
+            name for name in self.plan.models if {name, find_feature(name), ""} & {*self.stops}
+        }
+        return model in stopped and len(stopped) < len(self.plan.models)
+
+    def _choose_window(self) -> int | None:
+        """Return a window that has room for each model; ``None``: the default one has."""
+        room = 2 * len(self.plan.models)
+        default = CALL_WINDOW * self.settings.permits
+        return None if self.plan.receiving.as_tasks or default >= room else room
 
     def _build_request(self, item: InputItem) -> AnalyzeRequest[Any]:
         assert item.model is not None
@@ -270,7 +290,8 @@ class _Run:
         self.feed.finish(item)
         self.done += 1
         self.failed += 1
-        self._report_bad_line(item.line)
+        if self.inventory is None:  # otherwise it was reported already
+            self._report_bad_line(item.line)
 
     async def _take(self, outcome: AnyOutcome) -> None:
         error, item = outcome.error, outcome.item

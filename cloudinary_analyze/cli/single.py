@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
 from rich.console import Console
 from rich.json import JSON
+from rich.table import Table
 from rich.text import Text
 
+from cloudinary_analyze._wire.protocol import find_result
 from cloudinary_analyze.cli.models import BuildRequest
 from cloudinary_analyze.cli.screen import (
     CommandError,
@@ -32,6 +35,7 @@ from cloudinary_analyze.errors import (
 from cloudinary_analyze.progress import describe_quota
 from cloudinary_analyze.requests import Asset, Uri
 from cloudinary_analyze.responses import Response, TaskStatus
+from cloudinary_analyze.results.findings import NOTHING, Findings, Mark, read_findings
 from cloudinary_analyze.session import AnalyzeSession
 
 
@@ -84,10 +88,51 @@ def _print_response(console: Console, response: Response[Any]) -> None:
     console.print(
         Text.assemble((response.model, "bold"), f"  {response.entity or ''}"), soft_wrap=True
     )
-    console.print(JSON.from_data(response.raw.get("data", {}).get("analysis")), soft_wrap=True)
+    findings = read_findings(find_result(response.raw))
+    for text in (findings.caption, _describe_quality(findings), findings.rest):
+        if text is not None:
+            console.print(Text(text), soft_wrap=True)
+    if findings.marks:
+        console.print(_build_mark_table(findings.marks))
+    if findings.answers:
+        table = Table("question", "answer")
+        for number, answer in enumerate(findings.answers, start=1):
+            question = f"prompt {number}" if answer.question is None else answer.question
+            table.add_row(Text(question), Text(answer.value))
+        console.print(table)
+    if findings == NOTHING:
+        console.print(Text("Nothing was found.", style="dim"))
     quota = describe_quota({limit.type: limit for limit in response.limits})
     told = [f"request id: {response.request_id}" if response.request_id else "", quota]
     console.print(Text(" · ".join(filter(None, told)), style="dim"), soft_wrap=True)
+
+
+def _describe_quality(findings: Findings) -> str | None:
+    quality = findings.quality
+    if quality is None:
+        return None
+    score = "" if quality.score is None else f" (score {quality.score:.3g})"
+    return f"quality: {quality.level}{score}"
+
+
+def _build_mark_table(marks: Sequence[Mark]) -> Table:
+    """Return the columns that any of the marks fills: label, confidence, box and note."""
+    columns = {
+        "label": [mark.label for mark in marks],
+        "confidence": ["" if mark.score is None else f"{mark.score:.3f}" for mark in marks],
+        "box (x, y, width, height)": [
+            "" if mark.box is None else ", ".join(f"{number:.0f}" for number in mark.box)
+            for mark in marks
+        ],
+        "note": [mark.note for mark in marks],
+    }
+    shown = {name: cells for name, cells in columns.items() if any(cells)}
+    table = Table()
+    for name in shown:
+        table.add_column(name, justify="right" if name == "confidence" else "left")
+    for row in zip(*shown.values(), strict=True):
+        table.add_row(*map(Text, row))
+    return table
 
 
 _STYLES = {"completed": "green", "failed": "red"}

@@ -384,41 +384,58 @@ def load_answer(
 
 
 def read_noted(path: Path, *, open_only: bool) -> Iterator[LedgerItem]:
-    """Yield the items that make a request, in order, without their answers. For one thread.
+    """Yield the items without the answers to their requests. For one thread.
+
+    They come in order. Of those that are open, the first of each model comes before all others:
+    if one model is refused, a stream knows from the beginning that there are others.
 
     Args:
         path: The ledger.
-        open_only: Whether to leave out those that have a response or a final error.
+        open_only: Whether to leave out those that make no request, and those that have a response
+            or a final error.
 
     Raises:
         LedgerError: There is no ledger, or it cannot be read.
     """
-    following = 0
+    query = (
+        "SELECT position, line, source, model, key, file, name, columns, error, items.record, "
+        "state, task_id, NULL, NULL "
+        "FROM items LEFT JOIN records ON records.id = items.record "
+        "WHERE position >= ? AND position < ? "
+    )
+    query += f"AND state < {ANSWERED} ORDER BY position" if open_only else "ORDER BY position"
     with closing(connect_for_reading(path)) as connection:
-        while True:
+
+        def read(start: int, end: int) -> Iterator[LedgerItem]:
             with explaining(path):
-                rows = connection.execute(
-                    "SELECT position, line, source, model, key, file, name, columns, task_id "
-                    "FROM items JOIN records ON records.id = items.record "
-                    "WHERE position >= ? AND position < ? AND state < ? ORDER BY position",
-                    (following, following + OPEN_BATCH, ANSWERED if open_only else FAILED + 1),
-                ).fetchall()
-                ((last,),) = connection.execute("SELECT max(position) FROM items")
-            for index, line, source, model, key, file, name, columns, task_id in rows:
-                yield LedgerItem(
-                    index=index,
-                    line=line,
-                    source=source,
-                    model=model,
-                    key=key.hex(),
-                    file=file,
-                    name=name,
-                    columns=None if columns is None else codec.loads(columns),
-                    task_id=task_id,
-                )
+                rows = connection.execute(query, (start, end)).fetchall()
+            for row in rows:
+                yield _build_item(row, path, answered_before=False)
+
+        first = _find_first_open(connection, path) if open_only else ()
+        for position in first:
+            yield from read(position, position + 1)
+        following = 0
+        while True:
+            for item in read(following, following + OPEN_BATCH):
+                if item.index not in first:
+                    yield item
             following += OPEN_BATCH
+            with explaining(path):
+                ((last,),) = connection.execute("SELECT max(position) FROM items")
             if last is None or following > last:
                 return
+
+
+def _find_first_open(connection: sqlite3.Connection, path: Path) -> Sequence[int]:
+    """Return the position of the first open item of each model."""
+    with explaining(path):
+        rows = connection.execute(
+            "SELECT min(position) FROM items JOIN records ON records.id = items.record "
+            "WHERE state < ? GROUP BY model ORDER BY 1",
+            (ANSWERED,),
+        ).fetchall()
+    return [position for (position,) in rows]
 
 
 def _read_in_order(

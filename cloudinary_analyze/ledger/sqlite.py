@@ -528,10 +528,13 @@ class SQLiteLedger(NotPicklable, Ledger):
         return read_columns(self._path)
 
     def iter_noted(self, *, open_only: bool) -> Iterator[LedgerItem]:
-        """Yield the items that make a request, in order, without their answers. For one thread.
+        """Yield the items without the answers to their requests. For one thread.
+
+        They come in order, but of open items the first of each model comes before all others.
 
         Args:
-            open_only: Whether to leave out those that have a response or a final error.
+            open_only: Whether to leave out those that make no request, and those that have a
+                response or a final error.
 
         Raises:
             LedgerError: There is no ledger, or it cannot be read.

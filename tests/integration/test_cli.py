@@ -112,6 +112,17 @@ def test_without_credentials_both_ways_forward_are_named(capfd: pytest.CaptureFi
         ("run --emulator", "Name at least one model"),
         ("run nosuch --emulator", "watermark_detection"),
         ("run coco", "--input"),
+        ("run captionning --emulator", "did you mean captioning?"),
+        ("run Google-Taging --emulator", "did you mean google_tagging?"),
+        ("run urls.txt coco --emulator", "--input FILE"),
+        ("run missing.csv coco --emulator", "--input FILE"),
+        ("run https://example.com/a.jpg coco --emulator", "--input FILE"),
+        ("analyze https://example.com/a.jpg coco --emulator", "analyze MODEL URL"),
+        ("analyze coco photo.jpg --emulator", "uploader.upload('photo.jpg')"),
+        ("analyze coco data:image/png;base64,AA --emulator", "uploader.upload(data_uri)"),
+        ("run coco -o results.xlsx --emulator", "Known: .json, .jsonl"),
+        ("run coco --input urls.xlsx --emulator", "--input-format"),
+        ("export results.csv -o x.csv", "ledger"),
         ("run coco --input nosuch.txt --emulator", "nosuch.txt cannot be read"),
         ("run coco --input . --emulator", "directory"),
         ("run coco --input urls.txt --column url --emulator", "--input-format"),
@@ -145,7 +156,7 @@ def test_without_credentials_both_ways_forward_are_named(capfd: pytest.CaptureFi
         ("run coco --nosuch --emulator", "--nosuch"),
         ("analyze coco", "source"),
         ("analyze coco folder/public_id --emulator", "public ID"),
-        ("analyze nosuch https://example.com/ --emulator", "is no model"),
+        ("analyze nosuch https://example.com/ --emulator", "Unknown model"),
         ("emulator --latency soon", "realistic"),
         ("emulator --quota ai_vision", "feature=units"),
         ("emulator --quota nosuch=1", "nosuch"),
@@ -332,3 +343,12 @@ def test_failures_that_may_pass_are_told_from_the_others():
         "2 results were never delivered; --retry-failed asks for them once more, as calls. "
         "3 items failed for good; --retry-failed asks them again all the same."
     )
+
+
+def test_an_output_in_place_of_its_ledger_names_that(capfd: pytest.CaptureFixture[str]):
+    assert main(["run", "coco", "--emulator", "--samples", "1"]) == 0
+    assert main(["export", "results.jsonl", "-o", "x.csv"]) == 2
+    assert "The ledger of that run is results.jsonl.ledger" in capfd.readouterr().err
+    Path("results.jsonl").unlink()
+    assert main(["export", "results.jsonl", "-o", "x.csv"]) == 2
+    assert "There is no ledger results.jsonl. The ledger of that run is" in capfd.readouterr().err

@@ -12,6 +12,7 @@ from asyncio.subprocess import PIPE
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 from cli_support import end, read_records, read_terminal, see, start, until, write_urls
 
 from cloudinary_analyze import AnalyzeSession, Captioning, Credentials
@@ -145,16 +146,31 @@ async def test_a_terminal_shows_progress_with_failures_rate_and_quota(tmp_path: 
     assert len(read_records(tmp_path / "results.jsonl")) == 60
 
 
-async def test_analyze_is_for_reading_on_a_terminal(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ("captioning", [r"\n\w[^\n]* background\."]),
+        ("coco", ["label", "confidence", "box", r"│ +0\.\d\d\d │ \d+, \d+, \d+, \d+ +│"]),
+        ("google_tagging", ["label", r"│ +0\.\d\d\d │"]),
+        ("image_quality", [r"quality: \w+ \(score 0\.\d+\)"]),
+        ("ai_vision_moderation --question Odd?", ["question", r"Odd\? +│ (yes|no|unknown)"]),
+        ("ai_vision_general --prompt What?", [r"prompt 1 │ \w"]),
+    ],
+)
+async def test_analyze_is_for_reading_on_a_terminal(
+    tmp_path: Path, arguments: str, shown: list[str]
+):
     async with Emulator() as emulator:
-        arguments = ("analyze", "captioning", emulator.sample_url(1))
-        code, shown = await run_on_terminal(arguments, tmp_path, emulator, "stdout", "stderr")
+        model, *options = arguments.split()
         url = emulator.sample_url(1)
+        code, screen = await run_on_terminal(
+            ("analyze", model, url, *options), tmp_path, emulator, "stdout", "stderr"
+        )
     assert code == 0
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
-    assert text.startswith(f"captioning  {url}")
-    assert '"caption": "' in text
-    assert "request id: " in text
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen).replace("\r", "")
+    assert text.startswith(f"{model}  {url}")
+    for pattern in [*shown, "request id: "]:
+        assert re.search(pattern, text), text
 
 
 async def test_the_emulator_command_serves_until_it_is_interrupted(tmp_path: Path):

@@ -378,7 +378,9 @@ async def test_open_items_are_read_in_order_over_any_number_of_done_ones(tmp_pat
             *[ledger.record_response(keys[n], respond(0), seconds=0) for n in done]
         )
         assert [item.index for item in ledger.iter_noted(open_only=True)] == left
-        assert [item.key for item in ledger.iter_noted(open_only=False)] == keys
+        noted = list(ledger.iter_noted(open_only=False))
+        assert [item.key for item in noted] == [*keys, None]
+        assert noted[-1].error.message == "no URL"
 
 
 def test_reading_where_there_is_no_ledger_says_so_and_makes_none(tmp_path):
