@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from benchmarks import throttling
+from benchmarks import machines, throttling
 from benchmarks.cells import CELLS
 from benchmarks.model import Cell
 from benchmarks.report import build_document, describe_target, find_caveats, format_result, is_kept
@@ -26,7 +26,8 @@ def _read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
-        epilog="python -m benchmarks throttling --help: how much of a limit clients use",
+        epilog="python -m benchmarks throttling --help: how much of a limit clients use; "
+        "python -m benchmarks machines --help: process pools and engines with a shared ledger",
     )
     parser.add_argument(
         "cells", nargs="*", help="names or patterns such as 'captioning-*'; default: all"
@@ -84,6 +85,8 @@ def main() -> int:
     """Run the chosen cells, or the throttling scenarios; return the exit code."""
     if sys.argv[1:2] == ["throttling"]:
         return throttling.main(sys.argv[2:])
+    if sys.argv[1:2] == ["machines"]:
+        return machines.main(sys.argv[2:])
     arguments = _read_arguments()
     if arguments.list:
         for cell in CELLS.values():
