@@ -13,6 +13,7 @@ from cli_support import StartEmulator, read_records, write_urls
 from cloudinary_analyze.cli import main
 from cloudinary_analyze.cli import run as run_module
 from cloudinary_analyze.cli.screen import MessageConsole
+from cloudinary_analyze.emulator import FaultPlan
 from cloudinary_analyze.progress import ProgressReporter
 
 cli_folder, start_emulator = cli_support.cli_folder, cli_support.start_emulator
@@ -55,6 +56,20 @@ def test_a_summary_holds_the_counts_of_the_run(start_emulator: StartEmulator) ->
     assert found["stopped"] == {}
     assert (found["output"], found["ledger"]) == ("results.jsonl", "results.jsonl.ledger")
     assert [cause["items"] for cause in found["causes"]] == [1]
+
+
+def test_attempts_that_may_be_charged_twice_are_listed(
+    start_emulator: StartEmulator, capfd: pytest.CaptureFixture[str]
+) -> None:
+    emulator = start_emulator(faults=FaultPlan(drop_response=0.3))
+    write_urls(Path(), 40)
+    assert main([*RUN, "--summary-json", "s.json", "--max-calls", "30"]) == 3
+    found = read_summary()
+    twice = found["may_be_charged_twice"]
+    assert 3 < twice < 30
+    assert emulator.counts.total_done == 30 + twice
+    assert found["answered"] == 30
+    assert f"{twice} attempts may have been charged twice" in capfd.readouterr().err
 
 
 def test_a_dry_run_writes_its_summary(start_emulator: StartEmulator) -> None:

@@ -227,6 +227,20 @@ def test_a_used_up_quota_is_named_and_the_others_continue(
     assert "every remaining item" not in err
 
 
+def test_a_missing_add_on_stops_its_model_alone(
+    start_emulator: StartEmulator, capfd: pytest.CaptureFixture[str]
+) -> None:
+    emulator = start_emulator(unsubscribed={"google_tagging"})
+    write_urls(Path(), 40)
+    run = ["run", "captioning", "google_tagging", "--input", "urls.txt", "--permits", "2"]
+    assert main(run) == 3
+    err = capfd.readouterr().err
+    assert [record["model"] for record in read_records()] == ["captioning"] * 40
+    assert "Stopped sending google_tagging: " in err
+    assert "40 items are answered, 40 left" in err
+    assert emulator.counts.total_received < 50
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
