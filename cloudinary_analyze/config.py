@@ -2,6 +2,28 @@
 
 An invalid value raises `ConfigurationError` here, before any request is sent. No message quotes a
 credential, a host or any part of a Cloudinary URL: after a typo, each may hold the secret.
+
+# Credentials
+
+``AnalyzeSession()`` reads the environment. ``AnalyzeSession(Credentials(…))`` does not. Explicit
+arguments come first, then ``CLOUDINARY_URL`` alone, then the separate variables.
+
+| where | what |
+|---|---|
+| explicit | ``Credentials(cloud_name, api_key, api_secret)`` or \
+``Credentials(cloud_name, oauth_token=…)`` |
+| ``CLOUDINARY_URL`` | ``cloudinary://<api_key>:<api_secret>@<cloud_name>``. Options: \
+``?upload_prefix=https://api-eu.cloudinary.com`` for a regional host, ``?oauth_token=…``, \
+``?signature_algorithm=sha256`` |
+| variables | ``CLOUDINARY_CLOUD_NAME``, ``CLOUDINARY_API_KEY``, ``CLOUDINARY_API_SECRET``, \
+``CLOUDINARY_OAUTH_TOKEN``, ``CLOUDINARY_UPLOAD_PREFIX`` |
+
+``oauth_token`` may be an async function that returns a token, for tokens that expire. The session
+calls it when it opens, and once more for a call or poll that is answered 401, which is then repeated.
+All calls that wait share one renewal. Percent-encoding in the URL is decoded. A secret may contain
+``/``, ``#``, ``@`` and ``?`` unencoded.
+
+.. include:: docs/throttling.md
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ Three families are never mixed: the call did not get through (`TransportError`,
 `TaskFailedError` for a task), and our own wait ended (`CallTimeoutError`, `TaskTimeoutError`,
 `ResultNotDeliveredError`). Errors also subclass the matching built-in, can be pickled, and never
 contain secrets. Text from outside is shortened and escaped before it enters a message.
+
+.. include:: docs/errors.md
 """
 
 from __future__ import annotations

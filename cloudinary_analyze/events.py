@@ -4,7 +4,6 @@ Pass ``on_event`` to `AnalyzeSession`: any function of one event. It runs on the
 must be quick. An exception of it is logged and never breaks a call. Without a hook no event is
 built. Events hold no secret and no source URL; ``error`` may quote what the service said.
 
-==================  ===========================================  ===================================
 event               when                                         fields
 ==================  ===========================================  ===================================
 `CallStarted`       an analyze call begins to queue              ``call``, ``model``, ``as_task``,
@@ -34,28 +33,51 @@ event               when                                         fields
                                                                  ``polls``, ``cause``
 `PaceChanged`       the session learned a limit of the service   ``pace``, ``permits``
 ==================  ===========================================  ===================================
+=======
+| event | when | fields |
+|---|---|---|
+| `CallStarted` | an analyze call begins to queue | ``call``, ``model``, ``as_task``, ``repeats`` |
+| `AttemptFinished` | an HTTP request of a call or poll ended | ``call``, ``model``, ``attempt``, \
+``seconds``, ``permit_wait``, ``status``, ``ambiguous``, ``probe``, \
+``error`` |
+| `AttemptRetried` | the attempt failed and will be repeated | ``call``, ``model``, ``attempt``, \
+``wait``, ``ambiguous``, ``error`` |
+| `CallFinished` | the call has its response, its task or its error; exactly one for each \
+`CallStarted` | ``call``, ``model``, ``attempts``, ``seconds``, ``permit_wait``, ``status``, \
+``request_id``, ``task_id``, ``limits``, ``denied``, ``error`` |
+| `TaskAccepted` | the service made a task of a call | ``task_id``, ``model`` |
+| `PollFinished` | a status poll ended | ``call``, ``task_id``, ``attempts``, ``seconds``, \
+``permit_wait``, ``state``, ``error`` |
+| `NotificationSeen` | a delivery was read and judged | ``verdict``, ``task_id``, ``queued``, \
+``trace`` |
+| `TaskAnswered` | a task has its result or its error | ``task_id``, ``by``, ``model``, \
+``seconds``, ``limits``, ``error`` |
+| `ItemRestored` | a stream read an item from its ledger | ``key``, ``model``, ``seconds``, \
+``error`` |
+| `SessionPaused` | no new attempt starts for a while | ``seconds``, ``permits``, ``polls``, \
+``cause`` |
+| `PaceChanged` | the session learned a limit of the service | ``pace``, ``permits`` |
 
 ``call`` joins the events of one call or poll: a number that is unique in its session. ``task_id``
 joins the events of one task; the call that submitted it is the one that finished with it.
 
 Log lines go to these loggers. They are silent until the application configures `logging`.
 
-====================================  ==============================================================
-logger                                lines
-====================================  ==============================================================
-``cloudinary_analyze.events``         ERROR: a hook raised
-``cloudinary_analyze.tasks``          ERROR, WARNING: polls are refused or fail unexpectedly, unknown
-                                      states, unreadable deliveries; INFO: deliveries that the session
-                                      refused
-``cloudinary_analyze.notifications``  WARNING: a source or a sink failed; INFO: webhooks that a
-                                      receiver refused
-``cloudinary_analyze.ledger``         WARNING: settings and restarts of Redis; DEBUG: submissions that
-                                      were abandoned
-``cloudinary_analyze.emulator``       DEBUG: notifications that an application did not accept
-====================================  ==============================================================
+| logger | lines |
+|---|---|
+| ``cloudinary_analyze.events`` | ERROR: a hook raised |
+| ``cloudinary_analyze.tasks`` | ERROR, WARNING: polls are refused or fail unexpectedly, unknown \
+states, unreadable deliveries; INFO: deliveries that the session refused |
+| ``cloudinary_analyze.notifications`` | WARNING: a source or a sink failed; INFO: webhooks that \
+a receiver refused |
+| ``cloudinary_analyze.ledger`` | WARNING: settings and restarts of Redis; DEBUG: submissions \
+that were abandoned |
+| ``cloudinary_analyze.emulator`` | DEBUG: notifications that an application did not accept |
 
 Log lines name tasks by their ids, and no sources. They quote other errors shortened, without query
 strings and passwords of URLs. An exception of your own hook or sink is logged with its traceback.
+
+.. include:: docs/observability.md
 """
 
 from __future__ import annotations

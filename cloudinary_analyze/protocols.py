@@ -1,6 +1,6 @@
 """What others may implement: sources and sinks of deliveries, and the ledger of bulk work.
 
-Sources are recognised by their methods; no subclassing is needed.
+.. include:: docs/extending.md
 """
 
 from __future__ import annotations

@@ -2,22 +2,20 @@
 
 The keys are the names of attributes:
 
-==================  ==============================================================================
-value               keys
-==================  ==============================================================================
-`Response`          ``model``, ``entity``, ``request_id``, ``limits``, ``analysis``, ``raw``
-an analysis         its attributes; those that detect have ``detections`` and not ``tags``, which
-                    are the same grouped by label
-`Detection`         ``label``, ``confidence``, ``bounding_box`` (``[x, y, width, height]``),
-                    ``categories``, ``attributes``, ``raw``
-`Answered`          its attributes; ``item`` as it is if it is JSON, and as its text if it is not
-`Failed`            as `Answered`
-a request           ``model``, ``source`` (``{"uri": …}`` or ``{"asset_id": …}``), ``parameters``
-an error            ``type``, ``message``, ``ambiguous``, then its own attributes, ``raw_body``
-`Limit`             its attributes; ``reset_time`` in ISO 8601
-`TaskStatus`        ``task_id``, ``state``, ``finished``, ``request_id``, ``raw``
-`SessionStats`      its attributes
-==================  ==============================================================================
+| value | keys |
+|---|---|
+| `Response` | ``model``, ``entity``, ``request_id``, ``limits``, ``analysis``, ``raw`` |
+| an analysis | its attributes; those that detect have ``detections`` and not ``tags``, which are \
+the same grouped by label |
+| `Detection` | ``label``, ``confidence``, ``bounding_box`` (``[x, y, width, height]``), \
+``categories``, ``attributes``, ``raw`` |
+| `Answered` | its attributes; ``item`` as it is if it is JSON, and as its text if it is not |
+| `Failed` | as `Answered` |
+| a request | ``model``, ``source`` (``{"uri": …}`` or ``{"asset_id": …}``), ``parameters`` |
+| an error | ``type``, ``message``, ``ambiguous``, then its own attributes, ``raw_body`` |
+| `Limit` | its attributes; ``reset_time`` in ISO 8601 |
+| `TaskStatus` | ``task_id``, ``state``, ``finished``, ``request_id``, ``raw`` |
+| `SessionStats` | its attributes |
 
 ``raw`` and ``raw_body``, what the service sent, are left out unless asked for. The analysis of an
 unknown model has nothing but ``raw``, which is always there. Unknown values are ``None``; a number

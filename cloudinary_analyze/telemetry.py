@@ -10,44 +10,41 @@
 The session's own ``on_event`` keeps working. Nothing is exported until the application configures
 an OpenTelemetry SDK. A session that is not instrumented pays nothing for any of this.
 
-====================  ========  =====================================================================
-span                  kind      meaning
-====================  ========  =====================================================================
-``analyze {model}``   INTERNAL  a call, or the submission of a task; a child of the caller's span
-``POST``              CLIENT    an attempt of the call; its child, with HTTP attributes
-``task {model}``      INTERNAL  a task from its acceptance to its answer; a child of its submission
-``GET``               CLIENT    a status poll of the task; a child of the submission
-``receive …``         CONSUMER  a webhook until it is stored; a child of the submission, with a link
-``process …``         CONSUMER  a notification from its receipt to the session that it answers; a
-                                child of the submission, with a link
-====================  ========  =====================================================================
+| span | kind | meaning |
+|---|---|---|
+| ``analyze {model}`` | INTERNAL | a call, or the submission of a task; a child of the caller's \
+span |
+| ``POST`` | CLIENT | an attempt of the call; its child, with HTTP attributes |
+| ``task {model}`` | INTERNAL | a task from its acceptance to its answer; a child of its \
+submission |
+| ``GET`` | CLIENT | a status poll of the task; a child of the submission |
+| ``receive …`` | CONSUMER | a webhook until it is stored; a child of the submission, with a link |
+| ``process …`` | CONSUMER | a notification from its receipt to the session that it answers; a \
+child of the submission, with a link |
 
 Several processes share one trace if their notifications go through `RedisNotifications`: the
 context of a submission is stored beside the mailbox of its task. A process that receives webhooks
 and has no session passes the `RedisNotifications` to `instrument`. Sampling decisions are kept;
 ``tracestate`` is not carried.
 
-==============================================  =======  =============================================
-metric                                          unit     meaning, and its attributes
-==============================================  =======  =============================================
-``cloudinary.analyze.call.duration``            s        calls: model, ``error.type``
-``cloudinary.analyze.call.queue.duration``      s        time that a call queued for permits: model
-``http.client.request.duration``                s        attempts of calls and polls, as HTTP names it
-``cloudinary.analyze.retries``                  {retry}  attempts that are repeated: model,
-                                                         ``error.type``
-``cloudinary.analyze.possible_charges``         {call}   attempts without a usable response that may
-                                                         have been charged: model
-``cloudinary.analyze.units``                    {unit}   units used, as responses report them: feature
-``cloudinary.analyze.pause.duration``           s        pauses: cause, whether of polls
-``cloudinary.analyze.pending_tasks``            {task}   tasks that are awaited now
-``cloudinary.analyze.task.duration``            s        tasks from acceptance to answer: model,
-                                                         ``error.type``, by what they were answered
-``cloudinary.analyze.notifications``            {item}   deliveries: verdict
-``cloudinary.analyze.notification.queue.``      s        from the receipt of a notification to the
-``duration``                                             session
-``cloudinary.analyze.restored_items``           {item}   items of streams read from a ledger: model,
-                                                         ``error.type``
-==============================================  =======  =============================================
+| metric | unit | meaning, and its attributes |
+|---|---|---|
+| ``cloudinary.analyze.call.duration`` | s | calls: model, ``error.type`` |
+| ``cloudinary.analyze.call.queue.duration`` | s | time that a call queued for permits: model |
+| ``http.client.request.duration`` | s | attempts of calls and polls, as HTTP names it |
+| ``cloudinary.analyze.retries`` | {retry} | attempts that are repeated: model, ``error.type`` |
+| ``cloudinary.analyze.possible_charges`` | {call} | attempts without a usable response that may \
+have been charged: model |
+| ``cloudinary.analyze.units`` | {unit} | units used, as responses report them: feature |
+| ``cloudinary.analyze.pause.duration`` | s | pauses: cause, whether of polls |
+| ``cloudinary.analyze.pending_tasks`` | {task} | tasks that are awaited now |
+| ``cloudinary.analyze.task.duration`` | s | tasks from acceptance to answer: model, \
+``error.type``, by what they were answered |
+| ``cloudinary.analyze.notifications`` | {item} | deliveries: verdict |
+| ``cloudinary.analyze.notification.queue.duration`` | s | from the receipt of a notification to \
+the session |
+| ``cloudinary.analyze.restored_items`` | {item} | items of streams read from a ledger: model, \
+``error.type`` |
 
 Attributes of our own begin with ``cloudinary.analyze.``. All metrics have ``server.address`` and
 ``server.port``; histograms count what they measure. No attribute holds a secret, a source URL, a

@@ -1,4 +1,4 @@
-"""The public names of the package, and the examples in its docstrings, read from its source."""
+"""The public names of the package, and the examples of the documentation, read from its source."""
 
 from __future__ import annotations
 
@@ -12,6 +12,40 @@ from pathlib import Path
 import cloudinary_analyze
 
 PACKAGE = Path(cloudinary_analyze.__file__).parent
+GUIDES = PACKAGE / "docs"
+README = PACKAGE.parent / "README.md"
+# what an example that is only a part of a program takes for granted
+CONTEXT = """
+from fastapi import FastAPI as FastAPI
+from fastapi.testclient import TestClient as TestClient
+from starlette.routing import Route as Route
+
+client: TestClient
+cloudinary_emulator: ScriptedEmulator
+credentials: Credentials
+notifications: RedisNotifications
+session: AnalyzeSession
+sink: NotificationSink
+task_id: str
+urls: list[str]
+"""
+OWN_CONTEXT = {
+    "cloudinary_analyze.notifications.aiohttp": """
+from aiohttp import web
+from cloudinary_analyze.notifications.aiohttp import WebhookReceiver
+
+app = web.Application()
+""",
+    "cloudinary_analyze.notifications.asgi": """
+from cloudinary_analyze.notifications.asgi import WebhookReceiver
+""",
+    "cloudinary_analyze.notifications.redis.RedisNotifications": """
+from cloudinary_analyze.notifications.asgi import WebhookReceiver
+""",
+    "cloudinary_analyze.testing": """
+app = FastAPI()
+""",
+}
 
 
 def read_modules() -> Iterator[tuple[str, ast.Module]]:
@@ -35,15 +69,23 @@ def find_public_names() -> set[tuple[str, str]]:
 
 
 def read_examples(docstring: str) -> list[str]:
-    """Return the literal blocks (after ``::``) of a docstring, dedented."""
+    """Return the examples of a docstring: blocks of Python, and literal blocks (after ``::``)."""
     text = inspect.cleandoc(docstring)
     blocks = re.findall(r"::\n\n((?:(?:[ ]{4}.*)?\n)+)", text + "\n\n")
-    return [textwrap.dedent(block).strip() + "\n" for block in blocks]
+    return read_fences(text) + [textwrap.dedent(block).strip() + "\n" for block in blocks]
+
+
+def read_fences(text: str) -> list[str]:
+    """Return the blocks of Python in Markdown."""
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 def find_examples() -> dict[str, list[str]]:
-    """Return the examples of every class, function and module, by its qualified name."""
-    found: dict[str, list[str]] = {}
+    """Return the examples of the README, each guide, class, function and module, by its name."""
+    found = {
+        path.stem: read_fences(path.read_text(encoding="utf-8"))
+        for path in [README, *sorted(GUIDES.glob("*.md"))]
+    }
     for name, tree in read_modules():
         _visit(tree, name, found)
     return found
@@ -56,3 +98,16 @@ def _visit(node: ast.AST, name: str, found: dict[str, list[str]]) -> None:
             found[name] = examples
         for child in node.body:
             _visit(child, f"{name}.{getattr(child, 'name', '')}", found)
+
+
+def write_context() -> str:
+    """Return what fragments take for granted: the public names, and some variables."""
+    modules = {name: module for module, name in sorted(find_public_names(), reverse=True)}
+    del modules["WebhookReceiver"]  # there are two
+    lines = [f"from {module} import {name} as {name}" for name, module in modules.items()]
+    return "\n".join(lines) + CONTEXT
+
+
+def is_program(example: str) -> bool:
+    """Return whether an example imports everything that it needs."""
+    return "from cloudinary_analyze import" in example or "\nasyncio.run(" in example

@@ -1,4 +1,52 @@
-"""The command line, ``cloudinary-analyze``. Needs the [cli] extra; nothing else imports it."""
+"""The command line, ``cloudinary-analyze``. Needs the ``cli`` extra; nothing else imports it.
+
+```sh
+cloudinary-analyze models
+cloudinary-analyze analyze captioning https://images.example/a.jpg
+cloudinary-analyze run captioning coco --input urls.txt --output results.jsonl --report report.html
+cloudinary-analyze run ai_vision_general --prompt "What is shown?" --input shop.csv --column photo
+cloudinary-analyze run coco --input urls.txt --dry-run       # what it would send, and the quota left
+cloudinary-analyze export results.jsonl.ledger -o results.parquet
+cloudinary-analyze report results.jsonl -o report.html
+cloudinary-analyze status TASK_ID
+cloudinary-analyze listen --redis redis://localhost
+cloudinary-analyze emulator
+```
+
+``run`` takes one URL or ``asset:ID`` per line, or CSV, JSON Lines or Parquet with a column. It writes
+one record per line and model. The extension of the output, or ``--format``, chooses JSON Lines, CSV or
+Parquet.
+
+**The same command again resumes.** Every response is recorded in a ledger next to the output
+(``results.jsonl.ledger``). After Ctrl-C, a kill or an exhausted quota, completed items are skipped and
+submitted tasks are picked up. Requests that were in flight at a kill are sent again. The output is
+written from the ledger when the run ends, however it ends: every item once, in the order of the input.
+
+| option | effect |
+|---|---|
+| ``--retry-failed`` | Also retry items that failed permanently. |
+| ``--key-column NAME`` | Identify each image by a column, when URLs change between runs. |
+| ``--output -`` | Stream records to standard output, without a ledger. |
+| ``--dry-run`` | Print the calls that a run would make and the quota left; send nothing. |
+| ``--sample N`` | Process N rows spread over the input, then estimate what the rest will cost. |
+| ``--max-calls N``, ``--max-units F=N`` | Stop before more is spent. |
+| ``--emulator`` | Use an emulator in this process; each run begins with a new one. |
+
+If the ledger is locked or its disk is full, nothing more is sent. What the ledger cannot take is saved
+in another directory, and the next run reads it.
+
+``--mode task`` submits tasks. Their results arrive through ``--receive HOST:PORT --public-url URL``, or
+through ``--redis URL``, which ``cloudinary-analyze listen --redis URL`` fills for any number of
+processes. Results received by ``--receive`` are acknowledged once the ledger holds them.
+
+| exit code | meaning |
+|---|---|
+| 0 | Every item was answered. |
+| 1 | Some items failed; the results say which and why. |
+| 2 | The command line, the configuration or the input is invalid; nothing was sent. |
+| 3 | Stopped early: refused credentials, an exhausted quota, or results that cannot be written. |
+| 130 | Interrupted by Ctrl-C or SIGTERM. |
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,10 @@
 Receivers (`asgi`, `aiohttp`) accept webhooks and put them into a sink; a session reads a source.
 `redis` is both, and `forwarding` copies from any source to any sink.
 
+.. include:: ../docs/workers.md
+
+# Another broker
+
 Any class with the methods of `cloudinary_analyze.protocols` adds another broker. For example,
 NATS JetStream with a stream named ``analyses`` that stores the subjects ``analyses.*`` is both
 sink and source, and returns earlier deliveries::

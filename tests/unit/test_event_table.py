@@ -12,15 +12,11 @@ from cloudinary_analyze import events
 
 def read_table() -> dict[str, list[str]]:
     """Return the fields of each event as the docstring lists them."""
-    _, _, rest = (events.__doc__ or "").partition("fields\n")
+    _, _, rest = (events.__doc__ or "").partition("| fields |\n|---|---|---|\n")
     table: dict[str, list[str]] = {}
-    columns = [match.start() for match in re.finditer("=+", rest.splitlines()[0])]
-    for line in rest.splitlines()[1:]:
-        if line.startswith("==="):
-            break
-        if line.startswith("`"):
-            table[line[: columns[1]].strip().strip("`")] = []
-        table[[*table][-1]] += re.findall(r"``(\w+)``", line[columns[2] :])
+    for row in rest.partition("\n\n")[0].splitlines():
+        name, _, fields = row.strip("| ").split(" | ")
+        table[name.strip("`")] = re.findall(r"``(\w+)``", fields)
     return table
 
 
