@@ -248,6 +248,10 @@ def read_location(value: str | URLObject | RedisLocation | None) -> RedisLocatio
     return location
 
 
+# attrs copies it to the classes whose converter this is; as text it would not resolve there
+read_location.__annotations__["value"] = str | URLObject | RedisLocation | None
+
+
 def _build_client(url: str, connections: int, *, retries: int = 0) -> Any:
     options: dict[str, Any] = {
         "max_connections": connections,

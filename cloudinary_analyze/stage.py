@@ -206,7 +206,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
+from typing import Any, Final, Generic, TypeVar, cast
 
 import attrs
 
@@ -245,9 +245,11 @@ COLUMNS: Final[Mapping[str, type[Any]]] = {
 }
 """The columns of `outcome_columns` and their types; each but ``status`` may be ``None``."""
 
-if TYPE_CHECKING:
-    SCHEMA: Any
-    META: Any
+SCHEMA: Any
+"""`COLUMNS` as a schema of Arrow. Needs ``pyarrow``."""
+
+META: Any
+"""`COLUMNS` as an empty pandas table, the ``meta`` of Dask. Needs ``pandas``."""
 
 
 @attrs.frozen

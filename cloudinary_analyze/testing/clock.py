@@ -6,7 +6,7 @@ import asyncio
 import heapq
 import itertools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import TypeVar
@@ -38,7 +38,7 @@ class ManualClock:
     now: float = 0.0
     started_at: float = attrs.field(default=1_790_000_000.0, kw_only=True)
     _timers: list[tuple[float, int, _Timer]] = attrs.field(factory=list, init=False)
-    _order: itertools.count[int] = attrs.field(factory=itertools.count, init=False)
+    _order: Iterator[int] = attrs.field(factory=itertools.count, init=False)
 
     def monotonic(self) -> float:
         """Return the reading."""

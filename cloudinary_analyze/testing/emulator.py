@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import attrs
-
 from cloudinary_analyze.config import Credentials
 from cloudinary_analyze.emulator import Emulator
 from cloudinary_analyze.emulator.canned import CannedResult, CannedResults
@@ -23,7 +21,6 @@ from cloudinary_analyze.testing.responses import build_response
 E = TypeVar("E", bound=Emulator)
 
 
-@attrs.define(eq=False, kw_only=True)
 class ScriptedEmulator(Emulator):
     """An `Emulator` with results that a test writes, and the requests that it received.
 
