@@ -132,8 +132,8 @@ class WebhookReply:
 class WebhookSimulator(NotPicklable):
     """Posts signed notifications to an application, as the service does.
 
-    A loop belongs to an ASGI application and to an async client: create the simulator on it, in an
-    async test. With a ``TestClient`` or a URL it can be created and used anywhere.
+    An ASGI application and an async client belong to an event loop: create their simulator on that
+    loop, in an async test. For a ``TestClient`` or a server, create it anywhere.
 
     Args:
         target: The application: an ASGI application such as ``FastAPI()``; a client of one (a
@@ -143,12 +143,12 @@ class WebhookSimulator(NotPicklable):
         credentials: They sign. Default: `Credentials.from_environment`.
 
     Attributes:
-        replies: What the application replied, in order. A result may reach whoever awaits it
-            before the reply is here.
+        replies: What the application replied, in order. The code that awaits a result may get it
+            before the reply is recorded.
 
     Raises:
-        ConfigurationError: The target is invalid, its loop is not running, or there are no
-            credentials.
+        ConfigurationError: The target or the path is invalid, the loop is not running, or there are
+            no credentials.
     """
 
     def __init__(
@@ -161,10 +161,14 @@ class WebhookSimulator(NotPicklable):
         self.replies: list[WebhookReply] = []
         self._credentials = Credentials.from_environment() if credentials is None else credentials
         self._loop: asyncio.AbstractEventLoop | None = None
+        if isinstance(target, type):  # FastAPI instead of FastAPI()
+            raise _build_target_error(target)
         make_url = getattr(target, "make_url", None)  # of aiohttp's TestServer and TestClient
         origin = read_url(make_url("/") if callable(make_url) else target)
         post = getattr(target, "post", None)
-        if isinstance(origin, str):
+        if not path.startswith("/"):
+            raise ConfigurationError(f"The path must begin with '/', not be {path!r}.")
+        if isinstance(origin, str) and origin.startswith(("http://", "https://")):
             self._send: _Send = partial(_post_to_server, origin.rstrip("/") + path)
         elif callable(target):
             self._send = partial(_call_application, target, path)
@@ -175,10 +179,7 @@ class WebhookSimulator(NotPicklable):
         elif callable(post):
             self._send = partial(_post_by_client, target, path)
         else:
-            raise ConfigurationError(
-                "The target must be an ASGI application, a client of one, or an origin such as "
-                f"http://127.0.0.1:8000, not {type(target).__name__}."
-            )
+            raise _build_target_error(target)
 
     async def post(self, body: bytes, *, at: float | None = None) -> WebhookReply:
         """Sign a notification, post it, and return the reply.
@@ -200,8 +201,8 @@ class WebhookSimulator(NotPicklable):
     async def _take(self, delivery: Delivery) -> bool:
         try:
             return (await self._post(delivery.body, delivery.headers)).status == 200
-        except ConnectionRefusedError:
-            return False  # the test has ended
+        except (ConnectionRefusedError, aiohttp.ClientConnectionError):
+            return False  # the application has ended, or has not started yet
 
     async def _post(self, body: bytes, headers: Mapping[str, str]) -> WebhookReply:
         sending = self._send(body, {**headers, "Content-Type": "application/json"})
@@ -210,6 +211,13 @@ class WebhookSimulator(NotPicklable):
             reply = await (_start(sending, self._loop) if elsewhere else sending)
         self.replies.append(reply)
         return reply
+
+
+def _build_target_error(target: object) -> ConfigurationError:
+    return ConfigurationError(
+        "The target must be an ASGI application, a client of one, or an origin such as "
+        f"http://127.0.0.1:8000, not {target!r:.80}."
+    )
 
 
 def _find_loop() -> asyncio.AbstractEventLoop:

@@ -235,6 +235,15 @@ async def test_an_application_that_raises_is_reported(emulator, app, caplog):
     assert simulator.replies == []
 
 
+async def test_a_server_that_is_not_there_is_asked_again(emulator, caplog):
+    simulator = WebhookSimulator("http://127.0.0.1:1", HOOK, credentials=emulator.credentials)
+    simulator.connect(emulator)
+    async with AnalyzeSession(emulator.credentials, notifications=asyncio.Queue()) as session:
+        await submit(session)
+        await until(lambda: emulator.counts.webhooks_refused)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_a_closed_loop_does_not_stop_the_emulator(emulator, caplog):
     async def build():
         return WebhookSimulator(FastAPI(), HOOK, credentials=emulator.credentials)
@@ -255,8 +264,11 @@ def test_a_closed_loop_does_not_stop_the_emulator(emulator, caplog):
 
 def test_targets_that_cannot_work_are_refused(emulator, monkeypatch):
     credentials = emulator.credentials
-    with pytest.raises(ConfigurationError, match="must be an ASGI application"):
-        WebhookSimulator(7, HOOK, credentials=credentials)
+    for target in (7, "app:app", FastAPI, None):
+        with pytest.raises(ConfigurationError, match="must be an ASGI application"):
+            WebhookSimulator(target, HOOK, credentials=credentials)
+    with pytest.raises(ConfigurationError, match="path"):
+        WebhookSimulator("http://127.0.0.1:1", "hooks", credentials=credentials)
     for target in (FastAPI(), open_client(FastAPI())):
         with pytest.raises(ConfigurationError, match="on its event loop"):
             WebhookSimulator(target, HOOK, credentials=credentials)
