@@ -101,6 +101,7 @@ __all__ = [
     "EventHook",
     "ItemRestored",
     "NotificationSeen",
+    "PaceChanged",
     "PollFinished",
     "SessionPaused",
     "SessionStats",

@@ -133,6 +133,8 @@ def print_event(event: events.Event) -> None:
             print(event.by)
         case events.ItemRestored():
             print(event.key)
+        case events.PaceChanged():
+            print(event)
         case events.SessionPaused():
             print(event.cause)
 
