@@ -73,6 +73,10 @@ class _Server:
         await self.listen()
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            await request.read()
+        except ConnectionError:
+            return web.Response()  # the client has gone
         now = asyncio.get_running_loop().time()
         if self.began is None:
             self.began = now
@@ -82,7 +86,6 @@ class _Server:
         status = self.service.answer(now)
         client = self.paths.setdefault(request.path, len(self.paths))
         self.requests.append((round(now, 4), status, client))
-        await request.read()
         headers = {}
         if status == OK:
             sigma = self.scenario.sigma

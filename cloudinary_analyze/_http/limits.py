@@ -338,6 +338,9 @@ class Pace:
         if self.rate is not None and self.held:
             offered = self.rate
         rate = max(LOWEST_PACE, offered * (1 - share) * UNDERSHOOT)
+        if self.state is State.PROBING and share <= 0.5 and rate < self._cruised_at:
+            # Evidence that ends a round early exaggerates the share; the limit held before.
+            rate = (rate + self._cruised_at) / 2
         self._set_rate(rate)
         if probing:
             changed = self.state is State.SEARCHING or rate > 1.25 * self._cruised_at
