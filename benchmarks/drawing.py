@@ -37,11 +37,13 @@ class Curve:
         name: The contender.
         rates: Its accepted requests in each second.
         throttled: Its throttled requests in each second.
+        failed: Items that it gave up.
     """
 
     name: str
     rates: Sequence[float]
     throttled: Sequence[float]
+    failed: int
 
 
 @attrs.frozen(kw_only=True)
@@ -100,6 +102,11 @@ def _draw_panel(panel: Panel, top: float, names: Sequence[str]) -> list[str]:
         return f'<polyline class="{kind}" points="{points}"/>'
 
     lines = [f'<text class="title" x="{LEFT}" y="{top - 8}">{escape(panel.title)}</text>']
+    failed = ", ".join(f"{curve.name} {curve.failed:,}" for curve in panel.curves)
+    lines.append(
+        f'<text x="{WIDTH - RIGHT}" y="{top - 8}" text-anchor="end">'
+        f"items failed: {escape(failed)}</text>"
+    )
     step = _find_step(most)
     for rate in range(0, int(most) + 1, step):
         y = top + PANEL - rate * down

@@ -270,6 +270,7 @@ def draw_runs(runs: list[Run]) -> str:
                         name=contender,
                         rates=first[contender].list_rates(OK),
                         throttled=first[contender].list_rates(THROTTLED),
+                        failed=int(first[contender].figures["failed"]),
                     )
                     for contender in CONTENDERS
                     if contender in first
