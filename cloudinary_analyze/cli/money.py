@@ -279,6 +279,8 @@ async def perform_dry_run(plan: RunPlan, console: Console) -> ExitCode:
     for line in book.bad_lines:
         say(console, f"{describe_line(line.number, line.file)}: {line.error}", style="yellow")
     print_forecast(console, forecast)
+    if plan.places.shared is not None:
+        say(console, "What other machines recorded in Redis is not counted as answered.")
     if plan.places.summary is not None:
         write_summary(plan.places.summary, forecast.build_record())
     return ExitCode.DONE

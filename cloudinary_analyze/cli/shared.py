@@ -122,20 +122,28 @@ class SharedRunLedger(RunLedger):
         """Note it in Redis; the file has it, see `Book.register`."""
         await self._shared.note_item(key, source=source, model=model, index=index)
 
+    # What was paid for is recorded in the file even if Redis fails.
+
     async def record_submitted(self, key: str, task_id: str | None) -> None:
         """Record it in both."""
-        await self._shared.record_submitted(key, task_id)
-        await super().record_submitted(key, task_id)
+        try:
+            await self._shared.record_submitted(key, task_id)
+        finally:
+            await super().record_submitted(key, task_id)
 
     async def record_response(self, key: str, response: Response[Any], *, seconds: float) -> None:
         """Record it in both."""
-        await self._shared.record_response(key, response, seconds=seconds)
-        await super().record_response(key, response, seconds=seconds)
+        try:
+            await self._shared.record_response(key, response, seconds=seconds)
+        finally:
+            await super().record_response(key, response, seconds=seconds)
 
     async def record_error(self, key: str, error: AnalyzeError, *, seconds: float) -> None:
         """Record it in both."""
-        await self._shared.record_error(key, error, seconds=seconds)
-        await super().record_error(key, error, seconds=seconds)
+        try:
+            await self._shared.record_error(key, error, seconds=seconds)
+        finally:
+            await super().record_error(key, error, seconds=seconds)
 
 
 class SharedItems:

@@ -8,8 +8,11 @@ import pytest
 from cli_support import build_urls, end, read_records, start, write_lines
 from notification_support import start_redis
 
+from cloudinary_analyze import Captioning, LedgerError
 from cloudinary_analyze.cli import main
+from cloudinary_analyze.cli.shared import SharedRunLedger
 from cloudinary_analyze.ledger import worker as ledger_room
+from cloudinary_analyze.testing import build_response
 
 cli_folder, start_emulator = cli_support.cli_folder, cli_support.start_emulator
 pytestmark = pytest.mark.usefixtures("cli_folder")
@@ -165,3 +168,39 @@ def test_a_summary_names_the_file_of_the_run(start_emulator, url, cli_folder):
     assert run(url, "--summary-json", "summary.json") == 0
     summary = json.loads((cli_folder / "summary.json").read_bytes())
     assert summary["ledger"] == "results.jsonl.ledger"
+
+
+async def test_a_response_that_redis_lost_is_in_the_file(tmp_path):
+    class Failing:
+        async def open(self, **_):
+            pass
+
+        async def aclose(self):
+            pass
+
+        async def find(self, _):
+            return None
+
+        async def record_response(self, *_, **__):
+            raise LedgerError("Redis is gone.")
+
+        record_submitted = record_response
+
+    path = tmp_path / "a.ledger"
+    async with SharedRunLedger(path, Failing(), patience=1) as ledger:
+        await ledger.open(base_url="https://api.example.com", cloud_name="demo")
+        request = Captioning("https://example.com/a.jpg")
+        with pytest.raises(LedgerError, match="Redis is gone"):
+            await ledger.record_response(request.key, build_response(request), seconds=1)
+        with pytest.raises(LedgerError, match="Redis is gone"):
+            await ledger.record_submitted("ab" * 32, "task")
+        assert (await ledger.find(request.key)).response is not None
+        assert (await ledger.find("ab" * 32)).task_id == "task"
+
+
+def test_a_dry_run_does_not_ask_redis(start_emulator, url, capfd):
+    emulator = start_emulator()
+    write_lines(*URLS)
+    assert run(url, "--dry-run") == 0
+    assert "What other machines recorded in Redis" in capfd.readouterr().err
+    assert not emulator.counts.total_received
