@@ -32,8 +32,9 @@ from cloudinary_analyze.ledger.file import (
     lock,
 )
 from cloudinary_analyze.ledger.items import Inventory, ItemRow
-from cloudinary_analyze.ledger.sqlite import SQLiteLedger, build_row
+from cloudinary_analyze.ledger.sqlite import PATIENCE, SQLiteLedger, build_row
 from cloudinary_analyze.outcomes import AnyOutcome
+from cloudinary_analyze.protocols import Claim, LedgerRecord
 from cloudinary_analyze.requests import KeyBuilder, Uri
 from cloudinary_analyze.results.records import InputItem, InputLine
 
@@ -46,7 +47,32 @@ class HaltedError(Exception):
 
 
 class RunLedger(SQLiteLedger):
-    """The ledger of a run, whose items are noted with their lines, invalid ones included."""
+    """The ledger of a run, whose items are noted with their lines, invalid ones included.
+
+    Its items were read from it, so it need not be searched for the requests of most.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, patience: float = PATIENCE) -> None:
+        super().__init__(path, patience=patience)
+        self._fresh: set[str] = set()
+
+    def expect(self, key: str) -> None:
+        """Note that nothing is recorded for a key, and that its request comes next."""
+        self._fresh.add(key)
+
+    async def find(self, key: str) -> LedgerRecord | None:
+        """See `SQLiteLedger.find`."""
+        if key not in self._fresh:
+            return await super().find(key)
+        self._use()
+        return None
+
+    async def claim(self, key: str) -> Claim | None:
+        """See `SQLiteLedger.claim`."""
+        if key not in self._fresh or self._use().trouble is not None:
+            return await super().claim(key)
+        self._fresh.discard(key)
+        return Claim()
 
     async def note_item(self, key: str, *, source: str, model: str, index: int) -> None:
         """Do nothing; see `Book.register`."""
@@ -63,7 +89,7 @@ class Book:
         bad_lines: The first invalid lines of the input.
     """
 
-    ledger: SQLiteLedger
+    ledger: RunLedger
     begun_before: bool
     rows: int = attrs.field(default=0, init=False)
     bad_lines: list[InputLine] = attrs.field(factory=list, init=False)
@@ -147,7 +173,8 @@ class Book:
                 file=noted.file,
                 columns=noted.columns,
             )
-            yield InputItem(line, noted.model, noted.index)
+            fresh = open_only and noted.first and noted.task_id is None
+            yield InputItem(line, noted.model, noted.index, noted.key if fresh else None)
 
     async def note(self, item: InputItem) -> None:
         """Note an item of a source that can be read only once.

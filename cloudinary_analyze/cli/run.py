@@ -264,6 +264,8 @@ class _Run:
             elif self.stops and self.stream is None and self._is_stopped(item.model or ""):
                 self.feed.finish(item)
             else:
+                if self.book is not None and item.key is not None:
+                    self.book.ledger.expect(item.key)
                 yield item
 
     def _is_stopped(self, model: str) -> bool:

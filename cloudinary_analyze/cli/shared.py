@@ -81,6 +81,9 @@ class SharedRunLedger(RunLedger):
         finally:
             await super().aclose()
 
+    def expect(self, key: str) -> None:
+        """Do nothing; another machine may record it at any time."""
+
     async def find(self, key: str) -> LedgerRecord | None:
         """Return what either knows; copy what another machine recorded."""
         record = await super().find(key)

@@ -59,6 +59,7 @@ class LedgerItem:
         seconds: How long its attempts took, if it has a response or a final error.
         restored: Whether its response or error was not charged for it by the latest run: an
             earlier run recorded it, or an earlier item of the same request received it.
+        first: Whether no earlier item that was read has the same request.
     """
 
     index: int
@@ -74,6 +75,7 @@ class LedgerItem:
     error: AnalyzeError | None = None
     seconds: float | None = None
     restored: bool = False
+    first: bool = True
 
     @property
     def done(self) -> bool:
@@ -404,13 +406,16 @@ def read_noted(path: Path, *, open_only: bool) -> Iterator[LedgerItem]:
         "WHERE position >= ? AND position < ? "
     )
     query += f"AND state < {ANSWERED} ORDER BY position" if open_only else "ORDER BY position"
+    seen = RecordSet()
     with closing(connect_for_reading(path)) as connection:
 
         def read(start: int, end: int) -> Iterator[LedgerItem]:
             with explaining(path):
                 rows = connection.execute(query, (start, end)).fetchall()
             for row in rows:
-                yield _build_item(row, path, answered_before=False)
+                item = _build_item(row, path, answered_before=False)
+                new = row[9] is None or seen.add(row[9])
+                yield item if new else attrs.evolve(item, first=False)
 
         first = _find_first_open(connection, path) if open_only else ()
         for position in first:

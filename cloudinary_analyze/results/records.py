@@ -51,11 +51,13 @@ class InputItem:
         line: The line.
         model: The model's name; ``None`` for an invalid line, which no model sees.
         index: Its place among the items of the run, from 0, where that is counted.
+        key: The key of its request, if it is certain that nothing is recorded for it yet.
     """
 
     line: InputLine
     model: str | None = None
     index: int | None = None
+    key: str | None = None
 
 
 def build_record(outcome: AnyOutcome) -> dict[str, Any]:

@@ -244,6 +244,15 @@ def test_duplicates_are_charged_once_and_marked(
     assert emulator.counts.total_received == 2
 
 
+def test_duplicates_far_apart_are_charged_once(start_emulator: StartEmulator):
+    emulator = start_emulator()
+    write_lines(*build_urls(200), *build_urls(200), *reversed(build_urls(200)))
+    assert main(["run", "coco", "lvis", "--input", "urls.txt", "--permits", "4"]) == 0
+    assert set(emulator.counts.done.values()) == {1}
+    restored = [record["restored"] for record in read_records()]
+    assert restored == [False] * 400 + [True] * 800
+
+
 # identity
 
 
