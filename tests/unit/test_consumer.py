@@ -9,9 +9,12 @@ import subprocess
 import sys
 import tokenize
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from examples import find_public_names
+
+from cloudinary_analyze import events
 
 CONSUMER = Path(__file__).parents[1] / "typing" / "consumer"
 FILES = sorted(CONSUMER.glob("*.py"))
@@ -40,6 +43,10 @@ def test_every_public_name_is_used() -> None:
         used |= find_used_names(ast.parse(path.read_text(encoding="utf-8")))
     unused = sorted(find_public_names() - used)
     assert unused == [], "use each new public name in a file of tests/typing/consumer"
+
+
+def test_every_event_is_public() -> None:
+    assert {kind.__name__ for kind in get_args(events.Event)} <= set(events.__all__)
 
 
 def test_no_cast_and_no_ignore_is_needed() -> None:
