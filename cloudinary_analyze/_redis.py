@@ -27,6 +27,7 @@ try:
     from redis.exceptions import (
         AuthenticationError,
         AuthorizationError,
+        MovedError,
         NoPermissionError,
         NoScriptError,
         RedisError,
@@ -61,7 +62,7 @@ LONGEST_PAUSE: Final = 1.0
 
 BROKEN: Final = (RedisConnectionError, RedisTimeoutError, TimeoutError, OSError)
 
-REFUSED: Final = (AuthenticationError, AuthorizationError, NoPermissionError)
+REFUSED: Final = (AuthenticationError, AuthorizationError, MovedError, NoPermissionError)
 
 _OPTIONS: Final = frozenset(
     {
@@ -423,12 +424,13 @@ class Link:
                 refusal = self._settle(batch, replies)
                 if refusal is None:
                     self._troubled_at, pause = None, FIRST_PAUSE
-                elif isinstance(refusal, NoScriptError):
-                    await self._disconnect()  # `_connect` loads the scripts
                 elif isinstance(refusal, REFUSED):
                     self._fail([], f"Redis refused a command ({refusal})")
-                elif await self._wait_after(refusal, pause):
-                    pause = min(2 * pause, LONGEST_PAUSE)
+                else:  # another server may have taken over; a new connection loads the scripts
+                    await self._disconnect()
+                    self._put_back([])
+                    if isinstance(refusal, NoScriptError) or await self._wait_after(refusal, pause):
+                        pause = min(2 * pause, LONGEST_PAUSE)
 
     def _take_batch(self) -> list[_Pending]:
         batch: list[_Pending] = []

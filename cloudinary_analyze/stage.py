@@ -198,6 +198,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import hashlib
+import logging
 import os
 import pickle
 import socket
@@ -235,6 +236,8 @@ __all__ = [
 Item = TypeVar("Item")
 A = TypeVar("A")
 T = TypeVar("T")
+
+logger: logging.Logger = logging.getLogger("cloudinary_analyze")
 
 CLOSE_SECONDS: Final = 30.0
 
@@ -406,10 +409,12 @@ class _Opened:
     parts: Sequence[Any]
 
     async def aclose(self) -> None:
-        await self.session.aclose()
-        for part in self.parts:
+        for part in (self.session, *self.parts):
             if hasattr(part, "aclose"):
-                await part.aclose()
+                try:
+                    await part.aclose()
+                except Exception:
+                    logger.exception("A part of a stage cannot be closed.")
 
     def describe(self) -> dict[str, Any]:
         counts = attrs.asdict(self.session.stats)
@@ -467,10 +472,13 @@ class _Host:
                 await opening.result().aclose()
 
     def stop(self) -> None:
-        self.run(self.aclose()).result(CLOSE_SECONDS)
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(CLOSE_SECONDS)
-        self.loop.close()
+        try:
+            self.run(self.aclose()).result(CLOSE_SECONDS)
+        finally:
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self.thread.join(CLOSE_SECONDS)
+            if not self.thread.is_alive():
+                self.loop.close()
 
 
 async def _open(stage: AnalyzeStage[Any, Any]) -> _Opened:

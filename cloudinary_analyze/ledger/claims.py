@@ -29,7 +29,8 @@ from urllib.parse import quote, unquote_to_bytes
 
 import attrs
 
-# ARGV: step, milliseconds to keep the key (0: no limit), token, and what the step needs.
+# ARGV: step, milliseconds to keep an answer (0: no limit), token, and what the step needs. Claims do
+# not expire by time, because a task may take longer than that.
 # A reply to a claim is {"granted", lost, task}, {"held", worker} or {"final"}.
 SCRIPT: Final = """
 local key, step, keep, own = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
@@ -42,10 +43,7 @@ elseif state == 'O' or (state == 'F' and step == 'A') then
 end
 local final = state == 'A' or state == 'F'
 local mine = state == 'C' and token == own
-local function put(value)
-  if keep == '0' then redis.call('SET', key, value)
-  else redis.call('SET', key, value, 'PX', keep) end
-end
+local function put(value) redis.call('SET', key, value) end
 local function open()
   if tonumber(lost) == 0 and task == '' then redis.call('DEL', key)
   else put('O|' .. lost .. '|' .. task .. '|') end
@@ -75,6 +73,7 @@ elseif step == 'release' then
 elseif step == 'A' or step == 'F' then
   if state == 'A' or (state == 'F' and step == 'F') then return 0 end
   put(step .. '|' .. lost .. '|' .. task .. '|' .. ARGV[4])
+  if keep ~= '0' then redis.call('PEXPIRE', key, keep) end
   return 1
 end
 return redis.error_reply('ERR unknown step')

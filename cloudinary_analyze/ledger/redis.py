@@ -252,6 +252,7 @@ class RedisLedger(Ledger):
         if state.state == "C" and worker.tokens.get(packed) != state.token:
             return None
         if state.state in _STATES:
+            self._noted.pop(key, None)  # another worker recorded it
             item = self._build_item(0, key, state)
             return LedgerRecord(
                 key=key,

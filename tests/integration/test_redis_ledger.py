@@ -367,6 +367,52 @@ async def test_a_full_server_is_waited_for(build, server):
             assert (await ledger.find(KEY)).response == RAW
 
 
+async def test_a_server_that_became_a_replica_is_waited_for(build, server):
+    with redis.Redis.from_url(server.url) as admin:
+        async with opened(build(server.url)) as ledger:
+            admin.replicaof("127.0.0.1", 1)
+            recording = asyncio.create_task(ledger.record_response(KEY, RESPONSE, seconds=1))
+            claiming = asyncio.create_task(ledger.claim(Captioning(URLS[1]).key))
+            await asyncio.sleep(0.3)
+            assert not recording.done()
+            assert not claiming.done()
+            admin.replicaof("NO", "ONE")
+            await recording
+            assert await claiming == Claim()
+            assert (await ledger.find(KEY)).response == RAW
+
+
+async def test_opening_can_be_cancelled_at_any_step(build):
+    for steps in range(12):
+        ledger = build()
+        opening = asyncio.create_task(ledger.open(**OWNER))
+        for _ in range(steps):
+            await asyncio.sleep(0.0005)
+        opening.cancel()
+        await asyncio.wait([opening])
+        await ledger.open(**OWNER)
+        assert await ledger.claim(KEY) == Claim()
+        ledger.release(KEY, ambiguous=False)
+        await ledger.aclose()
+        await ledger.aclose()
+    assert len(asyncio.all_tasks()) == 1
+
+
+@pytest.mark.slow
+async def test_a_hundred_thousand_steps_at_once_are_served(build):
+    keys = [f"{number:064x}" for number in range(20_000)]
+    async with opened(build()) as one, opened(build()) as other:
+        claims = await asyncio.gather(*(w.claim(key) for key in keys for w in (one, other)))
+        assert sum(claim is not None for claim in claims) == len(keys)
+        await asyncio.gather(*(one.record_submitted(key, key) for key in keys))
+        for key in keys:
+            one.release(key, ambiguous=False)
+            other.release(key, ambiguous=False)
+        await asyncio.gather(one.find(keys[0]), other.find(keys[0]))  # after the releases
+        found = await asyncio.gather(*(other.find(key) for key in keys))
+        assert [record.task_id for record in found] == keys
+
+
 async def test_a_namespace_belongs_to_one_cloud(build):
     async with opened(build()) as ledger:
         with pytest.raises(LedgerError, match="other-cloud"):
