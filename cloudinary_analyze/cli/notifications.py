@@ -53,6 +53,7 @@ WAYS: Final = (
 )
 PARKED_SECONDS: Final = 1.0
 STOP_SECONDS: Final = 0.1
+IDLE_SECONDS: Final = 5.0  # of a connection without a request, before it is closed
 
 Handle: TypeAlias = "Callable[[web.Request], Awaitable[web.StreamResponse]]"
 
@@ -288,7 +289,9 @@ async def serve(
 
     app = web.Application()
     app.router.add_route("*", "/{path:.*}" if path is None else path, handle)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=STOP_SECONDS)
+    runner = web.AppRunner(
+        app, access_log=None, keepalive_timeout=IDLE_SECONDS, shutdown_timeout=STOP_SECONDS
+    )
     await runner.setup()
     try:
         try:

@@ -341,6 +341,30 @@ async def test_listen_can_be_ended_while_its_output_is_not_read(tmp_path: Path):
         waiting.exception()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sent", [b"", b"POST / HTTP/1.1\r\nHost: x\r\n", b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n"]
+)
+async def test_idle_connections_are_closed(tmp_path: Path, sent: bytes):
+    async with (
+        Emulator() as emulator,
+        start("listen", "--port", "0", folder=tmp_path, emulator=emulator) as process,
+    ):
+        told = await see(process, "Ctrl-C ends it")
+        port = re.search(r":(\d+)/", told)
+        assert port
+        connections = [await asyncio.open_connection("127.0.0.1", port[1]) for _ in range(100)]
+        for _, writer in connections:
+            writer.write(sent)
+        async with asyncio.timeout(20):
+            for reader, _ in connections:
+                await reader.read()  # to its end
+        for _, writer in connections:
+            writer.close()
+        process.send_signal(signal.SIGINT)
+        assert await process.wait() == 0
+
+
 # control characters
 
 WILD = "\x1b]0;PWNED\x07\x1b[2J\x9b2J\x85\u202egpj.exe\u2066\x00\r\x7f"
