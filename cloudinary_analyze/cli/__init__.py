@@ -15,7 +15,9 @@ cloudinary-analyze emulator
 
 ``run`` takes one URL or ``asset:ID`` per line, or CSV, JSON Lines or Parquet with a column. It writes
 one record per line and model. The extension of the output, or ``--format``, chooses JSON Lines, CSV or
-Parquet.
+Parquet. ``--input`` is repeatable, takes glob patterns, and reads ``.gz``. CSV is read strictly: an open
+quote is refused with its lines, so that no row is lost. The columns of the input are in each record, under
+``input`` in JSON Lines and as columns in tables. ``restored`` says which responses this run did not pay for.
 
 **The same command again resumes.** Every response is recorded in a ledger next to the output
 (``results.jsonl.ledger``). After Ctrl-C, a kill or an exhausted quota, completed items are skipped and
@@ -26,11 +28,16 @@ written from the ledger when the run ends, however it ends: every item once, in 
 |---|---|
 | ``--retry-failed`` | Also retry items that failed permanently. |
 | ``--key-column NAME`` | Identify each image by a column, when URLs change between runs. |
+| ``--keep a,b`` | Write only these columns of the input to the output; ``none`` for none. |
 | ``--output -`` | Stream records to standard output, without a ledger. |
 | ``--dry-run`` | Print the calls that a run would make and the quota left; send nothing. |
 | ``--sample N`` | Process N rows spread over the input, then estimate what the rest will cost. |
 | ``--max-calls N``, ``--max-units F=N`` | Stop before more is spent. |
 | ``--emulator`` | Use an emulator in this process; each run begins with a new one. |
+
+An edited input resumes, too. The output and the counts are those of the present input; results of another
+one stay in the ledger, and the earlier output is kept as ``OUTPUT.1``. No command overwrites its inputs or
+a ledger. Symbolic links are followed, and new files are readable by their owner only.
 
 If the ledger is locked or its disk is full, nothing more is sent. What the ledger cannot take is saved
 in another directory, and the next run reads it.
