@@ -40,6 +40,7 @@ Item = TypeVar("Item")
 A = TypeVar("A")
 
 BAR_INTERVAL: Final = 0.2  # seconds between two drawings of a bar
+READ_INTERVAL: Final = 1.0  # seconds between two readings where no bar is drawn
 LINE_INTERVAL: Final = 30.0  # seconds between two lines where no bar can be drawn
 PACE_SECONDS: Final = 60.0  # over which the rate is measured
 QUIET_SECONDS: Final = 60.0  # without any notification before a hint
@@ -240,7 +241,8 @@ class ProgressReporter:
                 self.report(
                     describe_reading(reading, self.meter), build_record(reading, self.meter)
                 )
-            await asyncio.sleep(min(BAR_INTERVAL, self.interval))
+            pause = READ_INTERVAL if self._progress is None else BAR_INTERVAL
+            await asyncio.sleep(min(pause, self.interval))
 
     def _hint(self, reading: Reading) -> None:
         if not self.meter.quiet:

@@ -109,6 +109,7 @@ async def test_a_minute_without_notification_is_hinted_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "QUIET_SECONDS", 0.05)
+    monkeypatch.setattr(module, "READ_INTERVAL", 0.02)
     lines: list[str] = []
     tasks = [(9, 2, 7)]
     reporter = ProgressReporter(
