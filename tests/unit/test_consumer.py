@@ -64,7 +64,7 @@ def test_no_cast_and_no_ignore_is_needed() -> None:
 
 def check(checker: str, *options: str) -> subprocess.CompletedProcess[str]:
     """Run a type checker in the folder of the project, with the project's settings."""
-    pytest.importorskip(checker, reason=f"{checker} belongs to the extra `dev`")
+    pytest.importorskip(checker, reason=f"{checker} belongs to the group `dev`")
     environment = Path(sys.executable).parent
     return subprocess.run(
         [environment / checker, *options],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("pyright", reason="pyright belongs to the extra `dev`")
+pytest.importorskip("pyright", reason="pyright belongs to the group `dev`")
 
 
 def test_the_type_of_every_public_name_is_known_and_unambiguous() -> None:
