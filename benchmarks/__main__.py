@@ -52,7 +52,7 @@ def _read_arguments() -> argparse.Namespace:
         parser.error(f"--rounds must be {LEAST_ROUNDS} or more.")
     for pattern in arguments.cells:
         if not fnmatch.filter(CELLS, pattern):
-            parser.error(f"There is no cell {pattern!r}; --list shows all.")
+            parser.error(f"Unknown cell {pattern!r}; --list shows all.")
     return arguments
 
 
@@ -100,7 +100,7 @@ def main() -> int:
     results = []
     for cell in _select(arguments):
         if cell.program and shutil.which(cell.program) is None:
-            print(f"{cell.name}: left out, because there is no {cell.program} here")
+            print(f"{cell.name}: left out, because {cell.program} is not installed")
             continue
         results.append(run_cell(cell, effort))
         print(format_result(results[-1]), flush=True)

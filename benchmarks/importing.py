@@ -1,8 +1,8 @@
-"""The cell of import time, each import in an interpreter of its own that holds nothing else.
+"""The cell of import time, each import in a fresh interpreter that holds nothing else.
 
 Of ours the names that every program needs are imported, not the bare package, so that imports put
 off until a name is used still count. What is put off until there is a session, aiohttp itself and
-cattrs, counts in ``import-and-open``, which has a limit of its own: nothing hides between the two.
+cattrs, counts in ``import-and-open``, which has a separate limit: nothing hides between the two.
 Bytecode is compiled beforehand, as pip does it.
 """
 

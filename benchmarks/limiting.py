@@ -1,4 +1,4 @@
-"""The server of the throttling scenarios, in a process of its own.
+"""The server of the throttling scenarios, in a separate process.
 
 It prints its origin, serves until stdin ends, and then prints what it saw as JSON.
 """
@@ -37,7 +37,7 @@ class _Server:
     """Serves one scenario.
 
     Attributes:
-        requests: The arrival, the status and the client of each; clients are told by their path.
+        requests: The arrival, the status and the client of each; clients are distinguished by their path.
     """
 
     scenario: Scenario

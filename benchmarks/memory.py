@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def read_memory() -> float:
-    """Return the MiB that are resident after a collection; where that is untold, the most ever."""
+    """Return the MiB that are resident after a collection; where that is unknown, the most ever."""
     gc.collect()
     return _read_status("VmRSS:") or read_peak_memory()
 
@@ -23,7 +23,7 @@ def read_peak_memory(process: int | None = None) -> float:
     # Linux lets a child begin with its parent's ru_maxrss, which would hide growth up to there
     if (peak := _read_status("VmHWM:", process)) is not None:
         return peak
-    assert process is None, "only Linux tells it of another process"
+    assert process is None, "only Linux reports it for another process"
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 

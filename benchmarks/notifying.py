@@ -66,7 +66,9 @@ async def _resolve_with_ours(deliveries: list[Delivery], task_ids: list[str]) ->
         tasks = [session.task(task_id, kind) for task_id in task_ids]
         tracker = session._connection.tracker  # type: ignore[union-attr]  # noqa: SLF001
         for entry in tracker.table.pending.values():
-            tracker.poller.schedule(entry)  # as if accepted just now, not taken up: no poll is due
+            tracker.poller.schedule(
+                entry
+            )  # as if accepted just now, not re-attached: no poll is due
         await asyncio.sleep(0.01)  # until the poller has seen that, too
         gc.collect()
         for delivery in deliveries:

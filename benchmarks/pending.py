@@ -1,4 +1,4 @@
-"""The cell of pending tasks that nobody waits for: bytes each, polls each, lag of the loop.
+"""The cell of pending tasks without a waiting handle: bytes each, polls each, lag of the loop.
 
 The tasks are accepted and polled over real sockets. What a task costs is counted beyond its
 request, which the program holds anyway.

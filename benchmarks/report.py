@@ -1,4 +1,4 @@
-"""Tells results: the table, the JSON, and which targets were missed."""
+"""Reports results: the table, the JSON, and which targets were missed."""
 
 from __future__ import annotations
 
@@ -76,9 +76,7 @@ def describe_target(result: Result, target: Target) -> str:
         "value": f" {result.cell.unit}",
         "note": "",
     }[target.figure]
-    name = {"ratio": "ratio", "excess": "of its own", "value": "", "note": target.note}[
-        target.figure
-    ]
+    name = {"ratio": "ratio", "excess": "its own", "value": "", "note": target.note}[target.figure]
     verdict = "kept" if is_kept(result, target) else "MISSED"
     return (
         f"target {verdict}: {f'{name} {figure:.2f}'.lstrip()}{unit}, at most {target.most:g}{unit}"

@@ -25,7 +25,7 @@ class Effort:
     """How much to measure.
 
     Attributes:
-        rounds: Samples of each contender, each of a process of its own.
+        rounds: Samples of each contender, each of a fresh process.
         slices: Turns that a sample is divided into, in cells that are sliced.
         seconds: Per slice, for cells measured by time.
         items: Per slice, for cells measured by count.
@@ -133,7 +133,7 @@ def _run_round(
             for contender in contenders
         }
         for number in range(effort.slices if cell.sliced else 1):
-            # there and back again, so that nobody always comes after the same one
+            # in both directions, so that none always follows the same one
             for contender in list(workers) if number % 2 == 0 else reversed(list(workers)):
                 try:
                     slices[contender].append(_measure(workers[contender]))

@@ -1,8 +1,8 @@
-"""The benchmark server: canned answers over a bare protocol, in a process of its own.
+"""The benchmark server: canned answers over a bare protocol, in a separate process.
 
 It reads nothing of a request but the model in its path, its Content-Length, and whether a task is
-asked for, so that the clients are what is measured. Tasks stay in process for ever.
-``GET /usage`` tells the CPU seconds it has used; from these comes the busy share that is printed.
+asked for, so that the clients are what is measured. Tasks stay in process.
+``GET /usage`` reports the CPU seconds it has used; from these comes the busy share that is printed.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ async def _serve(delay: float) -> None:
 
 @contextlib.contextmanager
 def run_server(_items: int = 0, *, delay: float = 0.0) -> Iterator[Place]:
-    """Run a server in a process of its own."""
+    """Run a server in a separate process."""
     with subprocess.Popen(
         [sys.executable, "-m", "benchmarks.server", "--delay", str(delay)],
         cwd=ROOT,

@@ -118,7 +118,7 @@ class Spending:
     async def reserve(self, feature: str) -> None:
         """Reserve the cost of a call; wait while calls in flight can decide if it fits.
 
-        Cancelling is safe. Whoever reserves must settle.
+        Cancelling is safe. Each reservation must be settled.
 
         Raises:
             BudgetReachedError: It does not fit.

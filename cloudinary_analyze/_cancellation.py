@@ -1,8 +1,8 @@
 """Cancellations: ours, those of others, and those of code that only looks cancelled.
 
 Three things arrive as the same `asyncio.CancelledError`, also in one turn of the loop: we interrupt
-a section of a task (a timeout, a close), somebody cancels the task, or code that we await raises
-the error by itself. Only `asyncio.Task.cancelling` tells them apart, counted from before the await.
+a section of a task (a timeout, a close), another task cancels this one, or code that we await raises
+the error by itself. Only `asyncio.Task.cancelling` distinguishes them, counted from before the await.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Sections:
     """Parts of tasks that we may interrupt, by cancelling them.
 
     A task is outside, inside (from `enter` on) or interrupted (from `interrupt` on); `leave` takes
-    it outside again. Whoever leaves raises its own error if it was interrupted and the task's
+    it outside again. A section that ends raises its own error if it was interrupted and the task's
     count of cancellations is what it was before.
 
     Attributes:

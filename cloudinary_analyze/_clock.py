@@ -64,7 +64,7 @@ class SystemClock:
 
 
 def wake(sleeper: asyncio.Future[None]) -> None:
-    """Wake whoever awaits a future, unless it is over already."""
+    """Complete a future, unless it is done already."""
     if not sleeper.done():
         sleeper.set_result(None)
 

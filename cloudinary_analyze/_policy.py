@@ -145,7 +145,7 @@ def is_exhausted(
 
     Args:
         status: HTTP status of the call or of the failed task; 0 if unknown.
-        category: The error's category, which stands in for an unknown status.
+        category: The error's category, used if the status is unknown.
         code: The error's code.
         limits: What was sent along.
         feature: The model's add-on feature; ``None`` if it is not known.

@@ -63,7 +63,7 @@ def wrap_cancellation(culprit: str, error: asyncio.CancelledError) -> ForeignCan
 class Work(Generic[Item, A]):
     """One item of a stream, from its pull to its outcome.
 
-    Whoever performs it calls `check` and `reserve` before the request queues, and `start` when it
+    The code that performs it calls `check` and `reserve` before the request queues, and `start` when it
     may be sent. The stream settles it.
 
     Attributes:
@@ -363,7 +363,7 @@ class Recording:
         failure = end if isinstance(end, Exception) else None
         work.restored |= failure is None  # it was charged to the other item
         if work.restored:
-            self._tell_restored(key, work, failure)
+            self._emit_restored(key, work, failure)
         if isinstance(end, Exception):
             work.unsent = leader.work.unsent
             raise end
@@ -432,16 +432,16 @@ class Recording:
         if now - self._yielded_at > TURN:
             await asyncio.sleep(0)
             self._yielded_at = asyncio.get_running_loop().time()
-        self._tell_restored(record.key, work, record.error)
+        self._emit_restored(record.key, work, record.error)
         if record.response is not None:
             return Response.from_raw(work.request, record.response)
         assert record.error is not None
         raise record.error
 
-    def _tell_restored(self, key: str, work: Work[Any, Any], error: Exception | None) -> None:
+    def _emit_restored(self, key: str, work: Work[Any, Any], error: Exception | None) -> None:
         meter = self.sender.tracker.meter
         if meter.hook is not None:
-            meter.tell(
+            meter.emit(
                 ItemRestored(
                     key=key, model=work.request.model, seconds=work.recorded_seconds, error=error
                 )

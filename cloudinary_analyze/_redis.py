@@ -376,7 +376,7 @@ class Link:
         self._put(_Pending(command, reply, repeat))
         return await reply
 
-    def tell(self, *command: bytes | str | float) -> None:
+    def send_later(self, *command: bytes | str | float) -> None:
         """Send a command whose reply does not matter. Does nothing once the link has failed."""
         if self.failure is None and not self._closed:
             self._put(_Pending(command, None, repeat=True))

@@ -1,6 +1,6 @@
 """The windowed stream: bounded concurrency and memory over any input, one outcome per item.
 
-Workers pull items themselves, so there is no task per item, and nothing is pulled without a place
+Workers pull items themselves, so no task per item exists, and nothing is pulled without a place
 in the window. The window counts every item from its pull until its outcome is handed over, so a
 slow consumer slows the input down.
 
@@ -156,7 +156,7 @@ class _Pump(Generic[Item, A]):
             if not self.exhausted:
                 self.stop(BulkStoppedError("A task of the stream was cancelled from outside."))
         elif (error := worker.exception()) is not None:
-            # only exceptions that are no `Exception` get here (KeyboardInterrupt, SystemExit)
+            # only exceptions that do not subclass `Exception` get here (KeyboardInterrupt, SystemExit)
             self.stop(BulkStoppedError(f"The stream broke: {error!r}."))
         if not self.workers:
             self._wake(self.consumers, everybody=True)
@@ -369,7 +369,9 @@ class _Pump(Generic[Item, A]):
     def cancel(self) -> None:
         if self.workers or not self.exhausted:
             self.exhausted = True
-            if self.failure is None:  # whoever still iterates must not take this for the end
+            if (
+                self.failure is None
+            ):  # a consumer that still iterates must not take this for the end
                 self.failure = BulkStoppedError(
                     "The stream was closed, or its session was, before every item had its "
                     "outcome. Of the items without one, some may have been sent."

@@ -497,7 +497,7 @@ class Settings:
 
     outage_timeout: float | None = attrs.field(default=120, validator=_maybe_positive)
     """How long bulk work waits while the service fails or refuses everything. Then the stream stops
-    with `OutageError`. ``None``: for ever. Meanwhile single requests test whether it is over."""
+    with `OutageError`. ``None``: without a limit. Meanwhile single requests test whether it is over."""
 
     backoff_first: float = attrs.field(default=0.5, validator=_positive)
     """The wait before the second attempt; doubles with each, jittered down to a half."""
@@ -547,10 +547,10 @@ class Settings:
     `ResultNotDeliveredError`, or ``"analyze"``: repeat it as a call, which spends quota again."""
 
     task_timeout: float | None = attrs.field(default=3600.0, validator=_maybe_positive)
-    """How long a task handle waits where it names no ``timeout``. ``None``: for ever."""
+    """How long a task handle waits where it names no ``timeout``. ``None``: without a limit."""
 
     answered_seconds: float = attrs.field(default=3600, validator=_not_negative)
-    """How long an answered task can be taken up again by its id."""
+    """How long an answered task can be attached to again by its id."""
 
     answered_count: int = attrs.field(default=10_000, validator=_count)
     """How many answered tasks are kept for that."""

@@ -63,7 +63,7 @@ class InvalidRequestError(AnalyzeError, ValueError):
 
 
 class ForeignCancellationError(AnalyzeError):
-    """Code that was passed in raised `asyncio.CancelledError`, but nobody cancelled this work.
+    """Code that was passed in raised `asyncio.CancelledError`, but this work was not cancelled.
 
     For example, an input or a pacer awaited a future that was cancelled. ``__cause__`` is the
     original error.

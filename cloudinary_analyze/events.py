@@ -371,7 +371,7 @@ class SessionStats(Jsonable):
             everything, or asked for it.
         probes: Attempts that tested whether such a pause is over.
         in_flight: Analyze calls begun and not finished.
-        permits_in_use: Attempts on the wire now.
+        permits_in_use: Attempts in flight now.
         permits_allowed: Attempts allowed at once now: fewer than the setting while the service
             limits them, and 1 during a pause.
         pace: Attempts per second that the service turned out to allow; ``None`` while it shows no
@@ -399,7 +399,7 @@ class SessionStats(Jsonable):
     accepted: int = 0
     pending: int = 0
     parked: int = 0
-    # a dict of its own: what a session counts with goes on changing
+    # a copy, because the session goes on counting
     notifications: Mapping[str, int] = attrs.field(factory=dict, converter=_copy_counts, hash=False)
 
 
@@ -433,12 +433,12 @@ class Meter:
         """Count a delivery by its verdict."""
         self.notifications[verdict] = self.notifications.get(verdict, 0) + 1
         if self.hook is not None:
-            self.tell(
+            self.emit(
                 NotificationSeen(verdict=verdict, task_id=task_id, queued=queued, trace=trace)
             )
 
-    def tell(self, event: Event) -> None:
-        """Tell the hook of an event; what the hook raises is logged and goes no further."""
+    def emit(self, event: Event) -> None:
+        """Pass an event to the hook; what the hook raises is logged and goes no further."""
         if self.hook is not None:
             _call(self.hook, event)
 

@@ -59,7 +59,7 @@ class _Reservations:
     Attributes:
         loop: The event loop.
         link: The connection.
-        turn: Held by whoever takes or reserves starts, so that they go out in order.
+        turn: Held while starts are taken or reserved, so that they go out in order.
         starts: Monotonic instants that are reserved and not taken.
         waiting: How many attempts wait for one.
     """
@@ -124,7 +124,7 @@ class RedisPacer:
             async with reserved.turn:
                 now = self.clock.monotonic()
                 while reserved.starts and reserved.starts[0] < now - 1 / self.rate:
-                    reserved.starts.popleft()  # nobody took it in time
+                    reserved.starts.popleft()  # it was not taken in time
                 if not reserved.starts:
                     await self._reserve(reserved)
                 start = reserved.starts.popleft()

@@ -73,7 +73,7 @@ class NotificationSink(Protocol):
     """Where a receiver puts verified deliveries. A plain ``asyncio.Queue[Delivery]`` is one."""
 
     async def put(self, delivery: Delivery, /) -> None:
-        """Return once the delivery is stored; the sender is told 200 only then."""
+        """Return once the delivery is stored; the sender gets 200 only then."""
         ...
 
 

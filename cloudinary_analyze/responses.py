@@ -34,10 +34,10 @@ class Limit(Jsonable):
 
     Attributes:
         type: The add-on feature that is counted (``ai_vision``, ``object_detection``, …).
-        used_by_request: Units that this request cost (AI Vision: tokens), if told.
-        remaining: Units left in the period, if told.
-        limit: Units in the period, if told.
-        reset_time: When the period ends (aware, UTC), if told. The live service does not tell.
+        used_by_request: Units that this request cost (AI Vision: tokens), if sent.
+        remaining: Units left in the period, if sent.
+        limit: Units in the period, if sent.
+        reset_time: When the period ends (aware, UTC), if sent. The live service does not send it.
     """
 
     type: str
@@ -139,7 +139,7 @@ class Response(Jsonable, Generic[A_co]):
 
     Attributes:
         analysis: The typed ``data.analysis`` of the request's model.
-        model: The model's name on the wire.
+        model: The model's name in URLs.
         raw: The JSON object as received. It contains everything that the server sent.
     """
 
@@ -195,7 +195,7 @@ class TaskStatus(Jsonable):
         task_id: The task's id.
         state: ``"pending"``, ``"processing"``, ``"completed"``, ``"failed"``, or whatever else
             the service says: unknown states are kept as received and count as still running.
-        request_id: The service's id of the status request, if told.
+        request_id: The service's id of the status request, if sent.
         raw: The JSON object as received.
     """
 

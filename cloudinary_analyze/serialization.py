@@ -251,7 +251,7 @@ def list_keys(kind: type[Any], *, raw: bool) -> tuple[str, ...]:
 
 @attrs.frozen
 class PydanticHooks:
-    """An annotation that tells pydantic how to treat a value: an instance goes in, a dict comes out.
+    """An annotation from which pydantic learns how to treat a value: an instance goes in, a dict comes out.
 
     Attributes:
         source: Its class, or one with its parameters, such as ``Response[CaptioningAnalysis]``.

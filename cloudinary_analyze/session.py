@@ -55,7 +55,7 @@ Item = TypeVar("Item")
 A = TypeVar("A")
 
 CLOSE_PATIENCE: Final = 5.0
-CALL_WINDOW: Final = 2  # times the permits: one half on the wire, one half retrying or waiting
+CALL_WINDOW: Final = 2  # times the permits: one half in flight, one half retrying or waiting
 TASK_WINDOW: Final = 10_000
 
 _NOTIFICATION_URL: Final = r"(?ai:https?)://[^\s/?#][^\s]*"
@@ -108,7 +108,7 @@ def _read_notification_url(value: object) -> str:
 
 def _build_no_request_error(value: object) -> InvalidRequestError:
     return InvalidRequestError(
-        f"{value!r:.80} is no request. Pass one of a model, such as Captioning(url)."
+        f"{value!r:.80} is not a request. Pass one of a model, such as Captioning(url)."
     )
 
 

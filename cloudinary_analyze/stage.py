@@ -527,7 +527,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def close_sessions() -> None:
-    """Close the sessions of all stages of this process. Idempotent; a later call opens anew.
+    """Close the sessions of all stages of this process. Idempotent; a later call opens them again.
 
     Runs by itself when a process ends normally. Items in flight in other threads are stopped.
     """

@@ -91,12 +91,12 @@ def verify_signature(
     Raises:
         InvalidSignatureError: It was not signed with any of them.
         StaleNotificationError: It was, but too long ago, or in the future.
-        ConfigurationError: There is no secret, or a digest is unknown.
+        ConfigurationError: A secret is missing, or a digest is unknown.
     """
     secrets = (secrets,) if isinstance(secrets, str) else tuple(secrets)
     digests = (digests,) if isinstance(digests, str) else tuple(digests)
     if not secrets or not all(secrets):
-        raise ConfigurationError("There is no secret to verify notifications with.")
+        raise ConfigurationError("Missing a secret to verify notifications with.")
     for name in digests:
         if name not in _DIGESTS:
             raise ConfigurationError(f"Digests are 'sha1' and 'sha256', not {name!r}.")
@@ -125,7 +125,7 @@ def _verify(
     matched = False
     digest = _HEX_LENGTHS.get(len(signature), "")
     if digest in digests and signature.isascii():
-        for secret in secrets:  # all of them, so that the time taken tells nothing
+        for secret in secrets:  # all of them, so that the time taken reveals nothing
             expected = compute_signature(body, timestamp, secret, digest=digest)
             matched |= hmac.compare_digest(expected, signature)
     if not matched:
@@ -139,11 +139,11 @@ def _verify(
 
 def _build_age_error(age: float, *, oldest: float, newest: float) -> StaleNotificationError:
     if age < 0:
-        told = f"{-age:.0f} s in the future; over {newest:.0f} s it may be forged"
+        seen = f"{-age:.0f} s in the future; over {newest:.0f} s it may be forged"
     else:
-        told = f"{age:.0f} s before it arrived; over {oldest:.0f} s it may be a replay"
+        seen = f"{age:.0f} s before it arrived; over {oldest:.0f} s it may be a replay"
     return StaleNotificationError(
-        f"The notification was signed {told}. If many are refused, check this machine's clock."
+        f"The notification was signed {seen}. If many are refused, check this machine's clock."
     )
 
 
@@ -154,7 +154,7 @@ def parse_notification(body: bytes) -> Notification:
     for example, are parsed too; their ``task_id`` is ``None``.
 
     Raises:
-        MalformedNotificationError: The body is no JSON object.
+        MalformedNotificationError: The body is not a JSON object.
     """
     try:
         raw = loads(body)
@@ -194,7 +194,7 @@ def verify_delivery(delivery: Delivery, credentials: Credentials) -> None:
     signature = find_header(headers, SIGNATURE_HEADER)
     if signature is None and find_header(headers, SIGNATURE_V2_HEADER) is not None:
         raise InvalidSignatureError(
-            "The notification has a v2 signature only, which nobody but the vendor can verify. "
+            "The notification has a v2 signature only, which only the vendor can verify. "
             "Set the trigger's auth_scheme to 'default' or 'legacy_hmac'."
         )
     signed_at = _verify(
@@ -214,7 +214,7 @@ _seals: Final[dict[bytes, object]] = {}
 
 
 def _find_seal(credentials: Credentials) -> object:
-    """Return the object that stands for some credentials in this process, and nowhere else."""
+    """Return the object that identifies some credentials in this process only."""
     parts = "\0".join((*credentials.digests, *credentials.signing_secrets))
     name = hashlib.blake2b(parts.encode(), key=_SEAL_KEY, digest_size=16).digest()
     return _seals.setdefault(name, object())
@@ -228,7 +228,7 @@ class VerifiedDelivery(Delivery):
     that is compared by identity, so nothing that was deserialised can hold it. It holds no secret.
 
     Attributes:
-        seal: Stands for the credentials it was verified with.
+        seal: Identifies the credentials it was verified with.
         notification: What it says.
     """
 

@@ -18,14 +18,14 @@ import pytest
 
 from cloudinary_analyze.emulator import Emulator
 
-PATIENCE = 50.0  # seconds for a process to start, or to do what it is told, on a busy machine
+PATIENCE = 50.0  # seconds for a process to start, or to react, on a busy machine
 COMMAND = (sys.executable, "-m", "cloudinary_analyze")
 StartEmulator = Callable[..., Emulator]
 
 
 @pytest.fixture
 def cli_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Work in a folder of its own."""
+    """Work in a separate folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
@@ -34,7 +34,7 @@ def cli_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def start_emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[StartEmulator]:
-    """Start an emulator on a loop of its own, because the commands bring theirs.
+    """Start an emulator on a separate loop, because the commands bring theirs.
 
     A second one takes the place of the first, at its address.
     """
@@ -89,13 +89,13 @@ async def start(
 async def see(process: Process, sentence: str) -> str:
     """Return what is said on stderr up to and with the line that has a sentence."""
     assert process.stderr is not None
-    told = ""
+    output = ""
     async with asyncio.timeout(PATIENCE):
-        while sentence not in told:
+        while sentence not in output:
             line = await process.stderr.readline()
-            assert line, f"never said {sentence!r}, but: {told}"
-            told += line.decode()
-    return told
+            assert line, f"never said {sentence!r}, but: {output}"
+            output += line.decode()
+    return output
 
 
 async def end(process: Process) -> tuple[int, str, str]:
@@ -114,7 +114,7 @@ async def until(condition: Callable[[], object], seconds: float = PATIENCE) -> N
 
 
 def find_free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a port without a listener."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -15,7 +15,7 @@ from secret_search import SecretSearch
 from cloudinary_analyze.testing import ManualClock
 
 TESTS = Path(__file__).parent
-collect_ignore = ["typing/consumer"]  # a project of its own, which test_consumer.py runs
+collect_ignore = ["typing/consumer"]  # a separate project, which test_consumer.py runs
 
 hypothesis.settings.register_profile(
     "suite", deadline=None, derandomize=True, database=None, max_examples=150

@@ -1,4 +1,4 @@
-"""Many workers on this machine: an emulator on a thread of its own, and what the workers call."""
+"""Many workers on this machine: an emulator on a separate thread, and what the workers call."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class ScriptedServer:
             self.in_flight -= 1
 
     def session(self, *, credentials: Credentials | None = None, **options: Any) -> AnalyzeSession:
-        """Return a session to this server; what is no option of a session is a setting."""
+        """Return a session to this server; other options are settings."""
         own = {
             name: options.pop(name)
             for name in ("clock", "http", "on_event", "notifications", "notification_url")
@@ -126,7 +126,7 @@ def hang_up() -> Handler:
 
 
 def one_after_the_other(*handlers: Handler) -> Handler:
-    """Return a handler that uses each of these once, and the last one for ever."""
+    """Return a handler that uses each of these once, and then the last one."""
     left = list(handlers)
 
     async def handle(request: web.Request) -> web.StreamResponse:

@@ -20,7 +20,7 @@ NEEDLES = [
 
 
 class SecretSearch(logging.Handler):
-    """Keeps every record, with its traceback, that tells a secret."""
+    """Keeps every record, with its traceback, that shows a secret."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)

@@ -57,7 +57,7 @@ def build_result(task_id: str, caption: str = "a cat", **fields: Any) -> bytes:
     return json.dumps(content | fields).encode()
 
 
-def build_failure(task_id: str, message: str = "it is no image") -> bytes:
+def build_failure(task_id: str, message: str = "it is not an image") -> bytes:
     """Return the body of a notification that brings a failure."""
     return build_notification(task_id, Captioning, status=400, code="MA_00003", message=message)
 
@@ -123,7 +123,7 @@ def library_tasks() -> set[asyncio.Task[Any]]:
 
 @attrs.define(eq=False)
 class Service:
-    """Stands in for the calls of a session, so that only its clock tells the time.
+    """Replaces the calls of a session, so that only its clock measures time.
 
     Attributes:
         state: Says what the status of a task is: a state, a `TaskStatus`, or an error to raise.

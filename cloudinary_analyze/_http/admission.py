@@ -2,11 +2,11 @@
 
 `Admission` combines three controls. Each learns from the results of attempts and from nothing else.
 
-*Pace* (`Pace`): at most so many starts per second. It is ``None`` until throttling shows a limit.
+*Pace* (`Pace`): the most starts per second. It is ``None`` until throttling shows a limit.
     One probe raises the pace by a gain g. A rate limit then throttles g / (1 + g) of the starts.
     Sporadic 429s throttle no larger share than before. So the pace is judged by *shares*, in rounds
     of starts, and a share that cuts do not lower is noise.
-*Cap* (`Cap`): at most so many attempts in flight. It is learned where throttles depend on how many
+*Cap* (`Cap`): the most attempts in flight. It is learned where throttles depend on how many
     attempts were in flight, which shows a limit on concurrency.
 *Stall*: nothing starts but one probe at a time, because the service throttles or fails everything.
 

@@ -68,7 +68,7 @@ class Call:
         model: The model's wire name; ``None`` for a status poll.
         feature: The add-on feature that it is charged to.
         content: The JSON to POST; ``None``: a GET.
-        patience: Seconds of its own waits that are left to an interactive call. Waiting for the end
+        patience: Seconds of our own waits that are left to an interactive call. Waiting for the end
             of an outage uses them up, too. Waits that the service asked for do not.
         deadline: Monotonic instant when it gives up.
         urgent: Whether it is interactive: admitted before bulk work, and impatient in an outage.
@@ -225,7 +225,7 @@ class Attempts(NotPicklable):
             finally:
                 queue.release(attempt)
                 if watch is not None and call.model is not None:
-                    self._tell_pace(queue.admission)
+                    self._emit_pace(queue.admission)
             if wait is None:
                 await self._renew_token(call, refused)
             elif wait:
@@ -414,7 +414,7 @@ class Attempts(NotPicklable):
         """Whether the limits of a call allow one more attempt.
 
         What only shows a limit of the service or an outage costs bulk work no attempt, but time.
-        Otherwise slow progress would fail items for good.
+        Otherwise slow progress would fail items permanently.
         """
         costs_nothing = is_throttle(error) or (probe and not error.ambiguous)
         if call.urgent or call.model is None or not costs_nothing:
@@ -426,7 +426,7 @@ class Attempts(NotPicklable):
     def _report(
         self, call: Call, attempt: Attempt, error: ApiError | TransportError, own_wait: float
     ) -> None:
-        """Tell the queue what an attempt says about the service."""
+        """Report to the queue what an attempt shows about the service."""
         queue, generation = call.queue, call.queue.admission.generation
         if isinstance(error, ApiError) and asks_for_more(error, self.settings.max_server_wait):
             assert error.retry_after is not None
@@ -442,7 +442,7 @@ class Attempts(NotPicklable):
         if queue.admission.generation > generation:
             self.meter.pauses += 1
             now = self.clock.monotonic()
-            self.meter.tell(
+            self.meter.emit(
                 SessionPaused(
                     seconds=queue.admission.find_start(now) - now,
                     permits=queue.admission.cap.limit,
@@ -451,11 +451,11 @@ class Attempts(NotPicklable):
                 )
             )
 
-    def _tell_pace(self, admission: Admission) -> None:
+    def _emit_pace(self, admission: Admission) -> None:
         limits = (admission.pace.rate, admission.cap.limit)
         if limits != self._limits:
             self._limits = limits
-            self.meter.tell(PaceChanged(pace=limits[0], permits=limits[1]))
+            self.meter.emit(PaceChanged(pace=limits[0], permits=limits[1]))
 
     def _build_outage_error(self, seconds: float) -> OutageError:
         return OutageError(

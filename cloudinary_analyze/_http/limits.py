@@ -13,7 +13,7 @@ from typing import Final
 import attrs
 
 # How large a step of a probe is, at least. It must exceed twice the noise of the share of a round:
-# 1/8 tells a limit from 10 % of sporadic 429s.
+# 1/8 distinguishes a limit from 10 % of sporadic 429s.
 GAIN: Final = 1 / 8
 # The largest step of a probe while cruising. With 1, a probe that a full bucket hides overshoots
 # the limit so far that it ends in a stall.
@@ -164,7 +164,7 @@ class Cap:
         """Lower the limit to the depth that best separates accepted from throttled attempts.
 
         A depth counts only if starts went through it twice. Otherwise the depth has only risen
-        since the beginning, so that it cannot be told from time: a burst into a rate limit.
+        since the beginning, so depth and time cannot be distinguished: a burst into a rate limit.
 
         Args:
             mistakes: The share of the throttles that the limit may leave unexplained.
@@ -228,7 +228,7 @@ class Pace:
     _climbed: int = 0  # starts since then that were not throttled
 
     def begin_round(self, now: float, number: int, started: int = 0) -> None:
-        """Start counting anew."""
+        """Reset the counts."""
         self._round_at, self._round_from = now, number - started
         self.started, self.throttled, self.held = started, 0, False
 

@@ -61,7 +61,7 @@ class Quota:
         return MappingProxyType({feature: known.limit for feature, known in self._known.items()})
 
     def note(self, feature: str, raw: Any, *, number: int, newest: int) -> None:
-        """Keep the limits of a response as received, until somebody asks for them.
+        """Keep the limits of a response as received, until they are asked for.
 
         Reading them costs more than all the rest of a small response.
         """
@@ -154,7 +154,7 @@ class Quota:
             self.reset(feature)
 
     def reset(self, feature: str, *, accepted: bool = False) -> None:
-        """Take note that a quota was renewed. What was sent before tells nothing.
+        """Take note that a quota was renewed. Earlier responses prove nothing.
 
         Args:
             feature: The feature.

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @attrs.define(eq=False, repr=False)
 class Watch:
-    """Follows one call or poll, and tells the hook of its attempts and its end.
+    """Follows one call or poll, and reports its attempts and its end to the hook.
 
     Attributes:
         meter: Calls the hook.
@@ -57,7 +57,7 @@ class Watch:
 
     def start_call(self, model: str, *, as_task: bool, repeats: str | None) -> None:
         """Report the start of a call."""
-        self.meter.tell(
+        self.meter.emit(
             CallStarted(call=self.number, model=model, as_task=as_task, repeats=repeats)
         )
 
@@ -105,7 +105,7 @@ class Watch:
                 ambiguous = error.ambiguous
             else:
                 ambiguous = error is not None and body is not None and body.sent
-            self.meter.tell(
+            self.meter.emit(
                 AttemptFinished(
                     call=self.number,
                     model=self.model,
@@ -121,7 +121,7 @@ class Watch:
 
     def retry(self, error: AnalyzeError, wait: float) -> None:
         """Report that the last attempt will be repeated."""
-        self.meter.tell(
+        self.meter.emit(
             AttemptRetried(
                 call=self.number,
                 model=self.model,
@@ -146,7 +146,7 @@ class Watch:
             limits = result.limits
         elif isinstance(error, RemoteError):
             limits = error.limits
-        self.meter.tell(
+        self.meter.emit(
             CallFinished(
                 call=self.number,
                 model=self.model or "",
@@ -175,7 +175,7 @@ class Watch:
             raise
         finally:
             self._end_queueing()
-            self.meter.tell(
+            self.meter.emit(
                 PollFinished(
                     call=self.number,
                     task_id=task_id,

@@ -12,7 +12,7 @@ The states of an entry:
 | `OVER`       | any     | -       | 0     | no     | None            | -                          |
 
 `OVER` means answered, merged into another entry of the same task, or refused. `due` is set by the
-first poll that says *completed* or *failed*, and whoever comes and goes later never moves it.
+first poll that says *completed* or *failed*, and later handles never move it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Answer:
 
     Attributes:
         by: See `TaskAnswered`.
-        error: Why there is no result.
+        error: Why the result is missing.
         body: The JSON object that holds the result.
         response: The response of a call.
         guess: Whether it was given because the notification is missing, and may be corrected.
@@ -100,7 +100,7 @@ class Wait:
         answer: What ended it; final.
         due: The monotonic instant when it ends without an answer.
         index: Its place in the entry's list, or `LEFT`.
-        future: The handle's, if somebody awaits it. The table never touches it.
+        future: The handle's, if it is awaited. The table never touches it.
     """
 
     entry: Entry
@@ -131,7 +131,7 @@ class Entry:
         interval: Seconds before the last poll; written by the poller.
         misses: Polls after the first minute that did not find the task.
         verified: Whether the service has ever named or found the task.
-        unobserved: Whether a handle was dropped that nobody had awaited.
+        unobserved: Whether a handle was dropped that was never awaited.
         before_repeat: Awaited before the request is repeated as a call.
     """
 

@@ -121,7 +121,7 @@ class AnalysisTask(NotPicklable, Generic[A_co]):
             ResponseDecodeError: The result cannot be read; ``raw_body`` has it.
             SessionClosedError: The session was closed first.
             AnalyzeError: The request was refused, or did not reach the service.
-            asyncio.InvalidStateError: There is no outcome yet.
+            asyncio.InvalidStateError: The task is still pending.
         """
         self._check_done()
         return self._get_future().result()
@@ -130,7 +130,7 @@ class AnalysisTask(NotPicklable, Generic[A_co]):
         """Return what `result` would raise, or ``None``.
 
         Raises:
-            asyncio.InvalidStateError: There is no outcome yet.
+            asyncio.InvalidStateError: The task is still pending.
         """
         self._check_done()
         error = self._get_future().exception()
@@ -139,7 +139,7 @@ class AnalysisTask(NotPicklable, Generic[A_co]):
 
     def _check_done(self) -> None:
         if self._wait.answer is None:
-            raise asyncio.InvalidStateError("The task has no outcome yet.")
+            raise asyncio.InvalidStateError("The task is still pending.")
 
     async def accepted(self) -> str | None:
         """Wait until the service has the request, and return the task id.
@@ -162,7 +162,7 @@ class AnalysisTask(NotPicklable, Generic[A_co]):
         Does not wait for the result, and does not raise for a failed task.
 
         Raises:
-            AnalyzeError: There is no task to ask for, or this handle's wait ended.
+            AnalyzeError: The task id is unknown, or this handle's wait ended.
         """
         while self.status not in FINISHED and not self.done():
             await self._change()
@@ -276,7 +276,7 @@ def _read(wait: Wait, answer: Answer, raw: Mapping[str, Any] | None) -> Response
 
 
 def report(error: Exception, loop: asyncio.AbstractEventLoop) -> None:
-    """Let asyncio report an error that reaches nobody."""
+    """Let asyncio report an error that no code has retrieved."""
     if not isinstance(error, SessionClosedError) and not loop.is_closed():
         loop.create_future().set_exception(error)
 

@@ -1,7 +1,7 @@
 """One scheduler for the status polls of all tasks: heaps by due time, never a loop per task.
 
-Polls have permits and a rate of their own. With more tasks than the rate allows, polls are late. A
-poll that somebody requests now runs before this backlog. Tasks that the service has confirmed and
+Polls have separate permits and a separate rate. With more tasks than the rate allows, polls are late. A
+poll that is requested now runs before this backlog. Tasks that the service has confirmed and
 ids that may not exist take turns, so a flood of made-up ids takes half of the polls at most.
 """
 
@@ -147,7 +147,7 @@ class Poller:
             self._paused_at = self.clock.monotonic()
             self._next_start = self._paused_at + self._pause
             if self.caller.meter.hook is not None:
-                self.caller.meter.tell(
+                self.caller.meter.emit(
                     SessionPaused(
                         seconds=self._pause,
                         permits=self.settings.poll_permits,

@@ -64,9 +64,9 @@ class Table:
     Attributes:
         settings: For the bounds and graces.
         with_source: Whether notifications can arrive at all.
-        pending: Every accepted task that somebody waits for.
+        pending: Every accepted task with a waiting handle.
         unconfirmed: The pending ids that may be made up; at most `MOST_UNCONFIRMED`.
-        resting: Tasks that nobody waits for any more, so that they are not polled.
+        resting: Tasks without a waiting handle. They are not polled.
         answered: The answers of tasks, for handles that come later.
         parked: Notifications of tasks that are not known here yet.
         wake_at: The earliest instant when `take_due` may have something to do.
@@ -227,7 +227,7 @@ class Table:
         return (Changed(waits), *self._resume(known, now))
 
     def _resume(self, entry: Entry, now: float) -> Sequence[Effect]:
-        """Wait for a resting task again, if somebody does."""
+        """Make a resting task pending again, if a handle waits for it."""
         task_id = entry.task_id
         if entry.phase != Phase.RESTING or not entry.waits or task_id is None:
             return ()
@@ -248,7 +248,7 @@ class Table:
             self.unconfirmed.discard(entry.task_id or "")
 
     def _rest(self, entry: Entry, now: float) -> None:
-        """Stop polling a task that nobody waits for. An id that may not exist is forgotten."""
+        """Stop polling a task without a waiting handle. An id that may not exist is forgotten."""
         task_id = entry.task_id
         assert task_id is not None
         entry.phase = Phase.RESTING
@@ -274,7 +274,7 @@ class Table:
     ) -> tuple[str, Sequence[Effect]]:
         """Answer the task that a verified notification names; return the verdict, too.
 
-        Whatever its shape is, it answers a task that somebody waits for, unless it says that the
+        Whatever its shape is, it answers a task with a waiting handle, unless it says that the
         task is still running.
         """
         task_id = notification.task_id
@@ -302,7 +302,7 @@ class Table:
     def _deliver_later(
         self, task_id: str, notification: Notification, body: bytes, now: float
     ) -> tuple[str, Sequence[Effect]]:
-        """Correct an answer that was a guess, or park what nobody waits for yet."""
+        """Correct an answer that was a guess, or park a notification whose task is still unknown."""
         kept = self.answered.get(task_id)
         if kept is not None:
             answer = read_answer(notification, body, task_id, None)
@@ -467,11 +467,11 @@ class Table:
             if entry.phase in AWAITED and self.build_end is not None:
                 error = self.build_end(entry.task_id)
                 return self.answer(entry, Answer("session", error), now)
-            # otherwise it is over, or nobody waits for it, or its repetition ends it
+            # otherwise it is done, or no handle waits for it, or its repetition ends it
         return None
 
     def clear(self) -> None:
-        """Forget everything that nobody waits for."""
+        """Forget everything without a waiting handle."""
         for shelf in (self.resting, self.answered, self.parked):
             shelf.clear()
         self.dues.clear()

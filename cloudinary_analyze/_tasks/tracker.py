@@ -179,7 +179,7 @@ class Tracker(NotPicklable):
             self._answer(entry, Answer("session", closed))
         else:
             if isinstance(answer, Accepted):
-                self._tell_accepted(answer.task_id, entry.model)
+                self._emit_accepted(answer.task_id, entry.model)
                 now = self.clock.monotonic()
                 self._perform(self.table.accept(wait, answer.task_id, now, deadline=deadline))
                 self._fetch(wait)
@@ -212,7 +212,7 @@ class Tracker(NotPicklable):
             before_repeat: Awaited before the request is repeated as a call.
         """
         if just_accepted:
-            self._tell_accepted(task_id, model)
+            self._emit_accepted(task_id, model)
         wait, effects = self.table.attach(
             task_id,
             model,
@@ -235,10 +235,10 @@ class Tracker(NotPicklable):
         if wait.answer is None and task_id is not None and self.listener is not None:
             self.listener.ask_for(task_id)
 
-    def _tell_accepted(self, task_id: str, model: str) -> None:
+    def _emit_accepted(self, task_id: str, model: str) -> None:
         self.meter.accepted += 1
         if self.meter.hook is not None:
-            self.meter.tell(TaskAccepted(task_id=task_id, model=model))
+            self.meter.emit(TaskAccepted(task_id=task_id, model=model))
 
     def abandon(self, wait: Wait) -> None:
         """End a wait at its owner's request."""
@@ -252,7 +252,7 @@ class Tracker(NotPicklable):
             call.cancel()
 
     def drop(self, wait: Wait, *, unobserved: bool) -> None:
-        """Remove the wait of a handle that nobody holds any more.
+        """Remove the wait of a handle that was dropped.
 
         Called by the garbage collector: in any thread, and in the middle of anything.
         """
@@ -325,7 +325,7 @@ class Tracker(NotPicklable):
             report(error, self.loop)
         if self.meter.hook is not None and entry.task_id is not None:
             seconds = self.clock.monotonic() - entry.since
-            self.meter.tell(build_event(ended, entry.task_id, entry, seconds))
+            self.meter.emit(build_event(ended, entry.task_id, entry, seconds))
 
     def _wake(self, waits: Iterable[Wait]) -> None:
         for wait in waits:
@@ -451,7 +451,7 @@ class Tracker(NotPicklable):
             await asyncio.wait({self._ender})
 
     async def drain(self, seconds: float) -> None:
-        """Wait until nobody waits for a task any more, but not longer than this."""
+        """Wait until no handle waits for a task, but not longer than this."""
         scope: asyncio.Timeout | None = None
         try:
             async with self.clock.timeout_at(self.clock.monotonic() + seconds) as scope:

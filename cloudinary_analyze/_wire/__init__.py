@@ -1,1 +1,1 @@
-"""Bytes to values and back, pure: nothing in this room does I/O or looks at a clock."""
+"""Bytes to values and back, pure: nothing in this package does I/O or reads a clock."""

@@ -65,7 +65,7 @@ class Accepted:
 
     Attributes:
         task_id: The task's id.
-        request_id: The service's id of the request, if told.
+        request_id: The service's id of the request, if sent.
     """
 
     task_id: str
@@ -286,7 +286,7 @@ def read_retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
         now: Unix seconds, for the form that is a date.
 
     Returns:
-        Seconds above 0. ``None`` if there is no such header, or it is negative, past or garbled.
+        Seconds above 0. ``None`` if the header is missing, negative, past or garbled.
     """
     value = headers.get("Retry-After")
     if value is None:

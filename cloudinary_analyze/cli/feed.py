@@ -147,7 +147,7 @@ def open_source(options: InputOptions) -> LineSource:
     The beginning of each file is read, so that one that cannot be read is refused at once.
 
     Raises:
-        CommandError: There is no such file, or the options do not fit it.
+        CommandError: The file does not exist, or the options do not fit it.
         ConfigurationError: A file is not text, or a column is missing.
     """
     columns = options.read_columns()
@@ -272,7 +272,7 @@ def build_sample_source(urls: Sequence[str]) -> LineSource:
 
 def _check_names(lines: Iterable[InputLine]) -> Generator[InputLine, None, None]:
     """Refuse each line whose name an earlier line gave to another source."""
-    with closing(sqlite3.connect("", isolation_level=None)) as known:  # a file of its own, deleted
+    with closing(sqlite3.connect("", isolation_level=None)) as known:  # a separate file, deleted
         known.execute("PRAGMA journal_mode = OFF")
         known.execute("BEGIN")
         known.execute("CREATE TABLE names (name BLOB PRIMARY KEY, source TEXT, line INTEGER, file)")
@@ -436,7 +436,7 @@ class ItemFeed:
                 for item in items:
                     self._places.acquire()
                     self._items.append(item)
-                    self._tell()
+                    self._notify()
                     if self._stopped:
                         return
             self._complete = True
@@ -445,12 +445,12 @@ class ItemFeed:
         finally:
             self._read_up = True
             self._waiting = True
-            self._tell()
+            self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         if self._waiting and self._loop is not None:
             self._waiting = False
             try:
                 self._loop.call_soon_threadsafe(self._changed.set)
-            except RuntimeError:  # the loop is closed; nobody waits any more
+            except RuntimeError:  # the loop is closed, so nothing waits any more
                 self._stopped = True

@@ -87,7 +87,7 @@ def check_conflicts(
     Args:
         inputs: What people call each file that is read, and its path.
         outputs: What people call each file that is written, and its path.
-        ledger: The ledger that is written; it keeps files of its own next to it.
+        ledger: The ledger that is written; it keeps further files next to it.
 
     Raises:
         CommandError: Two of them are one file.

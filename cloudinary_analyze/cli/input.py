@@ -120,7 +120,7 @@ def read_input(
     """Read sources from a stream, lazily.
 
     Plain text has one source per line; blank lines and lines that begin with ``#`` are skipped.
-    CSV has a header line, which may follow a ``sep=`` line; it tells commas, semicolons, tabs and
+    CSV has a header line, which may follow a ``sep=`` line; it distinguishes commas, semicolons, tabs and
     pipes apart. JSON Lines has one object per line. Text is UTF-8, with or without a byte order
     mark. Parquet has one row per source; columns of binary data are not read.
 

@@ -187,7 +187,7 @@ class Book:
         await self.ledger.add_item(item.index, row)
 
     async def note_failure(self, outcome: AnyOutcome, settings: Settings) -> bool:
-        """Note why an item failed for a transient reason, which a ledger's answers do not tell.
+        """Note why an item failed for a transient reason, which a ledger does not record.
 
         Returns:
             Whether the item failed for a transient reason, so that the next run retries it.
@@ -228,7 +228,7 @@ async def open_book(
 ) -> AsyncIterator[Book]:
     """Open the ledger of a run for as long as the block lasts.
 
-    An emulator in this process has another address each time, so its run begins anew.
+    An emulator in this process has another address each time, so its run starts over.
 
     Raises:
         LedgerError: It cannot be used.
@@ -236,7 +236,7 @@ async def open_book(
     if service.emulator is not None and remove_emulated(path):
         say(
             console,
-            f"The ledger {path} of an earlier emulator run was removed: each begins anew.",
+            f"The ledger {path} of an earlier emulator run was removed: each starts over.",
             style="dim",
         )
         begun_before = True  # what lies there is its output

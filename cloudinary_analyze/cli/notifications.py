@@ -165,7 +165,7 @@ class Line:
     url: str | None
 
     def hear(self, event: Event) -> None:
-        """Be told what happens in the session."""
+        """Take an event of the session."""
         source = self.source
         if not isinstance(source, _Waiting) or not isinstance(event, NotificationSeen):
             return
@@ -191,7 +191,7 @@ class Line:
 
 
 class UnknownTaskError(Exception):
-    """A notification is for a task that nobody waits for here."""
+    """A notification is for a task without a waiting handle here."""
 
 
 @attrs.define(eq=False)
@@ -238,7 +238,7 @@ class _Waiting:
 async def open_line(
     options: ReceivingOptions, service: Service, console: Console
 ) -> AsyncIterator[Line | None]:
-    """Open the way that results of tasks come in by; ``None`` where there are no tasks.
+    """Open the receiver of tasks' results; ``None`` where there are no tasks.
 
     Raises:
         CommandError: It cannot be opened.
@@ -267,7 +267,7 @@ def open_redis(url: str) -> AbstractAsyncContextManager[Any]:
 
     Raises:
         CommandError: The [redis] extra is missing.
-        ConfigurationError: The URL cannot be right.
+        ConfigurationError: The URL is invalid.
     """
     try:
         from cloudinary_analyze.notifications.redis import RedisNotifications
@@ -362,13 +362,13 @@ def _show(notification: Notification, delivery: Delivery) -> str:
     if delivery.received_at is not None:
         instant = f"{datetime.fromtimestamp(delivery.received_at, UTC):%H:%M:%S} UTC  "
     state = ("failed", "bold red") if notification.failed else ("ok", "bold green")
-    told = (notification.error if notification.failed else notification.data) or notification.raw
+    content = (notification.error if notification.failed else notification.data) or notification.raw
     console = build_console(sys.stdout)
     with console.capture() as shown:
         console.print(
             Text.assemble((instant, "dim"), state, f"  {notification.task_id}"), soft_wrap=True
         )
-        console.print(JSON.from_data(told), soft_wrap=True)
+        console.print(JSON.from_data(content), soft_wrap=True)
     return shown.get()
 
 
@@ -376,7 +376,7 @@ async def perform_listen(plan: ListenPlan, console: Console) -> ExitCode:
     """Show notifications until an interrupt.
 
     Raises:
-        CommandError: It cannot be begun, or nobody reads what is shown any more.
+        CommandError: It cannot be started, or the reader of the output has gone.
         ConfigurationError: The credentials hold no secret to verify with.
     """
     check_stdout()
@@ -393,7 +393,7 @@ async def perform_listen(plan: ListenPlan, console: Console) -> ExitCode:
         stack.enter_context(handle_interrupts(ended.set, ended.set))
         from cloudinary_analyze.notifications.aiohttp import WebhookReceiver
 
-        handle = _tell_refusals(WebhookReceiver(printer, credentials).handle, plan, console)
+        handle = _show_refusals(WebhookReceiver(printer, credentials).handle, plan, console)
         origin = await stack.enter_async_context(serve(handle, plan.host, plan.port))
         say(console, f"Listening on {origin}{plan.path} (Ctrl-C ends it).")
         await ended.wait()
@@ -402,7 +402,7 @@ async def perform_listen(plan: ListenPlan, console: Console) -> ExitCode:
     return ExitCode.DONE
 
 
-def _tell_refusals(handle: Handle, plan: ListenPlan, console: Console) -> Handle:
+def _show_refusals(handle: Handle, plan: ListenPlan, console: Console) -> Handle:
     """Return a handler that takes one path, and says what it does not take."""
     from aiohttp import web
 

@@ -19,14 +19,14 @@ from typing import Final, TextIO
 
 from cloudinary_analyze._clock import wake
 
-MOST_WAITING: Final = 1000  # writes; further messages are dropped while nobody reads
+MOST_WAITING: Final = 1000  # writes; further messages are dropped without a reader
 DRAIN_SECONDS: Final = 1.0
 
 _Done = Callable[[OSError | None], object]
 
 
 class Outlet:
-    """Writes to a descriptor, in order, in a thread of its own.
+    """Writes to a descriptor, in order, in a separate thread.
 
     After an error nothing more is written.
     """
@@ -98,7 +98,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
     while rest:
         try:
             rest = rest[os.write(descriptor, rest) :]
-        except BlockingIOError:  # somebody made the stream non-blocking
+        except BlockingIOError:  # another process made the stream non-blocking
             select.select([], [descriptor], [])
 
 

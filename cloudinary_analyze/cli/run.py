@@ -95,7 +95,7 @@ class RunPlan:
         samples: How many pictures of the gallery.
         places: Where the results go.
         named: Whether the input names its items.
-        retry_failed: Whether what failed for good is asked again.
+        retry_failed: Whether permanent failures are sent again.
         receiving: How the results arrive.
         calling: How calls are made.
         spending: What the run may spend.

@@ -264,7 +264,7 @@ def handle_interrupts(
     """Call ``finish`` at the first signal, and another function at each later one, on the loop.
 
     SIGTERM and SIGHUP count as interrupts, because what is in flight was paid for. When one of them
-    comes again, the process shall end at once.
+    comes again, the process must end at once.
 
     Args:
         finish: Finishes what is in flight.

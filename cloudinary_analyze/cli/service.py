@@ -182,11 +182,11 @@ def read_credentials(way_out: str = NO_ACCOUNT) -> Credentials:
     """Return the credentials of the environment.
 
     Raises:
-        CommandError: There are none, or they cannot be right; what else there is to do follows.
+        CommandError: They are missing or invalid; what else there is to do follows.
     """
     if not any(os.environ.get(name, "").strip() for name in (URL_VARIABLE, CLOUD_VARIABLE)):
         raise CommandError(
-            f"There are no credentials. Set {URL_VARIABLE}={URL_FORM} "
+            f"Missing credentials. Set {URL_VARIABLE}={URL_FORM} "
             f"(the Console's dashboard shows it), or {way_out}."
         )
     try:

@@ -1,7 +1,7 @@
 """`--ledger redis://…` and `--shard`: runs on several machines that share one ledger.
 
 Each run keeps its own items in a file, as always. The ledger in Redis is asked before anything is
-sent, and told of everything that is recorded.
+sent, and gets everything that is recorded.
 """
 
 from __future__ import annotations

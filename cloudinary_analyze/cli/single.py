@@ -58,8 +58,8 @@ async def perform_analyze(plan: SinglePlan, console: Console) -> ExitCode:
     """Analyse one source and print the answer.
 
     Raises:
-        CommandError: There is no answer; its sentence says why.
-        ConfigurationError: The credentials cannot be right.
+        CommandError: The call failed; its message says why.
+        ConfigurationError: The credentials are invalid.
     """
     check_stdout()
     async with open_service(emulated=plan.emulated, console=console) as service:
@@ -103,8 +103,8 @@ def _print_response(console: Console, response: Response[Any]) -> None:
     if findings == NOTHING:
         console.print(Text("Nothing was found.", style="dim"))
     quota = describe_quota({limit.type: limit for limit in response.limits})
-    told = [f"request id: {response.request_id}" if response.request_id else "", quota]
-    console.print(Text(" · ".join(filter(None, told)), style="dim"), soft_wrap=True)
+    shown = [f"request id: {response.request_id}" if response.request_id else "", quota]
+    console.print(Text(" · ".join(filter(None, shown)), style="dim"), soft_wrap=True)
 
 
 def _describe_quality(findings: Findings) -> str | None:

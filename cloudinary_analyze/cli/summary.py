@@ -253,7 +253,7 @@ class Balance:
         passing: How many of these failed for reasons that may pass.
         undelivered: How many failed because the result of their task was never delivered.
         total: Items in all; ``None`` if that is not known.
-        lasting: Whether the same command goes on with it. An emulator's run begins anew.
+        lasting: Whether the same command goes on with it. An emulator's run starts over.
     """
 
     answered: int
@@ -360,11 +360,11 @@ def _explain_stops(stops: Mapping[str, Exception]) -> str:
                 f"Stopped early, because every remaining item would fail with this error: {reason}"
             )
         if isinstance(reason, QuotaExceededError):
-            sentences.append(_tell_reset(reason))
+            sentences.append(_describe_reset(reason))
     return " ".join(sentences)
 
 
-def _tell_reset(error: QuotaExceededError) -> str:
+def _describe_reset(error: QuotaExceededError) -> str:
     if error.reset_time is None:
         return "The service did not report when the quota resets."
     instant = datetime.fromtimestamp(error.reset_time, UTC)
@@ -398,7 +398,7 @@ def _build_retry(balance: Balance) -> str:
         )
     if final > 0:
         sentences.append(
-            f"{_count(final, 'item', 'items')} failed for good; --retry-failed asks them again "
+            f"{_count(final, 'item', 'items')} failed permanently; --retry-failed sends them again "
             "all the same."
         )
     return " ".join(sentences)

@@ -25,7 +25,7 @@ def load_json(body: bytes) -> Any:
     """Return the value of a JSON text.
 
     Raises:
-        ValueError: The text is no JSON, or is nested beyond reason.
+        ValueError: The text is not JSON, or is nested too deeply.
     """
     if orjson is not None:
         return orjson.loads(body)

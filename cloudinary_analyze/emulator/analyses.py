@@ -1,6 +1,6 @@
 """Synthetic analyses: a pure function of model, source and parameters for every model.
 
-For gallery pictures they tell the truth about what is drawn; for everything else they are made
+For gallery pictures they describe what is drawn; for everything else they are made
 up from the hash of the source, in the very shape that the service answers in.
 """
 

@@ -80,9 +80,9 @@ class FaultPlan:
         lost: The notification is never sent.
         forged: An extra notification with a bad signature and a wrong result comes first.
         stale: An extra one, rightly signed three hours ago, with a wrong result, comes first.
-        malformed: An extra one, rightly signed, whose body is no JSON, comes first.
+        malformed: An extra one, rightly signed, whose body is not JSON, comes first.
         foreign: An extra one, rightly signed, for a task that was never handed out.
-        unrelated: An extra one, rightly signed, that tells of an upload.
+        unrelated: An extra one, rightly signed, about an upload.
         unknown_status: The status says ``queued_for_gpu`` while the task runs.
         failed: The task fails; its notification has an error.
         delay_seconds: By how much a delayed notification is late.

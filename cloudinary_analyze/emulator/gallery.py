@@ -117,7 +117,7 @@ class Scene:
 
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:
-        """The shapes, each in a cell of its own."""
+        """The shapes, each in its cell."""
         return tuple(_place_shapes(self.key, drawn=self.drawn))
 
     def describe(self) -> str:

@@ -24,7 +24,7 @@ class EmulatedTask:
         task_id: The id that was handed out.
         request: What is to be done.
         request_id: The id of the request that was accepted.
-        charge: What it cost; ``None`` if it ends with an error of its own, not the plan's.
+        charge: What it cost; ``None`` if it ends with an error that the plan did not ask for.
         accepted_at: When it was accepted, on the loop's clock.
         seconds: How long it works.
         faults: The names of the plan's faults that hit it.

@@ -1,6 +1,6 @@
-"""The emulator itself: an aiohttp server that stands in for the Analyze API on this machine.
+"""The emulator itself: an aiohttp server that replaces the Analyze API on this machine.
 
-It owns the routes, the authentication and the lifecycle; the other modules of the room decide
+It owns the routes, the authentication and the lifecycle; the other modules of the package decide
 what is answered.
 """
 

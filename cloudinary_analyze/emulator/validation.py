@@ -72,7 +72,7 @@ class AnalyzeRequest:
         source: The URI or the asset id.
         items: The prompts, the questions, or the (name, description) pairs of tags.
         asynchronous: Whether a task is asked for.
-        notification_url: Where its notification shall go, if told.
+        notification_url: Where its notification is sent, if given.
     """
 
     model: Model
@@ -102,7 +102,7 @@ def read_analyze_request(model: Model, body: bytes) -> AnalyzeRequest:
     """Return the request in a body.
 
     Raises:
-        Refusal: The body is no JSON object, lacks something, or breaks a rule.
+        Refusal: The body is not a JSON object, lacks something, or breaks a rule.
     """
     content = _read_object(body)
     missing = [name for name in ("source", model.list_field) if name and name not in content]

@@ -34,7 +34,7 @@ def load_error(content: bytes) -> AnalyzeError:
     One of a class that is not known here is an `AnalyzeError`.
 
     Raises:
-        ValueError: It is no such JSON.
+        ValueError: It is not such JSON.
     """
     stored = codec.loads(content)
     try:
@@ -49,7 +49,7 @@ def load_error(content: bytes) -> AnalyzeError:
         raise ValueError(f"an error in an unexpected shape: {error!r}") from error
 
 
-# a field is stored in a list of its own kind, unless JSON holds it as it is
+# a field is stored in a list of its kind, unless JSON holds it as it is
 def _dump_field(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float):
         return value

@@ -78,7 +78,7 @@ def explain(error: Exception, path: Path) -> LedgerError:
     kept = "Existing records are intact."
     if name == "SQLITE_FULL":
         what = f"cannot grow: the disk is full, or a limit on its size is reached. {kept} "
-        what += "Make room and run again."
+        what += "Free some space and run again."
     elif name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
         what = "is damaged, or not a ledger. Restore it from a copy, or move it away."
     elif name.startswith(("SQLITE_READONLY", "SQLITE_PERM", "PermissionError")):
@@ -131,7 +131,7 @@ def connect_for_reading(path: Path, *, any_thread: bool = False) -> sqlite3.Conn
     """
     with explaining(path):
         if not path.exists():
-            raise LedgerError(f"There is no ledger {path}.")
+            raise LedgerError(f"The ledger {path} does not exist.")
         connection = _connect(path, "mode=ro", any_thread=any_thread)
     try:
         with explaining(path):

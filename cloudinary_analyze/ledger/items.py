@@ -256,7 +256,7 @@ def read_answered(path: Path) -> RecordSet:
     """Return the records of items that have a response or a final error.
 
     Raises:
-        LedgerError: There is no ledger, or it cannot be read.
+        LedgerError: The ledger does not exist or cannot be read.
     """
     found = RecordSet()
     with closing(connect_for_reading(path)) as connection:
@@ -281,7 +281,7 @@ def read_items(path: Path) -> Iterator[LedgerItem]:
     """Yield every item once, in order, with what is durable of its answer.
 
     Raises:
-        LedgerError: There is no ledger, or it cannot be read.
+        LedgerError: The ledger does not exist or cannot be read.
     """
     seen = RecordSet()
     with closing(connect_for_reading(path)) as connection:
@@ -302,7 +302,7 @@ def read_newest_responses(path: Path) -> Iterator[tuple[JSONObject, float]]:
     """Yield the newest response of each model, and when it was recorded (Unix seconds).
 
     Raises:
-        LedgerError: There is no ledger, or it cannot be read.
+        LedgerError: The ledger does not exist or cannot be read.
     """
     with closing(connect_for_reading(path)) as connection, explaining(path):
         newest = connection.execute(
@@ -335,7 +335,7 @@ def read_columns(path: Path) -> Iterator[JSONObject]:
     """Yield the columns of the input that were kept of each item.
 
     Raises:
-        LedgerError: There is no ledger, or it cannot be read.
+        LedgerError: The ledger does not exist or cannot be read.
     """
     with closing(connect_for_reading(path)) as connection:
         for _, columns in _read_in_order(connection, "SELECT position, columns FROM items ", path):
@@ -397,7 +397,7 @@ def read_noted(path: Path, *, open_only: bool) -> Iterator[LedgerItem]:
             or a final error.
 
     Raises:
-        LedgerError: There is no ledger, or it cannot be read.
+        LedgerError: The ledger does not exist or cannot be read.
     """
     query = (
         "SELECT position, line, source, model, key, file, name, columns, error, items.record, "

@@ -92,7 +92,7 @@ class RedisLedger(Ledger):
     Attributes:
         url: ``redis://``, ``rediss://`` (TLS) or ``unix://``. Default: ``REDIS_URL``.
         namespace: What all keys begin with. A namespace belongs to one host and cloud name.
-        keep: Seconds that a record is kept. Default: for ever.
+        keep: Seconds that a record is kept. Default: without a limit.
         lease: Seconds after which a worker that stopped renewing its lease counts as dead. Longer
             than any pause of the process or its event loop.
         patience: Seconds to wait for Redis before the ledger raises `LedgerError`.
@@ -165,7 +165,7 @@ class RedisLedger(Ledger):
             self._worker.describe = statistics
 
     async def open(self, *, base_url: str, cloud_name: str) -> None:
-        """Connect, and become a worker. Idempotent; opens anew after a failure.
+        """Connect, and become a worker. Idempotent; opens again after a failure.
 
         Args:
             base_url: ``scheme://host[:port]`` of the service.

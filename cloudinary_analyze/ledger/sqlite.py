@@ -258,7 +258,7 @@ class SQLiteLedger(NotPicklable, Ledger):
             return
         writer.stop()
         await asyncio.wait([writer.ended])
-        if not writer.told:
+        if not writer.raised:
             writer.check()
 
     async def claim(self, key: str) -> Claim | None:
@@ -491,7 +491,7 @@ class SQLiteLedger(NotPicklable, Ledger):
         """Count what is durable; reads through all records.
 
         Raises:
-            LedgerError: There is no ledger, or it cannot be read.
+            LedgerError: The ledger does not exist or cannot be read.
         """
         with closing(connect_for_reading(self._path)) as connection, explaining(self._path):
             states = dict(connection.execute("SELECT state, count(*) FROM records GROUP BY state"))
@@ -507,7 +507,7 @@ class SQLiteLedger(NotPicklable, Ledger):
         """Return the records of the items that have a response or a final error.
 
         Raises:
-            LedgerError: There is no ledger, or it cannot be read.
+            LedgerError: The ledger does not exist or cannot be read.
         """
         return read_answered(self._path)
 
@@ -515,7 +515,7 @@ class SQLiteLedger(NotPicklable, Ledger):
         """Yield every item of the run once, in order, with what is durable of its answer.
 
         Raises:
-            LedgerError: There is no ledger, or it cannot be read.
+            LedgerError: The ledger does not exist or cannot be read.
         """
         return read_items(self._path)
 
@@ -523,7 +523,7 @@ class SQLiteLedger(NotPicklable, Ledger):
         """Yield the columns of the input that were kept of each item.
 
         Raises:
-            LedgerError: There is no ledger, or it cannot be read.
+            LedgerError: The ledger does not exist or cannot be read.
         """
         return read_columns(self._path)
 
@@ -537,7 +537,7 @@ class SQLiteLedger(NotPicklable, Ledger):
                 response or a final error.
 
         Raises:
-            LedgerError: There is no ledger, or it cannot be read.
+            LedgerError: The ledger does not exist or cannot be read.
         """
         return read_noted(self._path, open_only=open_only)
 

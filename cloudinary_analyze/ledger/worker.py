@@ -107,7 +107,7 @@ class Worker:
                 for command in self._build_beat():
                     await self.link.ask(*command)
         except LinkFailedError:
-            return  # whoever uses the ledger is told
+            return  # the next user of the ledger gets the error
 
     def _build_beat(self) -> list[Command]:
         now = self.clock.wall()
@@ -222,7 +222,7 @@ class Worker:
                     return None
                 dead = holder
         except BaseException:
-            self.link.tell(*self._build_step("release", key, token, "0"))
+            self.link.send_later(*self._build_step("release", key, token, "0"))
             raise
 
     async def _is_dead(self, worker: str) -> bool:
@@ -268,14 +268,14 @@ class Worker:
         command = self._build_step("release", key, token, "1" if ambiguous else "0")
         if ambiguous:
             self._remember(command)
-        self.link.tell(*command)
+        self.link.send_later(*command)
 
     async def stop(self) -> None:
         """Write what waits, end the lease, and disconnect."""
         if self._heart is not None:
             self._heart.cancel()
-        self.link.tell("DEL", self.names.find_lease(self.id))
-        self.link.tell("ZREM", self.names.workers, self.id)
+        self.link.send_later("DEL", self.names.find_lease(self.id))
+        self.link.send_later("ZREM", self.names.workers, self.id)
         await self.link.aclose()
 
 

@@ -151,7 +151,7 @@ class Writer:
         unwritten: Keys to their latest entry that is not durable yet.
         trouble: Why nothing can be written at the moment.
         failure: Why nothing can be written any more.
-        told: Whether `failure` was raised.
+        raised: Whether `failure` was raised.
     """
 
     path: Path
@@ -164,7 +164,7 @@ class Writer:
     unwritten: dict[bytes, Entry] = attrs.field(factory=dict)
     trouble: LedgerError | None = None
     failure: LedgerError | None = None
-    told: bool = False
+    raised: bool = False
     _troubled_since: float = 0.0
     _waiting: deque[Entry] = attrs.field(factory=deque)
     _wanted: threading.Event = attrs.field(factory=threading.Event)
@@ -187,7 +187,7 @@ class Writer:
     def build_failure(self) -> LedgerError:
         """Return a copy of the failure, because many may raise it."""
         assert self.failure is not None
-        self.told = True
+        self.raised = True
         error = LedgerError(self.failure.message)
         error.__cause__ = self.failure.__cause__
         return error
@@ -224,7 +224,7 @@ class Writer:
             with explaining(self.path):
                 witness = self._begin(held)
             self.begun = True
-            self._tell(wake, self.ready)
+            self._call_back(wake, self.ready)
             while not self._stopping.is_set() or self._waiting:
                 self._wanted.wait()
                 self._stopping.wait(GATHERING)  # sleeps, unless there is no time to
@@ -240,7 +240,7 @@ class Writer:
         finally:
             for connection in reversed(held):
                 connection.close()
-            self._tell(self._end)
+            self._call_back(self._end)
 
     def _begin(self, held: list[sqlite3.Connection]) -> Witness:
         exists = verify(self.path, *self.owner)
@@ -272,7 +272,7 @@ class Writer:
         if self.trouble is not None:
             self.trouble = None
             logger.warning("The ledger %s can be written again.", self.path)
-        self._tell(self._acknowledge, entries, None)
+        self._call_back(self._acknowledge, entries, None)
         return True
 
     def _may_try_again(self, error: LedgerError) -> bool:
@@ -313,7 +313,7 @@ class Writer:
             self._waiting.popleft()
         return count
 
-    def _tell(self, callback: Callable[..., object], *arguments: Any) -> None:
+    def _call_back(self, callback: Callable[..., object], *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed, so nothing waits any more
             self.loop.call_soon_threadsafe(callback, *arguments)
 

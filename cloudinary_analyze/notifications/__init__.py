@@ -1,4 +1,4 @@
-'''Where deliveries come from and go to: the in-process queue here, the others in files of their own.
+'''Where deliveries come from and go to: the in-process queue here, the others in separate modules.
 
 Receivers (`asgi`, `aiohttp`) accept webhooks and put them into a sink; a session reads a source.
 `redis` is both, and `forwarding` copies from any source to any sink.

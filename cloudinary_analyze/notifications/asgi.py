@@ -1,6 +1,6 @@
 """The receiver for ASGI applications: FastAPI, Starlette, or none at all. Needs no library.
 
-Give it a route of its own, so that the printed URL itself answers::
+Give it a separate route, so that the printed URL itself answers::
 
     receiver = WebhookReceiver(sink, credentials)
     app = FastAPI(routes=[Route("/hooks/cloudinary", endpoint=receiver)])
@@ -45,7 +45,7 @@ class WebhookReceiver(NotPicklable):
 
     Answers 200 only once a delivery is stored. Refuses what is not signed with the credentials'
     notification secret (401), garbled (400), longer than 1 MiB (413), or slower than 10 s (408);
-    where the sink fails or takes longer than 20 s, the sender is told to try again (503). A
+    where the sink fails or takes longer than 20 s, the sender gets 503 and tries again. A
     signed notification that names no task is taken (200) and dropped.
 
     Args:

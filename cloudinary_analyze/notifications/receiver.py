@@ -1,4 +1,4 @@
-"""What both receivers decide: which webhook is taken, and what its sender is told.
+"""What both receivers decide: which webhooks are accepted, and how they are answered.
 
 The decisions are pure. The one thing that is awaited here is the sink.
 """
@@ -48,11 +48,11 @@ _SIGNATURE: Final = re.compile(r"[0-9A-Fa-f]{40}|[0-9A-Fa-f]{64}")
 
 @attrs.frozen
 class Reply:
-    """What the sender is told.
+    """The response to the sender.
 
     Attributes:
         status: HTTP status; anything but 200 makes the service try again.
-        text: A sentence for whoever looks into it.
+        text: A sentence for the person who investigates.
     """
 
     status: int
@@ -78,17 +78,17 @@ NOT_STORED: Final = Reply(503, "The notification could not be stored now; send i
 
 
 def read_headers(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Return the signature's headers, before the body is read. Others are nobody's business.
+    """Return the signature's headers, before the body is read. All other headers are discarded.
 
     Raises:
-        RefusedError: There is no signature that could be verified, or the body is too long.
+        RefusedError: A verifiable signature is missing, or the body is too long.
     """
     headers: dict[str, str] = {}
     for name, value in pairs:
         folded = name.lower()
         if folded == "content-length":
             if not _LENGTH.fullmatch(value):
-                raise RefusedError(400, "The Content-Length header is no number of bytes.")
+                raise RefusedError(400, "The Content-Length header must be a number of bytes.")
             if int(value) > MAX_BODY:
                 raise RefusedError(TOO_LONG.status, TOO_LONG.text)
         if folded in _KEPT:
@@ -103,16 +103,18 @@ def _check_headers(headers: Mapping[str, str]) -> None:
     signature = headers.get(SIGNATURE_HEADER)
     if signature is None and SIGNATURE_V2_HEADER in headers:
         logger.warning(
-            "A notification was refused: it has a v2 signature only, which nobody but the vendor "
+            "A notification was refused: it has a v2 signature only, which only the vendor "
             "can verify. Set the trigger's auth_scheme to 'default' or 'legacy_hmac'."
         )
         raise RefusedError(401, "A v2 signature alone cannot be verified here; see auth_scheme.")
     if signature is None:
-        raise RefusedError(401, f"There is no {SIGNATURE_HEADER} header.")
+        raise RefusedError(401, f"Missing {SIGNATURE_HEADER} header.")
     if not _SIGNATURE.fullmatch(signature):
-        raise RefusedError(400, f"The {SIGNATURE_HEADER} header is no SHA-1 or SHA-256 in hex.")
+        raise RefusedError(
+            400, f"The {SIGNATURE_HEADER} header must be a SHA-1 or SHA-256 digest in hex."
+        )
     if not is_timestamp(headers.get(TIMESTAMP_HEADER, "")):
-        raise RefusedError(400, f"The {TIMESTAMP_HEADER} header has no Unix seconds.")
+        raise RefusedError(400, f"The {TIMESTAMP_HEADER} header must be Unix seconds.")
 
 
 def check_secrets(credentials: Credentials) -> None:
@@ -149,7 +151,7 @@ class Intake(NotPicklable):
         check_secrets(self.credentials)
 
     async def take(self, body: bytes, headers: Mapping[str, str]) -> Reply:
-        """Verify and store one webhook; return what its sender is told.
+        """Verify and store one webhook; return the response to its sender.
 
         Cancelling is safe: the delivery is stored or not, and its sender tries again.
         """

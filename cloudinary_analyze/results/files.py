@@ -21,11 +21,11 @@ def read_records(
 
     Args:
         lines: The lines, such as a file opened in binary mode.
-        on_bad_line: Given the number, from 1, of a line that is no record, which is then passed
+        on_bad_line: Given the number, from 1, of a line that is not a record, which is then passed
             over. A process that was killed leaves such a line at the end. Default: raise.
 
     Raises:
-        ConfigurationError: A line is no record.
+        ConfigurationError: A line is not a record.
     """
     for number, line in enumerate(lines, start=1):
         raw = line.encode(errors="surrogatepass") if isinstance(line, str) else line
@@ -38,14 +38,14 @@ def read_records(
             on_bad_line(number)
         else:
             raise ConfigurationError(
-                f"Line {number} of the results is no record of a run: either the file is not the "
+                f"Line {number} of the results is not a record of a run: either the file is not the "
                 "output of a run, or the line was cut short when one was killed. Remove the line, "
                 "or name the right file."
             )
 
 
 def _read_json(raw: bytes) -> Any:
-    """Return the value of a line, ``None`` for what is no JSON."""
+    """Return the value of a line, ``None`` if it is not JSON."""
     try:
         return codec.loads(raw)
     except (ValueError, RecursionError):

@@ -163,7 +163,7 @@ def _read_named(entries: Any, name: str, score: str) -> Iterator[Mark]:
 
 
 def _surround(vertices: Any) -> Box | None:
-    """Return the box round a polygon; a coordinate that is not sent is 0."""
+    """Return the box around a polygon; a coordinate that is not sent is 0."""
     if not isinstance(vertices, list) or len(vertices) < 2:
         return None
     across = [read_number(_get(vertex, "x")) or 0.0 for vertex in vertices]

@@ -150,9 +150,9 @@ def _build(
     seconds: float | None,
     restored: bool,
 ) -> dict[str, Any]:
-    told = None if error is None else _build_error(error)
+    described = None if error is None else _build_error(error)
     limits: tuple[Limit, ...] = getattr(error, "limits", ())
-    request_id = None if told is None else told["request_id"]
+    request_id = None if described is None else described["request_id"]
     if raw is not None:
         limits, request_id = find_limits(raw), find_string(raw, "request_id")
     number = line.number if isinstance(line, InputLine) else None if line is None else line.line
@@ -171,7 +171,7 @@ def _build(
         "limits": [_build_limit(limit) for limit in limits],
         "restored": restored,
         "seconds": None if seconds is None else round(seconds, 4),
-        "error": told,
+        "error": described,
         "input": None if line is None or line.columns is None else dict(line.columns),
     }
 

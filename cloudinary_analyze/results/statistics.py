@@ -27,7 +27,7 @@ _MOST_LABELS: Final = 20_000
 _EXAMPLES: Final = 3
 _LONGEST_NAME: Final = 200  # characters
 _STEPS: Final = 100  # of the durations' histogram to a factor of e
-_SHORTEST, _LONGEST = 1e-3, 1e5  # seconds; beyond them the histogram tells nothing apart
+_SHORTEST, _LONGEST = 1e-3, 1e5  # seconds; beyond them the histogram does not distinguish values
 
 
 def choose_name(name: str, taken: Mapping[str, Any], most: int) -> str:
@@ -189,7 +189,7 @@ class QuotaUse:
         used: Units, added up over the answers.
         remaining: The least that was left.
         limit: Of how many.
-        reset_time: When it begins anew, as recorded.
+        reset_time: When it resets, as recorded.
     """
 
     used: int = 0
@@ -291,7 +291,7 @@ class Statistics:
 
 
 def name_model(record: Mapping[str, Any]) -> str:
-    """Return the model of a record, or what stands for it if no model saw the line."""
+    """Return the model of a record, or a placeholder if no model saw the line."""
     return str(record.get("model") or BAD_LINES)
 
 

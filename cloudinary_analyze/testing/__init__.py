@@ -4,7 +4,7 @@ Put ``pytest_plugins = ["cloudinary_analyze.testing"]`` into the ``conftest.py``
 directory. Each test then has these fixtures:
 
 * ``cloudinary_emulator``: a running `ScriptedEmulator`. While the test runs, ``CLOUDINARY_URL``
-  leads to it, so ``AnalyzeSession()`` does too. It has a thread and a loop of its own, and serves
+  leads to it, so ``AnalyzeSession()`` does too. It has a separate thread and loop, and serves
   synchronous tests as well.
 * ``analyze_session``: an `AnalyzeSession` to that emulator, for ``async with``.
 * ``manual_clock``: a `ManualClock`, for ``AnalyzeSession(…, clock=manual_clock)``.

@@ -1,4 +1,4 @@
-"""A clock for tests, which moves only when it is told to."""
+"""A clock for tests, which moves only on request."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Timer:
 
 @attrs.define(eq=False)
 class ManualClock:
-    """A clock that moves only when told to.
+    """A clock that moves only on request.
 
     Attributes:
         now: Seconds since the clock was made; the monotonic reading.

@@ -48,7 +48,7 @@ class ScriptedEmulator(Emulator):
                 another model, look at ``build_response(Coco).raw["data"]["analysis"]``. Default:
                 the synthetic one.
             status: The HTTP status of an error, such as 404 or 503.
-            times: How many requests it serves. A retry is a request of its own.
+            times: How many requests it serves. A retry counts as a request.
 
         Raises:
             InvalidRequestError: The emulator does not have the model, or an argument is invalid.
@@ -106,7 +106,7 @@ def _read_received(received: ReceivedRequest) -> AnalyzeRequest[Any]:
 
 @contextmanager
 def run_emulator(emulator: E) -> Iterator[E]:
-    """Run an emulator on a loop and thread of its own, for code that brings its own loop.
+    """Run an emulator on a separate loop and thread, for code that brings its own loop.
 
     Args:
         emulator: Not started yet. Its counts may be read from the outside.

@@ -52,7 +52,7 @@ PATIENCE = 15.0
 class ChaosServer:
     """Speaks HTTP/1.1 on a raw socket, so that it can also stop anywhere in a response.
 
-    It has no tasks of its own: whatever task is left belongs to the client.
+    It has no tasks: whatever task is left belongs to the client.
     """
 
     chance: random.Random
@@ -393,7 +393,7 @@ async def close(session: AnalyzeSession, chance: random.Random) -> None:
 def check_ending(task: asyncio.Task[Any]) -> None:
     """A user's task ends with a value, its cancellation, an error of ours, or the user's own."""
     if task.cancelled():
-        assert task.cancelling(), f"cancelled by nobody: {task!r}"
+        assert task.cancelling(), f"cancelled without a reason: {task!r}"
         return
     error = task.exception()
     if error is not None and not isinstance(error, AnalyzeError | TimeoutError | InputError):

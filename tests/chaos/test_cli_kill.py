@@ -72,11 +72,11 @@ async def test_a_run_that_is_killed_again_and_again_asks_nothing_twice_that_was_
                 assert count_durable(tmp_path, ANSWERED) < ITEMS, "nothing was left to do"
                 process.kill()
                 await process.wait()
-            await asyncio.sleep(0.2)  # what was on the wire reaches the emulator
+            await asyncio.sleep(0.2)  # what was in flight reaches the emulator
             sent = emulator.counts.total_received
             repeats = sent - count_durable(tmp_path, *states)
-            told = {task.source for task in emulator.tasks.values() if task.notified}
-            assert told <= read_answered(tmp_path)  # a webhook was answered 200 for these
+            notified = {task.source for task in emulator.tasks.values() if task.notified}
+            assert notified <= read_answered(tmp_path)  # a webhook was answered 200 for these
         async with start(*arguments, folder=tmp_path, emulator=emulator) as process:
             await until(lambda: emulator.counts.total_received == ITEMS + repeats, 60)
             for task in emulator.tasks.values():

@@ -150,10 +150,10 @@ class TestEverythingAtOnce:
             outcomes = await gather_all(handles)
             for index, (handle, outcome) in enumerate(zip(handles, outcomes, strict=True)):
                 task = emulator.tasks[handle.task_id]
-                told = "lost" not in task.faults
+                notified = "lost" not in task.faults
                 if "failed" in task.faults:
-                    check_failure(outcome, by_notification=told)
-                elif told:
+                    check_failure(outcome, by_notification=notified)
+                elif notified:
                     check_response(outcome, index)
                 else:
                     assert isinstance(outcome, ResultNotDeliveredError)
@@ -175,7 +175,7 @@ class TestEverythingAtOnce:
             for fault in ("forged", "stale", "malformed", "unrelated"):
                 assert seen[fault] == expected[fault] > 0
             assert duplicates_bounds() == tuple(sorted(duplicates_bounds()))
-            assert session.stats.parked == expected["foreign"]  # for tasks nobody handed out
+            assert session.stats.parked == expected["foreign"]  # for unknown tasks
             assert set(witness.answered.values()) == {1}
             assert len(witness.answered) == count == len(emulator.tasks)
             assert emulator.counts.total_polls < count

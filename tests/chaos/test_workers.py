@@ -68,7 +68,7 @@ def open_emulator():
 
 
 async def ask(client, origin, uri, statuses):
-    """Ask for a caption as a client does that was told to come again by the task id."""
+    """Ask for a caption as a client that asks again by the task id."""
     url, query = f"{origin}/captions", {"uri": uri}
     while True:
         async with client.get(url, params=query) as response:

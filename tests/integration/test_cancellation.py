@@ -147,7 +147,7 @@ async def test_closing_can_be_cancelled_everywhere(late: bool) -> None:
     raise AssertionError("it never completed")
 
 
-async def test_cancelling_closes_the_connection_that_was_on_the_wire() -> None:
+async def test_cancelling_closes_the_connection_in_use() -> None:
     gone = asyncio.Event()
     arrived = asyncio.Event()
 

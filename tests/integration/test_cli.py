@@ -41,7 +41,7 @@ def test_a_run_of_two_models_on_the_gallery_needs_no_account(
         assert shown in err
 
 
-def test_bad_lines_are_told_by_number_and_do_not_stop_the_rest(
+def test_bad_lines_are_numbered_and_do_not_stop_the_rest(
     start_emulator: StartEmulator, capfd: pytest.CaptureFixture[str]
 ):
     emulator = start_emulator()
@@ -137,7 +137,7 @@ def test_without_credentials_both_ways_forward_are_named(capfd: pytest.CaptureFi
         ("run coco --output - --report r.html --emulator", "--ledger"),
         ("run coco --output - --retry-failed --emulator", "--ledger"),
         ("run coco --receive 127.0.0.1:0 --emulator", "--mode task"),
-        ("export nosuch.ledger -o x.jsonl", "no ledger"),
+        ("export nosuch.ledger -o x.jsonl", "does not exist"),
         ("export urls.txt -o x.jsonl", "not a ledger"),
         ("report nosuch.jsonl", "cannot be read"),
         ("status", "task"),
@@ -163,7 +163,7 @@ def test_without_credentials_both_ways_forward_are_named(capfd: pytest.CaptureFi
         ("emulator --port 70000", "--port"),
     ],
 )
-def test_what_cannot_be_right_is_told_before_anything_is_sent(
+def test_an_invalid_value_is_reported_before_anything_is_sent(
     arguments: str, sentence: str, capfd: pytest.CaptureFixture[str]
 ):
     write_lines(A)
@@ -185,12 +185,12 @@ def test_refused_credentials_stop_the_run_and_are_not_shown(
     monkeypatch.setenv("CLOUDINARY_URL", url)
     assert main(["run", "coco", "--input", write_lines(A, B)]) == 3
     assert main(["analyze", "coco", A]) == 3
-    told = "".join(capfd.readouterr())
-    assert "401" in told
-    assert "0 items are answered, 2 left" in told
+    shown = "".join(capfd.readouterr())
+    assert "401" in shown
+    assert "0 items are answered, 2 left" in shown
     for path in Path().iterdir():
         assert b"planted-secret" not in path.read_bytes()
-    assert "planted-secret" not in told
+    assert "planted-secret" not in shown
 
 
 def test_a_failed_item_is_in_the_results_and_in_the_summary(
@@ -237,7 +237,7 @@ def test_help_documents_the_exit_codes(capfd: pytest.CaptureFixture[str]):
             assert code in out
 
 
-def test_without_the_extra_a_sentence_tells_what_to_install(
+def test_without_the_extra_a_message_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     monkeypatch.delitem(sys.modules, "cloudinary_analyze.cli.app", raising=False)
@@ -257,13 +257,13 @@ async def test_the_feed_reads_ahead_no_further_than_it_may():
     """Memory stays flat, whatever the length of the input."""
     read = 0
 
-    def read_for_ever() -> Generator[InputItem, None, None]:
+    def read_forever() -> Generator[InputItem, None, None]:
         nonlocal read
         for item in build_items(10**9):
             read += 1
             yield item
 
-    feed = ItemFeed(read_for_ever, 2)
+    feed = ItemFeed(read_forever, 2)
     feed.start()
     for _ in range(5000):
         feed.finish(await anext(feed))
@@ -333,7 +333,7 @@ def test_an_interrupt_counts_only_if_lines_were_left(
     assert bool(sentence) == bool(ending.sentence)
 
 
-def test_failures_that_may_pass_are_told_from_the_others():
+def test_transient_failures_are_listed_separately():
     position = Position(finished_through="line 9", exhausted=True)
     balance = Balance(answered=3, failed=6, passing=1, undelivered=2, total=9)
     ending = decide_ending(position, failed=6, balance=balance)
@@ -341,7 +341,7 @@ def test_failures_that_may_pass_are_told_from_the_others():
     assert ending.sentence == (
         "1 item failed for reasons that may pass; the same command asks them again. "
         "2 results were never delivered; --retry-failed asks for them once more, as calls. "
-        "3 items failed for good; --retry-failed asks them again all the same."
+        "3 items failed permanently; --retry-failed sends them again all the same."
     )
 
 

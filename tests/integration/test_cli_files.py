@@ -187,7 +187,7 @@ def test_a_pipe_is_written_and_stays(service: Emulator, command: str, option: st
 
 
 @pytest.mark.parametrize("linked", [False, True])
-def test_a_ledger_is_no_pipe_or_device(service: Emulator, linked: bool):
+def test_a_ledger_cannot_be_a_pipe_or_device(service: Emulator, linked: bool):
     os.mkfifo("pipe")
     if linked:
         Path("link").symlink_to("pipe")

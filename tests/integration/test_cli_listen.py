@@ -25,8 +25,8 @@ async def test_listen_shows_what_is_genuine_and_refuses_the_rest(tmp_path: Path)
         ) as process,
         aiohttp.ClientSession() as http,
     ):
-        told = await see(process, "Ctrl-C ends it")
-        url = re.search(r"http://\S+/hook", told)
+        output = await see(process, "Ctrl-C ends it")
+        url = re.search(r"http://\S+/hook", output)
         assert url
         now = time.time()
 
@@ -48,7 +48,7 @@ async def test_listen_shows_what_is_genuine_and_refuses_the_rest(tmp_path: Path)
     for reason in (
         "of none of the known secrets",
         "s before it arrived",
-        "no X-Cld-Signature",
+        "Missing X-Cld-Signature",
         "404",
     ):
         assert reason in err
@@ -64,14 +64,14 @@ async def test_listen_ends_when_its_reader_goes_away(tmp_path: Path):
         start("listen", "--port", "0", folder=tmp_path, emulator=emulator) as process,
         aiohttp.ClientSession() as http,
     ):
-        told = await see(process, "Ctrl-C ends it")
-        url = re.search(r"http://[^\s/]+/", told)
+        output = await see(process, "Ctrl-C ends it")
+        url = re.search(r"http://[^\s/]+/", output)
         assert url
         process._transport.get_pipe_transport(1).close()  # type: ignore[attr-defined]
         headers = sign(body, at=time.time())
         async with http.post(url[0], data=body, headers=headers) as response:
-            assert response.status == 503  # nobody saw it, so it is to come again
-        told = await see(process, "was closed by its reader")
+            assert response.status == 503  # it was not seen, so it must come again
+        output = await see(process, "was closed by its reader")
         await until(lambda: process.returncode is not None)
     assert process.returncode == 3
-    assert "Traceback" not in told
+    assert "Traceback" not in output

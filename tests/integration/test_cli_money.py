@@ -88,11 +88,11 @@ def test_a_dry_run_says_what_the_run_then_does(
     invalid = [record for record in records if record["model"] is None]
     assert read_number(table["rows"]) == rows
     assert read_number(table["invalid"]) == len(invalid)
-    told = sum(
+    shown = sum(
         read_number(table[name])
         for name in ("invalid", "answered already", "duplicates", "calls to make")
     )
-    assert told == len(records)
+    assert shown == len(records)
 
 
 def test_a_dry_run_of_a_stream_counts_each_row(

@@ -73,7 +73,7 @@ def test_a_quota_that_runs_out_stops_the_run_and_a_raised_one_lets_it_end(
     assert second.counts.total_received == 95
 
 
-def test_a_quota_that_runs_out_is_told_when_the_whole_input_was_pulled_already(
+def test_an_exhausted_quota_is_reported_after_the_whole_input_was_pulled(
     start_emulator: StartEmulator, capfd: pytest.CaptureFixture[str]
 ):
     start_emulator(quotas={"object_detection": 1})
@@ -83,7 +83,7 @@ def test_a_quota_that_runs_out_is_told_when_the_whole_input_was_pulled_already(
     assert len(read_records()) == 1
 
 
-def test_what_failed_for_good_is_asked_again_only_if_that_is_wished(
+def test_permanent_failures_are_sent_again_only_on_request(
     start_emulator: StartEmulator, capfd: pytest.CaptureFixture[str]
 ):
     emulator = start_emulator()
@@ -196,7 +196,7 @@ def test_an_output_that_no_ledger_made_is_kept_aside(start_emulator: StartEmulat
     assert not Path("results.jsonl.2").exists()
 
 
-def test_an_emulator_run_begins_anew_and_says_so(capfd: pytest.CaptureFixture[str]):
+def test_an_emulator_run_starts_over_and_says_so(capfd: pytest.CaptureFixture[str]):
     arguments = ["run", "coco", "--emulator", "--samples"]
     assert main([*arguments, "3"]) == 0
     assert "was removed" not in capfd.readouterr().err
@@ -233,7 +233,7 @@ def test_a_damaged_ledger_is_refused_and_left_alone(
     assert not emulator.counts.total_received
 
 
-def test_a_streamed_run_with_a_ledger_tells_of_what_was_done_too(
+def test_a_streamed_run_with_a_ledger_reports_earlier_items_too(
     start_emulator: StartEmulator, capfd: pytest.CaptureFixture[str]
 ):
     emulator = start_emulator()
@@ -331,14 +331,14 @@ async def test_an_output_folder_that_vanishes_stops_the_run(tmp_path: Path):
         code, _, err = await end(process)
         assert code == 3, err
         assert "was removed or replaced" in err
-        assert "items are answered" not in err  # which nobody knows
+        assert "items are answered" not in err  # which is unknown
         assert "Traceback" not in err
         assert emulator.counts.total_received < 60
 
 
 @pytest.mark.slow
 async def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path: Path):
-    """A bound on the size of files is the same as a full disk to whoever writes."""
+    """A bound on the size of files is the same as a full disk to a writer."""
     write_urls(tmp_path, 2000)
 
     def bound_files() -> None:

@@ -151,7 +151,9 @@ def test_a_shared_ledger_needs_a_file_for_the_output(url, capfd):
     assert "--output" in capfd.readouterr().err
 
 
-def test_a_redis_out_of_reach_is_told_before_anything_is_sent(start_emulator, capfd, monkeypatch):
+def test_an_unreachable_redis_is_reported_before_anything_is_sent(
+    start_emulator, capfd, monkeypatch
+):
     from cloudinary_analyze.ledger import redis as room
 
     monkeypatch.setattr(room, "OPEN_PATIENCE", 0.2)

@@ -304,8 +304,8 @@ async def test_listen_answers_others_while_its_output_is_not_read(tmp_path: Path
         Emulator() as emulator,
         start("listen", "--port", "0", folder=tmp_path, emulator=emulator) as process,
     ):
-        told = await see(process, "Ctrl-C ends it")
-        url = re.search(r"http://\S+/", told)
+        output = await see(process, "Ctrl-C ends it")
+        url = re.search(r"http://\S+/", output)
         assert url
         # more than the pipe holds: the sender waits for its response
         waiting = asyncio.create_task(post_answers(url[0], 40, 8000))
@@ -329,8 +329,8 @@ async def test_listen_can_be_ended_while_its_output_is_not_read(tmp_path: Path):
             "listen", "--port", "0", folder=tmp_path, emulator=emulator, stdout=writer
         ) as process,
     ):
-        told = await see(process, "Ctrl-C ends it")
-        url = re.search(r"http://\S+/", told)
+        output = await see(process, "Ctrl-C ends it")
+        url = re.search(r"http://\S+/", output)
         assert url
         waiting = asyncio.create_task(post_answers(url[0], 40, 8000))
         await asyncio.sleep(0.5)

@@ -104,7 +104,7 @@ async def test_a_receiver_takes_what_the_service_sends_whatever_happens_to_it(tm
         assert record["entity"] == record["source"]
 
 
-async def test_tasks_under_way_are_taken_up_again_and_not_submitted_again(tmp_path: Path):
+async def test_pending_tasks_are_resumed_and_not_submitted_again(tmp_path: Path):
     write_urls(tmp_path, 30)
     port = find_free_port()
     receive = ("--receive", f"127.0.0.1:{port}", "--public-url", f"http://127.0.0.1:{port}/")
@@ -120,7 +120,7 @@ async def test_tasks_under_way_are_taken_up_again_and_not_submitted_again(tmp_pa
         assert "takes them up again" in err
         assert "0 items are answered, 30 left" in err
         for task in emulator.tasks.values():
-            emulator._desk._finish(task)  # while nobody listens
+            emulator._desk._finish(task)  # without a listener
         async with start(*RUN, *receive, folder=tmp_path, emulator=emulator) as process:
             code, _, err = await end(process)
         assert code == 0, err
@@ -210,7 +210,7 @@ async def test_a_webhook_waits_until_its_result_is_kept():
 
 
 @pytest.mark.parametrize("verdict", ["duplicate", "foreign", "malformed"])
-async def test_a_webhook_that_nobody_waits_for_is_answered_at_once(verdict: str):
+async def test_an_unexpected_webhook_is_answered_at_once(verdict: str):
     service = Service(Credentials("emulator-demo", "123456789012345", "emulator-secret"))
     async with open_line(ReceivingOptions(mode="task"), service, build_console()) as line:
         assert line is not None

@@ -146,7 +146,7 @@ def tags(*names):
         ("ai_vision_tagging", tags("fine", "Not"), "MA_00003", "lower-case alphanumeric"),
     ],
 )
-async def test_a_request_that_breaks_a_rule_is_told_which(model, body, code, detail):
+async def test_a_request_that_breaks_a_rule_learns_which(model, body, code, detail):
     async with Emulator() as emulator, open_client(emulator) as client:
         status, answer = await call(client, emulator, model, body)
     assert status == 400
@@ -156,7 +156,7 @@ async def test_a_request_that_breaks_a_rule_is_told_which(model, body, code, det
     assert emulator.counts.total_received == 0
 
 
-async def test_what_is_no_json_too_large_or_unknown_is_refused_in_the_services_words():
+async def test_invalid_json_and_large_or_unknown_requests_get_the_services_errors():
     async with Emulator() as emulator, open_client(emulator) as client:
         base = f"{emulator.url}/v2/analysis/{emulator.cloud_name}"
         as_json = {"Content-Type": "application/json"}

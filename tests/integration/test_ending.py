@@ -43,7 +43,7 @@ one_by_one = pytest.mark.usefixtures("_one_by_one")
 
 
 class Source:
-    """Delivers nothing, and ends when it is told to."""
+    """Delivers nothing, and ends on request."""
 
     def __init__(self) -> None:
         self.over = asyncio.Event()

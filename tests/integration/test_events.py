@@ -105,7 +105,7 @@ async def test_a_success_on_the_third_attempt_shows_all() -> None:
     assert finished.permit_wait == pytest.approx(sum(e.permit_wait for e in attempts))
 
 
-async def test_calls_in_flight_have_numbers_of_their_own() -> None:
+async def test_each_call_in_flight_has_its_number() -> None:
     events: list[Any] = []
     async with ScriptedServer(CAPTION) as server:
         async with server.session(on_event=events.append, permits=2) as session:

@@ -112,7 +112,7 @@ async def test_one_unknown_id_too_many_is_a_503(open_worker, monkeypatch):
         assert (status, content["detail"]) == (503, {"task_id": "nosuchtask"})
 
 
-async def test_a_client_that_goes_away_is_noticed_and_nobody_waits_any_more(open_worker, caplog):
+async def test_a_disconnected_client_ends_its_wait(open_worker, caplog):
     async with (
         Emulator(task_seconds=3600) as emulator,
         open_worker(emulator) as (module, origin),

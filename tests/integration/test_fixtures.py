@@ -1,4 +1,4 @@
-"""The pytest fixtures that applications opt in to, in test runs of their own."""
+"""The pytest fixtures that applications opt in to, in separate test runs."""
 
 from __future__ import annotations
 

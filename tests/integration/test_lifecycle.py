@@ -1,4 +1,4 @@
-"""Open once, use on one loop, close for good: anything else is one clear error."""
+"""Open once, use on one loop, close once: anything else is one clear error."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ DEMO = Credentials("demo", KEY, SECRET)
 
 
 class Held:
-    """Answers when it is told to."""
+    """Answers on request."""
 
     def __init__(self) -> None:
         self.open = asyncio.Event()
@@ -239,7 +239,7 @@ async def test_an_unlimited_or_wide_enough_connector_is_accepted() -> None:
                 pass
 
 
-async def test_closing_is_idempotent_and_lets_what_is_on_the_wire_answer() -> None:
+async def test_closing_is_idempotent_and_lets_attempts_in_flight_finish() -> None:
     held = Held()
     async with ScriptedServer(held) as server:
         session = await server.session().__aenter__()

@@ -192,7 +192,7 @@ async def test_when_the_one_who_asks_is_cancelled_another_asks(path):
         assert len(server.seen) == 2
 
 
-async def test_a_key_stands_for_sources_that_change(path):
+async def test_a_key_identifies_sources_that_change(path):
     def sign_url(run):
         return [(number, f"https://example.com/{number}.jpg?s={run}") for number in range(4)]
 
@@ -270,7 +270,7 @@ async def test_a_ledger_that_breaks_stops_the_stream_and_nothing_more_is_sent(ca
     assert {type(error.reason) for error in failed} == {LedgerError}
 
 
-async def test_a_ledger_that_cannot_be_opened_is_told_before_anything_is_pulled(path):
+async def test_a_ledger_that_cannot_be_opened_fails_before_anything_is_pulled(path):
     path.write_text("something else")
     pulled = []
     async with ScriptedServer(CAPTION) as server:
@@ -297,7 +297,7 @@ async def test_an_error_that_fails_all_alike_stops_the_stream_and_is_not_recorde
 
 
 class TaskService:
-    """Accepts tasks, tells their status, and delivers when told to."""
+    """Accepts tasks, reports their status, and delivers on request."""
 
     def __init__(self):
         self.deliveries = asyncio.Queue()
@@ -328,7 +328,7 @@ class TaskService:
         return server.session(notifications=self.deliveries, **options)
 
 
-async def test_tasks_are_taken_up_again_and_not_submitted_again(path):
+async def test_tasks_are_resumed_and_not_submitted_again(path):
     service = TaskService()
     async with ScriptedServer(service) as server:
         async with SQLiteLedger(path) as ledger, service.session(server) as session:
@@ -352,7 +352,7 @@ async def test_tasks_are_taken_up_again_and_not_submitted_again(path):
         assert [o.response for o in again] == [o.response for o in outcomes]
 
 
-async def test_leaving_the_stream_records_the_tasks_that_are_on_the_wire(path):
+async def test_leaving_the_stream_records_submissions_in_flight(path):
     service = TaskService()
     service.hold.clear()
     async with ScriptedServer(service) as server:
@@ -372,7 +372,7 @@ async def test_leaving_the_stream_records_the_tasks_that_are_on_the_wire(path):
 
 
 @pytest.mark.parametrize("with_source", [False, True])
-async def test_a_task_that_the_service_forgot_is_submitted_anew(path, with_source):
+async def test_a_task_that_the_service_forgot_is_submitted_again(path, with_source):
     """Else it would be waited for, to the last, in each run to come."""
     service = TaskService()
     service.known = False
@@ -444,7 +444,7 @@ async def test_a_task_that_failed_for_now_is_submitted_again_by_the_next_run(pat
         assert outcome.response is not None
 
 
-# what outcomes and ledgers tell
+# what outcomes and ledgers report
 
 
 async def test_a_restored_outcome_says_so_and_how_long_its_attempts_took(path):

@@ -144,7 +144,7 @@ async def test_a_session_without_a_first_token_does_not_open(failure: BaseExcept
 
 
 @pytest.mark.parametrize("value", [None, 5, "", "a b", "half \ud800"])
-async def test_what_is_no_token_is_refused(value: Any) -> None:
+async def test_an_invalid_token_is_refused(value: Any) -> None:
     async def ask() -> Any:
         return value
 
@@ -249,7 +249,7 @@ async def get_token() -> str:
     return "pLanted"
 
 
-def test_the_function_is_no_part_of_a_repr_and_pickles_only_by_name() -> None:
+def test_the_function_is_not_in_a_repr_and_pickles_only_by_name() -> None:
     for ask in (Tokens.__call__, get_token, functools.partial(get_token)):
         credentials = Credentials("demo", oauth_token=ask)  # type: ignore[arg-type]
         assert "token" not in repr(credentials)

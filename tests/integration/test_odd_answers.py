@@ -56,7 +56,7 @@ def broken(data: bytes, said: str) -> Case:
 
 
 CASES: dict[str, Case] = {
-    "200 that is no JSON": unreadable("not valid JSON: 'OK, done'", body=b"OK, done"),
+    "200 that is not JSON": unreadable("not valid JSON: 'OK, done'", body=b"OK, done"),
     "200 with truncated JSON": unreadable("not valid JSON", body=GOOD[:30]),
     "200 with HTML": unreadable(
         "not valid JSON: '<html>", body=HTML, headers={"Content-Type": "text/html"}
@@ -82,7 +82,7 @@ CASES: dict[str, Case] = {
     "202 without data": unreadable(r"at \$.data.task_id, it is missing", 202, {"x": 1}),
     "202 with an empty id": unreadable(r"at \$.data.task_id", 202, {"data": {"task_id": ""}}),
     "202 with a number as id": unreadable(r"at \$.data.task_id", 202, {"data": {"task_id": 12}}),
-    "202 that is no JSON": unreadable("status 202", 202, body=b"x"),
+    "202 that is not JSON": unreadable("status 202", 202, body=b"x"),
     "201": Case(answer(201, body=GOOD), ServerError, "status 201", body=GOOD, ambiguous=True),
     "204": Case(answer(204), ServerError, "status 204", body=b"", ambiguous=True),
     "304": Case(answer(304), ServerError, "status 304"),
@@ -109,7 +109,7 @@ CASES: dict[str, Case] = {
     ),
     "no HTTP": broken(b"SSH-2.0-OpenSSH_9.6\r\n\r\n", "not valid HTTP"),
     "a body shorter than its length": broken(head(len(GOOD) + 10) + GOOD, "connection was lost"),
-    "a length that is no number": broken(
+    "a length that is not a number": broken(
         head(None, b"Content-Length: many") + GOOD, "not valid HTTP"
     ),
     "chunks that break off": broken(
@@ -175,7 +175,7 @@ def padded(size: int) -> bytes:
     return b'{"data":{"analysis":{"data":{"caption":"' + b"a" * size + b'"}}}}'
 
 
-async def stream_for_ever(request: web.Request) -> web.StreamResponse:
+async def stream_forever(request: web.Request) -> web.StreamResponse:
     response = web.StreamResponse()
     await response.prepare(request)
     try:
@@ -193,7 +193,7 @@ PACKED = {"Content-Encoding": "gzip"}
     [
         answer(body=padded(200_000)),
         answer(body=gzip.compress(padded(5_000_000)), headers=PACKED),
-        stream_for_ever,
+        stream_forever,
         answer(500, body=b"a" * 200_000),
     ],
     ids=["long", "gzip bomb", "endless chunks", "long error"],
@@ -267,7 +267,7 @@ async def test_a_silent_server_times_out_and_says_it_may_have_been_charged() -> 
     assert len(server.seen) == 2
 
 
-async def test_nobody_listening_is_not_ambiguous() -> None:
+async def test_a_refused_connection_is_not_ambiguous() -> None:
     async with ScriptedServer(CAPTION) as server:
         session = server.session(attempts=2)
     async with session:

@@ -52,7 +52,7 @@ class Crowd:
         return await SLOW_DOWN(request)
 
 
-async def test_nobody_sends_while_everything_is_throttled(clock: ManualClock) -> None:
+async def test_nothing_is_sent_while_everything_is_throttled(clock: ManualClock) -> None:
     """Then one request tests whether the service accepts again; the others follow."""
     events: list[Any] = []
     async with ScriptedServer(Crowd(64)) as server:
@@ -97,7 +97,7 @@ async def test_a_session_starts_slowly_after_a_pause(clock: ManualClock) -> None
             assert known[-1] >= 32
 
 
-async def test_a_call_throttled_alone_pauses_nobody(clock: ManualClock) -> None:
+async def test_a_call_throttled_alone_pauses_no_other(clock: ManualClock) -> None:
     async with ScriptedServer(SLOW_DOWN) as server:
         async with server.session(clock=clock, permits=8, attempts=3) as session:
             with pytest.raises(RateLimitedError) as caught:
@@ -109,7 +109,7 @@ async def test_a_call_throttled_alone_pauses_nobody(clock: ManualClock) -> None:
 @pytest.mark.parametrize(
     "handler", [answer(500, headers={"Retry-After": "5"}), answer(503), answer(400)]
 )
-async def test_other_failures_pause_nobody(handler: Any) -> None:
+async def test_other_failures_pause_no_other(handler: Any) -> None:
     async with ScriptedServer(handler) as server, server.session(attempts=1) as session:
         with pytest.raises(Exception, match="service"):
             await session.analyze(Captioning(URL))
@@ -170,9 +170,7 @@ async def test_a_used_up_quota_closes_its_feature_alone_until_a_probe_succeeds(
         assert len(server.seen) == 5
 
 
-async def test_a_reset_time_that_the_service_told_is_waited_for(
-    clock: ManualClock, sample: Any
-) -> None:
+async def test_a_reset_time_from_the_service_is_waited_for(clock: ManualClock, sample: Any) -> None:
     content = sample("error_429_quota")
     content["limits"]["addons_quota"][0]["reset_time"] = "2026-09-21T16:00:00Z"
     async with ScriptedServer(answer(429, content)) as server:
@@ -194,7 +192,7 @@ async def test_a_reset_time_that_the_service_told_is_waited_for(
 async def test_an_answer_of_before_the_quota_error_does_not_open_the_way_again(
     clock: ManualClock,
 ) -> None:
-    """Calls in flight when the quota ends still succeed; that tells nothing about the next."""
+    """Calls in flight when the quota ends still succeed; that proves nothing about the next."""
     held, arrived = asyncio.Event(), asyncio.Event()
 
     async def answer_in_turn(request: web.Request) -> web.StreamResponse:

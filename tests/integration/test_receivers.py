@@ -155,7 +155,7 @@ async def test_a_sender_that_goes_away_midway_leaves_nothing_behind(server, cloc
 
 
 @both_receivers
-async def test_a_sender_is_told_to_try_again_while_the_sink_is_full(server, clock):
+async def test_a_sender_must_try_again_while_the_sink_is_full(server, clock):
     queue = asyncio.Queue(maxsize=1)
     queue.put_nowait(None)
     async with receive(server, queue, clock) as (_, send):

@@ -87,7 +87,7 @@ def open_worker(shared, namespace, emulator):
         {"keep_resolved": float("nan")},
     ],
 )
-def test_what_cannot_be_right_is_refused_at_construction_without_the_password(options):
+def test_invalid_values_are_refused_at_construction_without_the_password(options):
     with pytest.raises(ConfigurationError) as caught:
         RedisNotifications(**{"url": "redis://localhost"} | options)
     assert "hunter2" not in str(caught.value)
@@ -138,7 +138,7 @@ def test_its_url_may_be_a_url_object(make):
 
 
 @pytest.mark.parametrize("url", [None, 5, b"redis://localhost", ["redis://localhost"]], ids=repr)
-def test_what_is_no_url_is_refused(url):
+def test_an_invalid_url_is_refused(url):
     with pytest.raises(ConfigurationError):
         RedisNotifications(url)
 
@@ -304,7 +304,7 @@ async def test_only_the_tasks_that_are_awaited_here_are_read(shared, namespace):
         assert notifications._awaited == {}
 
 
-async def test_tasks_nobody_asks_for_any_more_are_forgotten(shared, namespace, clock):
+async def test_tasks_that_are_no_longer_asked_for_are_forgotten(shared, namespace, clock):
     async with RedisNotifications(shared.url, namespace=namespace, clock=clock) as notifications:
         await notifications.fetch(["abandoned", "pending"])
         await clock.advance(100)
@@ -396,7 +396,9 @@ async def test_a_stream_that_is_quiet_for_long_is_waited_for_again(shared, names
             assert (await listening).body == build_answer("t1")
 
 
-async def test_many_wake_ups_are_no_gap_as_long_as_none_was_trimmed(shared, namespace, monkeypatch):
+async def test_many_wake_ups_are_not_a_gap_as_long_as_none_was_trimmed(
+    shared, namespace, monkeypatch
+):
     monkeypatch.setattr(room, "BATCH", 10)
     ids = [f"t{number}" for number in range(35)]
     async with RedisNotifications(shared.url, namespace=namespace) as notifications:
@@ -424,7 +426,7 @@ async def test_listening_ends_when_it_is_cancelled_whatever_it_was_about_to_do(s
             await source.aclose()
 
 
-async def test_a_redis_that_hangs_makes_the_sender_try_again_and_hangs_nobody(
+async def test_a_redis_that_hangs_makes_the_sender_try_again_and_blocks_nothing(
     tmp_path, namespace, clock
 ):
     server = start_redis(tmp_path)
@@ -484,7 +486,7 @@ async def test_what_was_stored_while_the_connection_was_cut_is_found_afterwards(
 async def test_a_redis_that_lost_everything_and_whose_clock_is_behind_wakes_all_the_same(
     tmp_path, open_worker
 ):
-    """After a failover to a replica that lags, say: the cursor is fixed anew."""
+    """For example, after a failover to a replica that lags. The cursor is reset."""
     server = start_redis(tmp_path)
     try:
         async with open_worker(server=server) as (session, notifications), asyncio.timeout(20):

@@ -521,7 +521,7 @@ def test_invalid_arguments_are_refused_without_the_password(build, options):
     assert "hunter2" not in str(caught.value)
 
 
-async def test_a_password_works_and_a_wrong_one_is_told(build, tmp_path, monkeypatch, caplog):
+async def test_a_password_works_and_a_wrong_one_is_reported(build, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.DEBUG)
     monkeypatch.setattr("notification_support.RedisServer.answers", lambda self: True)
     server = start_redis(tmp_path, fsync="no", options=("--requirepass", "hunter2"))
@@ -550,7 +550,7 @@ async def test_using_it_when_it_is_not_open_is_an_error(build):
     await ledger.aclose()
 
 
-async def test_an_open_ledger_that_is_dropped_is_told(build):
+async def test_an_open_ledger_that_is_dropped_warns(build):
     ledger = build()
     await ledger.open(**OWNER)
     with pytest.warns(ResourceWarning, match="dropped"):

@@ -84,7 +84,7 @@ async def test_a_cancelled_wait_leaves_its_start_to_the_next(build):
         assert 0.3 < time.monotonic() - begun < 0.9
 
 
-async def test_starts_that_nobody_took_are_not_saved_up(build):
+async def test_unused_starts_are_not_saved_up(build):
     async with build(rate=50) as pacer:
         waiting = [asyncio.create_task(pacer.acquire()) for _ in range(20)]
         await asyncio.sleep(0.02)

@@ -1,4 +1,4 @@
-"""What is sent again over a real socket, how often, and what the caller is told."""
+"""What is sent again over a real socket, how often, and what the caller gets."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ async def get_caption(session, source):
     return (await session.analyze(Captioning(source))).analysis.caption
 
 
-async def test_a_source_goes_before_its_model(emulator, session):
+async def test_a_source_wins_over_its_model(emulator, session):
     emulator.respond(Captioning(Asset("abc")), caption("an asset"))
     emulator.respond(Captioning(URL), caption("a URL"))
     emulator.respond("captioning", caption("anything"))

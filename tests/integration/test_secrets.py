@@ -79,7 +79,7 @@ def find_secrets(text: str) -> list[str]:
     return [needle for needle in NEEDLES if needle in text]
 
 
-def tell_all(value: Any) -> Iterator[str]:
+def read_all(value: Any) -> Iterator[str]:
     """Yield every form in which an object may show itself."""
     yield repr(value)
     yield str(value)
@@ -87,7 +87,7 @@ def tell_all(value: Any) -> Iterator[str]:
         yield "".join(traceback.format_exception(value))
         for link in (value.__cause__, value.__context__):
             if link is not None:
-                yield from tell_all(link)
+                yield from read_all(link)
         yield repr(vars(value))
     if not isinstance(value, AnalyzeSession | BaseException) or isinstance(value, AnalyzeError):
         try:
@@ -101,12 +101,12 @@ def test_the_search_would_find_a_leak(leak: str, caplog: pytest.LogCaptureFixtur
     caplog.set_level(logging.DEBUG)
     logging.getLogger("aiohttp.client").debug("sent %s", leak)
     assert find_secrets(caplog.text)
-    assert any(find_secrets(form) for form in tell_all(ValueError(leak)))
-    assert any(find_secrets(form) for form in tell_all({"a": [leak]}))
+    assert any(find_secrets(form) for form in read_all(ValueError(leak)))
+    assert any(find_secrets(form) for form in read_all({"a": [leak]}))
     error = AnalyzeError("fine")
     error.__cause__ = ValueError(leak)
-    assert any(find_secrets(form) for form in tell_all(error))
-    assert any(find_secrets(form) for form in tell_all(ApiError("fine", code=leak)))
+    assert any(find_secrets(form) for form in read_all(error))
+    assert any(find_secrets(form) for form in read_all(ApiError("fine", code=leak)))
 
 
 @pytest.mark.parametrize("leak", SUITE_NEEDLES)
@@ -198,7 +198,7 @@ async def test_nothing_that_a_busy_session_logs_raises_or_shows_has_a_secret(
         if value is credentials:
             assert not find_secrets(f"{value!r} {value}")
             continue
-        for form in tell_all(value):
+        for form in read_all(value):
             assert not find_secrets(form), type(value)
 
 
@@ -217,10 +217,10 @@ async def test_every_trouble_as_the_final_error_shows_no_secret(
                 await session.analyze(Captioning("https://example.com/"))
     for error in [caught.value, *(event.error for event in events if hasattr(event, "error"))]:
         if error is not None:
-            assert not any(find_secrets(form) for form in tell_all(error))
+            assert not any(find_secrets(form) for form in read_all(error))
 
 
-async def test_a_timeout_and_a_close_tell_no_secret(clock: ManualClock) -> None:
+async def test_a_timeout_and_a_close_show_no_secret(clock: ManualClock) -> None:
     async def silent(_: web.Request) -> web.StreamResponse:
         await asyncio.sleep(60)
         return web.Response()
@@ -237,10 +237,10 @@ async def test_a_timeout_and_a_close_tell_no_secret(clock: ManualClock) -> None:
         errors.append(caught.value)
     assert len({type(error) for error in errors}) == 3
     for error in errors:
-        assert not any(find_secrets(form) for form in tell_all(error))
+        assert not any(find_secrets(form) for form in read_all(error))
 
 
-def test_no_refusal_and_no_notification_error_tells_a_secret() -> None:
+def test_no_refusal_and_no_notification_error_shows_a_secret() -> None:
     errors: list[BaseException] = []
     for build in (
         lambda: Credentials.from_url(f"cloudinary://{KEY}:{SECRET}@a b"),
@@ -259,7 +259,7 @@ def test_no_refusal_and_no_notification_error_tells_a_secret() -> None:
             verify_signature(b"{}", timestamp, signature, [SIGNING], now=1_790_000_000)
         errors.append(refused.value)
     for error in errors:
-        assert not any(find_secrets(form) for form in tell_all(error))
+        assert not any(find_secrets(form) for form in read_all(error))
 
 
 def test_a_delivery_shows_neither_its_body_nor_its_headers() -> None:

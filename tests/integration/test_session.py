@@ -67,7 +67,7 @@ async def test_key_and_secret_are_basic_authentication() -> None:
     assert base64.b64decode(value).decode() == f"{KEY}:ä/secret:with@odd"
 
 
-async def test_an_oauth_token_goes_before_key_and_secret() -> None:
+async def test_an_oauth_token_wins_over_key_and_secret() -> None:
     credentials = Credentials("demo", KEY, SECRET, oauth_token="tok-en")
     async with ScriptedServer(CAPTION) as server:
         async with server.session(credentials=credentials) as session:
@@ -84,7 +84,7 @@ async def test_an_asset_and_an_unknown_model_are_sent_as_they_are() -> None:
     assert server.seen[0].json == {"source": {"asset_id": "abc"}, "depth": 3}
 
 
-async def test_the_host_of_the_settings_goes_before_the_credentials(
+async def test_the_host_of_the_settings_wins_over_the_credentials(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with ScriptedServer(CAPTION) as server:
@@ -97,7 +97,7 @@ async def test_the_host_of_the_settings_goes_before_the_credentials(
     assert len(server.seen) == 2
 
 
-async def test_no_more_attempts_are_on_the_wire_than_there_are_permits() -> None:
+async def test_no_more_attempts_are_in_flight_than_there_are_permits() -> None:
     async def slowly(request: web.Request) -> web.StreamResponse:
         await asyncio.sleep(0.01)
         return await CAPTION(request)
@@ -190,9 +190,9 @@ async def test_a_call_whose_time_is_over_is_not_sent() -> None:
 @pytest.mark.parametrize(
     ("misuse", "kind", "sentence"),
     [
-        (lambda session: session.submit(URL), InvalidRequestError, "is no request"),
-        (lambda session: session.submit(Captioning), InvalidRequestError, "is no request"),
-        (lambda session: session.task("t1", "coco"), InvalidRequestError, "is no request"),
+        (lambda session: session.submit(URL), InvalidRequestError, "is not a request"),
+        (lambda session: session.submit(Captioning), InvalidRequestError, "is not a request"),
+        (lambda session: session.task("t1", "coco"), InvalidRequestError, "is not a request"),
         (lambda session: session.task("", Coco), InvalidRequestError, "task id"),
         (lambda session: session.map([URL], Captioning, mode="x"), ConfigurationError, "mode"),
         (
@@ -207,13 +207,13 @@ async def test_a_call_whose_time_is_over_is_not_sent() -> None:
         ),
     ],
 )
-async def test_a_misuse_is_told_where_it_is_made(
+async def test_a_misuse_is_reported_where_it_is_made(
     misuse: Callable[[Any], object], kind: type[Exception], sentence: str
 ) -> None:
     async with ScriptedServer(CAPTION) as server, server.session() as session:
         with pytest.raises(kind, match=sentence):
             misuse(session)
-        with pytest.raises(InvalidRequestError, match="is no request"):
+        with pytest.raises(InvalidRequestError, match="is not a request"):
             await session.analyze(URL)
     assert not server.seen
 
@@ -251,7 +251,7 @@ async def test_the_emulator_answers_every_model_to_the_session() -> None:
             assert set((await session.analyze(tagged)).analysis.names) <= {"cat"}
 
 
-async def test_the_default_body_is_what_the_wire_expects_byte_for_byte() -> None:
+async def test_the_default_body_is_what_the_service_expects_byte_for_byte() -> None:
     async with ScriptedServer(CAPTION) as server, server.session() as session:
         await session.analyze(Captioning("https://example.com/ä b".replace(" ", "%20")))
     assert json.loads(server.seen[0].body) == {"source": {"uri": "https://example.com/ä%20b"}}

@@ -55,7 +55,7 @@ class TestEverySuspension:
             assert session.stats.notifications["resolved"] == len(emulator.tasks)
 
     async def test_of_the_submission_in_the_background(self, late):
-        """Whoever waits is told that the task may have been accepted."""
+        """A waiter learns that the task may have been accepted."""
         async with connected(quick(permits=1), task_seconds=0.01) as (_, session):
             tracker = session._connection.tracker
             analyze = tracker.caller.analyze
@@ -93,7 +93,7 @@ class TestEverySuspension:
             assert handles[-1].exception() is None
 
     async def test_of_an_analyze_that_became_a_task(self, late):
-        """Nobody else can wait for such a task, so it is let go: no poll and no deadline is left."""
+        """Nothing else can wait for such a task, so it is dropped: no poll and no deadline is left."""
         accepted, polled = [], []
 
         async def follow(http):
@@ -194,7 +194,7 @@ class TestEverySuspension:
 class TestListening:
     @pytest.mark.parametrize("late", [False, True])
     async def test_cancelled_at_every_suspension_the_source_is_closed(self, clock, late):
-        """The session's close cancels the listening wherever it is: the source is told."""
+        """The session's close cancels the listening wherever it is. The source is informed."""
         closed = []
 
         class Source(NotificationSource):

@@ -41,7 +41,7 @@ class TestSubmit:
                 warnings.simplefilter("error")
                 task = session.submit(request())
             assert (await task).analysis.caption
-            assert await task.accepted() is None  # answered directly: nothing to take up later
+            assert await task.accepted() is None  # answered directly: nothing to attach to later
             assert (task.task_id, task.status) == (None, "completed")
             assert not emulator.tasks
             assert emulator.counts.total_done == 1
@@ -64,7 +64,7 @@ class TestSubmit:
                 assert refused.value.last_status.state == "completed"
             assert len(emulator.tasks) == 2
 
-    async def test_a_task_taken_up_with_its_request_can_be_repeated(self):
+    async def test_a_task_attached_with_its_request_can_be_repeated(self):
         async with unconnected(quick(on_missing_result="analyze")) as (emulator, session):
             with pytest.warns(UserWarning, match="without a notification source"):
                 task_id = await session.submit(request(), mode="task").accepted()
@@ -268,7 +268,7 @@ class TestMap:
 
 
 def test_a_handle_awaited_on_another_loop_says_so():
-    """Else its waiter would hang for ever, or be woken from a foreign thread."""
+    """Otherwise its waiter would hang, or be woken from a foreign thread."""
 
     async def submit(session: AnalyzeSession) -> Any:
         return session.submit(Captioning("https://example.com/a.jpg"), mode="call")

@@ -29,7 +29,7 @@ RESULT = {"analysis": {"responses": [{"value": "a cat"}]}}
 
 
 class Tasks:
-    """Accepts every analysis as a task, and reports its status as it is told."""
+    """Accepts every analysis as a task, and reports the status that the test sets."""
 
     def __init__(self) -> None:
         self.accepted = 0
@@ -107,11 +107,11 @@ async def test_a_status_with_the_reason_trips_it_too(with_source: bool) -> None:
 
 async def test_a_status_with_another_reason_stops_nothing() -> None:
     tasks = Tasks()
-    error = {"category": "user_error", "code": "MA_00003", "message": "it is no image"}
+    error = {"category": "user_error", "code": "MA_00003", "message": "it is not an image"}
     tasks.status = {"data": {"status": "failed", "error": error}}
     async with ScriptedServer(tasks) as server:
         async with server.session(notifications=asyncio.Queue(), poll_first=0.01) as session:
-            with pytest.raises(TaskFailedError, match="it is no image") as caught:
+            with pytest.raises(TaskFailedError, match="it is not an image") as caught:
                 await session.submit(VISION)
             assert caught.value.cause_known
             await session.submit(VISION).accepted()
@@ -140,7 +140,7 @@ async def test_a_task_whose_handle_was_dropped_trips_it() -> None:
         await check_stopped(session, tasks)
 
 
-async def test_a_model_of_its_own_trips_itself_alone() -> None:
+async def test_a_model_without_a_feature_trips_itself_alone() -> None:
     tasks, queue = Tasks(), asyncio.Queue[Delivery]()
     async with ScriptedServer(tasks) as server, server.session(notifications=queue) as session:
         other = OtherModel("new_model", URL)

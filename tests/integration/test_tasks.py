@@ -52,7 +52,7 @@ def notify(session, task_id, **fields):
 
 @pytest.fixture
 async def reported():
-    """Collect what the loop's exception handler is told."""
+    """Collect what the loop's exception handler gets."""
     told = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
     yield told
@@ -147,7 +147,7 @@ class TestAwaiting:
             assert len(set(map(id, responses))) == 1
             assert waiters[1].cancelled()
 
-    async def test_done_callbacks_are_told_of_the_handle(self):
+    async def test_done_callbacks_get_the_handle(self):
         async with connected() as (_, session):
             told = []
             task = session.submit(request())
@@ -378,7 +378,7 @@ class TestTakingUp:
             assert session.stats.notifications["resolved"] == 1
             assert emulator.counts.total_polls == 0
 
-    async def test_taken_up_in_another_session_a_task_is_polled_at_once(self):
+    async def test_a_task_attached_in_another_session_is_polled_at_once(self):
         """After a restart: what failed meanwhile is found, though its webhook went elsewhere."""
         async with connected(faults=FAILING) as (emulator, session):
             task = session.submit(request())
@@ -571,7 +571,7 @@ class TestClosing:
             await given_up.accepted()
             given_up.abandon()
             begun = time.monotonic()
-            await session.aclose(drain=30)  # nobody waits for it, so neither does the drain
+            await session.aclose(drain=30)  # no handle waits for it, so neither does the drain
             assert time.monotonic() - begun < 5
         async with connected(task_seconds=NEVER) as (_, session):
             task = session.submit(request())

@@ -12,7 +12,7 @@ from cloudinary_analyze import AttemptTimeoutError, Captioning
 
 
 async def _drip(request: web.Request) -> web.StreamResponse:
-    """Send a byte now and then, for ever: never silent, never done."""
+    """Send a byte now and then, without an end: never silent, never done."""
     response = web.StreamResponse()
     await response.prepare(request)
     while True:

@@ -127,7 +127,7 @@ async def test_an_application_in_process_gets_them_on_its_loop(emulator, app, by
     assert "unsupported media type" in failed.text.lower()
 
 
-def test_a_test_client_that_is_left_meanwhile_is_no_error(emulator, caplog):
+def test_leaving_a_test_client_meanwhile_is_not_an_error(emulator, caplog):
     class LeavingClient:
         portal = object()
 

@@ -92,7 +92,7 @@ async def test_a_task_is_accepted_and_its_status_read():
         ({}, {}, {"source": {"uri": "sample"}}, "ErrorResponse", "MA_00003"),
         ({}, {"api_secret": "wrong"}, {}, "ErrorResponse", "MA_00000"),
         ({"unsubscribed": {"object_detection"}}, {}, {}, "ErrorResponse", "MA_00007"),
-        ({}, {"cloud_name": "nobody"}, {}, "ErrorResponse", "MA_00000"),
+        ({}, {"cloud_name": "unknown"}, {}, "ErrorResponse", "MA_00000"),
         ({"quotas": {"object_detection": 0}}, {}, {}, "RateLimitedResponse", "MA_00008"),
         ({"faults": FaultPlan(error_500=1.0)}, {}, {}, "ErrorResponse", "MA_00000"),
     ],

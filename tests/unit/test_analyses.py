@@ -242,7 +242,7 @@ def test_categories_of_any_shape_are_strings(entry: Any, expected: tuple[str, ..
 
 
 @pytest.mark.parametrize("value", [None, 5, "cat", {"confidence": 1}, True])
-def test_a_label_whose_value_is_no_array_has_no_instances_and_is_kept(value: Any) -> None:
+def test_a_label_whose_value_is_not_an_array_has_no_instances_and_is_kept(value: Any) -> None:
     response = read(Coco(URL), {"tags": {"odd": value, "cat": [{}]}})
     tags = response.analysis.tags
     assert tags["odd"] == ()

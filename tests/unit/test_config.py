@@ -44,7 +44,7 @@ def test_a_percent_encoded_secret_round_trips(secret: str) -> None:
 
 @given(secret=SECRETS | NASTY, tail=st.sampled_from(["", "/cdn.example.com", "?secure=true"]))
 def test_an_unencoded_secret_is_right_or_refused(secret: str, tail: str) -> None:
-    assume("%" not in secret)  # whether %41 is an encoded A nobody can tell
+    assume("%" not in secret)  # whether %41 is an encoded A cannot be known
     try:
         credentials = Credentials.from_url(f"cloudinary://123:{secret}@demo{tail}")
     except ConfigurationError:
@@ -110,7 +110,7 @@ def test_the_forms_that_people_paste_are_read(url: str) -> None:
         ("cloudinary://123:abc@demo?upload_prefix=ftp://h", "host must be a host name"),
     ],
 )
-def test_what_cannot_be_right_is_refused_with_a_sentence(url: str, said: str) -> None:
+def test_invalid_values_are_refused_with_a_message(url: str, said: str) -> None:
     with pytest.raises(ConfigurationError, match=said):
         Credentials.from_url(url)
 
@@ -186,7 +186,7 @@ def show_our_variables(error: BaseException) -> str:
     return " ".join(str(frame.locals) for frame in ours)
 
 
-def test_the_url_goes_before_the_separate_variables() -> None:
+def test_the_url_wins_over_the_separate_variables() -> None:
     credentials = Credentials.from_environment(
         {"CLOUDINARY_URL": "cloudinary://1:a@first", "CLOUDINARY_CLOUD_NAME": "second"}
     )
@@ -361,7 +361,7 @@ def test_no_secret_is_in_a_repr() -> None:
         {"host": "https://host/path"},
     ],
 )
-def test_settings_that_cannot_be_right_are_refused(wrong: dict[str, object]) -> None:
+def test_invalid_settings_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigurationError) as caught:
         Settings(**wrong)  # type: ignore[arg-type]
     assert next(iter(wrong)).rpartition(".")[2] in str(caught.value)
@@ -434,7 +434,7 @@ def test_credentials_take_any_value_or_refuse_it_with_a_configuration_error(
 
 
 @given(value=ANYTHING)
-def test_readers_of_credentials_refuse_what_is_no_text(value: Any) -> None:
+def test_readers_of_credentials_refuse_anything_but_text(value: Any) -> None:
     for read in (
         Credentials.from_url,
         Credentials.from_environment,

@@ -158,9 +158,9 @@ def test_memory_stays_flat_over_many_records(tmp_path):
         assert peak < 80 * 2**20  # of 160 MB of captions and analyses
 
 
-def test_a_line_that_is_no_record_is_named_or_handed_over(sample):
+def test_a_line_that_is_not_a_record_is_named_or_handed_over(sample):
     lines = [b"\n", json.dumps(build()), b'{"index": 1, "sta', b"[]", b'{"a": 1}']
-    with pytest.raises(ConfigurationError, match="Line 3 of the results is no record"):
+    with pytest.raises(ConfigurationError, match="Line 3 of the results is not a record"):
         list(read_records(lines))
     bad = []
     assert list(read_records(lines, on_bad_line=bad.append)) == [build()]

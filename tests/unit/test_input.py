@@ -52,7 +52,7 @@ def test_text_skips_blanks_and_comments_but_counts_them():
     assert show(read(content)) == [(1, A), (5, "asset:0123abcd"), (6, B)]
 
 
-def test_a_bad_line_is_told_with_its_number_and_does_not_stop_the_rest():
+def test_a_bad_line_is_reported_by_number_and_does_not_stop_the_rest():
     lines = read(f"{A}\nfolder/public_id\n{B}\n")
     assert [line.number for line in lines] == [1, 2, 3]
     assert lines[1].source is None
@@ -82,7 +82,7 @@ def test_csv_finds_its_column_and_counts_physical_lines():
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
-def test_csv_tells_delimiters_apart_by_the_header(delimiter: str):
+def test_csv_recognises_delimiters_by_the_header(delimiter: str):
     content = f"name{delimiter}image\nx{delimiter}{A}\n"
     assert show(read(content, "csv", "image")) == [(2, A)]
 
@@ -122,7 +122,7 @@ def test_an_open_quote_is_an_error_that_names_its_lines(content: str, sentence: 
     st.sets(st.tuples(st.integers(0, 39), st.integers(0, 2), st.booleans()), max_size=4),
 )
 def test_no_row_is_lost_wherever_quotes_are(count: int, places: set[tuple[int, int, bool]]):
-    """Each row is a line of its own, or the input is refused, however its quotes are broken."""
+    """Each row is a separate line, or the input is refused, however its quotes are broken."""
     rows = [[str(n), f"https://example.com/{n}.jpg", "plain"] for n in range(count)]
     for row, cell, before in places:
         if row < count:
@@ -179,7 +179,7 @@ def test_the_delimiter_is_found(content: str):
     assert line.source == Uri(A)
 
 
-def test_columns_of_one_name_are_told_apart():
+def test_columns_of_one_name_are_distinguished():
     (line,) = read(f"url,a,a,,a_2\n{A},1,2,3,4\n", "csv")
     assert line.columns == {"url": A, "a": "1", "a_2": "2", "column_4": "3", "a_2_2": "4"}
 
@@ -282,7 +282,7 @@ def test_parquet_rows_are_lines():
     }
 
 
-def test_what_is_no_parquet_is_refused():
+def test_an_invalid_parquet_file_is_refused():
     for content in (b"", b"PAR1", write_parquet([{"url": A}])[:-20] + bytes(20)):
         with pytest.raises(ConfigurationError, match="not a readable Parquet file"):
             read(content, "parquet")
@@ -327,7 +327,7 @@ def test_a_json_array_is_refused_with_the_way_to_convert_it():
     [gzip.compress(A.encode(), mtime=1), A.encode("utf-16"), b"\x89PNG\r\n\x1a\n", b"PK\x03\x04\n"],
 )
 @pytest.mark.parametrize("input_format", ["text", "csv", "jsonl"])
-def test_what_is_no_text_is_refused_with_a_sentence(content: bytes, input_format: InputFormat):
+def test_binary_input_is_refused_with_a_message(content: bytes, input_format: InputFormat):
     with pytest.raises(ConfigurationError, match="not a text file"):
         read(content, input_format)
 
@@ -381,7 +381,7 @@ def test_any_bytes_are_read_or_refused(content: bytes, input_format: InputFormat
         *[("a", "text"), ("a.csv.gz", "csv"), ("a.gz", "text"), ("a.parquet", "parquet")],
     ],
 )
-def test_the_extension_tells_the_format(name: str, expected: str):
+def test_the_extension_names_the_format(name: str, expected: str):
     assert detect_format(name) == expected
 
 

@@ -72,7 +72,7 @@ async def fill(path, count=3):
 
 
 def list_bytes(path):
-    """Return what a directory holds, apart from what tells writers and readers of each other."""
+    """Return what a directory holds, apart from what writers and readers use to find each other."""
     return {
         file.name: file.read_bytes()
         for file in path.iterdir()
@@ -159,7 +159,9 @@ def test_the_last_final_answer_wins_and_no_response_is_ever_lost(operations):
         jobs = []
         for name, *rest in [*operations, ("reopen",)]:
             if name == "reopen":
-                await asyncio.sleep(0)  # they have begun, and are written though nobody waited
+                await asyncio.sleep(
+                    0
+                )  # they have begun, and are written although their waits were cancelled
                 await ledger.aclose()
                 await asyncio.gather(*jobs)
                 jobs.clear()
@@ -384,7 +386,7 @@ async def test_open_items_are_read_in_order_over_any_number_of_done_ones(tmp_pat
 
 
 def test_reading_where_there_is_no_ledger_says_so_and_makes_none(tmp_path):
-    with pytest.raises(LedgerError, match="There is no ledger"):
+    with pytest.raises(LedgerError, match="does not exist"):
         SQLiteLedger(tmp_path / "a.ledger").counts()
     assert not list(tmp_path.iterdir())
 
@@ -420,7 +422,7 @@ def make_newer(path):
     ],
     ids=["text", "cut short", "overwritten", "other database", "newer format"],
 )
-async def test_what_is_no_sound_ledger_is_refused_and_left_byte_for_byte(tmp_path, spoil, message):
+async def test_a_damaged_ledger_is_refused_and_left_byte_for_byte(tmp_path, spoil, message):
     path = tmp_path / "a.ledger"
     await fill(path)
     spoil(path)
@@ -566,7 +568,7 @@ async def check_acknowledged(done, path):
         await ledger.record_response(extra, respond(1), seconds=0)  # and it goes on
 
 
-async def test_a_full_disk_is_told_and_nothing_acknowledged_is_lost(tmp_path):
+async def test_a_full_disk_is_reported_and_nothing_acknowledged_is_lost(tmp_path):
     path = tmp_path / "a.ledger"
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, -1))"
     done = run_script(RECORD_UNTIL_IT_BREAKS.format(limit=limit), path)
@@ -576,7 +578,7 @@ async def test_a_full_disk_is_told_and_nothing_acknowledged_is_lost(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="an open directory cannot be removed there")
-async def test_a_directory_that_vanishes_is_told_before_anything_is_acknowledged(tmp_path):
+async def test_a_missing_directory_is_reported_before_anything_is_acknowledged(tmp_path):
     directory = tmp_path / "out"
     directory.mkdir()
     async with SQLiteLedger(directory / "a.ledger") as ledger:
@@ -591,7 +593,7 @@ async def test_a_directory_that_vanishes_is_told_before_anything_is_acknowledged
         assert await is_done(ledger, KEYS[0])
 
 
-async def test_a_failure_that_nobody_was_told_of_is_raised_on_closing(tmp_path):
+async def test_an_unreported_failure_is_raised_on_closing(tmp_path):
     directory = tmp_path / "out"
     directory.mkdir()
     ledger = SQLiteLedger(directory / "a.ledger")
@@ -602,7 +604,7 @@ async def test_a_failure_that_nobody_was_told_of_is_raised_on_closing(tmp_path):
         await ledger.aclose()
 
 
-async def test_an_impossible_place_is_told(tmp_path):
+async def test_an_impossible_place_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "missing" / "a.ledger", tmp_path / "file" / "a.ledger", tmp_path):
         ledger = SQLiteLedger(path)
@@ -611,9 +613,9 @@ async def test_an_impossible_place_is_told(tmp_path):
 
 
 @pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become somebody else"
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user"
 )
-async def test_an_unwritable_ledger_is_told_and_left():
+async def test_an_unwritable_ledger_is_reported_and_left():
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         await fill(directory / "a.ledger")

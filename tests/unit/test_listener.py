@@ -1,4 +1,4 @@
-"""The listener: nothing that arrives stops it, and a source that breaks is taken up again."""
+"""The listener: nothing that arrives stops it, and a source that breaks is read again."""
 
 import asyncio
 import itertools
@@ -43,7 +43,7 @@ class Recorder(QueueSource):
 
 
 class Brittle:
-    """Breaks, or ends, as often as it is told to; has a memory if it is given one."""
+    """Breaks, or ends, as often as the test asks; has a memory if it is given one."""
 
     def __init__(self, *ends):
         self.ends = list(ends)
@@ -62,7 +62,7 @@ class Brittle:
 
 
 class Mailbox(Brittle):
-    """Keeps what was delivered, and tells nobody."""
+    """Keeps what was delivered."""
 
     def __init__(self, *ends):
         super().__init__(*ends)
@@ -287,7 +287,7 @@ class TestSourceBreaks:
             assert max(gaps) == 30
         assert "gone" in caplog.text
 
-    async def test_a_delivery_starts_the_backoff_anew(self, clock):
+    async def test_a_delivery_resets_the_backoff(self, clock):
         async def once_then_break(self):
             self.begun.append(clock.now)
             yield sign(build_result("t9"))
@@ -323,7 +323,7 @@ class TestSourceBreaks:
             waits = [await submit(tracker) for _ in range(5)]
             await settled()
             assert list(itertools.chain(*source.asked)) == [f"t{number}" for number in range(1, 6)]
-            source.kept = {"t3": sign(build_result("t3"))}  # while nobody was listening
+            source.kept = {"t3": sign(build_result("t3"))}  # without a listener
             source.asked.clear()
             broken.set()
             await clock.advance(1)
@@ -382,7 +382,7 @@ class TestMemory:
             assert sorted(set(asked)) == sorted(tracker.table.pending)
             assert max(len(batch) for batch in source.asked) == FETCH_BATCH
 
-    async def test_a_task_that_was_asked_for_goes_before_a_round_of_all(self, clock):
+    async def test_a_requested_task_is_fetched_before_a_round_of_all(self, clock):
         source = Mailbox()
         async with resolving(clock, source=source) as (_, tracker):
             for index in range(4 * FETCH_BATCH):
@@ -403,7 +403,7 @@ class TestMemory:
             assert time.thread_time() - begun < 0.03
             tracker.table.pending.clear()
 
-    async def test_ids_that_nobody_waits_for_any_more_are_not_fetched(self, clock):
+    async def test_ids_without_a_waiting_handle_are_not_fetched(self, clock):
         source = Mailbox()
         async with resolving(clock, source=source) as (_, tracker):
             waits = [attach(tracker, f"t{index}") for index in range(3)]

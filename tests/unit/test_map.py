@@ -46,7 +46,7 @@ def to_request(item: int) -> Captioning:
 
 
 class Service:
-    """Performs requests when told to, and counts."""
+    """Performs requests on demand, and counts."""
 
     def __init__(self, *, held: bool = False) -> None:
         self.open = asyncio.Event()
@@ -235,7 +235,7 @@ async def test_an_endless_input_of_bad_items_does_not_starve_the_loop() -> None:
 
 
 @pytest.mark.parametrize("wrong", [None, "https://example.com/a.jpg", 5])
-async def test_what_is_no_request_is_that_items_error(wrong: Any) -> None:
+async def test_an_invalid_request_is_its_items_error(wrong: Any) -> None:
     for outcomes in (stream(Service(), [wrong], None), stream(Service(), [1], lambda _: wrong)):
         (found,) = [o async for o in outcomes]
         assert isinstance(found.error, InvalidRequestError)
@@ -407,7 +407,7 @@ async def test_a_consumer_cancelled_when_its_turn_has_come_passes_the_turn_on() 
         assert second.result().item == 0
 
 
-async def test_a_consumer_of_a_stream_that_is_closed_under_it_is_told_so() -> None:
+async def test_a_consumer_of_a_closed_stream_gets_an_error() -> None:
     """An early end must not look as if every item had had its outcome."""
     service = Service(held=True)
     outcomes = stream(service, Pulled(), window=4)
@@ -418,8 +418,8 @@ async def test_a_consumer_of_a_stream_that_is_closed_under_it_is_told_so() -> No
         await consumer
 
 
-async def test_an_error_that_fails_all_is_told_even_when_nothing_was_left_to_pull() -> None:
-    """Whether all was pulled already is a matter of timing; what the caller is told is not."""
+async def test_an_error_that_fails_all_is_raised_even_with_nothing_left_to_pull() -> None:
+    """Whether all was pulled already is a matter of timing; what the caller gets is not."""
     service = Service()
     service.errors = {1: AuthenticationError("no")}
     found = []
@@ -442,7 +442,7 @@ async def test_what_an_ordered_stream_held_back_is_handed_over_when_it_is_closed
         await anext(outcomes)
 
 
-async def test_closing_a_finished_stream_is_no_error() -> None:
+async def test_closing_a_finished_stream_is_not_an_error() -> None:
     outcomes = stream(Service(), range(3))
     assert len([o async for o in outcomes]) == 3
     await outcomes.aclose()
@@ -460,7 +460,7 @@ async def test_a_stream_that_never_started_closes() -> None:
 
 
 @pytest.mark.parametrize("items", ["https://example.com/", b"x", 5, None, object()])
-async def test_what_is_no_input_is_refused(items: Any) -> None:
+async def test_an_invalid_input_is_refused(items: Any) -> None:
     with pytest.raises(InvalidRequestError, match="iterable"):
         stream(Service(), items)
 
@@ -565,7 +565,7 @@ async def test_a_worker_that_others_cancel_does_not_look_like_the_end_of_the_inp
             await consumer
 
 
-async def test_a_stage_whose_end_raises_cancelled_error_is_told_apart_from_a_cancellation() -> None:
+async def test_a_stage_whose_end_raises_cancelled_error_is_not_a_cancellation() -> None:
     async def rows() -> AsyncIterator[int]:
         try:
             while True:
@@ -773,7 +773,7 @@ async def test_what_would_be_iterated_by_its_keys_is_refused(items: Any) -> None
 # figures
 
 
-async def test_an_outcome_tells_how_long_it_queued_and_how_long_its_attempts_took() -> None:
+async def test_an_outcome_has_the_seconds_of_its_queueing_and_its_attempts() -> None:
     clock = ManualClock()
 
     async def perform(work: Any) -> Any:

@@ -84,7 +84,7 @@ class TestPace:
             assert firsts == sorted(firsts)
             assert not any(handle.done() for handle in handles)
 
-    async def test_no_more_than_the_permits_are_on_the_wire(self, clock):
+    async def test_no_more_than_the_permits_are_in_flight(self, clock):
         service = Service(clock, hold=asyncio.Event())
         async with resolving(
             clock, service=service, poll_permits=3, polls_per_second=1000, poll_first=1
@@ -123,10 +123,10 @@ class TestPace:
             assert len(service.when("t1500")) == made + 1
 
     async def test_100_000_made_up_ids_delay_no_poll_of_a_task(self, clock):
-        def tell(task_id):
+        def report(task_id):
             return NotFoundError("404", status=404) if "made" in task_id else "completed"
 
-        service = Service(clock, state=tell)
+        service = Service(clock, state=report)
         async with resolving(clock, service=service, polls_per_second=20, result_grace=100) as (
             _,
             tracker,
@@ -175,7 +175,7 @@ class TestPace:
             assert len(service.polls) == made
             assert tracker.poller.scheduled == 0
 
-    async def test_taken_up_while_a_poll_is_under_way_it_is_polled_in_one_rhythm(self, clock):
+    async def test_attached_during_a_poll_it_is_polled_in_one_rhythm(self, clock):
         service = Service(clock, hold=asyncio.Event())
         async with resolving(clock, service=service, poll_first=10, poll_longest=10) as (
             _,
@@ -183,7 +183,7 @@ class TestPace:
         ):
             wait = await submit(tracker)
             await clock.advance(12)
-            tracker.abandon(wait)  # while the poll is on the wire
+            tracker.abandon(wait)  # while the poll is in flight
             attach(tracker, "t1")
             service.hold.set()
             await clock.advance(300)
@@ -236,7 +236,7 @@ class TestCompleted:
             assert wait.answer.by == "analyze"
             assert service.calls == 2
 
-    async def test_taken_up_while_it_is_being_repeated_it_is_not_paid_for_again(self, clock):
+    async def test_attached_during_its_repetition_it_is_not_paid_for_again(self, clock):
         release = asyncio.Event()
 
         class Slow(Service):
@@ -272,7 +272,7 @@ class TestCompleted:
             await clock.advance(2)
             assert wait.answer.error is service.repeat
 
-    async def test_what_nobody_waits_for_any_more_is_not_repeated(self, clock):
+    async def test_a_task_without_a_waiting_handle_is_not_repeated(self, clock):
         asked, release = asyncio.Event(), asyncio.Event()
 
         class Slow(Service):
@@ -299,7 +299,7 @@ class TestCompleted:
             assert again.answer.response is RESPONSE
             assert service.calls == 2
 
-    async def test_taken_up_by_its_id_it_cannot_be_repeated(self, clock):
+    async def test_attached_by_its_id_it_cannot_be_repeated(self, clock):
         service = Service(clock, state=lambda _: "completed", repeat=RESPONSE)
         async with resolving(clock, service=service, source=None, on_missing_result="analyze") as (
             _,
@@ -429,7 +429,7 @@ class TestPollsThatFail:
             assert len([at for at in service.when() if at >= 60]) == 2
             assert len(service.polls) >= 7
 
-    async def test_a_status_between_two_not_founds_starts_the_count_anew(self, clock):
+    async def test_a_status_between_two_not_founds_resets_the_count(self, clock):
         answers = iter([NotFoundError("unknown", status=404), "pending"] * 20)
         service = Service(clock, state=lambda _: next(answers))
         async with resolving(

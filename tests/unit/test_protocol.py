@@ -214,7 +214,7 @@ def test_a_notification_without_a_task_id_is_foreign(task_id: Any) -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"5", b"null", b"{", b"\xff", b"[" * 100_000])
-def test_what_is_no_object_is_malformed(body: bytes) -> None:
+def test_anything_but_an_object_is_malformed(body: bytes) -> None:
     with pytest.raises(MalformedNotificationError):
         parse_notification(body)
 

@@ -155,7 +155,7 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
 print(*(name for name in watched if name in sys.modules))
 """
 # a package is always imported before its modules, so what they may find half-made is the same
-# whether each has an interpreter of its own or a fork of one that has the package alone;
+# whether each has a fresh interpreter or a fork of one that has the package alone;
 # other people's libraries never import ours, so one import of them serves all forks
 LIBRARIES = (
     "aiohttp.web",

@@ -143,7 +143,7 @@ def test_a_reset_time_is_waited_for_and_then_all_may_go(clock: ManualClock) -> N
     assert not quota.breakers
 
 
-def test_a_reset_time_that_is_past_bars_nobody(clock: ManualClock) -> None:
+def test_a_reset_time_that_is_past_stops_nothing(clock: ManualClock) -> None:
     quota = Quota(clock)
     quota.trip("ai_vision", QuotaExceededError("used up", reset_time=clock.wall() - 60))
     quota.check("ai_vision")

@@ -1,4 +1,4 @@
-"""What a receiver takes, what it refuses, and what it tells the sender."""
+"""What a receiver accepts, what it refuses, and how it answers."""
 
 import asyncio
 import json
@@ -54,7 +54,7 @@ def test_only_the_signatures_headers_are_kept_whatever_their_case():
         ([*GOOD, ("Content-Length", str(MAX_BODY + 1))], 413),
     ],
 )
-def test_headers_that_cannot_be_right_are_refused_before_the_body_is_read(pairs, status):
+def test_invalid_headers_are_refused_before_the_body_is_read(pairs, status):
     with pytest.raises(RefusedError) as caught:
         read_headers(pairs)
     assert caught.value.reply.status == status
@@ -192,7 +192,7 @@ async def test_a_lifespan_and_a_websocket_are_answered(queue):
     assert await run("websocket", "websocket.connect") == ["websocket.close"]
 
 
-async def test_a_sender_that_is_gone_when_it_is_answered_is_no_error(queue, clock):
+async def test_a_sender_that_has_gone_is_not_an_error(queue, clock):
     body = build_answer("t1")
     scope = {
         "type": "http",
@@ -214,7 +214,7 @@ async def test_a_sender_that_is_gone_when_it_is_answered_is_no_error(queue, cloc
     assert queue.get_nowait().body == body
 
 
-async def test_a_sink_that_raises_a_cancellation_of_its_own_makes_the_sender_try_again(clock):
+async def test_a_sink_that_raises_a_cancellation_makes_the_sender_try_again(clock):
     class Odd:
         async def put(self, delivery, /):
             raise asyncio.CancelledError

@@ -68,7 +68,7 @@ async def test_what_the_sink_does_not_take_is_put_again_and_acknowledged_only_th
     await forwarding
 
 
-async def test_a_source_that_breaks_is_taken_up_again(clock, caplog):
+async def test_a_source_that_breaks_is_read_again(clock, caplog):
     source = ListSource(ConnectionError("cut"), build_delivery("t1"))
     queue = asyncio.Queue()
     forwarding = asyncio.create_task(forward(source, queue, CREDENTIALS, clock=clock))

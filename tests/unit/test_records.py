@@ -85,14 +85,14 @@ def test_a_failure_that_may_have_been_charged_says_so():
 
 
 def test_a_bad_line_is_recorded_without_a_model():
-    line = InputLine(3, "nonsense", error=InvalidRequestError("It is no URL."))
+    line = InputLine(3, "nonsense", error=InvalidRequestError("It is not a URL."))
     record = reload(Failed(item=InputItem(line), index=2, error=line.error))
     assert (record["line"], record["source"]) == (3, "nonsense")
     assert (record["model"], record["key"]) == (None, None)
     assert record["error"]["type"] == "InvalidRequestError"
 
 
-def test_an_error_of_somebody_else_is_recorded_by_its_name():
+def test_an_error_of_another_package_is_recorded_by_its_name():
     class Odd(Exception):
         status = object()  # not ours, so not looked at
 

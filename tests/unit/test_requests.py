@@ -62,7 +62,7 @@ ANYTHING = st.recursive(
 ALL = [kind(URL, **PARAMETERS.get(name, {})) for name, kind in MODELS.items()]
 
 
-def test_there_are_fifteen_models_with_the_names_of_the_wire() -> None:
+def test_there_are_fifteen_models_with_the_services_names() -> None:
     assert sorted(MODELS) == [
         "ai_vision_general",
         "ai_vision_moderation",
@@ -172,7 +172,7 @@ def test_different_questions_have_different_keys() -> None:
     assert len(set(requests)) == len(requests)
 
 
-def test_a_key_is_the_same_for_ever() -> None:
+def test_a_key_never_changes() -> None:
     """Ledgers on disk hold keys: changing the recipe means to pay again for everything."""
     recipes = {
         rb'["1","captioning",["uri","https://example.com/\u00e4.jpg"],{}]': Captioning(
@@ -209,7 +209,7 @@ def test_a_key_is_the_same_for_ever() -> None:
         ["https://example.com"],
     ],
 )
-def test_what_is_no_source_is_refused_and_the_sentence_tells_what_to_pass(source: Any) -> None:
+def test_an_invalid_source_is_refused_with_what_to_pass(source: Any) -> None:
     with pytest.raises(InvalidRequestError, match="Pass the full URL of the image"):
         Captioning(source)
 
@@ -247,7 +247,7 @@ def test_a_file_or_its_bytes_are_refused_with_the_line_that_uploads_them(
 
 
 @pytest.mark.parametrize("source", ["folder/sample", "a.jpg?x", "sample", "ftp://h/a.jpg", 5, None])
-def test_what_is_no_file_is_not_called_one(source: Any) -> None:
+def test_anything_but_a_file_is_not_called_one(source: Any) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         Captioning(source)
     assert "upload(" not in str(caught.value)
@@ -274,7 +274,7 @@ def test_a_string_enum_is_its_value() -> None:
 
 
 @pytest.mark.parametrize("asset_id", ["", "a/b", "a b", "../x", None, 5, "a?b"])
-def test_what_is_no_asset_id_is_refused(asset_id: Any) -> None:
+def test_an_invalid_asset_id_is_refused(asset_id: Any) -> None:
     with pytest.raises(InvalidRequestError, match="not an asset id"):
         Asset(asset_id)
 
@@ -354,7 +354,7 @@ def test_tag_names_the_service_refuses_are_refused_unsent(name: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b", "a?b", None, "é"])
-def test_what_is_no_model_name_is_refused(name: Any) -> None:
+def test_an_invalid_model_name_is_refused(name: Any) -> None:
     with pytest.raises(InvalidRequestError):
         OtherModel(name, URL)
 
@@ -377,7 +377,7 @@ def test_what_is_no_model_name_is_refused(name: Any) -> None:
         {"a": [[]] * 2 + [{}] * 2, "b": {object()}},
     ],
 )
-def test_parameters_that_are_no_json_or_take_ours_are_refused(parameters: Any) -> None:
+def test_parameters_that_are_not_json_or_take_our_names_are_refused(parameters: Any) -> None:
     with pytest.raises(InvalidRequestError):
         OtherModel("x", URL, parameters)
 

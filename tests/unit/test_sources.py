@@ -20,7 +20,7 @@ SETTINGS = Settings(host="http://127.0.0.1:9", poll_first=3600, poll_longest=360
 
 
 class Silent:
-    """A source that is no subclass of anything, and cannot be referenced weakly."""
+    """A source that does not subclass anything, and cannot be referenced weakly."""
 
     __slots__ = ()
 
@@ -76,7 +76,7 @@ async def test_what_forward_reads_is_refused_to_a_session_until_it_ends():
         pass
 
 
-async def test_sessions_with_sources_of_their_own_do_not_disturb_one_another():
+async def test_sessions_with_separate_sources_do_not_disturb_one_another():
     async with open_session(asyncio.Queue()), open_session(asyncio.Queue()), open_session(Silent()):
         pass
 
@@ -163,7 +163,7 @@ def test_a_delivery_is_stored_byte_for_byte_with_its_first_receipt(received_at):
         json.dumps({"headers": {}}).encode() + b"\n" + build_answer("t1"),
     ],
 )
-def test_what_is_no_stored_delivery_is_a_value_error(stored):
+def test_an_invalid_stored_delivery_is_a_value_error(stored):
     with pytest.raises(ValueError, match="Not a stored delivery"):
         decode_delivery(stored)
 
@@ -176,7 +176,7 @@ def test_what_every_stored_source_needs_is_there_without_the_redis_library():
     subprocess.run([sys.executable, "-c", program], check=True, timeout=30)
 
 
-async def test_an_iterator_that_is_no_generator_is_closed_with_its_session():
+async def test_an_iterator_that_is_not_a_generator_is_closed_with_its_session():
     class Iterator:
         closed = 0
 

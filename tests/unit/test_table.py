@@ -78,7 +78,7 @@ class TestFirstAnswerWins:
         assert not table.answer(wait.entry, Answer("poll", ValueError()), 0)
         assert wait.answer is answer
 
-    def test_a_failure_tells_its_reason(self):
+    def test_a_failure_has_its_reason(self):
         table = build_table()
         wait = accept(table, "t1")
         assert deliver(table, build_failure("t1", "too dark")) == "resolved"
@@ -100,7 +100,7 @@ class TestFirstAnswerWins:
             {"notification_type": "upload"},
         ],
     )
-    def test_a_verified_body_of_any_shape_answers_a_task_that_somebody_waits_for(self, fields):
+    def test_a_verified_body_of_any_shape_answers_a_waiting_handle(self, fields):
         table = build_table()
         wait = accept(table, "t1")
         body = build_result("t1", **fields)
@@ -268,7 +268,7 @@ class TestProgress:
         assert deliver(table, build_result("t1", data={"status": "pending"})) == "duplicate"
         assert find(table, "t1").error is failure
 
-    def test_a_task_that_nobody_waits_for_keeps_resting(self):
+    def test_a_task_without_a_waiting_handle_keeps_resting(self):
         table = build_table()
         wait = accept(table, "t1")
         table.leave(wait, 0)
@@ -416,7 +416,7 @@ class TestWaits:
         assert patient.answer.error is None
         assert len(table.dues) == 0
 
-    def test_a_task_nobody_waits_for_rests_and_is_answered_all_the_same(self):
+    def test_a_task_without_a_waiting_handle_rests_and_is_answered(self):
         table = build_table(answered_seconds=100)
         wait = accept(table, "t1")
         table.abandon(wait, 0)
@@ -601,7 +601,7 @@ class TestGrace:
         advance(table, 110)
         assert isinstance(wait.answer.error, ResultNotDeliveredError)
 
-    def test_over_while_nobody_waited_it_ends_the_next_handle_at_once(self):
+    def test_a_task_that_ended_unattended_ends_the_next_handle_at_once(self):
         table = build_table(result_grace=100)
         wait, _ = attach(table, "t1", 0)
         poll(table, wait, "completed", 10)

@@ -21,11 +21,11 @@ from cloudinary_analyze.testing import ManualClock
 
 
 class Outage(Exception):
-    """Stands for the error of the session."""
+    """Represents the error of the session."""
 
 
 class Refused(Exception):
-    """Stands for the error of the session."""
+    """Represents the error of the session."""
 
 
 def build_queue(permits: int, clock: ManualClock) -> AdmissionQueue:

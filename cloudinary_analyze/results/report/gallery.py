@@ -1,7 +1,7 @@
 """The pictures that the page shows, each with all that was found on it, ready to be embedded.
 
 Pure. Bounded: pictures are taken in the order of their first result until the gallery is full.
-Failures have room of their own, so that those at the end of a long run are shown, too.
+Failures have reserved space, so that those at the end of a long run are shown, too.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Gallery:
         return len(self._pictures)
 
     def add(self, record: Mapping[str, Any], findings: Findings) -> None:
-        """Take a result, if there is room. A request's later answer replaces its failure."""
+        """Take a result, if there is space. A request's later answer replaces its failure."""
         source = str(record.get("source") or "")
         picture = self._pictures.get(source)
         failed = record["status"] != "ok"
