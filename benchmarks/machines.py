@@ -1,7 +1,7 @@
 """``python -m benchmarks machines``: items per second with a shared ledger, in processes and engines.
 
 6,000 items, a service that takes 50 ms, 64 permits in all. The base is one plain session without a
-ledger. The others record in a Redis of their own that fsyncs every write. Workers are warm. The
+ledger. The others record in a separate Redis that fsyncs every write. Workers are warm. The
 contenders take turns.
 """
 

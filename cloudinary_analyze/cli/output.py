@@ -402,7 +402,7 @@ def check_is_ledger(path: Path) -> None:
     """
     ledger = Path(f"{path}{LEDGER_SUFFIX}")
     if not is_database(path) and is_database(ledger):
-        what = f"{path} is the output of a run" if path.exists() else f"There is no ledger {path}"
+        what = f"{path} is the output of a run" if path.exists() else f"does not exist {path}"
         raise CommandError(f"{what}. The ledger of that run is {ledger}; pass that instead.")
 
 

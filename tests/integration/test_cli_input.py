@@ -293,7 +293,7 @@ def test_another_input_in_the_ledger_is_reported(
     assert emulator.counts.total_received == 35
 
 
-async def test_a_killed_run_exports_rows_of_its_own_input(tmp_path: Path):
+async def test_a_killed_run_exports_rows_of_its_input(tmp_path: Path):
     write_lines(*[f"{url}?a" for url in build_urls(100)], name="a.txt")
     write_lines(*[f"{url}?b" for url in build_urls(100)], name="b.txt")
     arguments = ("run", "coco", "--permits", "4", "--input")
