@@ -36,7 +36,7 @@ A ledger belongs to one host and cloud name. It stores responses and permanent e
 the next run sends these items again. Pass ``key=`` when URLs change between runs, for example because
 they are signed. A key names one source.
 
-A request that was in flight when the process was killed is sent again, because nobody knows whether
+A request that was in flight when the process was killed is sent again, because it is unknown whether
 it was charged. ``cloudinary-analyze export run.ledger -o results.parquet`` writes the contents of a
 ledger, also during a run.
 """

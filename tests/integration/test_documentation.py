@@ -1,4 +1,4 @@
-"""The documentation tells the truth: its code runs, and its tables are those of the code."""
+"""The documentation is true: its code runs, and its tables are those of the code."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ NEEDS = {"nats": "from nats."}  # libraries of which the test extra has no use
 
 @pytest.fixture(scope="module")
 def emulator() -> Iterator[ScriptedEmulator]:
-    """An emulator on a loop and thread of its own, since examples bring their own loop."""
+    """An emulator on a separate loop and thread, since examples bring their own loop."""
     with run_emulator(ScriptedEmulator()) as emulator:
         yield emulator
 

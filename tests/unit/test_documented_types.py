@@ -35,7 +35,7 @@ def complete(name: str, example: str) -> str:
 
 
 def write_examples(folder: Path) -> int:
-    """Write each example as a file of its own; return how many there are."""
+    """Write each example to a separate file; return how many there are."""
     files: dict[str, str] = {}
     for name, examples in find_examples().items():
         for number, example in enumerate(examples, 1):
