@@ -141,7 +141,7 @@ def print_summary(
             style="yellow",
         )
     if skipped:
-        say(console, f"{skipped:,} of these were done in an earlier run, and not asked again.")
+        say(console, f"{skipped:,} of these were done in an earlier run and skipped.")
     if place:
         say(console, f"Results: {place}")
 
@@ -227,7 +227,7 @@ def _show_count(count: int | None) -> str:
     return "–" if count is None else f"{count:,}"
 
 
-AGAIN: Final = "To go on, run the same command again: what is recorded is not asked again."
+AGAIN: Final = "To resume, run the same command again; recorded items are skipped."
 
 
 @attrs.frozen(kw_only=True)
@@ -372,13 +372,13 @@ def _describe_reset(error: QuotaExceededError) -> str:
 
 
 def _build_balance(balance: Balance) -> str:
-    """Return the sentences that say what is done, what is left, and how to go on."""
+    """Return the sentences that say what is done, what is left, and how to resume."""
     sentence = f"{_count(balance.answered, 'item is', 'items are')} answered"
     if balance.failed:
         sentence += f", {balance.failed:,} failed"
     left = balance.left
     sentence += ", the rest of the input is left" if left is None else f", {left:,} left"
-    return f"{sentence}. To go on, run the same command again: what is recorded is not asked again."
+    return f"{sentence}. {AGAIN}"
 
 
 def _build_retry(balance: Balance) -> str:
@@ -388,18 +388,17 @@ def _build_retry(balance: Balance) -> str:
         return ""
     if balance.passing:
         sentences.append(
-            f"{_count(balance.passing, 'item', 'items')} failed for reasons that may pass; "
-            "the same command asks them again."
+            f"{_count(balance.passing, 'item', 'items')} failed for transient reasons; "
+            "run the same command again to retry."
         )
     if balance.undelivered:
         sentences.append(
             f"{_count(balance.undelivered, 'result was', 'results were')} never delivered; "
-            "--retry-failed asks for them once more, as calls."
+            "--retry-failed requests them again as calls, which are charged."
         )
     if final > 0:
         sentences.append(
-            f"{_count(final, 'item', 'items')} failed permanently; --retry-failed sends them again "
-            "all the same."
+            f"{_count(final, 'item', 'items')} failed permanently; use --retry-failed to retry."
         )
     return " ".join(sentences)
 

@@ -339,9 +339,9 @@ def test_transient_failures_are_listed_separately():
     ending = decide_ending(position, failed=6, balance=balance)
     assert ending.exit_code == 1
     assert ending.sentence == (
-        "1 item failed for reasons that may pass; the same command asks them again. "
-        "2 results were never delivered; --retry-failed asks for them once more, as calls. "
-        "3 items failed permanently; --retry-failed sends them again all the same."
+        "1 item failed for transient reasons; run the same command again to retry. "
+        "2 results were never delivered; --retry-failed requests them again as calls, which are charged. "
+        "3 items failed permanently; use --retry-failed to retry."
     )
 
 

@@ -109,7 +109,7 @@ def test_what_failed_for_now_is_in_the_results_and_asked_again(
     assert main(RUN) == 1
     (record,) = read_records()
     assert (record["status"], record["error"]["type"]) == ("error", "ResponseDecodeError")
-    assert "1 item failed for reasons that may pass" in capfd.readouterr().err
+    assert "1 item failed for transient reasons" in capfd.readouterr().err
     start_emulator()
     assert main(RUN) == 0
     assert [record["status"] for record in read_records()] == ["ok"]
