@@ -258,10 +258,9 @@ def export(
 
     The ledger may be one of `run` or one that a program filled with `session.map`.
     """
+    _check_output(output, None if is_shared(ledger) else Path(ledger))
     chosen = output_format or detect_output_format(output)
     check_extra(chosen == "parquet", "pyarrow", "parquet", "Parquet")
-    if not is_shared(ledger):
-        _check_output(output, Path(ledger))
     return partial(export_ledger, ledger, output, chosen, status=status, models=models)
 
 
@@ -281,9 +280,9 @@ def report(
     return partial(report_results, results, output, title=title)
 
 
-def _check_output(output: str, source: Path) -> None:
-    what = f"the file {source}"
-    check_conflicts([(what, source)], [("--output", output)])
+def _check_output(output: str, source: Path | None) -> None:
+    if source is not None:
+        check_conflicts([(f"the file {source}", source)], [("--output", output)])
     check_output("--output", output)
 
 

@@ -184,9 +184,8 @@ def plan_places(
     shared = options.ledger if options.ledger and is_shared(options.ledger) else None
     ledger = None if shared or options.ledger is None else Path(options.ledger)
     streamed = is_stream(output)
-    chosen = options.output_format or ("jsonl" if streamed else detect_output_format(output))
     if streamed:
-        if chosen != "jsonl":
+        if options.output_format not in {None, "jsonl"}:
             raise CommandError(
                 "What is streamed is JSON Lines; name a file with --output for another --format."
             )
@@ -208,6 +207,7 @@ def plan_places(
         ledger = Path(os.path.realpath(ledger)) if ledger.is_symlink() else ledger
         check_ledger(ledger)
     check_conflicts([("--input", name) for name in inputs], outputs, ledger=ledger)
+    chosen = options.output_format or ("jsonl" if streamed else detect_output_format(output))
     check_extra(chosen == "parquet", "pyarrow", "parquet", "Parquet")
     check_extra(report is not None, "jinja2", "report", "The report")
     if shared is not None:

@@ -28,7 +28,13 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="hard links, pipes and modes of POSIX"),
 ]
 
-RUN = {"--input": "u.txt", "--output": "o.jsonl", "--ledger": "l", "--report": "r.html"}
+RUN = {
+    "--input": "u.txt",
+    "--output": "o.jsonl",
+    "--ledger": "l",
+    "--report": "r.html",
+    "--summary-json": "s.json",
+}
 EXPORT = {"": "done.ledger", "--output": "x.jsonl"}
 REPORT = {"": "done.ledger", "--output": "r.html"}
 COMMANDS = {"run": RUN, "export": EXPORT, "report": REPORT}
@@ -228,6 +234,12 @@ def test_no_ledger_is_overwritten_by_results(
     assert "such as a ledger" in capfd.readouterr().err
 
 
+def test_no_ledger_is_overwritten_by_the_export_of_another(service: Emulator):
+    before = snapshot()
+    assert main(["export", "redis://127.0.0.1:1/0", "-o", "done.ledger"]) == 2
+    assert snapshot() == before
+
+
 def test_several_inputs_are_each_compared(service: Emulator):
     write_lines(*build_urls(2), name="v.txt")
     before = snapshot()
@@ -253,7 +265,7 @@ def test_new_files_are_private_and_modes_are_kept(service: Emulator):
     before = os.umask(0o022)
     try:
         assert run("run", RUN) == 0
-        files = [path for path in Path().iterdir() if path.name.startswith(("o.", "l", "r."))]
+        files = [path for path in Path().iterdir() if path.name.startswith(("o.", "l", "r.", "s."))]
         assert len(files) >= 4
         for path in files:
             assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
