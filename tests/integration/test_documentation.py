@@ -227,6 +227,16 @@ def test_the_status_table_is_that_of_the_policy() -> None:
     assert build_status_table() in read_guide("errors")
 
 
+PAGES = [README, *GUIDES.glob("*.md"), *README.parent.glob(".github/*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_to_a_file(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8"))
+    for target in targets:
+        assert "://" in target or (page.parent / target).exists(), target
+
+
 def test_the_readme_is_short() -> None:
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
 
