@@ -42,6 +42,7 @@ from benchmarks.services import (
     Service,
 )
 
+LONG_OUTAGE: Final = 45.0  # seconds; in a shorter one, the first pauses weigh more
 MARGIN: Final = 1.0  # clients run for longer than what is measured
 
 
@@ -151,7 +152,7 @@ class Run:
                 misses.append("too many attempts")
             if figures.get("ambiguous retries", 0) > (0 if refused else PERMITS + probes):
                 misses.append("too many ambiguous retries")
-            if figures["recovery"] > min(15, length / 4):
+            if length >= LONG_OUTAGE and figures["recovery"] > min(15, length / 4):
                 misses.append("late recovery")
         return misses
 
