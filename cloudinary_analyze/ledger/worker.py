@@ -29,6 +29,7 @@ from cloudinary_analyze._redis import (
     LinkBrokenError,
     LinkFailedError,
     RedisLocation,
+    measure_command,
 )
 from cloudinary_analyze.ledger.claims import SCRIPT, decode_task, encode_task
 from cloudinary_analyze.protocols import Claim
@@ -195,7 +196,7 @@ class Worker:
 
     def _remember(self, command: Command) -> None:
         now = self.clock.monotonic()
-        size = sum(len(part) for part in command if isinstance(part, bytes | str))
+        size = measure_command(command)
         self._recent.append((now, size, command))
         self._recent_bytes += size
         while self._recent[0][0] < now - REPLAY_SECONDS or self._recent_bytes > REPLAY_BYTES:
