@@ -86,6 +86,8 @@ class Admission:
 
     Attributes:
         permits: The most attempts in flight at once.
+        first_pause: Seconds of the first pause of a stall.
+        longest_pause: Seconds of the longest pause.
         in_use: Attempts in flight.
         calm: Whether nothing but the permits limits starts; then results need no report.
         generation: Counts the stalls. Results from before the last one are ignored.
@@ -97,6 +99,8 @@ class Admission:
     permits: int
     chance: Callable[[], float] = random.random
     rate: Turnstile | None = None
+    first_pause: float = FIRST_PAUSE
+    longest_pause: float = LONGEST_PAUSE
     in_use: int = attrs.field(default=0, init=False)
     calm: bool = attrs.field(init=False)
     generation: int = attrs.field(default=0, init=False)
@@ -266,7 +270,7 @@ class Admission:
         self._delay_probe(now, seconds)
 
     def _delay_probe(self, now: float, seconds: float) -> None:
-        pause = min(LONGEST_PAUSE, FIRST_PAUSE * PAUSE_GROWTH**self._pauses)
+        pause = min(self.longest_pause, self.first_pause * PAUSE_GROWTH**self._pauses)
         self._pauses += 1
         if seconds > 0:
             self.asked_until = max(self.asked_until, now + seconds)

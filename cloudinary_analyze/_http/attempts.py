@@ -20,7 +20,7 @@ from yarl import URL
 
 from cloudinary_analyze._cancellation import Sections, get_task
 from cloudinary_analyze._clock import Clock, wake
-from cloudinary_analyze._http.admission import Admission, Attempt
+from cloudinary_analyze._http.admission import LONGEST_PAUSE, Admission, Attempt
 from cloudinary_analyze._http.limits import CATCH_UP, Turnstile
 from cloudinary_analyze._http.quota import Quota
 from cloudinary_analyze._http.transport import Answer, Body, Transport
@@ -137,6 +137,7 @@ class Attempts(NotPicklable):
     poll_queue: AdmissionQueue = attrs.field(init=False)
     own_patience: float = attrs.field(init=False)
     _bulk_patience: float = attrs.field(init=False)
+    _free_attempts: float = attrs.field(init=False)  # as many as pauses fit into that time
     _limits: tuple[float | None, int] = attrs.field(init=False)
     _sleepers: set[asyncio.Future[None]] = attrs.field(factory=set, init=False)
     _pacing: Sections = attrs.field(factory=Sections, init=False)
@@ -149,15 +150,22 @@ class Attempts(NotPicklable):
             # a late timer is made up for, but not more, so that the rate is kept
             slack = max(CATCH_UP, (settings.burst - 1) / settings.rate)
             rate = Turnstile(1 / settings.rate, slack)
-        self.queue = AdmissionQueue(
-            Admission(settings.permits, rate=rate), self.clock, self._build_outage_error
-        )
-        self.poll_queue = AdmissionQueue(
-            Admission(settings.poll_permits), self.clock, self._build_outage_error
-        )
+        self.queue = self._build_queue(settings.permits, rate)
+        self.poll_queue = self._build_queue(settings.poll_permits)
         self._limits = None, settings.permits
         self.own_patience = compute_patience(settings)
         self._bulk_patience = inf if settings.outage_timeout is None else settings.outage_timeout
+        self._free_attempts = self._bulk_patience / LONGEST_PAUSE
+
+    def _build_queue(self, permits: int, rate: Turnstile | None = None) -> AdmissionQueue:
+        admission = Admission(
+            permits,
+            rate=rate,
+            # pauses are waits of our own choosing, too
+            first_pause=min(LONGEST_PAUSE, self.settings.backoff_first),
+            longest_pause=min(LONGEST_PAUSE, self.settings.backoff_max),
+        )
+        return AdmissionQueue(admission, self.clock, self._build_outage_error)
 
     async def repeat_until(
         self, deadline: float, call: Call, read: Callable[[Call, Answer], T]
@@ -420,8 +428,10 @@ class Attempts(NotPicklable):
         if call.urgent or call.model is None or not costs_nothing:
             return call.attempts - call.free < call.limit
         assert call.failed_at is not None
-        call.free += 1
-        return probe or self.clock.monotonic() < call.failed_at + self._bulk_patience
+        if call.free < self._free_attempts:
+            call.free += 1
+            return probe or self.clock.monotonic() < call.failed_at + self._bulk_patience
+        return call.attempts - call.free < call.limit
 
     def _report(
         self, call: Call, attempt: Attempt, error: ApiError | TransportError, own_wait: float

@@ -334,6 +334,19 @@ async def test_a_call_that_was_not_sent_in_an_outage_says_so(clock: ManualClock)
             await wind(clock, first)
 
 
+async def test_an_item_that_is_always_throttled_fails_alone() -> None:
+    """It waits for no longer than the waits of the settings, and costs others nothing."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        bad = "/1.jpg" in (await request.json())["source"]["uri"]
+        return await (answer(429) if bad else CAPTION)(request)
+
+    async with ScriptedServer(handle) as server, server.session() as session:
+        async with asyncio.timeout(20):
+            errors = [outcome.error async for outcome in session.map(urls(3), Captioning)]
+    assert [type(error) for error in errors if error is not None] == [RateLimitedError]
+
+
 async def test_a_certificate_error_stops_a_stream() -> None:
     error = TransportError("The certificate is refused.", permanent=True)
     from cloudinary_analyze._policy import Stop, find_stop
