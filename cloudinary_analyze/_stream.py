@@ -32,6 +32,7 @@ from cloudinary_analyze._cancellation import count_cancellations
 from cloudinary_analyze._clock import Clock
 from cloudinary_analyze._policy import Stop, find_stop, may_be_charged
 from cloudinary_analyze._recording import Work, wrap_cancellation
+from cloudinary_analyze._stops import Stops
 from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
@@ -54,62 +55,6 @@ Perform = Callable[[Work[Item, A]], Awaitable[Response[A]]]
 
 UNUSABLE: Final = 100  # items from the first on that make no request, before the stream stops
 _TABLES: Final = frozenset({"DataFrame", "LazyFrame"})  # iterating one yields its columns
-
-
-@attrs.define(eq=False, repr=False)
-class _Stops:
-    """What is not sent any more, because the service would refuse it.
-
-    Attributes:
-        seen: The models of all requests so far, and their features.
-        reasons: What is refused, and the error that said so.
-        unsent: Items in a row that were not sent for that reason.
-        halted: Whether the caller stopped the stream.
-    """
-
-    seen: dict[str, str | None] = attrs.field(factory=dict)
-    reasons: dict[tuple[Stop, str], Exception] = attrs.field(factory=dict)
-    unsent: int = 0
-    halted: bool = False
-
-    def check(self, work: Work[Any, Any]) -> None:
-        """Raise if an item's request would be refused; called before it queues and is sent.
-
-        Raises:
-            BulkStoppedError: Its kind is stopped. Nothing was sent.
-        """
-        if self.halted:
-            work.unsent = True
-            raise BulkStoppedError("Not sent, because the stream was stopped.")
-        if not self.reasons:
-            return
-        reason = self.find(work.request.model, work.request.feature)
-        if reason is None:
-            self.unsent = 0
-        else:
-            self.unsent += 1
-            work.unsent = True
-            raise BulkStoppedError(
-                f"Not sent, because it would fail with an earlier error: {reason}", reason=reason
-            ) from reason
-
-    def find(self, model: str, feature: str | None) -> Exception | None:
-        """Return why a kind of request is stopped; ``None`` if it is not."""
-        reasons = self.reasons
-        return (
-            reasons.get((Stop.EVERYTHING, ""))
-            or reasons.get((Stop.MODEL, model))
-            or reasons.get((Stop.FEATURE, feature or ""))
-        )
-
-    def add(self, stop: Stop, request: AnalyzeRequest[Any], error: Exception) -> bool:
-        """Stop a kind of request; return whether no request so far was of another kind."""
-        name = ""
-        if stop is not Stop.EVERYTHING:
-            feature = request.feature if stop is Stop.FEATURE else None
-            stop, name = (Stop.FEATURE, feature) if feature else (Stop.MODEL, request.model)
-        self.reasons.setdefault((stop, name), error)
-        return all(self.find(model, feature) for model, feature in self.seen.items())
 
 
 @attrs.define(eq=False, repr=False)
@@ -136,7 +81,7 @@ class _Pump(Generic[Item, A]):
     pulled: int = 0
     handed_over: int = 0
     unusable: int = 0
-    stops: _Stops = attrs.field(factory=_Stops)
+    stops: Stops = attrs.field(factory=Stops)
     exhausted: bool = False
     failure: Exception | None = None
     workers: set[asyncio.Task[None]] = attrs.field(factory=set)

@@ -35,7 +35,8 @@ from cloudinary_analyze.cli.output import (
     plan_places,
     report_results,
 )
-from cloudinary_analyze.cli.run import RunPlan, perform_run
+from cloudinary_analyze.cli.plan import RunPlan
+from cloudinary_analyze.cli.run import perform_run
 from cloudinary_analyze.cli.screen import (
     DEFAULT_DISPLAY,
     CommandError,

@@ -31,7 +31,7 @@ from cloudinary_analyze.responses import Limit, find_limits
 from cloudinary_analyze.results.records import InputItem
 
 if TYPE_CHECKING:
-    from cloudinary_analyze.cli.run import RunPlan
+    from cloudinary_analyze.cli.plan import RunPlan
 
 
 @Parameter(name="*")

@@ -18,27 +18,24 @@ from cloudinary_analyze._policy import Stop, find_stop, stops_the_stream
 from cloudinary_analyze.cli.feed import (
     ItemFeed,
     LineSource,
-    build_sample_source,
     describe_line,
     read_items,
 )
 from cloudinary_analyze.cli.files import set_aside
 from cloudinary_analyze.cli.ledger import SHOWN_BAD_LINES, Book, HaltedError, open_book
-from cloudinary_analyze.cli.models import BuildRequest
 from cloudinary_analyze.cli.money import (
     Estimate,
-    SpendingOptions,
     choose_sample,
     describe_spent,
     find_feature,
     print_estimate,
 )
-from cloudinary_analyze.cli.notifications import Line, ReceivingOptions, open_line
-from cloudinary_analyze.cli.output import LedgerExport, Places, StreamResults, write_summary
+from cloudinary_analyze.cli.notifications import Line, open_line
+from cloudinary_analyze.cli.output import LedgerExport, StreamResults, write_summary
+from cloudinary_analyze.cli.plan import RunPlan
 from cloudinary_analyze.cli.screen import (
     STANDARD,
     CommandError,
-    DisplayOptions,
     ExitCode,
     MessageConsole,
     handle_interrupts,
@@ -47,7 +44,7 @@ from cloudinary_analyze.cli.screen import (
     say,
     show_logs,
 )
-from cloudinary_analyze.cli.service import CallOptions, Service, open_service
+from cloudinary_analyze.cli.service import Service, open_service
 from cloudinary_analyze.cli.shared import SharedRunLedger, build_shared_ledger
 from cloudinary_analyze.cli.summary import (
     AGAIN,
@@ -83,57 +80,6 @@ from cloudinary_analyze.session import CALL_WINDOW, AnalyzeSession
 
 if TYPE_CHECKING:
     from cloudinary_analyze._stream import OutcomeStream
-
-
-@attrs.frozen(kw_only=True)
-class RunPlan:
-    """What to run.
-
-    Attributes:
-        models: What builds a request, by wire name.
-        source: Where the lines come from; ``None``: the emulator's gallery.
-        samples: How many pictures of the gallery.
-        places: Where the results go.
-        named: Whether the input names its items.
-        retry_failed: Whether permanent failures are sent again.
-        receiving: How the results arrive.
-        calling: How calls are made.
-        spending: What the run may spend.
-        display: What is shown while it lasts.
-        limit: How many lines to take at the most.
-        emulated: Whether to call an emulator in this process.
-    """
-
-    models: Mapping[str, BuildRequest]
-    source: LineSource | None
-    samples: int
-    places: Places
-    named: bool
-    retry_failed: bool
-    receiving: ReceivingOptions
-    calling: CallOptions
-    spending: SpendingOptions
-    display: DisplayOptions
-    limit: int | None
-    emulated: bool
-
-    @property
-    def mode(self) -> Literal["call", "task"]:
-        """See `AnalyzeSession.map`."""
-        return self.receiving.mode
-
-    def build_settings(self) -> Settings:
-        """Return the settings of the session."""
-        # a result that was never delivered is the one failure that asking again must pay for
-        again = self.retry_failed and self.receiving.as_tasks
-        return self.calling.build_settings(on_missing_result="analyze" if again else "raise")
-
-    def choose_source(self, service: Service) -> LineSource:
-        """Return where the lines come from."""
-        if self.source is not None:
-            return self.source
-        assert service.emulator is not None
-        return build_sample_source(service.emulator.sample_urls(self.samples))
 
 
 @attrs.define(eq=False)

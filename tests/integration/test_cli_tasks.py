@@ -31,7 +31,7 @@ from cloudinary_analyze.cli import main, notifications
 from cloudinary_analyze.cli.money import NO_LIMITS
 from cloudinary_analyze.cli.notifications import CALLS, ReceivingOptions, open_line
 from cloudinary_analyze.cli.output import DEFAULT_OUTPUT, plan_places
-from cloudinary_analyze.cli.run import RunPlan
+from cloudinary_analyze.cli.plan import RunPlan
 from cloudinary_analyze.cli.screen import DEFAULT_DISPLAY, build_console
 from cloudinary_analyze.cli.service import DEFAULT_CALLS, Service
 from cloudinary_analyze.emulator import Emulator, FaultPlan, WebhookPolicy

@@ -1,0 +1,68 @@
+"""What a run is to do, as its options say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import attrs
+
+from cloudinary_analyze.cli.feed import LineSource, build_sample_source
+from cloudinary_analyze.cli.models import BuildRequest
+from cloudinary_analyze.cli.money import SpendingOptions
+from cloudinary_analyze.cli.notifications import ReceivingOptions
+from cloudinary_analyze.cli.output import Places
+from cloudinary_analyze.cli.screen import DisplayOptions
+from cloudinary_analyze.cli.service import CallOptions, Service
+from cloudinary_analyze.config import Settings
+
+
+@attrs.frozen(kw_only=True)
+class RunPlan:
+    """What to run.
+
+    Attributes:
+        models: What builds a request, by wire name.
+        source: Where the lines come from; ``None``: the emulator's gallery.
+        samples: How many pictures of the gallery.
+        places: Where the results go.
+        named: Whether the input names its items.
+        retry_failed: Whether permanent failures are sent again.
+        receiving: How the results arrive.
+        calling: How calls are made.
+        spending: What the run may spend.
+        display: What is shown while it lasts.
+        limit: How many lines to take at the most.
+        emulated: Whether to call an emulator in this process.
+    """
+
+    models: Mapping[str, BuildRequest]
+    source: LineSource | None
+    samples: int
+    places: Places
+    named: bool
+    retry_failed: bool
+    receiving: ReceivingOptions
+    calling: CallOptions
+    spending: SpendingOptions
+    display: DisplayOptions
+    limit: int | None
+    emulated: bool
+
+    @property
+    def mode(self) -> Literal["call", "task"]:
+        """See `AnalyzeSession.map`."""
+        return self.receiving.mode
+
+    def build_settings(self) -> Settings:
+        """Return the settings of the session."""
+        # a result that was never delivered is the one failure that asking again must pay for
+        again = self.retry_failed and self.receiving.as_tasks
+        return self.calling.build_settings(on_missing_result="analyze" if again else "raise")
+
+    def choose_source(self, service: Service) -> LineSource:
+        """Return where the lines come from."""
+        if self.source is not None:
+            return self.source
+        assert service.emulator is not None
+        return build_sample_source(service.emulator.sample_urls(self.samples))
