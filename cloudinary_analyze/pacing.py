@@ -1,11 +1,13 @@
 """`RedisPacer`: one request rate for all processes and machines. Needs the ``redis`` extra.
 
 The service limits an account, not a process. Sessions that share a pacer start their attempts at one
-rate together::
+rate together:
 
-    pacer = RedisPacer("redis://host:6379/0", rate=50)
-    async with pacer, AnalyzeSession(settings=Settings(pacer=pacer)) as session:
-        ...
+```python
+pacer = RedisPacer("redis://host:6379/0", rate=50)
+async with pacer, AnalyzeSession(settings=Settings(pacer=pacer)) as session:
+    ...
+```
 
 Starts are spread evenly (GCRA). A process reserves some starts at a time, so most calls need no
 round trip to Redis.

@@ -2,13 +2,15 @@
 
 The same bar as that of the command line. Needs rich: ``pip install 'cloudinary-analyze[cli]'``.
 
-Example::
+Wrap the stream in it:
 
-    from cloudinary_analyze.progress import show_progress
+```python
+from cloudinary_analyze.progress import show_progress
 
-    async with show_progress(session, session.map(urls, Coco), total=len(urls)) as outcomes:
-        async for outcome in outcomes:
-            ...
+async with show_progress(session, session.map(urls, Coco), total=len(urls)) as outcomes:
+    async for outcome in outcomes:
+        ...
+```
 """
 
 from __future__ import annotations

@@ -136,10 +136,12 @@ class _Connection:
 class AnalyzeSession(NotPicklable):
     """A client of the Analyze API: one connection pool, one set of permits, one event loop.
 
-    Create one for the life of the application and share it between tasks::
+    Create one for the life of the application and share it between tasks:
 
-        async with AnalyzeSession() as session:
-            response = await session.analyze(Captioning("https://…/a.jpg"))
+    ```python
+    async with AnalyzeSession() as session:
+        response = await session.analyze(Captioning("https://…/a.jpg"))
+    ```
 
     Opening it with ``async with`` binds the running event loop; nothing is sent until the first
     request. All times are seconds. Every error is an `AnalyzeError`, except what your own input

@@ -3,14 +3,16 @@
 `AnalyzeStage` is a value that an engine ships to its workers and calls there with lists of items. It
 returns one outcome for each item. The engine schedules, and the workers share three things through
 Redis: the ledger (`RedisLedger`), the pace (`RedisPacer`) and the notifications of tasks
-(`RedisNotifications`)::
+(`RedisNotifications`):
 
-    stage = AnalyzeStage(
-        Captioning,
-        ledger=RedisLedger("redis://host:6379/0"),
-        settings=Settings(pacer=RedisPacer("redis://host:6379/0", rate=50)),
-    )
-    outcomes = stage(urls)
+```python
+stage = AnalyzeStage(
+    Captioning,
+    ledger=RedisLedger("redis://host:6379/0"),
+    settings=Settings(pacer=RedisPacer("redis://host:6379/0", rate=50)),
+)
+outcomes = stage(urls)
+```
 
 Workers read their credentials from ``CLOUDINARY_URL`` and the password of Redis from ``REDIS_URL``.
 
@@ -33,159 +35,171 @@ machines.
 
 The programs below analyse the column ``url`` of ``urls.parquet``.
 
-A process pool::
+A process pool:
 
-    from concurrent.futures import ProcessPoolExecutor
+```python
+from concurrent.futures import ProcessPoolExecutor
 
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-    from cloudinary_analyze import Captioning
-    from cloudinary_analyze.ledger.redis import RedisLedger
-    from cloudinary_analyze.stage import SCHEMA, AnalyzeStage, outcome_columns
+from cloudinary_analyze import Captioning
+from cloudinary_analyze.ledger.redis import RedisLedger
+from cloudinary_analyze.stage import SCHEMA, AnalyzeStage, outcome_columns
 
-    stage = AnalyzeStage(Captioning, ledger=RedisLedger())
-
-
-    def analyze(urls):
-        return pa.table(outcome_columns(stage(urls)), SCHEMA)
+stage = AnalyzeStage(Captioning, ledger=RedisLedger())
 
 
-    if __name__ == "__main__":
-        urls = pq.read_table("urls.parquet")["url"].to_pylist()
-        parts = [urls[start : start + 500] for start in range(0, len(urls), 500)]
-        with ProcessPoolExecutor(2) as pool, pq.ParquetWriter("results.parquet", SCHEMA) as file:
-            for table in pool.map(analyze, parts):
-                file.write_table(table)
-
-Dask dataframes, Parquet to Parquet. The plugin closes the sessions when a worker ends::
-
-    import dask.dataframe as dd
-    import pandas as pd
-    from dask.distributed import Client
-
-    from cloudinary_analyze import Captioning
-    from cloudinary_analyze.dask import AnalyzePlugin
-    from cloudinary_analyze.ledger.redis import RedisLedger
-    from cloudinary_analyze.stage import META, SCHEMA, AnalyzeStage, outcome_columns
-
-    stage = AnalyzeStage(Captioning, ledger=RedisLedger())
+def analyze(urls):
+    return pa.table(outcome_columns(stage(urls)), SCHEMA)
 
 
-    def analyze(part):
-        return pd.DataFrame(outcome_columns(stage(part["url"]))).astype(META.dtypes)
+if __name__ == "__main__":
+    urls = pq.read_table("urls.parquet")["url"].to_pylist()
+    parts = [urls[start : start + 500] for start in range(0, len(urls), 500)]
+    with ProcessPoolExecutor(2) as pool, pq.ParquetWriter("results.parquet", SCHEMA) as file:
+        for table in pool.map(analyze, parts):
+            file.write_table(table)
+```
+
+Dask dataframes, Parquet to Parquet. The plugin closes the sessions when a worker ends:
+
+```python
+import dask.dataframe as dd
+import pandas as pd
+from dask.distributed import Client
+
+from cloudinary_analyze import Captioning
+from cloudinary_analyze.dask import AnalyzePlugin
+from cloudinary_analyze.ledger.redis import RedisLedger
+from cloudinary_analyze.stage import META, SCHEMA, AnalyzeStage, outcome_columns
+
+stage = AnalyzeStage(Captioning, ledger=RedisLedger())
 
 
-    if __name__ == "__main__":
-        with Client(n_workers=2, threads_per_worker=1) as client:
-            client.register_plugin(AnalyzePlugin())
-            frame = dd.read_parquet("urls.parquet").repartition(npartitions=4)
-            results = frame.map_partitions(analyze, meta=META)
-            results.to_parquet("results", schema=SCHEMA, write_index=False)
-
-Dask bags::
-
-    import pandas as pd
-    from dask import bag
-    from dask.distributed import Client
-
-    from cloudinary_analyze import Captioning
-    from cloudinary_analyze.dask import AnalyzePlugin
-    from cloudinary_analyze.ledger.redis import RedisLedger
-    from cloudinary_analyze.stage import META, SCHEMA, AnalyzeStage, outcome_columns
-
-    stage = AnalyzeStage(Captioning, ledger=RedisLedger())
+def analyze(part):
+    return pd.DataFrame(outcome_columns(stage(part["url"]))).astype(META.dtypes)
 
 
-    def analyze(urls):
-        columns = outcome_columns(stage(urls))
-        return [dict(zip(columns, row)) for row in zip(*columns.values())]
+if __name__ == "__main__":
+    with Client(n_workers=2, threads_per_worker=1) as client:
+        client.register_plugin(AnalyzePlugin())
+        frame = dd.read_parquet("urls.parquet").repartition(npartitions=4)
+        results = frame.map_partitions(analyze, meta=META)
+        results.to_parquet("results", schema=SCHEMA, write_index=False)
+```
+
+Dask bags:
+
+```python
+import pandas as pd
+from dask import bag
+from dask.distributed import Client
+
+from cloudinary_analyze import Captioning
+from cloudinary_analyze.dask import AnalyzePlugin
+from cloudinary_analyze.ledger.redis import RedisLedger
+from cloudinary_analyze.stage import META, SCHEMA, AnalyzeStage, outcome_columns
+
+stage = AnalyzeStage(Captioning, ledger=RedisLedger())
 
 
-    if __name__ == "__main__":
-        with Client(n_workers=2, threads_per_worker=1) as client:
-            client.register_plugin(AnalyzePlugin())
-            urls = pd.read_parquet("urls.parquet")["url"].tolist()
-            rows = bag.from_sequence(urls, npartitions=4).map_partitions(analyze)
-            results = rows.to_dataframe(meta=META)
-            results.to_parquet("results", schema=SCHEMA, write_index=False)
-
-Hugging Face datasets::
-
-    from datasets import Dataset, Features
-
-    from cloudinary_analyze import Captioning
-    from cloudinary_analyze.ledger.redis import RedisLedger
-    from cloudinary_analyze.stage import SCHEMA, AnalyzeStage, outcome_columns
-
-    stage = AnalyzeStage(Captioning, ledger=RedisLedger())
+def analyze(urls):
+    columns = outcome_columns(stage(urls))
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
-    def analyze(batch):
-        return outcome_columns(stage(batch["url"]))
+if __name__ == "__main__":
+    with Client(n_workers=2, threads_per_worker=1) as client:
+        client.register_plugin(AnalyzePlugin())
+        urls = pd.read_parquet("urls.parquet")["url"].tolist()
+        rows = bag.from_sequence(urls, npartitions=4).map_partitions(analyze)
+        results = rows.to_dataframe(meta=META)
+        results.to_parquet("results", schema=SCHEMA, write_index=False)
+```
+
+Hugging Face datasets:
+
+```python
+from datasets import Dataset, Features
+
+from cloudinary_analyze import Captioning
+from cloudinary_analyze.ledger.redis import RedisLedger
+from cloudinary_analyze.stage import SCHEMA, AnalyzeStage, outcome_columns
+
+stage = AnalyzeStage(Captioning, ledger=RedisLedger())
 
 
-    if __name__ == "__main__":
-        dataset = Dataset.from_parquet("urls.parquet")
-        results = dataset.map(
-            analyze,
-            batched=True,
-            batch_size=500,
-            num_proc=2,
-            remove_columns=["url"],
-            features=Features.from_arrow_schema(SCHEMA),
-        )
-        results.to_parquet("results.parquet")
-
-Ray Data. Actors keep their session between batches; ``repartition`` makes large ones::
-
-    import pyarrow as pa
-    import ray
-
-    from cloudinary_analyze import Captioning
-    from cloudinary_analyze.ledger.redis import RedisLedger
-    from cloudinary_analyze.stage import SCHEMA, AnalyzeStage, outcome_columns
+def analyze(batch):
+    return outcome_columns(stage(batch["url"]))
 
 
-    class Analyze:
-        def __init__(self):
-            self.stage = AnalyzeStage(Captioning, ledger=RedisLedger())
+if __name__ == "__main__":
+    dataset = Dataset.from_parquet("urls.parquet")
+    results = dataset.map(
+        analyze,
+        batched=True,
+        batch_size=500,
+        num_proc=2,
+        remove_columns=["url"],
+        features=Features.from_arrow_schema(SCHEMA),
+    )
+    results.to_parquet("results.parquet")
+```
 
-        def __call__(self, table):
-            outcomes = self.stage(table["url"].to_pylist())
-            return pa.table(outcome_columns(outcomes), SCHEMA)
+Ray Data. Actors keep their session between batches; ``repartition`` makes large ones:
 
+```python
+import pyarrow as pa
+import ray
 
-    if __name__ == "__main__":
-        dataset = ray.data.read_parquet("urls.parquet").repartition(4)
-        dataset.map_batches(
-            Analyze, batch_format="pyarrow", batch_size=None, concurrency=2, num_cpus=0.5
-        ).write_parquet("results")
-
-Spark::
-
-    import pyarrow as pa
-    from pyspark.sql import SparkSession
-    from pyspark.sql.pandas.types import from_arrow_schema
-
-    from cloudinary_analyze import Captioning
-    from cloudinary_analyze.ledger.redis import RedisLedger
-    from cloudinary_analyze.stage import SCHEMA, AnalyzeStage, outcome_columns
-
-    stage = AnalyzeStage(Captioning, ledger=RedisLedger())
+from cloudinary_analyze import Captioning
+from cloudinary_analyze.ledger.redis import RedisLedger
+from cloudinary_analyze.stage import SCHEMA, AnalyzeStage, outcome_columns
 
 
-    def analyze(batches):
-        for batch in batches:
-            outcomes = stage(batch["url"].to_pylist())
-            yield pa.RecordBatch.from_pydict(outcome_columns(outcomes), SCHEMA)
+class Analyze:
+    def __init__(self):
+        self.stage = AnalyzeStage(Captioning, ledger=RedisLedger())
+
+    def __call__(self, table):
+        outcomes = self.stage(table["url"].to_pylist())
+        return pa.table(outcome_columns(outcomes), SCHEMA)
 
 
-    if __name__ == "__main__":
-        spark = SparkSession.builder.getOrCreate()
-        frame = spark.read.parquet("urls.parquet").repartition(4)
-        results = frame.mapInArrow(analyze, from_arrow_schema(SCHEMA))
-        results.write.parquet("results")
+if __name__ == "__main__":
+    dataset = ray.data.read_parquet("urls.parquet").repartition(4)
+    dataset.map_batches(
+        Analyze, batch_format="pyarrow", batch_size=None, concurrency=2, num_cpus=0.5
+    ).write_parquet("results")
+```
+
+Spark:
+
+```python
+import pyarrow as pa
+from pyspark.sql import SparkSession
+from pyspark.sql.pandas.types import from_arrow_schema
+
+from cloudinary_analyze import Captioning
+from cloudinary_analyze.ledger.redis import RedisLedger
+from cloudinary_analyze.stage import SCHEMA, AnalyzeStage, outcome_columns
+
+stage = AnalyzeStage(Captioning, ledger=RedisLedger())
+
+
+def analyze(batches):
+    for batch in batches:
+        outcomes = stage(batch["url"].to_pylist())
+        yield pa.RecordBatch.from_pydict(outcome_columns(outcomes), SCHEMA)
+
+
+if __name__ == "__main__":
+    spark = SparkSession.builder.getOrCreate()
+    frame = spark.read.parquet("urls.parquet").repartition(4)
+    results = frame.mapInArrow(analyze, from_arrow_schema(SCHEMA))
+    results.write.parquet("results")
+```
 
 *Prefect and Airflow* run tasks, not partitions. Call the stage in a task with the URLs of one part
 (in Airflow: a mapped task), and let the task write its table to a file. Retries of the task are safe,

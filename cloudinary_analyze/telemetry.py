@@ -1,11 +1,11 @@
 """OpenTelemetry traces and metrics of a session, built on its events. Needs the ``otel`` extra.
 
-::
+```python
+from cloudinary_analyze.telemetry import instrument
 
-    from cloudinary_analyze.telemetry import instrument
-
-    session = AnalyzeSession(notifications=notifications)
-    instrument(session)
+session = AnalyzeSession(notifications=notifications)
+instrument(session)
+```
 
 The session's own ``on_event`` keeps working. Nothing is exported until the application configures
 an OpenTelemetry SDK. A session that is not instrumented pays nothing for any of this.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,10 +68,8 @@ def find_public_names() -> set[tuple[str, str]]:
 
 
 def read_examples(docstring: str) -> list[str]:
-    """Return the examples of a docstring: blocks of Python, and literal blocks (after ``::``)."""
-    text = inspect.cleandoc(docstring)
-    blocks = re.findall(r"::\n\n((?:(?:[ ]{4}.*)?\n)+)", text + "\n\n")
-    return read_fences(text) + [textwrap.dedent(block).strip() + "\n" for block in blocks]
+    """Return the blocks of Python in a docstring, dedented."""
+    return read_fences(inspect.cleandoc(docstring))
 
 
 def read_fences(text: str) -> list[str]:

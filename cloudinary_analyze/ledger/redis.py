@@ -74,11 +74,11 @@ def _read_seconds(least: float) -> Any:
 class RedisLedger(Ledger):
     """A ledger in Redis, shared by workers on any number of machines.
 
-    ::
-
-        async with RedisLedger("redis://host:6379/0") as ledger, AnalyzeSession() as session:
-            async for outcome in session.map(urls, Captioning, ledger=ledger):
-                ...
+    ```python
+    async with RedisLedger("redis://host:6379/0") as ledger, AnalyzeSession() as session:
+        async for outcome in session.map(urls, Captioning, ledger=ledger):
+            ...
+    ```
 
     It is a value until it is opened: it pickles, without the password, and each copy that is
     opened is a worker. Workers read the password from ``REDIS_URL``, if that names the same server,

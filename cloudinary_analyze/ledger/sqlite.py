@@ -137,11 +137,13 @@ def _make_encodable(source: str) -> str:
 class SQLiteLedger(NotPicklable, Ledger):
     """A ledger in a SQLite file, for `AnalyzeSession.map`.
 
-    Open it before the session, so that it closes last::
+    Open it before the session, so that it closes last:
 
-        async with SQLiteLedger("run.ledger") as ledger, AnalyzeSession() as session:
-            async for outcome in session.map(urls, Captioning, ledger=ledger):
-                ...
+    ```python
+    async with SQLiteLedger("run.ledger") as ledger, AnalyzeSession() as session:
+        async for outcome in session.map(urls, Captioning, ledger=ledger):
+            ...
+    ```
 
     Running the same code again resumes the job, even after a crash. The file belongs to one host
     and cloud name, and has one writer at a time. It contains source URLs in full, query strings

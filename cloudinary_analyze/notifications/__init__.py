@@ -9,45 +9,47 @@ Receivers (`asgi`, `aiohttp`) accept webhooks and put them into a sink; a sessio
 
 Any class with the methods of `cloudinary_analyze.protocols` adds another broker. For example,
 NATS JetStream with a stream named ``analyses`` that stores the subjects ``analyses.*`` is both
-sink and source, and returns earlier deliveries::
+sink and source, and returns earlier deliveries:
 
-    from collections.abc import AsyncIterator, Sequence
+```python
+from collections.abc import AsyncIterator, Sequence
 
-    from nats.js import JetStreamContext
-    from nats.js.api import DeliverPolicy
-    from nats.js.errors import NotFoundError
+from nats.js import JetStreamContext
+from nats.js.api import DeliverPolicy
+from nats.js.errors import NotFoundError
 
-    from cloudinary_analyze import Delivery, parse_notification
-    from cloudinary_analyze.notifications import decode_delivery, encode_delivery
+from cloudinary_analyze import Delivery, parse_notification
+from cloudinary_analyze.notifications import decode_delivery, encode_delivery
 
 
-    class NatsNotifications:
-        """Every process sees every delivery, and fetches earlier ones."""
+class NatsNotifications:
+    """Every process sees every delivery, and fetches earlier ones."""
 
-        def __init__(self, jetstream: JetStreamContext) -> None:
-            self.jetstream = jetstream  # await nats.connect(…), then .jetstream()
+    def __init__(self, jetstream: JetStreamContext) -> None:
+        self.jetstream = jetstream  # await nats.connect(…), then .jetstream()
 
-        async def put(self, delivery: Delivery, /) -> None:
-            task_id = parse_notification(delivery.body).task_id
-            await self.jetstream.publish(f"analyses.{task_id}", encode_delivery(delivery))
+    async def put(self, delivery: Delivery, /) -> None:
+        task_id = parse_notification(delivery.body).task_id
+        await self.jetstream.publish(f"analyses.{task_id}", encode_delivery(delivery))
 
-        async def listen(self) -> AsyncIterator[Delivery]:
-            subscription = await self.jetstream.subscribe(
-                "analyses.*", ordered_consumer=True, deliver_policy=DeliverPolicy.NEW
-            )
-            async for message in subscription.messages:
-                yield decode_delivery(message.data)
+    async def listen(self) -> AsyncIterator[Delivery]:
+        subscription = await self.jetstream.subscribe(
+            "analyses.*", ordered_consumer=True, deliver_policy=DeliverPolicy.NEW
+        )
+        async for message in subscription.messages:
+            yield decode_delivery(message.data)
 
-        async def fetch(self, task_ids: Sequence[str]) -> Sequence[Delivery]:
-            found: list[Delivery] = []
-            for task_id in task_ids:
-                try:
-                    message = await self.jetstream.get_last_msg("analyses", f"analyses.{task_id}")
-                except NotFoundError:
-                    continue
-                if message.data is not None:
-                    found.append(decode_delivery(message.data))
-            return found
+    async def fetch(self, task_ids: Sequence[str]) -> Sequence[Delivery]:
+        found: list[Delivery] = []
+        for task_id in task_ids:
+            try:
+                message = await self.jetstream.get_last_msg("analyses", f"analyses.{task_id}")
+            except NotFoundError:
+                continue
+            if message.data is not None:
+                found.append(decode_delivery(message.data))
+        return found
+```
 
 `NotificationSink.put` returns once the broker has stored the delivery, because the receiver then
 answers 200. `encode_delivery` keeps what a session needs: the body byte for byte, the signature's

@@ -1,9 +1,11 @@
 """The receiver for aiohttp.web.
 
-Route its `WebhookReceiver.handle`::
+Route its `WebhookReceiver.handle`:
 
-    receiver = WebhookReceiver(sink, credentials)
-    app.router.add_post("/hooks/cloudinary", receiver.handle)
+```python
+receiver = WebhookReceiver(sink, credentials)
+app.router.add_post("/hooks/cloudinary", receiver.handle)
+```
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """The receiver for ASGI applications: FastAPI, Starlette, or none at all. Needs no library.
 
-Give it a separate route, so that the printed URL itself answers::
+Give it a separate route, so that the printed URL itself answers:
 
-    receiver = WebhookReceiver(sink, credentials)
-    app = FastAPI(routes=[Route("/hooks/cloudinary", endpoint=receiver)])
+```python
+receiver = WebhookReceiver(sink, credentials)
+app = FastAPI(routes=[Route("/hooks/cloudinary", endpoint=receiver)])
+```
 
 ``Route`` is Starlette's; ``app.add_route("/hooks/cloudinary", receiver)`` does the same. Do not
 use ``app.mount``: it answers the bare path with a redirect, which the sender does not follow.

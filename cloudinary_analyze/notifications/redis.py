@@ -88,12 +88,12 @@ class _StoredDelivery(Delivery):
 class RedisNotifications:
     """Redis between the receivers and the sessions of all processes.
 
-    ::
-
-        async with RedisNotifications("redis://…") as notifications:
-            receiver = WebhookReceiver(notifications, credentials)
-            async with AnalyzeSession(notifications=notifications) as session:
-                ...
+    ```python
+    async with RedisNotifications("redis://…") as notifications:
+        receiver = WebhookReceiver(notifications, credentials)
+        async with AnalyzeSession(notifications=notifications) as session:
+            ...
+    ```
 
     It is a value until it is used: it pickles, without the password. Workers read that from
     ``REDIS_URL``, if it is of the same server and user, or from the variable that the URL names:

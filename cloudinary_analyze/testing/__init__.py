@@ -9,62 +9,70 @@ directory. Each test then has these fixtures:
 * ``analyze_session``: an `AnalyzeSession` to that emulator, for ``async with``.
 * ``manual_clock``: a `ManualClock`, for ``AnalyzeSession(…, clock=manual_clock)``.
 
-A FastAPI application ``app.py``::
+A FastAPI application ``app.py``:
 
-    from collections.abc import AsyncGenerator
-    from contextlib import asynccontextmanager
+```python
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 
-    from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request
 
-    from cloudinary_analyze import AnalyzeSession, Captioning
-
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
-        async with AnalyzeSession() as app.state.session:
-            yield
+from cloudinary_analyze import AnalyzeSession, Captioning
 
 
-    app = FastAPI(lifespan=lifespan)
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+    async with AnalyzeSession() as app.state.session:
+        yield
 
 
-    @app.get("/captions")
-    async def caption(uri: str, request: Request) -> dict[str, str]:
-        session: AnalyzeSession = request.app.state.session
-        response = await session.analyze(Captioning(uri))
-        return {"caption": response.analysis.caption}
-
-And its test::
-
-    from app import app
-    from fastapi.testclient import TestClient
-
-    from cloudinary_analyze import Captioning
-    from cloudinary_analyze.testing import ScriptedEmulator
-
-    BEE = Captioning("https://images.example/bee.jpg")
+app = FastAPI(lifespan=lifespan)
 
 
-    def test_caption(cloudinary_emulator: ScriptedEmulator) -> None:
-        cloudinary_emulator.respond(BEE, {"data": {"caption": "A bee"}})
-        with TestClient(app) as client:
-            response = client.get("/captions", params={"uri": str(BEE.source)})
-        assert response.json() == {"caption": "A bee"}
-        assert cloudinary_emulator.requests == [BEE]
+@app.get("/captions")
+async def caption(uri: str, request: Request) -> dict[str, str]:
+    session: AnalyzeSession = request.app.state.session
+    response = await session.analyze(Captioning(uri))
+    return {"caption": response.analysis.caption}
+```
+
+And its test:
+
+```python
+from app import app
+from fastapi.testclient import TestClient
+
+from cloudinary_analyze import Captioning
+from cloudinary_analyze.testing import ScriptedEmulator
+
+BEE = Captioning("https://images.example/bee.jpg")
+
+
+def test_caption(cloudinary_emulator: ScriptedEmulator) -> None:
+    cloudinary_emulator.respond(BEE, {"data": {"caption": "A bee"}})
+    with TestClient(app) as client:
+        response = client.get("/captions", params={"uri": str(BEE.source)})
+    assert response.json() == {"caption": "A bee"}
+    assert cloudinary_emulator.requests == [BEE]
+```
 
 `ScriptedEmulator.respond` sets results and errors; ``cloudinary_emulator.faults = FaultPlan(…)``
 makes some or all requests fail, and ``cloudinary_emulator.quotas = {"ai_vision": 0}`` exhausts a
 quota. If the application takes webhooks, let the emulator post them to
-it::
+it:
 
-    with TestClient(app) as client:
-        WebhookSimulator(client, "/hooks/cloudinary").connect(cloudinary_emulator)
+```python
+with TestClient(app) as client:
+    WebhookSimulator(client, "/hooks/cloudinary").connect(cloudinary_emulator)
+```
 
-or post your own with `sign_notification` and `build_notification`::
+or post your own with `sign_notification` and `build_notification`:
 
-    body = build_notification(task_id, Captioning, {"data": {"caption": "A bee"}})
-    headers = sign_notification(body, cloudinary_emulator.credentials)
-    assert client.post("/hooks/cloudinary", content=body, headers=headers).status_code == 200
+```python
+body = build_notification(task_id, Captioning, {"data": {"caption": "A bee"}})
+headers = sign_notification(body, cloudinary_emulator.credentials)
+assert client.post("/hooks/cloudinary", content=body, headers=headers).status_code == 200
+```
 
 Modules that read the credentials while they are imported need ``CLOUDINARY_URL`` then: import
 them in a fixture or a test that uses ``cloudinary_emulator``, whose port stays the same.
