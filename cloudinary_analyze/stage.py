@@ -227,7 +227,7 @@ import attrs
 
 from cloudinary_analyze._policy import find_stop
 from cloudinary_analyze.config import Credentials, Settings
-from cloudinary_analyze.errors import AnalyzeError, BulkStoppedError, ConfigurationError
+from cloudinary_analyze.errors import AnalyzeError, BulkStoppedError, ConfigurationError, describe
 from cloudinary_analyze.outcomes import Answered, AnyOutcome, Failed, Outcome
 from cloudinary_analyze.protocols import Ledger, NotificationSource
 from cloudinary_analyze.requests import AnalyzeRequest, KeyBuilder
@@ -251,7 +251,7 @@ Item = TypeVar("Item")
 A = TypeVar("A")
 T = TypeVar("T")
 
-logger: logging.Logger = logging.getLogger("cloudinary_analyze")
+logger: logging.Logger = logging.getLogger("cloudinary_analyze.ledger")
 
 CLOSE_SECONDS: Final = 30.0
 
@@ -427,8 +427,10 @@ class _Opened:
             if hasattr(part, "aclose"):
                 try:
                     await part.aclose()
-                except Exception:
-                    logger.exception("A part of a stage cannot be closed.")
+                except Exception as error:
+                    logger.warning(
+                        "%s could not be closed (%s).", type(part).__name__, describe(error)
+                    )
 
     def describe(self) -> dict[str, Any]:
         counts = attrs.asdict(self.session.stats)
