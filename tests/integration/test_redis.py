@@ -654,3 +654,13 @@ async def test_100_000_ids_that_expire_together_are_forgotten_in_short_turns(clo
     assert rounds == 100_000 // room.EXPIRE_BATCH
     assert time.perf_counter() - begun < 2
     assert longest < 0.1
+
+
+async def test_a_delivery_and_its_wake_up_are_one_transaction(shared, namespace):
+    async with RedisNotifications(shared.url, namespace=namespace) as notifications:
+        client = notifications.location.build_blocking_client()
+        with contextlib.closing(client):
+            client.config_resetstat()
+            await notifications.put(build_delivery("t1"))
+            used = client.info("commandstats")
+    assert used["cmdstat_multi"]["calls"] == used["cmdstat_exec"]["calls"] == 1
