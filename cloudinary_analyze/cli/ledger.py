@@ -109,7 +109,11 @@ class Book:
             OSError: It could not be read to its end.
             LedgerError: The ledger cannot be written.
         """
-        return await self.ledger.replace_items(lambda: self._build_rows(source, limit))
+        try:
+            return await self.ledger.replace_items(lambda: self._build_rows(source, limit))
+        except asyncio.CancelledError:
+            self.halt()  # closing the ledger waits until its thread has stopped reading
+            raise
 
     async def clear(self) -> None:
         """Remove the items of an earlier run.

@@ -135,5 +135,5 @@ def fill(path: Path, emulator: Emulator) -> None:
                 number,
                 (number + 1, url, "captioning", key, None, None, None, None),
             )
-            write_answer(connection, key, ANSWERED, answer, 0.1)
+            write_answer(connection, key, ANSWERED, answer, seconds=0.1, recorded=0.0)
         connection.execute("COMMIT")
