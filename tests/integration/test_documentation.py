@@ -9,6 +9,7 @@ import inspect
 import re
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ import attrs
 import pytest
 from examples import GUIDES, OWN_CONTEXT, README, find_examples, find_public_names, is_program
 from fastapi import FastAPI
-from fastapi.testclient import TestClient
 from notification_support import start_redis
 from starlette.routing import Route
 
@@ -35,6 +35,10 @@ from cloudinary_analyze.notifications.asgi import WebhookReceiver
 from cloudinary_analyze.notifications.redis import RedisNotifications
 from cloudinary_analyze.stage import close_sessions
 from cloudinary_analyze.testing import ScriptedEmulator, run_emulator
+
+with warnings.catch_warnings():  # of Starlette, if it finds httpx and not httpx2
+    warnings.simplefilter("ignore")
+    from fastapi.testclient import TestClient
 
 EXAMPLES = {
     f"{name.removeprefix('cloudinary_analyze.')}-{number}": (name, example)
