@@ -20,6 +20,7 @@ from cloudinary_analyze import (
     AnalyzeSession,
     BulkStoppedError,
     Captioning,
+    Coco,
     ConfigurationError,
     Credentials,
     InvalidRequestError,
@@ -29,6 +30,7 @@ from cloudinary_analyze import (
 from cloudinary_analyze.emulator import Emulator
 from cloudinary_analyze.ledger import SQLiteLedger
 from cloudinary_analyze.ledger.sqlite import build_row
+from tests.scripted import until
 from tests.task_support import connected
 
 URLS = [f"https://example.com/{number}.jpg" for number in range(300)]
@@ -93,6 +95,18 @@ async def test_nothing_is_sent_while_the_ledger_is_locked(
     messages = [r.message for r in caplog.records if r.name == "cloudinary_analyze.ledger"]
     assert "No further request is sent" in messages[0]
     assert "can be written again" in messages[1]
+
+
+async def test_no_claim_is_given_while_the_ledger_is_locked(path: Path) -> None:
+    key = Captioning(URLS[0]).key
+    async with SQLiteLedger(path) as ledger:
+        await ledger.open(base_url="https://h", cloud_name="demo")
+        with locked(path):
+            recording = asyncio.create_task(ledger.record_submitted(Coco(URLS[0]).key, "t"))
+            await until(lambda: ledger._use().trouble)
+            assert await ledger.claim(key) is None
+        await recording
+        assert await ledger.claim(key) is not None
 
 
 async def drain(stream: Any, into: list[Any]) -> None:

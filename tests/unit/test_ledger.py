@@ -214,6 +214,18 @@ def test_the_last_final_answer_wins_and_no_response_is_ever_lost(operations):
         asyncio.run(perform(Path(directory) / "a.ledger"))
 
 
+async def test_an_error_never_replaces_a_response(tmp_path):
+    request = Captioning("https://example.com/a.jpg")
+    raw = {"data": {"analysis": {"data": {"caption": "A cat"}}}}
+    async with SQLiteLedger(tmp_path / "a.ledger") as ledger:
+        await ledger.open(base_url="https://h", cloud_name="demo")
+        response = Response.from_raw(request, raw)
+        await ledger.record_response(request.key, response, seconds=1)
+        await ledger.record_error(request.key, NotFoundError("gone"), seconds=1)
+        found = await ledger.find(request.key)
+    assert (found.response, found.error) == (raw, None)
+
+
 async def test_a_record_whose_wait_was_cancelled_is_found_at_once_and_kept(tmp_path):
     async with opened(tmp_path / "a.ledger") as ledger:
         job = asyncio.create_task(ledger.record_response(KEYS[0], respond(1), seconds=1))
@@ -655,7 +667,8 @@ def test_named_keys_differ_with_the_name_the_model_and_from_sources(one, other):
 
 
 @pytest.mark.parametrize(
-    "status", [400, 401, 403, 404, 408, 413, 415, 420, 422, 423, 429, 500, 503]
+    "status",
+    [*range(400, 432), 451, 500, 503],
 )
 def test_only_errors_that_stay_are_final(status):
     body = b'{"error": {"message": "said so"}}'

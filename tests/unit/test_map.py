@@ -103,7 +103,7 @@ async def settle() -> None:
 
 
 class Pulled:
-    """An iterator that counts what was pulled from it."""
+    """An iterator that counts what was pulled from it, endless as far as a test can tell."""
 
     def __init__(self, count: int | None = None, *, breaks_at: int | None = None) -> None:
         self.count, self.breaks_at, self.pulled = count, breaks_at, 0
@@ -112,6 +112,7 @@ class Pulled:
         while self.count is None or self.pulled < self.count:
             if self.pulled == self.breaks_at:
                 raise OSError("the input broke")
+            assert self.pulled < 20_000, "the stream pulls without a bound"
             self.pulled += 1
             yield self.pulled - 1
 
@@ -294,6 +295,7 @@ async def test_an_error_that_fails_all_stops_the_stream_after_what_is_in_flight(
     with pytest.raises(BulkStoppedError) as caught:  # noqa: PT012
         async for outcome in outcomes:
             found.append(outcome)
+            assert len(found) < 100, "an endless input was not stopped"
     assert caught.value.reason is caught.value.__cause__ is error
     assert sorted(o.item for o in found) == sorted(service.sent)
     assert len(service.sent) == items.pulled < 20

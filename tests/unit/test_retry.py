@@ -15,9 +15,16 @@ from cloudinary_analyze._policy import (
     decide_wait,
     is_retriable,
     is_throttle,
+    may_be_charged,
 )
 from cloudinary_analyze._wire.protocol import read_error
-from cloudinary_analyze.errors import QuotaExceededError, ResponseDecodeError
+from cloudinary_analyze.errors import (
+    LedgerError,
+    QuotaExceededError,
+    ResponseDecodeError,
+    ResultNotDeliveredError,
+    TaskFailedError,
+)
 
 SETTINGS = Settings()
 CHANCE = st.floats(0, 1)
@@ -177,3 +184,21 @@ def test_a_quota_error_is_final_even_with_retry_after() -> None:
     error = error_of(429, code="MA_00008", retry_after="1")
     assert isinstance(error, QuotaExceededError)
     assert decide_wait(error, SETTINGS, own_wait=1, chance=0) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "charged"),
+    [
+        (TaskFailedError("failed", task_id="t"), True),
+        (ResultNotDeliveredError("lost", task_id="t"), True),
+        (LedgerError("full"), True),  # after the response
+        (TransportError("broke", ambiguous=True), True),
+        (TransportError("no connection"), False),
+        (error_of(400), False),
+        (QuotaExceededError("used up", task_id="t"), False),
+        (ValueError("the caller's"), False),
+    ],
+    ids=str,
+)
+def test_what_failed_may_have_been_charged(error: Exception, charged: bool) -> None:
+    assert may_be_charged(error) is charged
