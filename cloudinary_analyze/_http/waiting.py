@@ -147,15 +147,18 @@ class AdmissionQueue:
         """
         lines = self._urgent if urgent else self._others
         since = self.clock.monotonic() if since is None else since
+        admission = self.admission
         while True:
-            self._check_open()
+            if not self._open:
+                self._check_open()
             line = lines.again if first else lines.fresh
             waiter = _Waiter(line, since, patience, asyncio.get_running_loop().create_future())
             line[waiter] = None
             self._waiting += 1
-            if self._expiries_of is not None:
-                self._push_expiry(waiter)
-            self._start_waiters()
+            if not admission.calm or admission.in_use < admission.permits:
+                if self._expiries_of is not None:
+                    self._push_expiry(waiter)
+                self._start_waiters()
             try:
                 attempt = await waiter.started
             except BaseException:
@@ -202,8 +205,10 @@ class AdmissionQueue:
     def release(self, attempt: Attempt) -> None:
         """End an attempt, after its report. Without a report, its result is unknown."""
         admission = self.admission
-        if admission.calm and not self._waiting and self._emptied is None:
-            admission.in_use -= 1  # the fast path
+        if admission.calm and self._open:  # the fast path: only the permits limit starts
+            admission.in_use -= 1
+            while self._waiting and admission.in_use < admission.permits:
+                self._start_next(self.clock.monotonic())
             return
         admission.release(attempt)
         self._go_on()
@@ -240,8 +245,7 @@ class AdmissionQueue:
             await self._emptied
 
     def _check_open(self) -> None:
-        if self._open:
-            return
+        """Raise if starts are refused now."""
         if self._closed is not None:
             raise copy(self._closed)
         left = self._refused_until - self.clock.monotonic()
@@ -275,10 +279,7 @@ class AdmissionQueue:
             due = self.admission.find_start(now)
             if due > now:
                 break
-            waiter = self._find_next()
-            self._remove(waiter)
-            if not waiter.started.done():  # otherwise its task was cancelled, but has not run yet
-                waiter.started.set_result(self.admission.start(now))
+            self._start_next(now)
         if self.admission.stalled_at is not None:
             due = min(due, self._expire(self.admission.stalled_at, now))
         elif self._expiries_of is not None:
@@ -287,15 +288,19 @@ class AdmissionQueue:
         if self._waiting and due < self._timer_at:
             self._set_timer(due)
 
-    def _find_next(self) -> _Waiter:
-        """Return the waiter that starts next."""
+    def _start_next(self, now: float) -> None:
+        """Start the next waiter."""
         urgent = self._urgent.again or self._urgent.fresh
-        others = self._others.again or self._others.fresh
-        if not others or (urgent and self._in_a_row < URGENT_IN_A_ROW):
+        line = self._others.again or self._others.fresh
+        if urgent and (self._in_a_row < URGENT_IN_A_ROW or not line):
             self._in_a_row += 1
-            return next(iter(urgent))
-        self._in_a_row = 0
-        return next(iter(others))
+            line = urgent
+        else:
+            self._in_a_row = 0
+        started = line.popitem(last=False)[0].started
+        self._waiting -= 1
+        if not started.done():  # otherwise its task was cancelled, but has not run yet
+            started.set_result(self.admission.start(now))
 
     def _expire(self, stalled_at: float, now: float) -> float:
         """Fail the waiters whose patience is over. Return when the next one's is."""
