@@ -25,7 +25,9 @@ Legal states, from the fastest to the slowest:
     PROBING    | under cap, at a pace   | a clean round: a higher pace; a bad one -> CRUISING
                | above the last one     | the pace delays nothing -> WATCHED
     STALLED    | one, after a pause     | its start -> TESTING
-    TESTING    | none                   | the probe's success -> SEARCHING; otherwise -> STALLED
+    TESTING    | none                   | the probe's success -> SEARCHING; otherwise -> STALLED;
+               |                        | if the service only asked for a pause, a success leads
+               |                        | back to the state before it
 
 Most results in a row bad (`RUN`, `MOST`) lead from any of the first five states to STALLED, but
 throttles from SEARCHING to CRUISING first.
@@ -110,6 +112,8 @@ class Admission:
     cap: Cap = attrs.field(init=False)
     pace: Pace = attrs.field(factory=Pace, init=False)
     _number: int = attrs.field(default=0, init=False)
+    _asked: bool = attrs.field(default=False, init=False)  # the stall is a pause that it asked for
+    _echoes: int = attrs.field(default=0, init=False)  # bad results of attempts from before it
     _testing: bool = attrs.field(default=False, init=False)
     _probe_at: float = attrs.field(default=0.0, init=False)
     _pauses: int = attrs.field(default=0, init=False)
@@ -212,6 +216,7 @@ class Admission:
             self._pause(attempt, now, retry_after)
             return
         if attempt.generation != self.generation or attempt.depth > self.cap.limit:
+            self._echoes += 1
             return  # it started before the last stall or cut
         explained = self.cap.count_throttle(attempt.depth, now, self.chance())
         self.pace.count_throttle(attempt.number, explained=explained)
@@ -225,6 +230,22 @@ class Admission:
             self._pause(attempt, now, 0.0)
         elif attempt.generation == self.generation:
             self._count_bad(attempt, now, 0.0, throttled=False)
+        else:
+            self._echoes += 1
+
+    def pause(self, now: float, seconds: float) -> None:
+        """Start nothing for a time that the service asked for, then probe.
+
+        A pause shows no rate. If the probe succeeds, the state before it goes on, unless most of
+        what was in flight failed, too.
+        """
+        if self.stalled_at is not None:
+            self._delay_probe(now, seconds)
+            return
+        self.stall(now, 0.0)
+        self._asked, self._echoes = True, 0
+        self._pauses = 0
+        self._probe_at = self.asked_until = now + seconds
 
     def stall(self, now: float, seconds: float, *, throttled: bool = True) -> None:
         """Start nothing for a time, then probe.
@@ -240,6 +261,7 @@ class Admission:
             self.generation += 1
             self.stalled_at = now
             self._run = self._pauses = 0
+            self._asked = False
         self._delay_probe(now, seconds)
 
     def _observe(self, now: float) -> None:
@@ -266,7 +288,7 @@ class Admission:
             self.stall(now, retry_after, throttled=throttled)
 
     def _pause(self, probe: Attempt, now: float, seconds: float) -> None:
-        self._testing = probe.probe = False
+        self._testing = probe.probe = self._asked = False
         self._delay_probe(now, seconds)
 
     def _delay_probe(self, now: float, seconds: float) -> None:
@@ -281,6 +303,9 @@ class Admission:
         self.stalled_at = None
         self._run = 0
         self.cap.clear()
+        if self._asked and self._echoes < RUN:
+            self.pace.begin_round(now, self._number)
+            return
         self.pace.search(max(FIRST_PACE, self.permits * FIRST_PACE_SHARE), now, self._number)
 
     def _judge(self, attempt: Attempt, now: float) -> None:

@@ -193,7 +193,7 @@ class AdmissionQueue:
         generation, now = self.admission.generation, self.clock.monotonic()
         self.admission.throttle(attempt, now, retry_after)
         if stall:
-            self.admission.stall(now, retry_after)
+            self.admission.pause(now, retry_after)
         return self.admission.generation > generation
 
     def fail(self, attempt: Attempt) -> bool:

@@ -20,7 +20,7 @@ CAPTION = answer(sample="captioning")
 
 @pytest.fixture
 async def untrusted() -> AsyncIterator[tuple[int, list[str]]]:
-    """Serve TLS with a certificate that nobody trusts; give the port and what was received."""
+    """Serve TLS with an untrusted certificate; give the port and what was received."""
     seen: list[str] = []
 
     async def note(request: web.Request) -> web.StreamResponse:

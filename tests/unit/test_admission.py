@@ -192,9 +192,45 @@ def test_a_service_that_asks_everyone_to_wait_stalls_at_once() -> None:
     admission = Admission(64)
     (attempt,) = start_all(admission, 0.0, 1)
     admission.throttle(attempt, 0.1, retry_after=20)
-    admission.stall(0.1, 20)
+    admission.pause(0.1, 20)
     admission.release(attempt)
     assert admission.find_start(0.1) >= 20.1
+
+
+@pytest.mark.parametrize(("echoes", "state"), [(3, State.WATCHED), (20, State.SEARCHING)])
+def test_a_pause_that_was_asked_for_shows_no_rate(echoes: int, state: State) -> None:
+    """Unless most of what was in flight failed, too."""
+    admission = Admission(64)
+    attempts = start_all(admission, 0)
+    admission.throttle(attempts[0], 0, 5.0)
+    admission.pause(0, 5.0)
+    assert admission.state is State.STALLED
+    assert admission.find_start(4.99) == pytest.approx(5)
+    for attempt in attempts[1 : echoes + 1]:
+        admission.throttle(attempt, 0.1, 5.0)
+    for attempt in attempts:
+        admission.release(attempt)
+    (probe,) = start_all(admission, 5)
+    assert probe.probe
+    admission.succeed(probe, 5.1)
+    admission.release(probe)
+    assert admission.state is state
+    assert len(start_all(admission, 5.2)) == (64 if state is State.WATCHED else 1)
+
+
+def test_a_pause_whose_probe_fails_is_an_outage() -> None:
+    admission = Admission(64)
+    (attempt, *others) = start_all(admission, 0)
+    admission.throttle(attempt, 0, 1.0)
+    admission.pause(0, 1.0)
+    for each in (attempt, *others):
+        admission.release(each)
+    for _ in range(2):
+        now = admission.find_start(0)
+        (probe,) = start_all(admission, now)
+        (admission.fail if admission.probes == 1 else admission.succeed)(probe, now + 0.1)
+        admission.release(probe)
+    assert admission.state is State.SEARCHING
 
 
 def test_a_few_sporadic_failures_among_successes_do_not_stall() -> None:
@@ -314,7 +350,7 @@ def test_any_results_keep_the_bounds_and_good_ones_lift_every_limit(
         elif step in ("throttle", "stall"):
             admission.throttle(attempt, now, index / 10)
         if step == "stall":
-            admission.stall(now, seconds)
+            admission.pause(now, seconds)
         admission.release(attempt)
     for attempt in flying:
         admission.succeed(attempt, now)

@@ -539,7 +539,7 @@ from cloudinary_analyze.errors import LedgerError
 import hashlib
 
 async def main():
-    async with SQLiteLedger(sys.argv[1]) as ledger:
+    async with SQLiteLedger(sys.argv[1], patience=0.5) as ledger:
         {body}
 
 try:

@@ -103,7 +103,7 @@ async def settle() -> None:
 
 
 class Pulled:
-    """An iterator that counts what was pulled from it, endless as far as a test can tell."""
+    """An iterator that counts what was pulled from it, endless for a test."""
 
     def __init__(self, count: int | None = None, *, breaks_at: int | None = None) -> None:
         self.count, self.breaks_at, self.pulled = count, breaks_at, 0
