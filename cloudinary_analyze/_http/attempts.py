@@ -20,7 +20,7 @@ from yarl import URL
 
 from cloudinary_analyze._cancellation import Sections, get_task
 from cloudinary_analyze._clock import Clock, wake
-from cloudinary_analyze._http.admission import LONGEST_PAUSE, Admission, Attempt
+from cloudinary_analyze._http.admission import LONGEST_PAUSE, RUN, Admission, Attempt
 from cloudinary_analyze._http.limits import CATCH_UP, Turnstile
 from cloudinary_analyze._http.quota import Quota
 from cloudinary_analyze._http.transport import Answer, Body, Transport
@@ -137,7 +137,7 @@ class Attempts(NotPicklable):
     poll_queue: AdmissionQueue = attrs.field(init=False)
     own_patience: float = attrs.field(init=False)
     _bulk_patience: float = attrs.field(init=False)
-    _free_attempts: float = attrs.field(init=False)  # as many as pauses fit into that time
+    _free_attempts: float = attrs.field(init=False)  # more than the pauses in that time
     _limits: tuple[float | None, int] = attrs.field(init=False)
     _sleepers: set[asyncio.Future[None]] = attrs.field(factory=set, init=False)
     _pacing: Sections = attrs.field(factory=Sections, init=False)
@@ -155,7 +155,7 @@ class Attempts(NotPicklable):
         self._limits = None, settings.permits
         self.own_patience = compute_patience(settings)
         self._bulk_patience = inf if settings.outage_timeout is None else settings.outage_timeout
-        self._free_attempts = self._bulk_patience / LONGEST_PAUSE
+        self._free_attempts = RUN + self._bulk_patience / LONGEST_PAUSE
 
     def _build_queue(self, permits: int, rate: Turnstile | None = None) -> AdmissionQueue:
         admission = Admission(

@@ -56,7 +56,7 @@ def test_each(client, cloudinary_emulator, number):
 ASYNC_TEST = """
 import pytest
 
-from cloudinary_analyze import Coco, OutageError, ServerError
+from cloudinary_analyze import Coco, ServerError
 from cloudinary_analyze.emulator import FaultPlan
 
 
@@ -74,7 +74,7 @@ async def test_faults_can_be_planned_while_it_runs(analyze_session, cloudinary_e
         with pytest.raises(ServerError):
             await session.analyze(Coco("https://x.test/a.jpg"))
         (outcome,) = await session.analyze_all([Coco("https://x.test/a.jpg")])
-        assert isinstance(outcome.error, OutageError)
+        assert isinstance(outcome.error, ServerError)
 """
 
 

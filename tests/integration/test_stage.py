@@ -315,6 +315,11 @@ def count_answered(stage, items):
     return sum(isinstance(outcome, Answered) for outcome in stage(items)), os.getpid()
 
 
+def set_url(url):
+    """Name the emulator in a process whose environment may be that of an earlier test."""
+    os.environ["CLOUDINARY_URL"] = url
+
+
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize(
     "method",
@@ -329,7 +334,9 @@ def test_processes_of_a_pool_share_the_work_and_end_cleanly(emulate, build_ledge
         stage = AnalyzeStage(Captioning, settings=SETTINGS, ledger=build_ledger())
         count_answered(stage, URLS[:3])  # so that a fork inherits a running session
         context = multiprocessing.get_context(method)
-        with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
+        with concurrent.futures.ProcessPoolExecutor(
+            2, mp_context=context, initializer=set_url, initargs=(emulator.cloudinary_url,)
+        ) as pool:
             jobs = [pool.submit(count_answered, stage, URLS) for _ in range(4)]
             results = [job.result(50) for job in jobs]
         assert {answered for answered, _ in results} == {40}
