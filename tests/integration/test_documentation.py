@@ -90,7 +90,7 @@ def run_fragment(name: str, example: str, names: dict[str, Any], redis_url: str)
         exec(OWN_CONTEXT.get(name, ""), names)
         async with RedisNotifications(redis_url) as notifications, AnalyzeSession() as session:
             names.update(notifications=notifications, session=session)
-            code = compile(example, name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+            code = compile(example, f"<{name}>", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
             running = eval(code, names)
             if running is not None:
                 await running
@@ -115,7 +115,7 @@ def test_every_example_runs(
     try:
         if is_program(code):
             module = types.ModuleType("__main__")
-            exec(compile(code, name, "exec"), vars(module))
+            exec(compile(code, f"<{name}>", "exec"), vars(module))
             names = vars(module)
         else:
             names = {**import_names(code), "cloudinary_emulator": emulator}

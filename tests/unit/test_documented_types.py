@@ -28,7 +28,7 @@ def complete(name: str, example: str) -> str:
     if is_program(example):
         return example
     try:
-        compile(example, name, "exec")
+        compile(example, f"<{name}>", "exec")
     except SyntaxError:  # `async with` outside a function
         example = f"async def example() -> None:\n{textwrap.indent(example, '    ')}"
     return f"from context import *\n{OWN_CONTEXT.get(name, '')}\n{example}"
