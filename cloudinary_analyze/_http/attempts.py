@@ -470,7 +470,7 @@ class Attempts(NotPicklable):
     def _build_outage_error(self, seconds: float) -> OutageError:
         return OutageError(
             f"The service has failed or refused every request for {seconds:.0f} s. Nothing more was "
-            "sent for this request.",
+            "sent for this request. Run again later; with a ledger, only what is missing is sent.",
             seconds=seconds,
         )
 

@@ -274,6 +274,7 @@ async def test_a_stream_stops_when_an_outage_lasts_too_long(
                     await drain(session.map(items(), Captioning, ledger=ledger), outcomes)
                 assert isinstance(stopped.value.reason, OutageError)
                 assert stopped.value.reason.seconds >= 60
+                assert "Run again later" in str(stopped.value)
                 return outcomes
 
             outcomes = await wind(clock, run())
