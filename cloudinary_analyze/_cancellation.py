@@ -8,8 +8,16 @@ the error by itself. Only `asyncio.Task.cancelling` distinguishes them, counted 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 import attrs
+
+T = TypeVar("T")
+
+
+class InterruptedSectionError(Exception):
+    """A section was interrupted."""
 
 
 def get_task() -> asyncio.Task[object]:
@@ -66,6 +74,24 @@ class Sections:
         """Interrupt every task that is inside."""
         for task in list(self.inside):
             self.interrupt(task)
+
+    async def run(self, section: Coroutine[Any, Any, T]) -> T:
+        """Await a section of the running task.
+
+        Raises:
+            InterruptedSectionError: It was interrupted, and nothing else cancelled the task.
+        """
+        task = get_task()
+        cancelling = task.cancelling()
+        self.inside[task] = 0.0
+        try:
+            return await section
+        except asyncio.CancelledError:
+            if self.leave(task) and task.cancelling() <= cancelling:
+                raise InterruptedSectionError from None
+            raise
+        finally:
+            self.leave(task)
 
     def leave(self, task: asyncio.Task[object]) -> bool:
         """End a task's section and take back our cancellation; return whether there was one."""

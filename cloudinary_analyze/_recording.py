@@ -10,20 +10,27 @@ import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, Final, Generic, TypeVar
 
 import attrs
 
 from cloudinary_analyze._budget import Spending
-from cloudinary_analyze._cancellation import count_cancellations
+from cloudinary_analyze._cancellation import (
+    InterruptedSectionError,
+    Sections,
+    count_cancellations,
+)
 from cloudinary_analyze._clock import Clock
 from cloudinary_analyze._policy import is_final
+from cloudinary_analyze._stops import Stops
 from cloudinary_analyze._tasks.handle import AnalysisTask, follow
 from cloudinary_analyze._tasks.tracker import Tracker
 from cloudinary_analyze._wire.protocol import Accepted
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
     AnalyzeError,
+    BulkStoppedError,
     ForeignCancellationError,
     InvalidRequestError,
     LedgerError,
@@ -63,8 +70,8 @@ def wrap_cancellation(culprit: str, error: asyncio.CancelledError) -> ForeignCan
 class Work(Generic[Item, A]):
     """One item of a stream, from its pull to its outcome.
 
-    The code that performs it calls `check` and `reserve` before the request queues, and `start` when it
-    may be sent. The stream settles it.
+    The code that performs it calls `check` and `reserve` before the request queues, and `start` before
+    each attempt. The stream settles it.
 
     Attributes:
         item: The item.
@@ -84,7 +91,7 @@ class Work(Generic[Item, A]):
     item: Item
     index: int
     clock: Clock
-    _check: Callable[[Work[Any, Any]], None]
+    _stops: Stops
     begun: float
     _spending: Spending | None
     _stop: Callable[[Work[Any, Any], LedgerError], None]
@@ -107,7 +114,21 @@ class Work(Generic[Item, A]):
         Raises:
             BulkStoppedError: It would. Nothing was sent.
         """
-        self._check(self)
+        try:
+            self._stops.check(self.request)
+        except BulkStoppedError:
+            self.unsent = True
+            raise
+
+    @property
+    def halted(self) -> bool:
+        """Whether nothing more is sent for it."""
+        return self._stops.halted
+
+    @property
+    def waits(self) -> Sections:
+        """See `Stops`."""
+        return self._stops.waits
 
     def lose_record(self, error: LedgerError) -> None:
         """Stop the stream, because the ledger could not record what became of the request."""
@@ -129,7 +150,9 @@ class Work(Generic[Item, A]):
 
         Raises:
             BudgetReachedError: It does not fit.
+            BulkStoppedError: Nothing more is sent.
         """
+        self._stops.check_halted()
         self.settle(charged=True)
         await self.reserve()
 
@@ -141,14 +164,16 @@ class Work(Generic[Item, A]):
             self._spending.settle(self._feature, limits, charged=charged)
 
     def start(self) -> None:
-        """Note that the first attempt is about to start.
+        """Note that an attempt is about to start.
 
         Raises:
-            BulkStoppedError: See `check`.
+            BulkStoppedError: See `check`. Only `halted` stops an attempt that is not the first.
         """
-        self._check(self)
         if self.started is None:
+            self.check()
             self.started = self.clock.monotonic()
+        else:
+            self._stops.check_halted()
 
     def measure(self) -> tuple[float, float]:
         """Return the seconds of its attempts until now, and those that it queued before."""
@@ -202,7 +227,7 @@ class Sender:
             deadline=self._build_deadline(self.settings.call_timeout),
             urgent=False,
             claim=claim,
-            on_start=work.start,
+            owner=work,
         )
         if not isinstance(answer, Accepted):
             return answer
@@ -219,8 +244,7 @@ class Sender:
             deadline=self._build_deadline(self.settings.task_timeout),
             urgent=False,
             claim=claim,
-            on_start=work.start,
-            before_repeat=work.reserve_again,
+            owner=work,
         )
 
     def attach(
@@ -236,7 +260,7 @@ class Sender:
             just_accepted=just_accepted,
             trusted=True,
             deadline=self._build_deadline(self.settings.task_timeout),
-            before_repeat=work.reserve_again,
+            owner=work,
         )
 
     def _build_deadline(self, seconds: float | None) -> float | None:
@@ -393,7 +417,8 @@ class Recording:
                 work.started = None
                 progress.task_id = denied.task_id
                 if denied.task_id is None:
-                    await self._ask(self.ledger.watch(key))
+                    with suppress(InterruptedSectionError):  # nothing more is sent then
+                        await work.waits.run(self._ask(self.ledger.watch(key)))
             except _TaskForgottenError:
                 progress.lost_task_id, progress.task_id = progress.task_id, None
             except AnalyzeError as error:

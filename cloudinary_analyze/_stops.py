@@ -6,8 +6,8 @@ from typing import Any
 
 import attrs
 
+from cloudinary_analyze._cancellation import Sections
 from cloudinary_analyze._policy import Stop
-from cloudinary_analyze._recording import Work
 from cloudinary_analyze.errors import BulkStoppedError
 from cloudinary_analyze.requests import AnalyzeRequest
 
@@ -20,31 +20,44 @@ class Stops:
         seen: The models of all requests so far, and their features.
         reasons: What is refused, and the error that said so.
         unsent: Items in a row that were not sent for that reason.
-        halted: Whether the caller stopped the stream.
+        halted: Whether the caller stopped or closed the stream.
+        waits: The waits of its calls between their attempts.
     """
 
     seen: dict[str, str | None] = attrs.field(factory=dict)
     reasons: dict[tuple[Stop, str], Exception] = attrs.field(factory=dict)
     unsent: int = 0
     halted: bool = False
+    waits: Sections = attrs.field(factory=Sections)
 
-    def check(self, work: Work[Any, Any]) -> None:
-        """Raise if an item's request would be refused; called before it queues and is sent.
+    def halt(self) -> None:
+        """Send nothing more: no request that queues, and no further attempt of any."""
+        self.halted = True
+        self.waits.interrupt_all()
+
+    def check_halted(self) -> None:
+        """Raise if nothing more is sent.
+
+        Raises:
+            BulkStoppedError: Nothing is.
+        """
+        if self.halted:
+            raise BulkStoppedError("Not sent, because the stream was stopped.")
+
+    def check(self, request: AnalyzeRequest[Any]) -> None:
+        """Raise if a request would be refused; called before it queues and is first sent.
 
         Raises:
             BulkStoppedError: Its kind is stopped. Nothing was sent.
         """
-        if self.halted:
-            work.unsent = True
-            raise BulkStoppedError("Not sent, because the stream was stopped.")
+        self.check_halted()
         if not self.reasons:
             return
-        reason = self.find(work.request.model, work.request.feature)
+        reason = self.find(request.model, request.feature)
         if reason is None:
             self.unsent = 0
         else:
             self.unsent += 1
-            work.unsent = True
             raise BulkStoppedError(
                 f"Not sent, because it would fail with an earlier error: {reason}", reason=reason
             ) from reason

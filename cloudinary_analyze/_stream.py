@@ -153,7 +153,7 @@ class _Pump(Generic[Item, A]):
             item,
             index,
             self.clock,
-            self.stops.check,
+            self.stops,
             self.clock.monotonic(),
             self.spending,
             self._stop_recording,
@@ -322,6 +322,7 @@ class _Pump(Generic[Item, A]):
                     "outcome. Of the items without one, some may have been sent."
                 )
         self.stop(None)
+        self.stops.halt()  # submissions in flight are finished, but not repeated
         for worker in self.workers:
             worker.cancel()
 
@@ -397,10 +398,12 @@ class OutcomeStream(NotPicklable, Generic[Item_co, A_co]):
     def stop(self) -> None:
         """Send nothing more, and end once everything in flight has its outcome. Idempotent.
 
-        Items that were pulled but not sent are `Failed` with `BulkStoppedError`. Pulling an item
-        that the input is about to yield is not interrupted.
+        Attempts in flight are finished and not repeated: an item whose attempt fails, or that
+        waits for its next attempt, is `Failed` with its last error. Items that were pulled but not
+        sent are `Failed` with `BulkStoppedError`. Pulling an item that the input is about to yield
+        is not interrupted.
         """
-        self._pump.stops.halted = True
+        self._pump.stops.halt()
         self._pump.stop(None)
 
     def __aiter__(self) -> Self:

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from copy import copy
 from functools import partial
 from math import inf
-from typing import Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import attrs
 from yarl import URL
 
-from cloudinary_analyze._cancellation import Sections, get_task
+from cloudinary_analyze._cancellation import InterruptedSectionError, Sections, get_task
 from cloudinary_analyze._clock import Clock, wake
 from cloudinary_analyze._http.admission import LONGEST_PAUSE, RUN, Admission, Attempt
 from cloudinary_analyze._http.limits import CATCH_UP, Turnstile
@@ -40,6 +40,7 @@ from cloudinary_analyze.errors import (
     AnalyzeError,
     ApiError,
     AuthenticationError,
+    BulkStoppedError,
     CallTimeoutError,
     OutageError,
     PacerError,
@@ -54,6 +55,35 @@ T = TypeVar("T")
 
 # Seconds that a slot waits for a claim. A slow store must not keep calls that need none.
 SLOT_PATIENCE: Final = 1.0
+
+
+class Owner(Protocol):
+    """For whom a call is made. It may stop the call before each of its attempts.
+
+    Attributes:
+        halted: Whether nothing more is sent.
+        waits: The waits of its calls between their attempts, which it interrupts to halt them.
+    """
+
+    @property
+    def halted(self) -> bool: ...
+
+    @property
+    def waits(self) -> Sections: ...
+
+    def start(self) -> None:
+        """Note that an attempt is about to start.
+
+        Raises:
+            BulkStoppedError: It may not be sent.
+        """
+
+    async def reserve_again(self) -> None:
+        """Prepare to repeat the request of a task as a call.
+
+        Raises:
+            BulkStoppedError: It may not be sent.
+        """
 
 
 @attrs.define(eq=False, repr=False)
@@ -73,8 +103,8 @@ class Call:
         deadline: Monotonic instant when it gives up.
         urgent: Whether it is interactive: admitted before bulk work, and impatient in an outage.
         claim: Awaited with the slot held, once, before the first attempt.
-        on_start: Called immediately before the first attempt.
-        unsent: Whether `claim` or `on_start` refused it, so that the call does not count.
+        owner: Asked immediately before each attempt whether it may be sent.
+        unsent: Whether `claim` or `owner` refused the first attempt, so that the call does not count.
         attempts: Attempts begun.
         free: Those of them that do not count towards the limit.
         number: The number of the last of them among all attempts of the session.
@@ -101,7 +131,7 @@ class Call:
     deadline: float | None = None
     urgent: bool = True
     claim: Callable[[], Awaitable[None]] | None = None
-    on_start: Callable[[], None] | None = None
+    owner: Owner | None = None
     unsent: bool = False
     attempts: int = 0
     free: int = 0
@@ -237,7 +267,7 @@ class Attempts(NotPicklable):
             if wait is None:
                 await self._renew_token(call, refused)
             elif wait:
-                await self._sleep(wait)
+                await self._wait(call, self._sleep(wait))
 
     async def _wait_to_start(self, call: Call) -> Attempt:
         """Wait in the queue; in an outage, no longer than the call may.
@@ -250,10 +280,11 @@ class Attempts(NotPicklable):
         since, patience = call.begun, self._bulk_patience
         if call.urgent:
             since, patience = self.clock.monotonic(), call.patience
+        starting = call.queue.start(
+            urgent=call.urgent, first=call.again, since=since, patience=patience
+        )
         try:
-            attempt = await call.queue.start(
-                urgent=call.urgent, first=call.again, since=since, patience=patience
-            )
+            attempt = await self._wait(call, starting)
             if attempt.probe:
                 stalled_at = call.queue.admission.stalled_at or since
                 call.patience -= self.clock.monotonic() - max(since, stalled_at)
@@ -277,7 +308,7 @@ class Attempts(NotPicklable):
         slot: list[Attempt] = [attempt]
         try:
             if self.settings.pacer is not None:
-                await self._await_pacer(self.settings.pacer)
+                await self._wait(call, self._await_pacer(self.settings.pacer))
             if call.claim is not None:
                 call.unsent = True
                 timer = self.clock.call_at(
@@ -300,7 +331,8 @@ class Attempts(NotPicklable):
     def _may_renew(self, call: Call, error: AnalyzeError) -> bool:
         """Whether a new OAuth token may help a call that failed, once."""
         refused = isinstance(error, AuthenticationError)
-        return refused and self.transport.token is not None and not call.renewed
+        may = refused and self.transport.token is not None and not call.renewed
+        return may and not _is_halted(call)
 
     async def _renew_token(self, call: Call, error: AnalyzeError) -> None:
         """Wait for a newer OAuth token than the one that was refused.
@@ -316,14 +348,13 @@ class Attempts(NotPicklable):
             raise copy(self._closed) from error
         if failure is not None:
             raise error from failure
-        self._count_retry(call, error, 0.0)
+        if call.watch is not None:
+            call.watch.retry(error, 0.0)
 
     def _begin(self, call: Call) -> None:
         """Check that an attempt may still be sent, and count it."""
-        if call.on_start is not None:
-            call.unsent = True
-            call.on_start()
-            call.unsent, call.on_start = False, None
+        if call.owner is not None:
+            self._ask_owner(call, call.owner)
         if call.deadline is not None and self.clock.monotonic() >= call.deadline:
             # the loop was late: the permit came before the timer, which is due by now
             raise CallTimeoutError(
@@ -338,9 +369,47 @@ class Attempts(NotPicklable):
             call.sending = Body(call.content)
             self.meter.attempts += 1
             call.number = self.meter.attempts
+        if call.error is not None:
+            self.meter.retries += 1
+            self.meter.ambiguous_retries += call.error.ambiguous
         call.attempts += 1
         if self.transport.token is not None:
             call.token = self.transport.token.number
+
+    def _ask_owner(self, call: Call, owner: Owner) -> None:
+        """Ask the owner of a call whether it may send an attempt.
+
+        Raises:
+            BulkStoppedError: Not the first one.
+            AnalyzeError: No further one; the error of the last attempt.
+        """
+        call.unsent = call.error is None
+        try:
+            owner.start()
+        except BulkStoppedError:
+            if call.error is None:
+                raise
+            raise call.error from call.error.__cause__
+        call.unsent = False
+
+    async def _wait(self, call: Call, waiting: Coroutine[Any, Any, T]) -> T:
+        """Await what comes before an attempt; the owner of the call may interrupt that.
+
+        Raises:
+            BulkStoppedError: It was interrupted. Nothing was sent.
+            AnalyzeError: It was interrupted; the error of the last attempt.
+        """
+        owner = call.owner
+        if owner is None:
+            return await waiting
+        if owner.halted:
+            waiting.close()
+            self._ask_owner(call, owner)  # it refuses
+        try:
+            return await owner.waits.run(waiting)
+        except InterruptedSectionError:
+            self._ask_owner(call, owner)  # it refuses
+            raise
 
     async def _await_pacer(self, pacer: Pacer) -> None:
         """Wait for the user's pacer; closing the session ends the wait.
@@ -415,15 +484,18 @@ class Attempts(NotPicklable):
             if probe and not error.ambiguous:
                 wait = 0.0  # the queue pauses
             call.again = not error.ambiguous  # possible charges are spread over the items
-            self._count_retry(call, error, wait)
+            if call.watch is not None:
+                call.watch.retry(error, wait)
         return wait
 
     def _may_repeat(self, call: Call, error: AnalyzeError, *, probe: bool) -> bool:
-        """Whether the limits of a call allow one more attempt.
+        """Whether its owner and the limits of a call allow one more attempt.
 
         What only shows a limit of the service or an outage costs bulk work no attempt, but time.
         Otherwise slow progress would fail items permanently.
         """
+        if _is_halted(call):
+            return False
         costs_nothing = is_throttle(error) or (probe and not error.ambiguous)
         if call.urgent or call.model is None or not costs_nothing:
             return call.attempts - call.free < call.limit
@@ -474,12 +546,6 @@ class Attempts(NotPicklable):
             seconds=seconds,
         )
 
-    def _count_retry(self, call: Call, error: AnalyzeError, wait: float) -> None:
-        self.meter.retries += 1
-        self.meter.ambiguous_retries += error.ambiguous
-        if call.watch is not None:
-            call.watch.retry(error, wait)
-
     async def _sleep(self, seconds: float) -> None:
         """Sleep on the session's clock; closing the session ends it with its error."""
         if self._closed is not None:
@@ -508,6 +574,10 @@ class Attempts(NotPicklable):
         """Fail the status polls that queue, and all that come later."""
         if self._closed is not None:
             self.poll_queue.close(self._closed)
+
+
+def _is_halted(call: Call) -> bool:
+    return call.owner is not None and call.owner.halted
 
 
 def _build_refusal(error: ApiError, seconds: float) -> ApiError:

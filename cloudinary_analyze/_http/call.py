@@ -10,7 +10,7 @@ import attrs
 from yarl import URL
 
 from cloudinary_analyze._clock import Clock
-from cloudinary_analyze._http.attempts import Attempts, Call
+from cloudinary_analyze._http.attempts import Attempts, Call, Owner
 from cloudinary_analyze._http.quota import Quota
 from cloudinary_analyze._http.transport import Answer, Transport
 from cloudinary_analyze._http.watch import Watch
@@ -70,7 +70,7 @@ class Caller(NotPicklable):
         notification_url: str | None = None,
         urgent: bool = True,
         claim: Callable[[], Awaitable[None]] | None = None,
-        on_start: Callable[[], None] | None = None,
+        owner: Owner | None = None,
         repeats: str | None = None,
     ) -> Response[A] | Accepted:
         """Make an analyze call and return the response, or the task that the service made of it.
@@ -83,12 +83,12 @@ class Caller(NotPicklable):
             urgent: Whether the call is interactive, and not an item of bulk work.
             claim: Awaited once, with the slot held, before the first attempt. After a second of
                 it, the slot is given to another call and taken again later.
-            on_start: Called immediately before the first attempt.
+            owner: Asked immediately before each attempt.
             repeats: The task that the call repeats.
 
         Raises:
             AnalyzeError: See `AnalyzeSession.analyze`.
-            Exception: What `claim` or `on_start` raised. Nothing was sent.
+            Exception: What `claim` or `owner` raised. Nothing was sent.
         """
         model = request.model
         begun = self.clock.monotonic()
@@ -104,7 +104,7 @@ class Caller(NotPicklable):
             deadline,
             urgent,
             claim,
-            on_start,
+            owner,
         )
         meter = self.meter
         meter.calls += 1

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Final, final
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, final
 
 import attrs
 
@@ -33,6 +33,9 @@ from cloudinary_analyze.errors import (
 from cloudinary_analyze.events import TaskAnswered
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import Limit, Response, find_limits
+
+if TYPE_CHECKING:
+    from cloudinary_analyze._http.attempts import Owner
 
 MISSES: Final = 2
 LEFT: Final = -1  # the index of a wait that its entry no longer has
@@ -132,7 +135,7 @@ class Entry:
         misses: Polls after the first minute that did not find the task.
         verified: Whether the service has ever named or found the task.
         unobserved: Whether a handle was dropped that was never awaited.
-        before_repeat: Awaited before the request is repeated as a call.
+        owner: Asked before the request is repeated as a call.
     """
 
     request: AnalyzeRequest[Any] | None
@@ -147,7 +150,7 @@ class Entry:
     misses: int = 0
     verified: bool = False
     unobserved: bool = False
-    before_repeat: Callable[[], Awaitable[None]] | None = None
+    owner: Owner | None = None
 
     def __lt__(self, _: object) -> bool:
         return False

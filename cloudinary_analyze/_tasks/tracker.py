@@ -54,6 +54,7 @@ from cloudinary_analyze.responses import (
 )
 
 if TYPE_CHECKING:
+    from cloudinary_analyze._http.attempts import Owner
     from cloudinary_analyze._http.call import Caller
 
 A = TypeVar("A")
@@ -130,12 +131,11 @@ class Tracker(NotPicklable):
         deadline: float | None,
         urgent: bool = True,
         claim: Callable[[], Awaitable[None]] | None = None,
-        on_start: Callable[[], None] | None = None,
-        before_repeat: Callable[[], Awaitable[None]] | None = None,
+        owner: Owner | None = None,
     ) -> AnalysisTask[A]:
         """Send a request in the background and return its handle at once; see `Caller.analyze`."""
         wait = self.table.submit(request)
-        wait.entry.before_repeat = before_repeat
+        wait.entry.owner = owner
         handle: AnalysisTask[A] = AnalysisTask(self, wait)
         end = self.table.build_end
         if as_task and end is not None:  # its result could not arrive, so it is not sent
@@ -149,7 +149,7 @@ class Tracker(NotPicklable):
                 notification_url=self.notification_url,
                 urgent=urgent,
                 claim=claim,
-                on_start=on_start,
+                owner=owner,
             )
         )
         self._calls[wait.entry] = call
@@ -196,7 +196,7 @@ class Tracker(NotPicklable):
         just_accepted: bool = False,
         trusted: bool = False,
         deadline: float | None = None,
-        before_repeat: Callable[[], Awaitable[None]] | None = None,
+        owner: Owner | None = None,
     ) -> AnalysisTask[A]:
         """Return a handle on an accepted task, whether it is known here or not.
 
@@ -209,7 +209,7 @@ class Tracker(NotPicklable):
             just_accepted: The service accepted the task just now, as the response to a call.
             trusted: The id was recorded when the service accepted the task, so it is not made up.
             deadline: Monotonic instant when the wait ends.
-            before_repeat: Awaited before the request is repeated as a call.
+            owner: Asked before the request is repeated as a call.
         """
         if just_accepted:
             self._emit_accepted(task_id, model)
@@ -223,8 +223,8 @@ class Tracker(NotPicklable):
             verified=just_accepted,
             trusted=trusted,
         )
-        if before_repeat is not None:
-            wait.entry.before_repeat = before_repeat
+        if owner is not None:
+            wait.entry.owner = owner
         self._perform(effects)
         self._fetch(wait)
         return AnalysisTask(self, wait)
@@ -378,9 +378,10 @@ class Tracker(NotPicklable):
     async def _call_again(
         self, entry: Entry, request: AnalyzeRequest[Any]
     ) -> Response[Any] | Accepted:
-        if entry.before_repeat is not None:
-            await entry.before_repeat()
-        return await self.caller.analyze(request, urgent=False, repeats=entry.task_id)
+        owner = entry.owner
+        if owner is not None:
+            await owner.reserve_again()
+        return await self.caller.analyze(request, urgent=False, owner=owner, repeats=entry.task_id)
 
     def _take_repetition(self, entry: Entry, call: Call) -> None:
         self._calls.pop(entry, None)

@@ -77,8 +77,8 @@ from the ledger when the run ends, also after Ctrl-C: every item once, in the or
 With --output - records are streamed as they arrive, and there is no ledger unless you pass
 --ledger.
 
-Invalid lines are reported and do not stop the rest. The first Ctrl-C finishes what is in flight,
-the second aborts. The ledger contains source URLs in full.
+Invalid lines are reported and do not stop the rest. The first Ctrl-C finishes the attempts in flight,
+and sends nothing more. The second aborts. The ledger contains source URLs in full.
 
 With --mode task the images are analyzed as tasks, whose results arrive through {WAYS}.
 A result is acknowledged only once the ledger holds it.

@@ -14,7 +14,7 @@ import attrs
 from rich.console import Console
 
 from cloudinary_analyze._budget import Spent
-from cloudinary_analyze._policy import Stop, find_stop, stops_the_stream
+from cloudinary_analyze._policy import Stop, find_stop, is_final, stops_the_stream
 from cloudinary_analyze.cli.feed import (
     ItemFeed,
     LineSource,
@@ -108,6 +108,7 @@ class _Run:
     passing: int = 0
     undelivered: int = 0
     bad_lines: int = 0
+    cut: int = 0  # items that an interrupt left unsent, or with an error that a retry may solve
     stops: dict[str, Exception] = attrs.field(factory=dict)
     estimate: Estimate = attrs.field(factory=Estimate)
     spent: Spent | None = None
@@ -244,7 +245,8 @@ class _Run:
     async def _take(self, outcome: AnyOutcome) -> None:
         error, item = outcome.error, outcome.item
         if type(error) is BulkStoppedError and error.reason is None:
-            return  # Ctrl-C came before it was sent
+            self.cut += 1  # Ctrl-C came before it was sent
+            return
         if error is not None and (
             isinstance(error, BulkStoppedError) or stops_the_stream(error, self.settings)
         ):
@@ -254,13 +256,17 @@ class _Run:
                 self.undelivered += 1
             else:
                 self.passing += 1
+        cut = self.interrupted and error is not None
+        cut = cut and not (isinstance(error, AnalyzeError) and is_final(error))
+        self.cut += cut
         if self.stream is not None:
             await self._write(build_record(outcome))
         if self.line is not None:
             self.line.take_note(outcome)
         if self.plan.spending.sample is not None:
             self.estimate.add(outcome)
-        self.feed.finish(item)
+        if not cut:
+            self.feed.finish(item)
         self.done += 1
         self.failed += error is not None
         if not outcome.restored:
@@ -326,7 +332,7 @@ class _Run:
         if self.plan.mode == "task":
             count, what = self.session.stats.pending, "task"
         else:
-            count, what = self.session.stats.in_flight, "call"
+            count, what = self.session.stats.permits_in_use, "call"
         return (
             f"Interrupted: {count} {what if count == 1 else f'{what}s'} in flight will be "
             "finished and written. A second interrupt aborts."
@@ -385,6 +391,7 @@ class _Run:
         return Position(
             finished_through=None if through is None else describe_line(through[1], through[0]),
             exhausted=self.feed.exhausted,
+            cut=self.cut > 0,
         )
 
 

@@ -237,10 +237,12 @@ class Position:
     Attributes:
         finished_through: The last line up to which every line has all of its results.
         exhausted: Whether the input was read to its end.
+        cut: Whether an interrupt left items unsent, or with an error that a retry may solve.
     """
 
     finished_through: str | None
     exhausted: bool
+    cut: bool = False
 
 
 @attrs.frozen(kw_only=True)
@@ -322,8 +324,8 @@ def decide_ending(
     if stops:
         continued = "" if "" in stops else " The other models continued."
         return Ending(ExitCode.STOPPED, f"{_explain_stops(stops)}{continued} {way_on}")
-    nothing_left = position.exhausted or (isinstance(balance, Balance) and balance.left == 0)
-    if interrupted and not nothing_left:
+    complete = position.exhausted or (isinstance(balance, Balance) and balance.left == 0)
+    if interrupted and (position.cut or not complete):
         reason = "Interrupted: what was in flight was finished and written."
         return Ending(ExitCode.INTERRUPTED, f"{reason} {way_on}")
     code = ExitCode.FAILURES if failed else ExitCode.DONE
@@ -409,7 +411,7 @@ def _count(count: int, one: str, many: str) -> str:
 
 def _build_way_on(position: Position) -> str:
     """Return the sentences that say where a run without a ledger stopped and how to resume."""
-    if position.exhausted:
+    if position.exhausted and not position.cut:
         return "Every input line has its outcome."
     through = position.finished_through
     so_far = "No input line has all of its results"

@@ -16,7 +16,7 @@ import pytest
 from cli_support import end, read_records, read_terminal, see, start, until, write_urls
 
 from cloudinary_analyze import AnalyzeSession, Captioning, Credentials
-from cloudinary_analyze.emulator import Emulator
+from cloudinary_analyze.emulator import Emulator, FaultPlan
 
 
 async def test_interrupt_finishes_and_writes_what_is_in_flight_and_resumes(tmp_path: Path):
@@ -41,6 +41,29 @@ async def test_interrupt_finishes_and_writes_what_is_in_flight_and_resumes(tmp_p
         found = [(r["line"], r["model"]) for r in read_records(tmp_path / "results.jsonl")]
         assert found == [(n, model) for n in range(1, 201) for model in ("coco", "lvis")]
         assert emulator.counts.total_received == 400
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+async def test_an_interrupt_ends_the_retries(number: signal.Signals, tmp_path: Path):
+    write_urls(tmp_path, 12)
+    arguments = ("run", "coco", "--input", "urls.txt", "--permits", "6")
+    faults = FaultPlan(error_500=1.0, fault_times=1)  # each attempt fails once
+    async with Emulator(faults=faults) as emulator:
+        async with start(*arguments, folder=tmp_path, emulator=emulator) as process:
+            await until(lambda: emulator.counts.total_received >= 6)
+            process.send_signal(number)
+            await see(process, "Interrupted:")
+            await asyncio.sleep(0.05)  # what was sent before arrives
+            sent = emulator.counts.total_received
+            code, _, err = await end(process)
+        assert code == 130, err
+        assert emulator.counts.total_received == sent < 24
+        assert {r["error"]["status"] for r in read_records(tmp_path / "results.jsonl")} == {500}
+        async with start(*arguments, folder=tmp_path, emulator=emulator) as process:
+            code, _, err = await end(process)
+        assert code == 0, err
+        assert len(read_records(tmp_path / "results.jsonl")) == 12
+        assert set(emulator.counts.done.values()) == {1}
 
 
 async def test_a_second_interrupt_aborts_at_once(tmp_path: Path):
