@@ -45,6 +45,9 @@ class Budget(Jsonable):
             largest cost seen, would exceed the limit. The first call of a feature runs alone,
             because its cost is unknown. Only a call that costs more than all before it
             overshoots, see `Spent.overshoot`.
+
+    Raises:
+        ConfigurationError: A limit is not a whole number from 0, or ``units`` names a model.
     """
 
     calls: int | None = None
@@ -79,9 +82,9 @@ class Spent(Jsonable):
 
     Attributes:
         calls: Calls that were charged, or may have been.
-        units: Feature to units, as the responses report them. A call whose response was lost
-            counts with the largest cost seen.
-        overshoot: Feature to units above its limit; empty if every limit was kept.
+        units: Add-on features and their units, as the responses report them. A call whose response
+            was lost counts with the largest cost seen.
+        overshoot: Add-on features and their units above the limit. Empty if every limit was kept.
     """
 
     calls: int = 0

@@ -330,10 +330,12 @@ class _Pump(Generic[Item, A]):
 class OutcomeStream(NotPicklable, Generic[Item_co, A_co]):
     """The outcomes of `AnalyzeSession.map`: an async iterator and async context manager.
 
-    Iterate it, best inside of ``async with``: leaving that cancels the calls in flight and waits
-    until they are gone. A stream that is dropped half-way cancels them too, but does not wait.
-    Cancelling an iteration loses no outcome. Several tasks may iterate one stream; each outcome
+    Iterate it inside ``async with``. Leaving the block cancels the calls in flight and waits until
+    they have ended. A stream that is dropped half-way cancels them too, but does not wait.
+    Cancelling an iteration loses no outcome. Several tasks can iterate one stream; each outcome
     goes to one of them.
+
+    Not created directly: `AnalyzeSession.map` returns one, and raises its errors.
     """
 
     def __init__(
@@ -391,7 +393,7 @@ class OutcomeStream(NotPicklable, Generic[Item_co, A_co]):
 
     @property
     def spent(self) -> Spent | None:
-        """What was spent so far; ``None`` without a budget."""
+        """What was spent so far. ``None`` if the stream has no budget."""
         spending = self._pump.spending
         return None if spending is None else spending.spent
 
@@ -410,14 +412,15 @@ class OutcomeStream(NotPicklable, Generic[Item_co, A_co]):
         return self
 
     async def __anext__(self) -> Outcome[Item_co, A_co]:
-        """Return the next outcome.
+        """Return the next outcome. Cancelling is safe: the outcome stays for the next call.
 
         Raises:
             BudgetReachedError: A limit of the budget was reached.
-            BulkStoppedError: An error stopped the stream; all that was in flight was handed over.
-            LedgerError: The ledger could not be opened; nothing was pulled or sent.
-            StopAsyncIteration: All items have had their outcome.
-            Exception: What the input raised, after all that was in flight was handed over.
+            BulkStoppedError: An error stopped the stream. The outcomes of everything in flight were
+                returned before.
+            LedgerError: The ledger could not be opened. Nothing was pulled or sent.
+            StopAsyncIteration: Every item has had its outcome.
+            Exception: The error of the input, after the outcomes of everything in flight.
         """
         if not self._started:
             self._started = True
@@ -436,9 +439,10 @@ class OutcomeStream(NotPicklable, Generic[Item_co, A_co]):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Cancel what is in flight and wait until it is gone. Idempotent.
+        """Cancel the calls in flight and wait until they have ended. Idempotent.
 
-        Closes the input too, if that is an async generator or another stream.
+        Then closes the input, if it is an async generator or another stream. A cancelled close
+        still cancels the calls, but neither waits for them nor closes the input.
         """
         self._started = True
         self._pump.cancel()

@@ -4,7 +4,8 @@ Values only. `_wire.structure` fills them, and maps the service's names. Detecti
 the raw JSON on first access, because most callers look at few of them; reading one never raises,
 whatever the service sent, and its ``raw`` keeps what was sent.
 
-Source: the 200 responses of ``POST /analyze/{model}`` of the Analyze API.
+Source: the 200 responses of ``POST /v2/analysis/{cloud}/analyze/{model}``. The docstrings below leave
+out ``/v2/analysis/{cloud}``. Notifications carry the same ``data.analysis``.
 """
 
 from __future__ import annotations
@@ -16,21 +17,55 @@ import attrs
 
 from cloudinary_analyze._values import Jsonable
 
+__all__ = [
+    "AIVisionGeneralAnalysis",
+    "AIVisionModerationAnalysis",
+    "AIVisionTaggingAnalysis",
+    "Analysis",
+    "AttributeValue",
+    "BoundingBox",
+    "CaptioningAnalysis",
+    "CldFashionAnalysis",
+    "CldTextAnalysis",
+    "CocoAnalysis",
+    "DetectedTags",
+    "Detection",
+    "DetectionAnalysis",
+    "GoogleLabel",
+    "GoogleLogoDetectionAnalysis",
+    "GoogleTaggingAnalysis",
+    "HumanAnatomyAnalysis",
+    "ImageQualityAnalysis",
+    "Logo",
+    "LogoVertex",
+    "LvisAnalysis",
+    "ModerationAnswer",
+    "OtherAnalysis",
+    "ShopClassifierAnalysis",
+    "UnidetAnalysis",
+    "VisionAnswer",
+    "VisionTag",
+    "Watermark",
+    "WatermarkDetectionAnalysis",
+]
+
 ModelVersion = int | str | float | None
 
 
 # a tuple is made in a third of the time, and every detection of every picture has one
 class BoundingBox(NamedTuple):
-    """A rectangle on the analysed image, in its pixels, origin at the top left.
+    """A rectangle on the analyzed image, in its pixels. The origin is the top left corner.
 
-    A named tuple: unpacks as ``x, y, width, height = box``, is an array in JSON, changes with
-    ``box._replace(…)``.
+    A named tuple of four numbers: ``x, y, width, height = box``. In JSON it is an array. Use
+    ``box._replace(…)`` to get a changed copy.
+
+    Source: ``bounding-box`` of an instance in ``data.analysis.tags``.
 
     Attributes:
-        x: Left edge.
-        y: Top edge.
-        width: Extent to the right.
-        height: Extent downwards.
+        x: The left edge, in pixels.
+        y: The top edge, in pixels.
+        width: The width, in pixels.
+        height: The height, in pixels.
     """
 
     x: float
@@ -43,9 +78,11 @@ class BoundingBox(NamedTuple):
 class AttributeValue(Jsonable):
     """One value of a garment's attribute, such as ``midi`` for ``skirt length``.
 
+    Source: ``attributes`` of an instance in ``data.analysis.tags`` of ``POST /analyze/cld_fashion``.
+
     Attributes:
         value: The value.
-        score: How sure the model is, 0 to 1; ``None`` if not sent.
+        score: The model's confidence, 0 to 1. ``None`` if not sent.
     """
 
     value: str
@@ -54,13 +91,17 @@ class AttributeValue(Jsonable):
 
 @attrs.frozen(repr=False)
 class Detection(Jsonable):
-    """One found instance of a label.
+    """One instance of a label in an image.
+
+    Reading one never raises: what is missing or has another shape is ``None`` or empty.
+
+    Source: an entry of ``data.analysis.tags.{label}``.
 
     Attributes:
-        label: What it is.
-        confidence: 0 to 1; ``None`` if not sent.
-        bounding_box: Where it is; ``None`` if not sent (classifiers send none).
-        raw: The JSON as received.
+        label: The label, such as ``person``.
+        confidence: The model's confidence, 0 to 1. ``None`` if not sent.
+        bounding_box: The position, in pixels. ``None`` if not sent; classifiers send none.
+        raw: The JSON of this instance as received.
     """
 
     label: str
@@ -70,13 +111,13 @@ class Detection(Jsonable):
 
     @property
     def categories(self) -> tuple[str, ...]:
-        """Wider groups of the label; often empty."""
+        """The categories that the label belongs to. Often empty."""
         raw = self.raw.get("categories") if isinstance(self.raw, dict) else None
         return tuple(map(str, raw)) if isinstance(raw, list) else ()
 
     @property
     def attributes(self) -> Mapping[str, tuple[AttributeValue, ...]]:
-        """What the fashion model says of a garment: attribute name to values, best first."""
+        """The attributes of a garment: name to values, best first. Empty except for ``cld_fashion``."""
         raw = self.raw.get("attributes") if isinstance(self.raw, dict) else None
         if not isinstance(raw, dict):
             return {}
@@ -123,9 +164,14 @@ def read_detection(label: str, raw: Any) -> Detection:
 
 
 class DetectedTags(Mapping[str, tuple[Detection, ...]]):
-    """Label to found instances, read from the raw JSON when a label is first looked at.
+    """A mapping of labels to their instances. An instance is read when its label is first accessed.
 
-    A label whose value is not an array is kept in `raw` and has no instances.
+    A label whose value is not an array stays in `raw` and has no instances.
+
+    Source: ``data.analysis.tags``.
+
+    Attributes:
+        raw: The JSON object as received.
     """
 
     __slots__ = ("_read", "raw")
@@ -165,10 +211,12 @@ class DetectedTags(Mapping[str, tuple[Detection, ...]]):
 
 @attrs.frozen(kw_only=True, repr=False)
 class Analysis(Jsonable):
-    """What every analysis has.
+    """The base class of all analyses.
+
+    Source: ``data.analysis`` of ``POST /analyze/{model}``.
 
     Attributes:
-        model_version: The version of the model, as sent; ``None`` if not sent.
+        model_version: The version of the model as sent. ``None`` if not sent.
     """
 
     model_version: ModelVersion = None
@@ -176,59 +224,82 @@ class Analysis(Jsonable):
 
 @attrs.frozen(repr=False)
 class DetectionAnalysis(Analysis):
-    """What the models that detect or classify have in common.
+    """The base class of analyses that detect objects or classify images.
+
+    Source: ``data.analysis`` of seven models; see the subclasses.
 
     Attributes:
-        tags: Label to found instances: ``analysis.tags["person"][0].bounding_box``.
+        tags: Labels and their instances: ``analysis.tags["person"][0].bounding_box``.
     """
 
     tags: DetectedTags = attrs.field(factory=lambda: DetectedTags({}))
 
     @property
     def detections(self) -> tuple[Detection, ...]:
-        """All found instances, label by label."""
+        """All instances, label by label, in the order of the response."""
         return tuple([found for label in self.tags for found in self.tags[label]])
 
 
 # Subclasses without fields skip `@attrs.frozen`: decorating each one adds 0.2 ms to import time.
 class CldFashionAnalysis(DetectionAnalysis):
-    """Garments, with `Detection.attributes`. Model ``cld_fashion``."""
+    """Garments in an image, with `Detection.attributes`.
+
+    Source: ``data.analysis`` of ``POST /analyze/cld_fashion``.
+    """
 
     __slots__ = ()
 
 
 class CldTextAnalysis(DetectionAnalysis):
-    """Blocks of text: where, not what. Model ``cld_text``."""
+    """Blocks of text in an image: their positions, not their content.
+
+    Source: ``data.analysis`` of ``POST /analyze/cld_text``.
+    """
 
     __slots__ = ()
 
 
 class CocoAnalysis(DetectionAnalysis):
-    """80 common objects. Model ``coco``."""
+    """Objects of 80 common kinds.
+
+    Source: ``data.analysis`` of ``POST /analyze/coco``.
+    """
 
     __slots__ = ()
 
 
 class HumanAnatomyAnalysis(DetectionAnalysis):
-    """Parts of the human body. Model ``human_anatomy``."""
+    """Parts of the human body in an image.
+
+    Source: ``data.analysis`` of ``POST /analyze/human_anatomy``.
+    """
 
     __slots__ = ()
 
 
 class LvisAnalysis(DetectionAnalysis):
-    """Thousands of everyday objects. Model ``lvis``."""
+    """Everyday objects of more than a thousand kinds.
+
+    Source: ``data.analysis`` of ``POST /analyze/lvis``.
+    """
 
     __slots__ = ()
 
 
 class ShopClassifierAnalysis(DetectionAnalysis):
-    """Whether a product picture was taken in a studio. Model ``shop_classifier``."""
+    """Whether a product picture was taken in a studio.
+
+    Source: ``data.analysis`` of ``POST /analyze/shop_classifier``.
+    """
 
     __slots__ = ()
 
 
 class UnidetAnalysis(DetectionAnalysis):
-    """Objects of several datasets united. Model ``unidet``."""
+    """Objects, by a detector that was trained on several datasets.
+
+    Source: ``data.analysis`` of ``POST /analyze/unidet``.
+    """
 
     __slots__ = ()
 
@@ -237,8 +308,10 @@ class UnidetAnalysis(DetectionAnalysis):
 class VisionAnswer(Jsonable):
     """The answer to one prompt.
 
+    Source: an entry of ``data.analysis.responses`` of ``POST /analyze/ai_vision_general``.
+
     Attributes:
-        value: The answer's text; empty if it was not sent.
+        value: The text of the answer. Empty if not sent.
     """
 
     value: str = ""
@@ -246,13 +319,19 @@ class VisionAnswer(Jsonable):
 
 @attrs.frozen(repr=False)
 class AIVisionGeneralAnalysis(Analysis):
-    """Answers to prompts, as many and in the order of the prompts. Model ``ai_vision_general``."""
+    """The answers to the prompts of a request.
+
+    Source: ``data.analysis`` of ``POST /analyze/ai_vision_general``.
+
+    Attributes:
+        responses: One answer per prompt, in the order of the prompts.
+    """
 
     responses: tuple[VisionAnswer, ...]
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """The answers' texts."""
+        """The texts of the answers, in the order of the prompts."""
         return tuple([response.value for response in self.responses])
 
 
@@ -260,10 +339,11 @@ class AIVisionGeneralAnalysis(Analysis):
 class ModerationAnswer(Jsonable):
     """The answer to one rejection question.
 
+    Source: an entry of ``data.analysis.responses`` of ``POST /analyze/ai_vision_moderation``.
+
     Attributes:
-        value: ``"yes"``, ``"no"``, ``"unknown"``, or any other text as sent; empty if it was not
-            sent.
-        prompt: The question; ``None`` if it was not sent.
+        value: ``"yes"``, ``"no"``, ``"unknown"``, or any other text as sent. Empty if not sent.
+        prompt: The question. ``None`` if not sent.
     """
 
     value: str = ""
@@ -272,13 +352,19 @@ class ModerationAnswer(Jsonable):
 
 @attrs.frozen(repr=False)
 class AIVisionModerationAnalysis(Analysis):
-    """Answers to rejection questions. Model ``ai_vision_moderation``."""
+    """The answers to the rejection questions of a request.
+
+    Source: ``data.analysis`` of ``POST /analyze/ai_vision_moderation``.
+
+    Attributes:
+        responses: One answer per question, in the order of the response.
+    """
 
     responses: tuple[ModerationAnswer, ...]
 
     @property
     def rejected(self) -> bool:
-        """Whether any question was answered with yes."""
+        """Whether the answer to any question is *yes*, ignoring case."""
         return any(response.value.strip().lower() == "yes" for response in self.responses)
 
 
@@ -286,8 +372,10 @@ class AIVisionModerationAnalysis(Analysis):
 class VisionTag(Jsonable):
     """A tag whose description fits the image.
 
+    Source: an entry of ``data.analysis.tags`` of ``POST /analyze/ai_vision_tagging``.
+
     Attributes:
-        name: The tag's name, as defined in the request; empty if it was not sent.
+        name: The name of the tag as defined in the request. Empty if not sent.
     """
 
     name: str = ""
@@ -295,26 +383,45 @@ class VisionTag(Jsonable):
 
 @attrs.frozen(repr=False)
 class AIVisionTaggingAnalysis(Analysis):
-    """The defined tags that fit; empty if none does. Model ``ai_vision_tagging``."""
+    """The tags of the request that fit the image.
+
+    Source: ``data.analysis`` of ``POST /analyze/ai_vision_tagging``.
+
+    Attributes:
+        tags: The tags that fit. Empty if none does.
+    """
 
     tags: tuple[VisionTag, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The tags' names."""
+        """The names of the tags that fit."""
         return tuple([tag.name for tag in self.tags])
 
 
 @attrs.frozen(repr=False)
 class CaptioningAnalysis(Analysis):
-    """A sentence on what the image shows. Model ``captioning``."""
+    """A caption.
+
+    Source: ``data.analysis`` of ``POST /analyze/captioning``.
+
+    Attributes:
+        caption: A sentence that describes the image (``data.analysis.data.caption``).
+    """
 
     caption: str
 
 
 @attrs.frozen(repr=False)
 class LogoVertex(Jsonable):
-    """A corner of the polygon around a logo, in pixels; what is not sent is 0."""
+    """A corner of the polygon around a logo, in pixels of the image.
+
+    Source: ``bounding_poly.vertices`` of an entry of ``data.analysis.logo_annotations``.
+
+    Attributes:
+        x: Pixels from the left edge. 0 if not sent.
+        y: Pixels from the top edge. 0 if not sent.
+    """
 
     x: int = 0
     y: int = 0
@@ -322,13 +429,15 @@ class LogoVertex(Jsonable):
 
 @attrs.frozen(repr=False)
 class Logo(Jsonable):
-    """A logo that was found.
+    """A logo in an image.
+
+    Source: an entry of ``data.analysis.logo_annotations`` of ``POST /analyze/google_logo_detection``.
 
     Attributes:
-        description: The name of the brand; empty if it was not sent.
-        score: 0 to 1; ``None`` if not sent.
-        vertices: The polygon around it, normally four corners; may be empty.
-        mid: Google's id of it, if sent.
+        description: The name of the brand. Empty if not sent.
+        score: The model's confidence, 0 to 1. ``None`` if not sent.
+        vertices: The polygon around it: normally four corners, empty if not sent.
+        mid: Google's id of the brand, such as ``/m/045c7b``. ``None`` if not sent.
     """
 
     description: str = ""
@@ -339,7 +448,13 @@ class Logo(Jsonable):
 
 @attrs.frozen(repr=False)
 class GoogleLogoDetectionAnalysis(Analysis):
-    """Logos of known products. Model ``google_logo_detection``."""
+    """The logos in an image.
+
+    Source: ``data.analysis`` of ``POST /analyze/google_logo_detection``.
+
+    Attributes:
+        logos: The logos (``logo_annotations``). Empty if there are none.
+    """
 
     logos: tuple[Logo, ...]
 
@@ -348,9 +463,11 @@ class GoogleLogoDetectionAnalysis(Analysis):
 class GoogleLabel(Jsonable):
     """A label that fits the image.
 
+    Source: an entry of ``label_annotations.labels`` of ``POST /analyze/google_tagging``.
+
     Attributes:
-        label: The label; empty if it was not sent.
-        score: 0 to 1; ``None`` if not sent.
+        label: The label. Empty if not sent.
+        score: The model's confidence, 0 to 1. ``None`` if not sent.
     """
 
     label: str = ""
@@ -359,20 +476,27 @@ class GoogleLabel(Jsonable):
 
 @attrs.frozen(repr=False)
 class GoogleTaggingAnalysis(Analysis):
-    """Labels by Google's tagging service; may be empty. Model ``google_tagging``."""
+    """The labels of Google's tagging service.
+
+    Source: ``data.analysis`` of ``POST /analyze/google_tagging``.
+
+    Attributes:
+        labels: The labels (``label_annotations.labels``), in the order of the response. May be empty.
+    """
 
     labels: tuple[GoogleLabel, ...] = ()
 
 
 @attrs.frozen(repr=False)
 class ImageQualityAnalysis(Analysis):
-    """How good the picture is, technically. Model ``image_quality``.
+    """The technical quality of an image.
+
+    Source: ``data.analysis`` of ``POST /analyze/image_quality``.
 
     Attributes:
-        quality: ``"low"``, ``"medium"``, ``"high"``, or any other text as sent; empty if it was
-            not sent.
-        score: 0 to 1; ``None`` if not sent.
-        confidence: 0 to 1; ``None`` if not sent.
+        quality: ``"low"``, ``"medium"``, ``"high"``, or any other text as sent. Empty if not sent.
+        score: The quality, 0 to 1. ``None`` if not sent.
+        confidence: The model's confidence, 0 to 1. ``None`` if not sent.
     """
 
     quality: str = ""
@@ -382,12 +506,14 @@ class ImageQualityAnalysis(Analysis):
 
 @attrs.frozen(repr=False)
 class Watermark(Jsonable):
-    """What was found in place of a watermark.
+    """A watermark, a banner, or the finding that there is none.
+
+    Source: an entry of ``data.analysis.detections`` of ``POST /analyze/watermark_detection``.
 
     Attributes:
-        name: ``"banner"``, ``"watermark"``, ``"clean"``, or any other text as sent; empty if it
-            was not sent.
-        confidence: 0 to 1; ``None`` if not sent.
+        name: ``"banner"``, ``"watermark"``, ``"clean"``, or any other text as sent. Empty if not
+            sent.
+        confidence: The model's confidence, 0 to 1. ``None`` if not sent.
     """
 
     name: str = ""
@@ -396,7 +522,13 @@ class Watermark(Jsonable):
 
 @attrs.frozen(repr=False)
 class WatermarkDetectionAnalysis(Analysis):
-    """Watermarks and banners; may be empty. Model ``watermark_detection``."""
+    """The watermarks and banners in an image.
+
+    Source: ``data.analysis`` of ``POST /analyze/watermark_detection``.
+
+    Attributes:
+        detections: What was detected. May be empty.
+    """
 
     detections: tuple[Watermark, ...] = ()
 
@@ -405,8 +537,10 @@ class WatermarkDetectionAnalysis(Analysis):
 class OtherAnalysis(Analysis):
     """The analysis of a model that this package does not know, as received.
 
+    Source: ``data.analysis`` of ``POST /analyze/{model}``.
+
     Attributes:
-        raw: The ``data.analysis`` object.
+        raw: The JSON object ``data.analysis``.
     """
 
     raw: Mapping[str, Any] = attrs.field(factory=dict, hash=False)

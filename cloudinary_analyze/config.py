@@ -430,10 +430,16 @@ def _split_userinfo(rest: str) -> tuple[str, str]:
 
 
 class Pacer(Protocol):
-    """Anything that says when the next attempt may start, such as an ``aiolimiter`` limiter."""
+    """Decides when the next attempt may start. An ``aiolimiter`` limiter is one, for example."""
 
     async def acquire(self) -> object:
-        """Return when one more attempt may start."""
+        """Return when one more attempt may start.
+
+        Must be safe to cancel: a cancelled wait must not use up a start.
+
+        Raises:
+            Exception: The attempt is not sent. The call raises `PacerError`, and a bulk stream stops.
+        """
 
 
 def _build_validator(what: str, accepts: Callable[[Any], bool]) -> Any:

@@ -18,6 +18,46 @@ from typing import Any, Final, TypedDict, TypeVar, Unpack
 
 from cloudinary_analyze.responses import Limit, TaskStatus
 
+__all__ = [
+    "AnalyzeError",
+    "ApiError",
+    "AttemptTimeoutError",
+    "AuthenticationError",
+    "BadRequestError",
+    "BudgetReachedError",
+    "BulkStoppedError",
+    "CallTimeoutError",
+    "ConfigurationError",
+    "ForeignCancellationError",
+    "InvalidRequestError",
+    "InvalidSignatureError",
+    "LedgerError",
+    "MalformedNotificationError",
+    "NotFoundError",
+    "NotificationError",
+    "NotificationSourceError",
+    "OutageError",
+    "PacerError",
+    "PermissionDeniedError",
+    "QuotaExceededError",
+    "RateLimitedError",
+    "RemoteError",
+    "RemoteFields",
+    "ResponseDecodeError",
+    "ResultNotDeliveredError",
+    "ServerError",
+    "SessionAlreadyOpenError",
+    "SessionClosedError",
+    "SessionNotOpenError",
+    "SessionStateError",
+    "StaleNotificationError",
+    "TaskFailedError",
+    "TaskLimitError",
+    "TaskTimeoutError",
+    "TransportError",
+    "WrongEventLoopError",
+]
+
 SHOWN_BODY: Final = 200  # characters of external text that a message shows
 LONGEST_LOGGED: Final = 4000  # characters of an error that are looked at for a log line
 # a query string, or what precedes the host
@@ -166,7 +206,7 @@ class PacerError(AnalyzeError):
 
 
 class RemoteFields(TypedDict, total=False):
-    """The keyword arguments of every `RemoteError`."""
+    """The keyword arguments of every `RemoteError`, for subclasses; see there."""
 
     status: int
     code: str | None

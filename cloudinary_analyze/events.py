@@ -137,7 +137,7 @@ class AttemptFinished(Described):
         call: The call or poll that it belongs to.
         model: The model's wire name; ``None`` for a status poll.
         attempt: Its number in the call, from 1.
-        seconds: From sending to the decoded response (monotonic).
+        seconds: Seconds from sending to the decoded response (monotonic).
         permit_wait: Seconds that it queued before: for a permit, a pause, a pace or a claim.
         status: HTTP status; ``None`` if no response arrived.
         ambiguous: Whether it may have been charged although it has no usable response.
@@ -185,7 +185,7 @@ class CallFinished(Described):
         call: The number of the call.
         model: The model's wire name.
         attempts: HTTP attempts made.
-        seconds: From the call to its end, queueing and retries included (monotonic).
+        seconds: Seconds from the call to its end, queueing and retries included (monotonic).
         permit_wait: Seconds of these that its attempts queued.
         status: HTTP status of the last attempt; ``None`` if that got no response.
         request_id: The service's id of the last request, if it sent one.
@@ -230,7 +230,7 @@ class PollFinished(Described):
         call: The number of the poll, in the sequence of the calls.
         task_id: The task.
         attempts: HTTP attempts made.
-        seconds: From the start to the end, queueing and retries included (monotonic).
+        seconds: Seconds from the start to the end, queueing and retries included (monotonic).
         permit_wait: Seconds of these that its attempts queued.
         state: The task's state as reported; ``None`` if there is an error.
         error: ``None`` on success.
@@ -276,7 +276,7 @@ class TaskAnswered(Described):
         task_id: The task.
         by: ``"notification"``, ``"poll"``, ``"analyze"`` (repeated as a call), or ``"session"``.
         model: The model's wire name, if a handle or the request is known.
-        seconds: Since the session learned the task's id (monotonic); ``None`` if it is gone.
+        seconds: Seconds since the session learned the task's id (monotonic). ``None`` if unknown.
         limits: The quotas that came with the notification or poll.
         error: ``None`` on success.
     """

@@ -34,8 +34,8 @@ class Answered(Jsonable, Generic[Item_co, A_co]):
             an equal request in flight received it.
         unrecorded: Whether the ledger failed before it could record the response. The stream
             stops, and a later run requests it again.
-        seconds: From the start of the first attempt to the response (monotonic), retries
-            included; for a restored response, those of the attempts that led to it.
+        seconds: Seconds from the start of the first attempt to the response (monotonic), retries
+            included. For a restored response, the seconds of the attempts that led to it.
         queued: Seconds before that: the wait for a permit, a pause, a pace or the ledger.
     """
 
@@ -50,7 +50,7 @@ class Answered(Jsonable, Generic[Item_co, A_co]):
     queued: float = attrs.field(default=0.0, eq=False)
 
     def unwrap(self) -> Response[A_co]:
-        """Return the response."""
+        """Return the response. `Failed.unwrap` raises instead."""
         return self.response
 
 
@@ -66,8 +66,8 @@ class Failed(Jsonable, Generic[Item_co, A_co]):
         error: An `AnalyzeError`, or the exception that ``to_request`` or ``key`` raised.
         restored: Whether the error was read from the ledger; nothing was sent.
         unrecorded: Whether the ledger failed before it could record a permanent error.
-        seconds: From the start of the first attempt to the error (monotonic), retries included;
-            0 if nothing was sent; for a restored error, what the ledger recorded.
+        seconds: Seconds from the start of the first attempt to the error (monotonic), retries
+            included. 0 if nothing was sent. For a restored error, what the ledger recorded.
         queued: Seconds before that: the wait for a permit, a pause, a pace or the ledger.
     """
 
@@ -82,7 +82,11 @@ class Failed(Jsonable, Generic[Item_co, A_co]):
     queued: float = attrs.field(default=0.0, eq=False)
 
     def unwrap(self) -> NoReturn:
-        """Raise the error."""
+        """Raise the error of this item.
+
+        Raises:
+            Exception: `error`.
+        """
         raise self.error
 
 

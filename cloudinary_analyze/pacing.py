@@ -82,10 +82,11 @@ class RedisPacer:
     ``async with``; `AnalyzeStage` closes its own copy.
 
     Attributes:
-        url: ``redis://``, ``rediss://`` (TLS) or ``unix://``. Default: ``REDIS_URL``.
-        rate: Attempts per second, over all who share the name.
-        burst: Attempts that may start at once after a quiet time.
-        name: Pacers of the same name share one rate.
+        location: The server. The argument is ``url``: ``redis://``, ``rediss://`` (TLS) or
+            ``unix://``. Default: ``REDIS_URL``.
+        rate: Attempts per second, over all pacers with the same name.
+        burst: Attempts that may start at once after a quiet time. Default: 1.
+        name: Pacers with the same name share one rate.
         patience: Seconds to wait for Redis. Then `acquire` raises, which stops a stream.
         clock: For tests.
 
@@ -165,7 +166,7 @@ class RedisPacer:
         return reserved
 
     async def aclose(self) -> None:
-        """Disconnect. Idempotent; a later use connects again."""
+        """Disconnect. Idempotent. A later use connects again. Cancelling is safe."""
         reserved, self._reserved = self._reserved, None
         if reserved is not None and reserved.loop is asyncio.get_running_loop():
             await reserved.link.aclose()

@@ -87,7 +87,7 @@ class Meter:
         self._notified = (self._begun, -1)
 
     def add(self, reading: Reading) -> None:
-        """Take note of a reading."""
+        """Add a reading, to measure the rate of the last minute."""
         now = self.now()
         if not self._points or now - self._points[-1][0] >= 0.1:
             self._points.append((now, reading.done))
@@ -111,7 +111,11 @@ class Meter:
         return (done - before) / (last - first) if last > first and done > before else None
 
     def estimate_left(self, reading: Reading) -> float | None:
-        """Return the seconds until the end at this rate; ``None`` if that is unknown."""
+        """Return the seconds until the end at the current rate. ``None`` if unknown.
+
+        Args:
+            reading: The newest reading.
+        """
         if reading.total is None or self.rate is None:
             return None
         return max(0, reading.total - reading.done) / self.rate
@@ -123,7 +127,12 @@ class Meter:
 
 
 def describe_reading(reading: Reading, meter: Meter) -> str:
-    """Return a reading as one line of text."""
+    """Return a reading as one line of text.
+
+    Args:
+        reading: The reading.
+        meter: The meter that the readings were added to.
+    """
     text = f"{reading.done:,}"
     if reading.total is not None:
         text += f" of {reading.total:,}"

@@ -37,9 +37,10 @@ class NotificationSource(Protocol):
     def listen(self) -> AsyncIterator[Delivery]:
         """Yield deliveries as they arrive.
 
-        Returning means that nothing more will arrive: pending tasks fail. Raising means that the
-        source broke: `listen` is called again after a pause, and everything pending is fetched.
-        An async generator is closed when the session closes.
+        If it returns, nothing more will arrive, and pending tasks fail with
+        `NotificationSourceError`. If it raises, the session calls it again after a pause and
+        fetches everything pending. The session cancels the wait for the next delivery when it
+        closes, and closes an async generator.
         """
         ...
 
@@ -52,7 +53,11 @@ class ReplayableSource(NotificationSource, Protocol):
         """Return the deliveries of these tasks that arrived earlier.
 
         The session asks, in batches, for each task once its id is known, for everything pending
-        after `listen` broke, and for everything pending every 30 s.
+        after `listen` broke, and for everything pending every 30 s. It cancels a fetch when it
+        closes.
+
+        Args:
+            task_ids: The tasks that are pending.
         """
         ...
 
@@ -64,7 +69,10 @@ class AcknowledgingSource(NotificationSource, Protocol):
     def acknowledge(self, delivery: Delivery) -> None:
         """Note that a delivery of this source resolved a task, or was a duplicate.
 
-        Must not block; acknowledge in batches.
+        Must not block. Acknowledge in batches.
+
+        Args:
+            delivery: An object that `listen` or ``fetch`` returned.
         """
         ...
 
@@ -73,7 +81,14 @@ class NotificationSink(Protocol):
     """Where a receiver puts verified deliveries. A plain ``asyncio.Queue[Delivery]`` is one."""
 
     async def put(self, delivery: Delivery, /) -> None:
-        """Return once the delivery is stored; the sender gets 200 only then."""
+        """Store a delivery. The sender gets 200 only after this returns.
+
+        Must be safe to cancel: a receiver cancels it after 20 s. The sender then gets 503 and sends
+        the delivery again.
+
+        Raises:
+            Exception: The delivery was not stored. The sender gets 503 and tries again.
+        """
         ...
 
 
@@ -90,7 +105,12 @@ class TraceCarrier(Protocol):
     """
 
     def note_trace(self, task_id: str, trace: str) -> None:
-        """Keep the trace context of a task that was submitted. Must not block."""
+        """Keep the trace context of a task that was submitted. Must not block.
+
+        Args:
+            task_id: The task.
+            trace: The value of a ``traceparent`` header.
+        """
         ...
 
     def carry_traces(self, follow: FollowPut) -> None:
@@ -161,7 +181,7 @@ class Ledger(ABC):
 
     @abstractmethod
     async def open(self, *, base_url: str, cloud_name: str) -> None:
-        """Open the ledger for a session. Idempotent.
+        """Open the ledger for a session. Idempotent. Must be safe to cancel.
 
         Args:
             base_url: ``scheme://host[:port]`` of the service.
@@ -174,28 +194,54 @@ class Ledger(ABC):
 
     @abstractmethod
     async def find(self, key: str) -> LedgerRecord | None:
-        """Return what is known about a key, including everything recorded before the call."""
+        """Return what is known about a key, including everything recorded before the call.
+
+        Must be safe to cancel.
+
+        Args:
+            key: See `AnalyzeRequest.key`.
+        """
 
     @abstractmethod
     async def record_submitted(self, key: str, task_id: str | None) -> None:
         """Record the task that was submitted for a key. It replaces an earlier task.
 
-        ``None``: the recorded task failed for a transient reason, so the next run sends again.
+        Cancelling the wait must not lose the record.
+
+        Args:
+            key: See `AnalyzeRequest.key`.
+            task_id: The task. ``None``: the recorded task failed for a transient reason, so the next
+                run sends the request again.
         """
 
     @abstractmethod
     async def record_response(self, key: str, response: Response[Any], *, seconds: float) -> None:
-        """Record a final response and how long its attempts took."""
+        """Record a final response. Cancelling the wait must not lose the record.
+
+        Args:
+            key: See `AnalyzeRequest.key`.
+            response: The response. Store its ``raw``.
+            seconds: How long its attempts took.
+        """
 
     @abstractmethod
     async def record_error(self, key: str, error: AnalyzeError, *, seconds: float) -> None:
-        """Record a final error and how long its attempts took."""
+        """Record a final error. Cancelling the wait must not lose the record.
+
+        Args:
+            key: See `AnalyzeRequest.key`.
+            error: The error. It can be pickled.
+            seconds: How long its attempts took.
+        """
 
     async def claim(self, key: str) -> Claim | None:
         """Claim the right to send a request for a key. Never waits for other workers.
 
         Called immediately before the first attempt of a request. A ``record_`` method for a final
-        response or error, or `release`, ends the claim.
+        response or error, or `release`, ends the claim. A cancelled call must leave no claim.
+
+        Args:
+            key: See `AnalyzeRequest.key`.
 
         Returns:
             ``None`` if another worker holds the claim, the key is final, or nothing can be recorded
@@ -207,13 +253,19 @@ class Ledger(ABC):
         return None if record.final else Claim(task_id=record.task_id)
 
     async def watch(self, key: str) -> None:  # noqa: B027 -- one writer never waits for another
-        """Return when `find` or `claim` may have a new result for a key that was denied."""
+        """Return when `find` or `claim` may have a new result for a key that was denied.
+
+        Must be safe to cancel.
+
+        Args:
+            key: See `AnalyzeRequest.key`.
+        """
 
     def release(self, key: str, *, ambiguous: bool) -> None:  # noqa: B027 -- nothing is held
         """Give up the claim on a key without a response. Must not block.
 
         Args:
-            key: The key.
+            key: See `AnalyzeRequest.key`.
             ambiguous: Whether the request may have been sent, accepted and charged.
         """
 
@@ -221,7 +273,12 @@ class Ledger(ABC):
         """Note the source that a key names, before its request is sent.
 
         Called for items that ``key=`` names. `find` returns it as `LedgerRecord.source`, so that
-        another source under the same key is refused. Durable no later than the next record.
+        another source under the same key is refused. Durable no later than the next record, also
+        if the call is cancelled.
+
+        Args:
+            key: See `AnalyzeRequest.key`.
+            source: The source as text.
         """
 
     async def note_item(  # noqa: B027 -- for ledgers that can be exported
@@ -229,7 +286,8 @@ class Ledger(ABC):
     ) -> None:
         """Note an item of a stream before its request is sent, so that it can be exported.
 
-        Need not be durable when it returns, but no later than the next record.
+        Need not be durable when it returns, but no later than the next record, also if the call is
+        cancelled.
 
         Args:
             key: The key of its request.

@@ -1,9 +1,10 @@
-"""One typed request per model: what to analyse, and how.
+"""One typed request per model: what to analyze, and how.
 
-Frozen, hashable and picklable. A request is checked when it is made, so that what cannot succeed
-costs nothing. Hints are resolved at run time: nothing is imported for type checking only.
+Requests are frozen, hashable and picklable. They are validated when they are created, so an invalid
+request is never sent. Hints are resolved at run time: nothing is imported for type checking only.
 
-Source: the bodies of ``POST /analyze/{model}`` of the Analyze API.
+Source: the bodies of ``POST /v2/analysis/{cloud}/analyze/{model}``. The docstrings below leave out
+``/v2/analysis/{cloud}``.
 """
 
 from __future__ import annotations
@@ -40,6 +41,31 @@ from cloudinary_analyze.analyses import (
 )
 from cloudinary_analyze.errors import InvalidRequestError
 
+__all__ = [
+    "MODELS",
+    "AIVisionGeneral",
+    "AIVisionModeration",
+    "AIVisionTagging",
+    "AnalyzeRequest",
+    "Asset",
+    "Captioning",
+    "CldFashion",
+    "CldText",
+    "Coco",
+    "GoogleLogoDetection",
+    "GoogleTagging",
+    "HumanAnatomy",
+    "ImageQuality",
+    "Lvis",
+    "OtherModel",
+    "ShopClassifier",
+    "TagDefinition",
+    "Unidet",
+    "Uri",
+    "WatermarkDetection",
+    "find_request_type",
+]
+
 A_co = TypeVar("A_co", covariant=True)
 
 KEY_VERSION: Final = "1"
@@ -55,6 +81,8 @@ _TAG_NAME = r"[a-z0-9-]+"
 @attrs.frozen(repr=False)
 class Uri(Described):
     """A publicly reachable http(s) URL of an image, on Cloudinary or anywhere else.
+
+    Source: ``source.uri`` of the body of ``POST /analyze/{model}``.
 
     Attributes:
         uri: The URL. A URL object of yarl, pydantic, Starlette, httpx or urllib becomes a string.
@@ -80,6 +108,8 @@ class Uri(Described):
 @attrs.frozen(repr=False)
 class Asset(Described):
     """An asset of the same product environment, by its immutable asset id.
+
+    Source: ``source.asset_id`` of the body of ``POST /analyze/{model}``.
 
     Attributes:
         asset_id: The asset id (not the public ID), usually 32 hexadecimal digits.
@@ -197,11 +227,16 @@ def _check_text(value: str, noun: str) -> None:
 
 @attrs.frozen(repr=False)
 class AnalyzeRequest(Described, Generic[A_co]):
-    """What every request has. Not made itself: use the class of a model.
+    """The base class of all requests. Not created directly: use the class of a model.
+
+    Source: the body of ``POST /analyze/{model}``.
 
     Attributes:
-        source: What to analyse: `Uri` or `Asset`. An http(s) URL, as a string or a URL object of
+        source: What to analyze: `Uri` or `Asset`. An http(s) URL, as a string or a URL object of
             yarl, pydantic, Starlette, httpx or urllib, becomes a `Uri`.
+        model_name: The model's name in URLs (of the class).
+        feature: The add-on feature whose quota the model uses (of the class). ``None`` if unknown.
+        analysis_type: The class of ``response.analysis`` (of the class).
 
     Raises:
         InvalidRequestError: The source or a parameter is invalid.
@@ -220,14 +255,15 @@ class AnalyzeRequest(Described, Generic[A_co]):
 
     @property
     def parameters(self) -> Mapping[str, Any]:
-        """What the body holds beside the source, by the service's names."""
+        """The fields of the body besides ``source``, by the service's names."""
         return _NO_PARAMETERS
 
     @property
     def key(self) -> str:
-        """What the request is known by in a ledger: equal for requests that ask the same.
+        """The key of the request in a ledger. Requests with the same content have the same key.
 
-        64 hexadecimal digits: SHA-256 of a version, the model's name in URLs, the source, the parameters.
+        64 hexadecimal digits: the SHA-256 of a version, the model's name, the source, and the
+        parameters.
         """
         return KeyBuilder(self).build(self.source)
 
@@ -267,10 +303,12 @@ class KeyBuilder:
 
 @attrs.frozen(repr=False)
 class AIVisionGeneral(AnalyzeRequest[AIVisionGeneralAnalysis]):
-    """Ask free questions about an image (``ai_vision_general``). Costs AI Vision tokens.
+    """Ask free questions about an image. Costs AI Vision tokens.
+
+    Source: ``POST /analyze/ai_vision_general``.
 
     Attributes:
-        prompts: 1 to 10 prompts.
+        prompts: 1 to 10 prompts. A string counts as one prompt.
     """
 
     prompts: tuple[str, ...] = attrs.field(kw_only=True, converter=_read_prompts)
@@ -287,10 +325,12 @@ class AIVisionGeneral(AnalyzeRequest[AIVisionGeneralAnalysis]):
 
 @attrs.frozen(repr=False)
 class AIVisionModeration(AnalyzeRequest[AIVisionModerationAnalysis]):
-    """Ask yes/no questions about an image (``ai_vision_moderation``). Costs AI Vision tokens.
+    """Ask yes/no questions about an image. Costs AI Vision tokens.
+
+    Source: ``POST /analyze/ai_vision_moderation``.
 
     Attributes:
-        rejection_questions: 1 to 10 questions; a *yes* speaks against the image.
+        rejection_questions: 1 to 10 yes/no questions. A *yes* rejects the image.
     """
 
     rejection_questions: tuple[str, ...] = attrs.field(kw_only=True, converter=_read_questions)
@@ -307,11 +347,16 @@ class AIVisionModeration(AnalyzeRequest[AIVisionModerationAnalysis]):
 
 @attrs.frozen(repr=False)
 class TagDefinition(Described):
-    """A tag and when it fits.
+    """The name of a tag, and the description of the images that it fits.
+
+    Source: an entry of ``tag_definitions`` of the body of ``POST /analyze/ai_vision_tagging``.
 
     Attributes:
-        name: The tag: lower-case letters, digits and hyphens only. The service refuses the rest.
-        description: When it fits, as a sentence or a question.
+        name: The tag: lower-case letters, digits and hyphens. The service rejects other characters.
+        description: When the tag fits, as a sentence or a question.
+
+    Raises:
+        InvalidRequestError: The name or the description is invalid.
     """
 
     name: str
@@ -345,10 +390,13 @@ def _read_definitions(
 
 @attrs.frozen(repr=False)
 class AIVisionTagging(AnalyzeRequest[AIVisionTaggingAnalysis]):
-    """Find which of your own tags fit an image (``ai_vision_tagging``). Costs AI Vision tokens.
+    """Find which of your own tags fit an image. Costs AI Vision tokens.
+
+    Source: ``POST /analyze/ai_vision_tagging``.
 
     Attributes:
-        tag_definitions: 1 to 10 definitions, or a mapping of name to description.
+        tag_definitions: 1 to 10 definitions. The argument can also be a mapping of names to
+            descriptions, or one `TagDefinition`.
     """
 
     tag_definitions: tuple[TagDefinition, ...] = attrs.field(
@@ -367,7 +415,10 @@ class AIVisionTagging(AnalyzeRequest[AIVisionTaggingAnalysis]):
 
 # Subclasses without fields skip `@attrs.frozen`: decorating each one adds 0.2 ms to import time.
 class Captioning(AnalyzeRequest[CaptioningAnalysis]):
-    """Describe an image in a sentence (``captioning``)."""
+    """Describe an image in a sentence.
+
+    Source: ``POST /analyze/captioning``.
+    """
 
     __slots__ = ()
     model_name = "captioning"
@@ -376,7 +427,10 @@ class Captioning(AnalyzeRequest[CaptioningAnalysis]):
 
 
 class CldFashion(AnalyzeRequest[CldFashionAnalysis]):
-    """Find garments and their attributes (``cld_fashion``)."""
+    """Find garments and their attributes.
+
+    Source: ``POST /analyze/cld_fashion``.
+    """
 
     __slots__ = ()
     model_name = "cld_fashion"
@@ -385,7 +439,10 @@ class CldFashion(AnalyzeRequest[CldFashionAnalysis]):
 
 
 class CldText(AnalyzeRequest[CldTextAnalysis]):
-    """Find blocks of text (``cld_text``)."""
+    """Find blocks of text.
+
+    Source: ``POST /analyze/cld_text``.
+    """
 
     __slots__ = ()
     model_name = "cld_text"
@@ -394,7 +451,10 @@ class CldText(AnalyzeRequest[CldTextAnalysis]):
 
 
 class Coco(AnalyzeRequest[CocoAnalysis]):
-    """Find 80 common objects (``coco``)."""
+    """Find 80 common objects.
+
+    Source: ``POST /analyze/coco``.
+    """
 
     __slots__ = ()
     model_name = "coco"
@@ -403,7 +463,10 @@ class Coco(AnalyzeRequest[CocoAnalysis]):
 
 
 class GoogleLogoDetection(AnalyzeRequest[GoogleLogoDetectionAnalysis]):
-    """Find logos of known products (``google_logo_detection``, singular in URLs)."""
+    """Find logos of known products.
+
+    Source: ``POST /analyze/google_logo_detection`` (singular; the guide writes the plural).
+    """
 
     __slots__ = ()
     model_name = "google_logo_detection"
@@ -412,7 +475,10 @@ class GoogleLogoDetection(AnalyzeRequest[GoogleLogoDetectionAnalysis]):
 
 
 class GoogleTagging(AnalyzeRequest[GoogleTaggingAnalysis]):
-    """Label an image by Google's tagging service (``google_tagging``)."""
+    """Label an image with Google's tagging service.
+
+    Source: ``POST /analyze/google_tagging``.
+    """
 
     __slots__ = ()
     model_name = "google_tagging"
@@ -421,7 +487,10 @@ class GoogleTagging(AnalyzeRequest[GoogleTaggingAnalysis]):
 
 
 class HumanAnatomy(AnalyzeRequest[HumanAnatomyAnalysis]):
-    """Find parts of the human body (``human_anatomy``)."""
+    """Find parts of the human body.
+
+    Source: ``POST /analyze/human_anatomy``.
+    """
 
     __slots__ = ()
     model_name = "human_anatomy"
@@ -430,7 +499,10 @@ class HumanAnatomy(AnalyzeRequest[HumanAnatomyAnalysis]):
 
 
 class ImageQuality(AnalyzeRequest[ImageQualityAnalysis]):
-    """Judge the technical quality of an image (``image_quality``)."""
+    """Rate the technical quality of an image.
+
+    Source: ``POST /analyze/image_quality``.
+    """
 
     __slots__ = ()
     model_name = "image_quality"
@@ -439,7 +511,10 @@ class ImageQuality(AnalyzeRequest[ImageQualityAnalysis]):
 
 
 class Lvis(AnalyzeRequest[LvisAnalysis]):
-    """Find everyday objects of more than a thousand kinds (``lvis``)."""
+    """Find everyday objects of more than a thousand kinds.
+
+    Source: ``POST /analyze/lvis``.
+    """
 
     __slots__ = ()
     model_name = "lvis"
@@ -448,7 +523,10 @@ class Lvis(AnalyzeRequest[LvisAnalysis]):
 
 
 class ShopClassifier(AnalyzeRequest[ShopClassifierAnalysis]):
-    """Classify a product picture as a studio or a natural one (``shop_classifier``)."""
+    """Classify a product image as a studio or a natural one.
+
+    Source: ``POST /analyze/shop_classifier``.
+    """
 
     __slots__ = ()
     model_name = "shop_classifier"
@@ -457,7 +535,10 @@ class ShopClassifier(AnalyzeRequest[ShopClassifierAnalysis]):
 
 
 class Unidet(AnalyzeRequest[UnidetAnalysis]):
-    """Find objects by a detector united from several datasets (``unidet``)."""
+    """Find objects with a detector that was trained on several datasets.
+
+    Source: ``POST /analyze/unidet``.
+    """
 
     __slots__ = ()
     model_name = "unidet"
@@ -466,7 +547,10 @@ class Unidet(AnalyzeRequest[UnidetAnalysis]):
 
 
 class WatermarkDetection(AnalyzeRequest[WatermarkDetectionAnalysis]):
-    """Find watermarks and banners (``watermark_detection``)."""
+    """Find watermarks and banners.
+
+    Source: ``POST /analyze/watermark_detection``.
+    """
 
     __slots__ = ()
     model_name = "watermark_detection"
@@ -497,7 +581,7 @@ MODELS: Final[Mapping[str, type[AnalyzeRequest[Any]]]] = {
         ],
     )
 }
-"""The request classes by their models' names in URLs."""
+"""The request classes, by the names of their models in URLs."""
 
 _ALIASES: Final = {"google_logo_detections": "google_logo_detection"}
 
@@ -515,8 +599,14 @@ def read_model_name(name: str) -> str:
 def find_request_type(name: str) -> type[AnalyzeRequest[Any]]:
     """Return the request class of a model.
 
+    Source: the last part of the path ``POST /analyze/{model}``.
+
+    Args:
+        name: The model's name in URLs. Hyphens, capitals and the plural
+            ``google_logo_detections`` are accepted.
+
     Raises:
-        InvalidRequestError: No model of this name is known; the sentence lists those that are.
+        InvalidRequestError: The model is unknown. The message lists the known ones.
     """
     request_type = MODELS.get(read_model_name(name)) if isinstance(name, str) else None
     if request_type is None:
@@ -555,16 +645,22 @@ def _check_model_name(name: str) -> str:
 
 @attrs.frozen(init=False, repr=False)
 class OtherModel(AnalyzeRequest[OtherAnalysis]):
-    """A model that this package does not know; its analysis stays as received.
+    """A request for a model that this package does not know. Its analysis is an `OtherAnalysis`.
+
+    Source: ``POST /analyze/{name}``.
 
     Args:
-        name: The model's wire name.
+        name: The model's name in URLs.
         source: See `AnalyzeRequest`.
-        parameters: A mapping: what the body holds beside the source.
+        parameters: The fields of the body besides ``source``, as a mapping. Default: none.
 
     Attributes:
-        name: The model's wire name.
-        canonical_parameters: The parameters, as canonical JSON.
+        name: The model's name in URLs.
+        canonical_parameters: The parameters as canonical JSON.
+
+    Raises:
+        InvalidRequestError: The name is malformed, or the parameters cannot be encoded as JSON or
+            contain ``source``, ``async`` or ``notification_url``.
     """
 
     name: str

@@ -1,8 +1,11 @@
-"""Plain values that came from the service: responses, limits, statuses, deliveries.
+"""Values that the service sent: responses, limits, statuses, deliveries, notifications.
 
-Only values enter here: no I/O, and nothing that knows a model. Properties read the received JSON
-when they are asked for. They never raise, whatever the JSON holds. Hints are resolved at run time
-by `_wire.structure`, so nothing is imported for type checking only.
+This module does no I/O and knows no models. Properties read the received JSON on access and never
+raise. Hints are resolved at run time by `_wire.structure`, so nothing is imported for type checking
+only.
+
+Source: the responses of ``POST /v2/analysis/{cloud}/analyze/{model}`` and
+``GET /v2/analysis/{cloud}/tasks/{task_id}``, and the webhook.
 """
 
 from __future__ import annotations
@@ -20,6 +23,14 @@ from cloudinary_analyze._values import Jsonable
 if TYPE_CHECKING:
     from cloudinary_analyze.requests import AnalyzeRequest
 
+__all__ = [
+    "Delivery",
+    "Limit",
+    "Notification",
+    "Response",
+    "TaskStatus",
+]
+
 A = TypeVar("A")
 A_co = TypeVar("A_co", covariant=True)
 
@@ -28,16 +39,21 @@ JSONObject = Mapping[str, Any]
 
 @attrs.frozen(repr=False)
 class Limit(Jsonable):
-    """One entry of an answer's ``limits``: how much of an add-on's quota is left.
+    """How much of an add-on's quota is left.
 
-    The service has sent three shapes of ``limits`` over time; all three are read into this one.
+    The service has sent three shapes of ``limits`` over time. All three are read into this one.
+    ``None`` means that the service did not send the value.
+
+    Source: ``limits.addons_quota``, ``limits.items`` or ``limits.usage`` of a response or a
+    notification.
 
     Attributes:
         type: The add-on feature that is counted (``ai_vision``, ``object_detection``, …).
-        used_by_request: Units that this request cost (AI Vision: tokens), if sent.
-        remaining: Units left in the period, if sent.
-        limit: Units in the period, if sent.
-        reset_time: When the period ends (aware, UTC), if sent. The live service does not send it.
+        used_by_request: Units that this request cost. For ``ai_vision``, units are tokens.
+        remaining: Units left in the period.
+        limit: Units in the period.
+        reset_time: The end of the period (aware, UTC). The live service has not been seen to send
+            it.
     """
 
     type: str
@@ -135,12 +151,14 @@ def _read_integer(value: Any) -> int | None:
 
 @attrs.frozen(repr=False)
 class Response(Jsonable, Generic[A_co]):
-    """The response to one analysis: the typed analysis, and the JSON that it came in.
+    """The response to one analysis: the typed analysis, and the JSON as received.
+
+    Source: the 200 of ``POST /analyze/{model}``, or the notification of a task.
 
     Attributes:
-        analysis: The typed ``data.analysis`` of the request's model.
+        analysis: The typed ``data.analysis``. Its class depends on the request's model.
         model: The model's name in URLs.
-        raw: The JSON object as received. It contains everything that the server sent.
+        raw: The JSON object as received, with everything that the server sent.
     """
 
     analysis: A_co
@@ -149,31 +167,31 @@ class Response(Jsonable, Generic[A_co]):
 
     @property
     def entity(self) -> str | None:
-        """What the service analysed according to its response (the input URL)."""
+        """The URL that the service analyzed, as it reports it. ``None`` if not sent."""
         return find_string(self.raw, "entity")
 
     @property
     def request_id(self) -> str | None:
-        """The service's id of the request, for support."""
+        """The service's id of the request, for Cloudinary's support. ``None`` if not sent."""
         return find_string(self.raw, "request_id")
 
     @property
     def limits(self) -> tuple[Limit, ...]:
-        """What the response says about quotas; empty if it says nothing."""
+        """The quotas after this request. Empty if not sent."""
         return find_limits(self.raw)
 
     @classmethod
     def from_raw(
         cls, request: type[AnalyzeRequest[A]] | AnalyzeRequest[A], raw: JSONObject
     ) -> Response[A]:
-        """Return the response that JSON from the service holds, such as a stored `raw`.
+        """Build a response from JSON of the service, such as a stored `raw`.
 
         Args:
-            request: The request class (``Coco``), or the request; for `OtherModel`, the request.
-            raw: The JSON object as received: of a response, or of a notification.
+            request: The request class (``Coco``) or a request. For `OtherModel`, pass a request.
+            raw: The JSON object as received, of a response or a notification.
 
         Raises:
-            ResponseDecodeError: It holds no analysis of the model.
+            ResponseDecodeError: The JSON contains no analysis of the model.
         """
         from cloudinary_analyze._wire.protocol import read_result
 
@@ -189,13 +207,15 @@ class Response(Jsonable, Generic[A_co]):
 
 @attrs.frozen(repr=False)
 class TaskStatus(Jsonable):
-    """What ``GET /tasks/{id}`` says of a task. It never carries the result.
+    """The status of a task. It never carries the result.
+
+    Source: the 200 of ``GET /tasks/{task_id}``.
 
     Attributes:
         task_id: The task's id.
-        state: ``"pending"``, ``"processing"``, ``"completed"``, ``"failed"``, or whatever else
-            the service says: unknown states are kept as received and count as still running.
-        request_id: The service's id of the status request, if sent.
+        state: ``"pending"``, ``"processing"``, ``"completed"`` or ``"failed"``. Unknown states are
+            kept as received and count as still running.
+        request_id: The service's id of the status request. ``None`` if not sent.
         raw: The JSON object as received.
     """
 
@@ -206,22 +226,24 @@ class TaskStatus(Jsonable):
 
     @property
     def finished(self) -> bool:
-        """Whether the remote work is over, for better or worse."""
+        """Whether the state is ``"completed"`` or ``"failed"``."""
         return self.state in {"completed", "failed"}
 
 
 @attrs.frozen
 class Delivery:
-    """The raw bytes and headers of a webhook, with the instant it was first received.
+    """The raw bytes and headers of a webhook, with the time of its first receipt.
 
-    A delivery is not trusted: it becomes a :class:`Notification` when its signature was verified.
+    A delivery is not trusted. It becomes a `Notification` once its signature is verified.
+
+    Source: the webhook.
 
     Attributes:
-        body: The body, byte for byte as received. Re-serialised JSON never verifies.
-        headers: The HTTP headers; names are compared without regard to case.
-        received_at: Unix seconds (wall clock) of the first receipt. The age of the signature is
-            judged against this instant, so a delivery may be stored for hours before it is read.
-            ``None``: the age is unknown and is not judged.
+        body: The body, byte for byte as received. JSON that was serialized again never verifies.
+        headers: The HTTP headers. Names are compared without regard to case.
+        received_at: Unix seconds (wall clock) of the first receipt. Default: now. The age of the
+            signature is measured at this time, so a delivery can be stored for hours before it is
+            read. ``None``: the age is unknown and is not checked.
     """
 
     body: bytes = attrs.field(repr=lambda body: f"<{len(body)} bytes>")
@@ -231,10 +253,12 @@ class Delivery:
 
 @attrs.frozen
 class Notification:
-    """A delivery whose signature was verified and whose body was parsed.
+    """The parsed body of a webhook.
+
+    Source: the webhook. The schema requires none of its fields.
 
     Attributes:
-        task_id: The task that it names; ``None`` if it does not belong to an analysis task.
+        task_id: The task that it names. ``None`` if it does not belong to an analysis task.
         raw: The JSON object as received.
     """
 
@@ -243,28 +267,28 @@ class Notification:
 
     @property
     def request_id(self) -> str | None:
-        """The service's id of the original request."""
+        """The service's id of the original request. ``None`` if not sent."""
         return find_string(self.raw, "request_id")
 
     @property
     def http_status(self) -> int | None:
-        """The status that the synchronous call would have had."""
+        """The HTTP status that the synchronous call would have had. ``None`` if not sent."""
         return _read_integer(self.raw.get("http_status"))
 
     @property
     def data(self) -> JSONObject | None:
-        """On success, usually ``{"entity": …, "analysis": {…}}``."""
+        """The object ``data``. On success usually ``{"entity": …, "analysis": {…}}``."""
         data = self.raw.get("data")
         return data if type(data) is dict else None
 
     @property
     def limits(self) -> tuple[Limit, ...]:
-        """What the notification says about quotas; empty if it says nothing."""
+        """The quotas after the request. Empty if not sent."""
         return find_limits(self.raw)
 
     @property
     def error(self) -> JSONObject | None:
-        """The error object on failure."""
+        """The error object of a failed task. ``None`` if there is none."""
         data = self.data
         for error in (self.raw.get("error"), None if data is None else data.get("error")):
             if error:
@@ -273,7 +297,7 @@ class Notification:
 
     @property
     def failed(self) -> bool:
-        """Whether the task failed, by its HTTP status, its error object or its task status."""
+        """Whether the HTTP status, the error object or the task status reports a failure."""
         raw = self.raw  # read directly, because this is asked of every notification
         status = raw.get("http_status")
         if raw.get("error") or (status != 200 and (_read_integer(status) or 0) >= 400):

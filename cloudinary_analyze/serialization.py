@@ -67,6 +67,8 @@ try:
 except ImportError:  # the [speed] extra
     orjson = None  # type: ignore[assignment, unused-ignore]
 
+__all__ = ["to_dict", "to_json"]
+
 _KINDS: Final = (
     Response,
     Analysis,

@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from cloudinary_analyze._http.call import Caller
     from cloudinary_analyze._http.token import Token
 
+__all__ = ["AnalyzeSession"]
+
 Item = TypeVar("Item")
 A = TypeVar("A")
 
@@ -333,11 +335,13 @@ class AnalyzeSession(NotPicklable):
     async def analyze(
         self, request: AnalyzeRequest[A], *, timeout: float | None = None
     ) -> Response[A]:
-        """Analyse an image and return the typed response.
+        """Analyze an image and return the typed response.
 
-        Sends ``POST /analyze/{model}``, retries transient failures, and follows a task if the
-        service makes one of the call. Cancelling is safe at any time and closes the connection
-        in use; a request already sent may still be charged.
+        Retries transient failures, and follows a task if the service turns the call into one.
+        Cancelling is safe at any time and closes the connection in use. A request that was already
+        sent may still be charged.
+
+        Source: ``POST /v2/analysis/{cloud}/analyze/{model}``.
 
         Args:
             request: The model, source and parameters.
@@ -345,14 +349,21 @@ class AnalyzeSession(NotPicklable):
                 `Settings.call_timeout`.
 
         Returns:
-            The response; ``response.analysis`` is typed by the request's model.
+            The response. The type of ``response.analysis`` follows from the request.
 
         Raises:
+            InvalidRequestError: The argument is not a request.
+            ConfigurationError: ``timeout`` is not a number.
             ApiError: The service refused the request, or failed at every attempt; see subclasses.
-            TransportError: No response arrived at any attempt; ``ambiguous`` says whether the
+            TransportError: No response arrived at any attempt. ``ambiguous`` says whether the
                 request may have been charged.
+            OutageError: The service failed or refused everything for too long.
             CallTimeoutError: ``timeout`` expired.
             ResponseDecodeError: The response cannot be read.
+            TaskFailedError: The service turned the call into a task, and the task failed.
+            TaskTimeoutError: The service turned the call into a task, and ``timeout`` expired.
+            ResultNotDeliveredError: The service turned the call into a task, whose result did not
+                arrive.
             SessionStateError: The session is not open, was closed, or belongs to another loop.
         """
         connection = self._opened()
@@ -389,8 +400,16 @@ class AnalyzeSession(NotPicklable):
     ) -> AnalysisTask[A]:
         """Send a request in the background and return its handle, a future, at once.
 
-        Not a coroutine: the request waits for a permit by itself, and its errors are raised by
-        the handle. Sends ``POST /analyze/{model}``.
+        Not a coroutine. The request waits for a permit in the background, and the handle raises its
+        errors.
+
+        ```python
+        task = session.submit(Captioning("https://images.example/a.jpg"))
+        print(await task.accepted())  # the task id, to store
+        response = await task
+        ```
+
+        Source: ``POST /v2/analysis/{cloud}/analyze/{model}``, for tasks with ``async: true``.
 
         Args:
             request: The model, source and parameters.
@@ -456,17 +475,20 @@ class AnalyzeSession(NotPicklable):
     ) -> AnalysisTask[Any]:
         """Return another handle on an accepted task: after a restart, or in another handler.
 
-        Sends only status polls. A task that was answered recently (`Settings.answered_seconds`)
-        is answered at once. At most 10,000 ids that the service has not confirmed are waited for
-        at a time; the handle of one more ends with `TaskLimitError`.
+        Not a coroutine. Sends only status polls. A task that was answered recently
+        (`Settings.answered_seconds`) is answered at once. A session waits for at most 10,000 ids
+        that the service has not confirmed. The handle of one more ends with `TaskLimitError`.
+
+        Source: ``GET /v2/analysis/{cloud}/tasks/{task_id}``, and the webhook.
 
         Args:
             task_id: From `AnalysisTask.accepted`.
-            request_type: The request class (``Coco``), which says how to read the result, or the
-                request itself, which can also be repeated (`Settings.on_missing_result`).
+            request_type: The request class (``Coco``), which determines how the result is read, or
+                the request itself, which can also be repeated (`Settings.on_missing_result`).
             timeout: Seconds for the wait. Default: `Settings.task_timeout`.
 
         Raises:
+            ConfigurationError: ``timeout`` is not a number.
             InvalidRequestError: Not a task id, or not a request class.
             SessionStateError: The session is not open, was closed, or belongs to another loop.
         """
@@ -502,7 +524,9 @@ class AnalyzeSession(NotPicklable):
     async def task_status(self, task_id: str) -> TaskStatus:
         """Return a task's status, which never carries the result.
 
-        Sends ``GET /tasks/{task_id}``, with retries. Costs no quota. Cancelling is safe.
+        Retries transient failures. Costs no quota. Cancelling is safe.
+
+        Source: ``GET /v2/analysis/{cloud}/tasks/{task_id}``.
 
         Args:
             task_id: From `AnalysisTask.accepted`.
@@ -552,48 +576,59 @@ class AnalyzeSession(NotPicklable):
         key: Callable[[Any], str] | None = None,
         budget: Budget | None = None,
     ) -> OutcomeStream[Any, Any]:
-        """Analyse any number of items, lazily, and yield an outcome for each.
+        """Analyze any number of items, lazily, and yield an outcome for each.
 
-        A failed item is a `Failed` outcome; it never raises out of the loop. Some errors stop more
-        than their item: an exhausted quota stops its add-on feature, a missing add-on its model,
-        and refused credentials, a server that asks for too long a wait, a closed session or a
-        broken ledger everything. Later items of a stopped kind fail unsent, with
+        ```python
+        async with session.map(urls, Captioning) as outcomes:
+            async for outcome in outcomes:
+                print(outcome.item, outcome.error or outcome.response.analysis.caption)
+        ```
+
+        A failed item is a `Failed` outcome. It never raises out of the loop. Some errors stop more
+        than their item. An exhausted quota stops its add-on feature. A missing add-on stops its
+        model. Refused credentials, a server that asks for too long a wait, a closed session and a
+        broken ledger stop everything. Later items of a stopped kind are not sent and fail with
         `BulkStoppedError`. The stream ends with `BulkStoppedError` at once if every request so far
         was of a stopped kind, and otherwise after ``window`` unsent items in a row. It also ends
         if none of the first 100 items makes a request. An exception from the input is raised after
         the outcomes of everything in flight.
 
         With a ledger, an outcome is yielded only once its record is durable, so a run can be
-        killed at any moment and repeated: recorded responses and permanent errors are yielded from
+        killed at any moment and repeated. Recorded responses and permanent errors are yielded from
         the ledger (``outcome.restored``), submitted tasks are re-attached, and the rest is sent.
         Equal requests in flight share one call. Rate limits, server errors, timeouts and network
-        errors are not recorded. While the ledger cannot be written, nothing more is sent. One that
-        fails stops the stream; responses in flight are still handed over, marked as unrecorded.
-        Leaving the stream waits up to 5 s for submissions in
-        flight, to record their tasks.
+        errors are not recorded. While the ledger cannot be written, nothing more is sent. A ledger
+        that fails stops the stream. Responses in flight are still yielded, marked as unrecorded.
+        Leaving the stream waits up to 5 s for submissions in flight, to record their tasks.
+
+        Not a coroutine. Cancelling an iteration is safe: it loses no outcome. Leaving ``async with``
+        cancels the calls in flight. Requests that were already sent may still be charged.
+
+        Source: ``POST /v2/analysis/{cloud}/analyze/{model}``, once per item.
 
         Args:
             items: Requests, or values that ``to_request`` builds requests from. An iterable or
                 async iterable; it may be infinite.
             to_request: Builds a request from an item: ``Captioning``, or any function. An exception
-                is that item's error.
+                is that item's error. Default: the items are requests.
             mode: As for `submit`; the default makes calls.
             window: Maximum number of items in memory, from their pull until their outcome is
                 handed over. Default: twice the permits for calls, 10,000 for tasks.
             ordered: Whether outcomes arrive in the order of the items, not as they complete.
             ledger: Where responses are recorded, such as ``SQLiteLedger(path)``. The stream opens
-                it; close it yourself, after the session.
+                it. Close it yourself, after the session. Default: nothing is recorded.
             key: Names an item in the ledger instead of its source, for URLs that change between
                 runs (for example, signed URLs). Model and parameters are part of the key, too. A
                 key names one source: a second source with the same key fails, in the window or
                 if the ledger recorded another one. Sources in a ledger are compared without their
                 query and Cloudinary signature, which may change between runs.
-            budget: What the stream may spend. Once the calls are spent, it ends with
-                `BudgetReachedError`; once the units of a feature are, that feature stops as if
-                its quota were exhausted. `OutcomeStream.spent` says what was spent.
+            budget: What the stream may spend. Once the calls are spent, the stream ends with
+                `BudgetReachedError`. Once the units of a feature are spent, that feature stops as
+                if its quota were exhausted. `OutcomeStream.spent` is what was spent.
 
         Raises:
-            ConfigurationError: The arguments do not fit together.
+            ConfigurationError: An argument is invalid, or they do not fit together.
+            SessionStateError: The session is not open, was closed, or belongs to another loop.
             InvalidRequestError: ``items`` is a string, a mapping, a table, or not iterable.
         """
         tracker = self._opened().tracker
@@ -636,10 +671,20 @@ class AnalyzeSession(NotPicklable):
     async def analyze_all(
         self, requests: Iterable[AnalyzeRequest[A]]
     ) -> list[Outcome[AnalyzeRequest[A], A]]:
-        """Analyse some requests and return an outcome for each, in their order.
+        """Analyze some requests and return an outcome for each, in their order.
 
         For lists that fit into memory; use `map` for the others. A failed item does not raise.
         Requests that were not sent because the stream stopped fail with its `BulkStoppedError`.
+        Cancelling cancels the calls in flight, and their outcomes are lost. Requests that were
+        already sent may still be charged.
+
+        Source: ``POST /v2/analysis/{cloud}/analyze/{model}``, once per request.
+
+        Args:
+            requests: The requests. Iterated once, at the start.
+
+        Raises:
+            SessionStateError: The session is not open, was closed, or belongs to another loop.
         """
         requests = list(requests)
         outcomes: list[Outcome[AnalyzeRequest[A], A]] = []
@@ -655,7 +700,10 @@ class AnalyzeSession(NotPicklable):
 
     @property
     def quota(self) -> Mapping[str, Limit]:
-        """Add-on feature to its newest `Limit`: the lowest remainder of the newest period seen."""
+        """Add-on features and their newest `Limit`: the lowest remainder of the newest period seen.
+
+        Source: ``limits`` of responses and notifications. Empty before the first of them.
+        """
         return self._quota.limits
 
     @property
@@ -695,7 +743,7 @@ class AnalyzeSession(NotPicklable):
         everything, without waiting.
 
         Args:
-            drain: Seconds to wait for the results of accepted tasks.
+            drain: Seconds to wait for the results of accepted tasks. Default: 0.
 
         Raises:
             WrongEventLoopError: The session is open on another event loop.

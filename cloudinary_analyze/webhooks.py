@@ -1,11 +1,13 @@
-"""Webhooks: the digest, the verification, and the parsing. Pure functions, no I/O.
+"""Webhooks: digest, verification and parsing. Pure functions without I/O.
 
-The signature is ``hex(H(raw body ‖ timestamp ‖ secret))`` with SHA-1 or SHA-256: a plain digest,
-not an HMAC, pinned to vectors that the vendor's own SDK made. Keep the raw bytes: JSON that was
-parsed and serialised again never verifies.
+The signature is ``hex(H(raw body ‖ timestamp ‖ secret))``, where H is SHA-1 or SHA-256. It is a
+plain digest, not an HMAC. The tests compare it with signatures of the vendor's own SDK. Keep the
+raw bytes: JSON that was parsed and serialized again never verifies.
 
 Each process digests and parses a webhook once. The receiver makes a `VerifiedDelivery`, which
 carries its `Notification` to a session of the same process and credentials (`read_delivery`).
+
+Source: the webhook.
 """
 
 from __future__ import annotations
@@ -76,22 +78,40 @@ def verify_signature(
     oldest: float | None = OLDEST,
     newest: float | None = NEWEST,
 ) -> None:
-    """Return if a notification was signed with one of the secrets, and lately; else raise.
+    """Verify that a notification was signed recently and with one of the secrets; raise otherwise.
+
+    Sessions and receivers call it for you. The comparison takes the same time for any signature.
+
+    ```python
+    body = b'{"notification_type": "analyze"}'
+    headers = sign_notification(body, credentials)
+    verify_signature(
+        body,
+        headers["X-Cld-Timestamp"],
+        headers["X-Cld-Signature"],
+        credentials.signing_secrets,
+    )
+    print(parse_notification(body).raw)
+    ```
+
+    Source: the headers ``X-Cld-Timestamp`` and ``X-Cld-Signature`` of the webhook.
 
     Args:
         body: The raw body, byte for byte as received.
         timestamp: The value of ``X-Cld-Timestamp``: Unix seconds in decimal.
         signature: The value of ``X-Cld-Signature``: lower-case hex.
-        secrets: The secrets that may have signed it; several while one is rotated.
-        digests: The digests that may have been used.
-        now: Unix seconds of the receipt; default: the wall clock's.
-        oldest: How many seconds the timestamp may lie in the past; ``None``: any.
-        newest: How many seconds it may lie in the future; ``None``: any.
+        secrets: The secrets that may have signed it. Pass several while one is rotated.
+        digests: The digests to accept. Default: SHA-1 and SHA-256.
+        now: Unix seconds of the receipt. Default: the time of the wall clock.
+        oldest: The maximum age of the timestamp, in seconds. Default: 7,200. ``None``: any.
+        newest: The maximum distance of the timestamp into the future, in seconds. Default: 300.
+            ``None``: any.
 
     Raises:
-        InvalidSignatureError: It was not signed with any of them.
-        StaleNotificationError: It was, but too long ago, or in the future.
+        InvalidSignatureError: The signature is missing, malformed, or made with another secret.
+        StaleNotificationError: The signature is valid, but too old or too far in the future.
         ConfigurationError: A secret is missing, or a digest is unknown.
+        TypeError: The body is a string.
     """
     secrets = (secrets,) if isinstance(secrets, str) else tuple(secrets)
     digests = (digests,) if isinstance(digests, str) else tuple(digests)
@@ -130,28 +150,34 @@ def _verify(
             matched |= hmac.compare_digest(expected, signature)
     if not matched:
         raise InvalidSignatureError(
-            "The notification's signature is of none of the known secrets. Either it is forged, "
-            "or its body was changed on the way, or the account signs with another key or digest "
-            "(see Credentials.notification_secrets and .digests)."
+            "Signature mismatch: the notification was not signed with any configured secret. It "
+            "may be forged, its body may have been changed in transit, or the account signs with "
+            "another key or digest (see Credentials.notification_secrets and .digests)."
         )
     return int(timestamp)
 
 
 def _build_age_error(age: float, *, oldest: float, newest: float) -> StaleNotificationError:
     if age < 0:
-        seen = f"{-age:.0f} s in the future; over {newest:.0f} s it may be forged"
+        seen = f"{-age:.0f} s in the future (limit: {newest:.0f} s), so it may be forged"
     else:
-        seen = f"{age:.0f} s before it arrived; over {oldest:.0f} s it may be a replay"
+        seen = f"{age:.0f} s before it arrived (limit: {oldest:.0f} s), so it may be a replay"
     return StaleNotificationError(
-        f"The notification was signed {seen}. If many are refused, check this machine's clock."
+        f"The timestamp of the notification is {seen}. If many are refused, check this machine's "
+        "clock."
     )
 
 
 def parse_notification(body: bytes) -> Notification:
-    """Return what a notification says. Verify its signature first.
+    """Parse the body of a notification. Verify its signature first.
 
-    A notification of any type that names a task belongs to it. Foreign notifications, of uploads
-    for example, are parsed too; their ``task_id`` is ``None``.
+    A notification of any type that names a task belongs to it. Other notifications, such as those
+    of uploads, are parsed too; their ``task_id`` is ``None``.
+
+    Source: the body of the webhook.
+
+    Args:
+        body: The raw body.
 
     Raises:
         MalformedNotificationError: The body is not a JSON object.

@@ -56,8 +56,11 @@ def read_modules() -> Iterator[tuple[str, ast.Module]]:
 
 
 def find_public_names() -> set[tuple[str, str]]:
-    """Return the names in every `__all__`, each with its module."""
-    return {
+    """Return the names in every `__all__`, each with its module.
+
+    The names of the package are the package's only, also where a module lists them too.
+    """
+    listed = {
         (module, name)
         for module, tree in read_modules()
         if "._" not in module
@@ -65,6 +68,8 @@ def find_public_names() -> set[tuple[str, str]]:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
         for name in ast.literal_eval(node.value)
     }
+    root = cloudinary_analyze.__name__
+    return {(root if (root, name) in listed else module, name) for module, name in listed}
 
 
 def read_examples(docstring: str) -> list[str]:

@@ -28,14 +28,17 @@ FINISHED: Final = frozenset({"completed", "failed"})
 class AnalysisTask(NotPicklable, Generic[A_co]):
     """A handle on one analysis, from `AnalyzeSession.submit` or `AnalyzeSession.task`.
 
-    ``await task`` returns the response or raises. Any number of tasks can await one handle, at any
-    time; cancelling one does not affect the others or the remote task. A handle works in
-    ``asyncio.wait``, ``gather``, ``as_completed``, ``wait_for`` and under ``asyncio.timeout``.
-    Type checkers know ``asyncio.wait`` for futures only: pass `as_future` there, and pass a
-    coroutine that awaits the handle to a ``TaskGroup``.
+    ``await task`` returns the response or raises what `result` raises. Any number of tasks can await
+    one handle, at any time. Cancelling one does not affect the others or the remote task. A handle
+    works in ``asyncio.wait``, ``gather``, ``as_completed``, ``wait_for`` and under
+    ``asyncio.timeout``. Type checkers accept only futures in ``asyncio.wait``: pass `as_future`
+    there, and pass a coroutine that awaits the handle to a ``TaskGroup``.
 
     asyncio reports the error of a handle that is dropped and was never awaited, as it does for
     futures.
+
+    Source: the 202 of ``POST /v2/analysis/{cloud}/analyze/{model}``,
+    ``GET /v2/analysis/{cloud}/tasks/{task_id}``, and the webhook.
 
     Not created directly. Belongs to its session's event loop.
     """
@@ -116,7 +119,9 @@ class AnalysisTask(NotPicklable, Generic[A_co]):
         Raises:
             TaskFailedError: The remote work failed.
             TaskTimeoutError: This handle's wait ended; the remote work continues.
-            TaskLimitError: The session waits for too many ids that may be made up.
+            QuotaExceededError: The task failed because its quota is used up.
+            TaskLimitError: The session already waits for 10,000 ids that the service has not
+                confirmed.
             ResultNotDeliveredError: The task is completed, but its result did not arrive.
             ResponseDecodeError: The result cannot be read; ``raw_body`` has it.
             SessionClosedError: The session was closed first.
@@ -142,10 +147,12 @@ class AnalysisTask(NotPicklable, Generic[A_co]):
             raise asyncio.InvalidStateError("The task is still pending.")
 
     async def accepted(self) -> str | None:
-        """Wait until the service has the request, and return the task id.
+        """Wait until the service has accepted the request, and return the task id.
+
+        Cancelling is safe: it ends this wait only.
 
         Returns:
-            The id to re-attach with later; ``None`` if the service answered directly.
+            The id for `AnalyzeSession.task`. ``None`` if the service answered directly.
 
         Raises:
             AnalyzeError: The service did not accept it; as ``await`` raises.
@@ -157,9 +164,10 @@ class AnalysisTask(NotPicklable, Generic[A_co]):
         return self.task_id
 
     async def wait(self) -> TaskStatus:
-        """Wait until a poll or a notification reports the end of the work; return the status.
+        """Wait until a poll or a notification reports the end of the work, and return the status.
 
-        Does not wait for the result, and does not raise for a failed task.
+        Does not wait for the result, and does not raise for a failed task. Cancelling is safe: it
+        ends this wait only.
 
         Raises:
             AnalyzeError: The task id is unknown, or this handle's wait ended.
@@ -172,7 +180,10 @@ class AnalysisTask(NotPicklable, Generic[A_co]):
         return TaskStatus(self.task_id or "", self.status)
 
     async def is_known(self) -> bool:
-        """Wait until the task is done, or until the service twice did not know it."""
+        """Wait until the task is done (``True``) or the service twice did not know it (``False``).
+
+        Cancelling is safe: it ends this wait only.
+        """
         while not self.done():
             if self._wait.entry.forgotten:
                 return False
@@ -184,10 +195,10 @@ class AnalysisTask(NotPicklable, Generic[A_co]):
         await self._tracker.change(self._wait)
 
     def abandon(self) -> None:
-        """Stop waiting: everybody who awaits this handle gets a `TaskTimeoutError`.
+        """Stop waiting. Every wait for this handle ends with a `TaskTimeoutError`.
 
-        The remote work continues and is charged; the API cannot cancel it. Other handles on the
-        same task are not affected.
+        The remote work continues and is charged, because the API cannot cancel a task. Other
+        handles on the same task are not affected.
         """
         self._tracker.abandon(self._wait)
         self.exception()
@@ -200,7 +211,8 @@ class AnalysisTask(NotPicklable, Generic[A_co]):
     def as_future(self) -> asyncio.Future[Response[A_co]]:
         """Return an `asyncio.Future`, the typed form for ``asyncio.wait``.
 
-        The same one each time. Cancelling it affects no other waiter and nothing remote.
+        Returns the same future each time. Cancelling it affects neither other waiters nor the
+        remote task.
         """
         if self._shared is None or self._shared.cancelled():
             self._shared = asyncio.ensure_future(self._join())
@@ -209,7 +221,12 @@ class AnalysisTask(NotPicklable, Generic[A_co]):
     def add_done_callback(
         self, callback: Callable[[AnalysisTask[A_co]], object], *, context: Context | None = None
     ) -> None:
-        """Call a function with this handle soon after it is done."""
+        """Call a function with this handle soon after it is done.
+
+        Args:
+            callback: A function of one argument, the handle.
+            context: The context to run it in. Default: the current one.
+        """
         self._get_future().add_done_callback(_Callback(self, callback), context=context)
 
     def remove_done_callback(self, callback: Callable[[AnalysisTask[A_co]], object]) -> int:

@@ -1,4 +1,4 @@
-"""Fault plans: what goes wrong, how often, and to whom, decided by hash and seed alone."""
+"""Fault plans: which faults occur, how often, and for which sources. Deterministic per seed."""
 
 from __future__ import annotations
 
@@ -56,36 +56,44 @@ def _seconds(default: float | None) -> Any:
 
 @attrs.frozen(kw_only=True)
 class FaultPlan:
-    """What goes wrong, each as a probability from 0 to 1.
+    """The faults that an emulator injects, each with a probability from 0 to 1.
 
-    Faults of calls exclude one another, so their sum is at most 1. Which sources are hit depends
-    on seed, model and source alone; a source that was hit ``fault_times`` times is well again.
+    ```python
+    Emulator(faults=FaultPlan(error_503=0.1, lost=0.05))
+    ```
+
+    Faults of calls exclude one another, so their sum is at most 1. The sources that they affect
+    depend on the seed, the model and the source. After ``fault_times`` faults, a source recovers.
     Faults of tasks are independent of one another, and stay with the task.
 
     Attributes:
-        error_500: Answered 500 with an error body, nothing done.
-        error_502_html: Answered 502 with a page of HTML, nothing done.
-        error_503: Answered 503, nothing done.
-        rate_limited_429: Answered 429, nothing done and no quota used up.
+        error_500: 500 with an error body. Nothing is done.
+        error_502_html: 502 with an HTML page. Nothing is done.
+        error_503: 503. Nothing is done.
+        rate_limited_429: 429. Nothing is done, and no quota is used.
         reset_connection: The connection is reset before any work.
-        drop_response: The connection is closed after the work: done and charged, unanswered.
-        slow: Answered rightly, ``slow_seconds`` late.
-        truncated_json: Done and charged, but half of the JSON is missing.
-        fault_times: How many attempts of a source are hit before it recovers.
-        retry_after: What ``Retry-After`` of the 429 and 503 says, in seconds; ``None``: absent.
-        slow_seconds: By how much a slow answer is late.
+        drop_response: The connection is closed after the work. The call is done and charged.
+        slow: The correct response arrives ``slow_seconds`` late.
+        truncated_json: Half of the JSON is missing. The call is done and charged.
+        fault_times: How many attempts for a source have a fault before it recovers. Default: 1.
+        retry_after: The ``Retry-After`` of the 429 and 503, in seconds. ``None``: absent.
+        slow_seconds: The delay of a slow response, in seconds. Default: 1.
         early: The notification is delivered before the 202 is sent.
         duplicated: The notification is delivered twice.
         delayed: The notification is sent ``delay_seconds`` late.
         lost: The notification is never sent.
-        forged: An extra notification with a bad signature and a wrong result comes first.
-        stale: An extra one, rightly signed three hours ago, with a wrong result, comes first.
-        malformed: An extra one, rightly signed, whose body is not JSON, comes first.
-        foreign: An extra one, rightly signed, for a task that was never handed out.
-        unrelated: An extra one, rightly signed, about an upload.
-        unknown_status: The status says ``queued_for_gpu`` while the task runs.
-        failed: The task fails; its notification has an error.
-        delay_seconds: By how much a delayed notification is late.
+        forged: A notification with a bad signature and a wrong result comes first.
+        stale: A notification with a valid signature from three hours ago and a wrong result comes
+            first.
+        malformed: A notification with a valid signature, whose body is not JSON, comes first.
+        foreign: A notification with a valid signature for an unknown task comes first.
+        unrelated: A notification with a valid signature about an upload comes first.
+        unknown_status: The status is ``queued_for_gpu`` while the task runs.
+        failed: The task fails. Its notification has an error.
+        delay_seconds: The delay of a delayed notification, in seconds. Default: 1.
+
+    Raises:
+        ValueError: A value is out of range, or the faults of calls add up to more than 1.
     """
 
     error_500: float = _probability()
@@ -122,7 +130,13 @@ class FaultPlan:
             )
 
     def choose_http_fault(self, seed: int, model: str, source: str) -> str | None:
-        """Return the fault that hits the calls of a source, if one does."""
+        """Return the fault of the calls for a source, or ``None``.
+
+        Args:
+            seed: The seed of the emulator.
+            model: The model's name in URLs.
+            source: The source as text.
+        """
         roll = Entropy("http fault", str(seed), model, source).fraction()
         for name in HTTP_FAULTS:
             roll -= getattr(self, name)
@@ -131,7 +145,14 @@ class FaultPlan:
         return None
 
     def choose_task_faults(self, seed: int, model: str, source: str, turn: int) -> tuple[str, ...]:
-        """Return the faults that hit the ``turn``-th task of a source."""
+        """Return the faults of a task.
+
+        Args:
+            seed: The seed of the emulator.
+            model: The model's name in URLs.
+            source: The source as text.
+            turn: The number of the task for this source, from 1.
+        """
         return tuple(self._choose_task_faults(Entropy(str(seed), model, source, str(turn))))
 
     def _choose_task_faults(self, entropy: Entropy) -> Iterator[str]:
@@ -142,7 +163,7 @@ class FaultPlan:
 
 @attrs.define(eq=False)
 class FaultDesk:
-    """Applies a plan to calls and remembers which sources have had their share."""
+    """Applies a plan to calls and tasks, and counts the faults of each source."""
 
     find_plan: Callable[[], FaultPlan | None]
     seed: int
@@ -161,7 +182,7 @@ class FaultDesk:
         return 0.0 if plan is None else plan.delay_seconds
 
     def choose_http_fault(self, model: str, source: str) -> str | None:
-        """Return the fault of this attempt, and count it as had."""
+        """Return the fault of this attempt, and count it."""
         plan = self.plan
         if plan is None:
             return None

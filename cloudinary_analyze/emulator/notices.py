@@ -55,7 +55,7 @@ class EmulatedTask:
         return self.request.source
 
     def read_status(self, now: float) -> str:
-        """Return what the status endpoint says at an instant of the loop's clock."""
+        """Return the task's status at an instant (``now``) of the loop's clock."""
         if self.outcome is not None:
             return self.outcome
         if "unknown_status" in self.faults:

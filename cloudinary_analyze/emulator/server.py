@@ -192,25 +192,29 @@ class Emulator:
         return f"cloudinary://{credentials}@{self.cloud_name}?upload_prefix={self.url}"
 
     def sample_url(self, index: int) -> str:
-        """Return the address of a gallery picture, which this server serves."""
+        """Return the URL of a gallery image, which this server serves.
+
+        Args:
+            index: The number of the image, from 0.
+        """
         return f"{self.url}/samples/{index}.png"
 
     def sample_urls(self, count: int) -> list[str]:
-        """Return the addresses of the first ``count`` gallery pictures."""
+        """Return the URLs of the first ``count`` gallery images."""
         return [self.sample_url(index) for index in range(count)]
 
     def banner(self) -> str:
-        """Return the line to show at the start: where the server is, and that it makes things up."""
+        """Return a line with the URL and a notice that analyses are synthetic."""
         return (
             f"Analyze API emulator on {self.url} (cloud name {self.cloud_name}): analyses are "
             "synthetic, nothing is fetched or sent to Cloudinary."
         )
 
     async def start(self) -> None:
-        """Start to serve; ``async with`` does it for you.
+        """Start to serve. ``async with`` does this for you. Cancelling is safe: nothing stays open.
 
         Raises:
-            OSError: The port is taken.
+            OSError: The port is in use.
         """
         self._desk = self._build_desk(Scheduler(asyncio.get_running_loop()))
         runner = web.AppRunner(self._build_app(), access_log=None, shutdown_timeout=_STOP_SECONDS)
@@ -225,7 +229,10 @@ class Emulator:
         self._url = f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{port}"
 
     async def stop(self) -> None:
-        """Stop to serve: what is in flight is cut off, unsent notifications are dropped."""
+        """Stop. Requests in flight are cut off, and unsent notifications are dropped. Idempotent.
+
+        A cancelled stop may leave connections open until the event loop closes.
+        """
         runner, self._runner, self._url = self._runner, None, None
         if runner is None:
             return

@@ -90,8 +90,9 @@ class RedisLedger(Ledger):
     While Redis cannot be reached, nothing is sent, and responses wait to be recorded.
 
     Attributes:
-        url: ``redis://``, ``rediss://`` (TLS) or ``unix://``. Default: ``REDIS_URL``.
-        namespace: What all keys begin with. A namespace belongs to one host and cloud name.
+        location: The server. The argument is ``url``: ``redis://``, ``rediss://`` (TLS) or
+            ``unix://``. Default: ``REDIS_URL``.
+        namespace: The prefix of all keys. A namespace belongs to one host and cloud name.
         keep: Seconds that a record is kept. Default: without a limit.
         lease: Seconds after which a worker that stopped renewing its lease counts as dead. Longer
             than any pause of the process or its event loop.
@@ -155,17 +156,19 @@ class RedisLedger(Ledger):
         return Names(self.namespace)
 
     def describe(self, statistics: Callable[[], Mapping[str, Any]]) -> None:
-        """Show statistics of this worker to everybody, see `worker_stats`.
+        """Publish statistics of this worker, for `worker_stats`.
 
         Args:
-            statistics: Returns what JSON can hold. Called with each renewal of the lease.
+            statistics: Returns a mapping that JSON can encode. Called at each renewal of the lease.
         """
         self._describe = statistics
         if self._worker is not None:
             self._worker.describe = statistics
 
     async def open(self, *, base_url: str, cloud_name: str) -> None:
-        """Connect, and become a worker. Idempotent; opens again after a failure.
+        """Connect, and become a worker. Idempotent. Opens again after a failure.
+
+        Cancelling is safe: a later call continues.
 
         Args:
             base_url: ``scheme://host[:port]`` of the service.
@@ -211,7 +214,11 @@ class RedisLedger(Ledger):
         worker.link.patience = self.patience
 
     async def aclose(self) -> None:
-        """Write what waits, end the lease, and disconnect. Idempotent."""
+        """Write what waits, end the lease, and disconnect. Idempotent.
+
+        A cancelled close disconnects at once. What was not written yet is lost, and other workers
+        take the claims over when the lease ends.
+        """
         worker, self._worker = self._worker, None
         if worker is not None:
             self._former |= {worker.id}
@@ -338,10 +345,10 @@ class RedisLedger(Ledger):
             self._noted.popitem(last=False)
 
     def iter_records(self) -> Iterator[LedgerItem]:
-        """Yield everything that is answered or failed permanently, in no order.
+        """Yield every final response and error, in no order.
 
-        Blocks; needs no `open`, and does not disturb the workers. What is recorded meanwhile may
-        or may not be included. ``index`` counts the records from 0.
+        Blocks. Needs no `open`, and does not affect the workers. Records that are written meanwhile
+        may or may not be included. ``index`` counts the records from 0.
 
         Raises:
             LedgerError: Redis cannot be used, or a record cannot be read.
@@ -363,10 +370,10 @@ class RedisLedger(Ledger):
             raise self._explain(LinkFailedError(str(error))) from error
 
     def worker_stats(self) -> list[dict[str, Any]]:
-        """Return what each running worker shows of itself, the newest first. Blocks.
+        """Return the statistics of each running worker, the newest first. Blocks.
 
-        ``worker`` is its name, ``at`` the Unix time of the renewal, ``claims`` the number of
-        requests that it holds now; further entries are those of `describe`.
+        ``worker`` is its name, ``at`` the Unix time of its last renewal, and ``claims`` the number
+        of requests that it holds. The other entries come from `describe`.
 
         Raises:
             LedgerError: Redis cannot be used.

@@ -97,17 +97,20 @@ def build_row(
     columns: bytes | None = None,
     error: AnalyzeError | None = None,
 ) -> ItemRow:
-    """Return what a ledger notes of an item.
+    """Return the row of an item, for `SQLiteLedger.add_item`.
 
     Args:
-        source: See `LedgerItem`, as all others.
+        source: See `LedgerItem`, as for the other arguments.
         line: See `LedgerItem`.
         model: See `LedgerItem`.
         key: See `LedgerItem`.
         file: See `LedgerItem`.
         name: See `LedgerItem`.
-        columns: As a JSON object.
-        error: Why no request could be built from it.
+        columns: The columns of the input, as a JSON object.
+        error: Why no request could be built from the item.
+
+    Raises:
+        LedgerError: The key is not hexadecimal.
     """
     return (
         line,
@@ -158,9 +161,15 @@ class SQLiteLedger(NotPicklable, Ledger):
 
     Args:
         path: The file. Its directory must exist. A new file is readable by its owner only.
-        patience: How many seconds to keep trying to write while the file is locked or the disk
-            full or failing. Then the ledger fails: the stream hands over the responses in memory,
-            marked as `unrecorded <Answered.unrecorded>`, and stops; `rescue` saves them.
+        patience: Seconds to keep trying to write while the file is locked or the disk is full or
+            failing. Then the ledger fails: the stream yields the responses in memory, marked as
+            `unrecorded <Answered.unrecorded>`, and stops. `rescue` saves them.
+
+    Raises:
+        ConfigurationError: ``patience`` is negative or not a number.
+
+    Warns:
+        ResourceWarning: It was dropped without being closed.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, patience: float = PATIENCE) -> None:
@@ -213,10 +222,10 @@ class SQLiteLedger(NotPicklable, Ledger):
             )
 
     async def open(self, *, base_url: str, cloud_name: str) -> None:
-        """Open the file for writing, or create it; idempotent. Cancelling is safe.
+        """Open the file for writing, or create it. Idempotent. Cancelling is safe.
 
-        Writes and deletes a record, to prove that one can be made durable. Reads through a file of
-        up to 1 GiB, if it was closed in order, to check that it is intact.
+        Writes and deletes a record to check that records can be made durable. Reads a file of up to
+        1 GiB that was closed in order, to check that it is intact.
 
         Args:
             base_url: ``scheme://host[:port]`` of the service.
@@ -247,10 +256,12 @@ class SQLiteLedger(NotPicklable, Ledger):
         writer.check()
 
     async def aclose(self) -> None:
-        """Write what waits, and close. Idempotent.
+        """Write everything noted, and close. Idempotent.
+
+        Cancelling is safe: a thread still writes everything and closes the file.
 
         Raises:
-            LedgerError: Something could not be written, and no other call raised it yet.
+            LedgerError: Something could not be written, and no other call has raised the error.
         """
         writer, self._writer = self._writer, None
         reader, self._reader = self._reader, None
@@ -272,10 +283,13 @@ class SQLiteLedger(NotPicklable, Ledger):
         return None if self._use().trouble is not None else await super().claim(key)
 
     async def watch(self, key: str) -> None:  # noqa: ARG002 -- for any key
-        """Return once the file can be written again.
+        """Return once the file can be written again. Cancelling is safe.
+
+        Args:
+            key: Any key; all wait for the same file.
 
         Raises:
-            LedgerError: The patience is over.
+            LedgerError: The file could not be written for ``patience`` seconds.
         """
         if self._use().trouble is not None:
             await self.flush()
@@ -366,10 +380,10 @@ class SQLiteLedger(NotPicklable, Ledger):
         )
 
     async def add_item(self, index: int, row: ItemRow) -> None:
-        """Note an item of the run; it replaces an earlier one of the same index.
+        """Note an item of the run. It replaces an earlier item with the same index.
 
-        Does not wait: it is durable no later than the next record. It waits only while very many
-        entries wait to be written.
+        Returns before the item is durable. The next record that is durable includes it. Waits only
+        while more than 5,000 entries are unwritten. Cancelling is safe: the item is noted.
 
         Args:
             index: See `LedgerItem`.
@@ -383,7 +397,12 @@ class SQLiteLedger(NotPicklable, Ledger):
     async def add_error(self, index: int, error: AnalyzeError) -> None:
         """Note why the request of an item failed for a transient reason.
 
-        Does not wait, see `add_item`. A recorded response takes precedence.
+        Returns before the error is durable and can be cancelled, as `add_item`. A recorded response
+        takes precedence.
+
+        Args:
+            index: See `LedgerItem`.
+            error: The error.
 
         Raises:
             LedgerError: Something could not be written.
@@ -396,15 +415,21 @@ class SQLiteLedger(NotPicklable, Ledger):
         )
 
     async def replace_items(self, read_rows: Callable[[], Iterable[ItemRow]]) -> Inventory:
-        """Replace the items of the run by others, all or none. Results are kept.
+        """Replace the items of the run, all or none. Results are kept.
+
+        Cancelling the wait does not stop the replacement.
 
         Args:
-            read_rows: Begins to read them, in the order of the run; see `build_row`. Called in the
-                ledger's thread, and again if the ledger was locked or the disk was full. Whatever
-                it raises is raised here.
+            read_rows: Returns an iterable of the new items, in the order of the run; see
+                `build_row`. Called in the ledger's thread, and called again if the ledger was
+                locked or the disk was full.
+
+        Returns:
+            The counts of the new items.
 
         Raises:
             LedgerError: Something could not be written.
+            Exception: The error that ``read_rows`` raised. The items are unchanged.
         """
         outcome: list[Inventory | Exception] = []
 
@@ -435,13 +460,15 @@ class SQLiteLedger(NotPicklable, Ledger):
     async def forget_errors(self) -> None:
         """Delete the final errors, so that their requests are sent again.
 
+        Cancelling the wait does not stop the deletion.
+
         Raises:
             LedgerError: Something could not be written.
         """
         await self._use().perform(delete_errors)
 
     async def flush(self) -> None:
-        """Return once everything noted so far is durable.
+        """Return once everything noted so far is durable. Cancelling is safe.
 
         Raises:
             LedgerError: Something could not be written.
@@ -451,8 +478,13 @@ class SQLiteLedger(NotPicklable, Ledger):
     async def absorb(self, path: str | os.PathLike[str]) -> None:
         """Copy the tasks, responses and final errors of another ledger, such as a rescued one.
 
+        Cancelling the wait does not stop the copy.
+
+        Args:
+            path: The file of the other ledger. It is not changed.
+
         Raises:
-            LedgerError: The other one cannot be read, or is of another host or cloud; or
+            LedgerError: The other ledger cannot be read or belongs to another host or cloud, or
                 something could not be written.
         """
         writer, other = self._use(), Path(path)
@@ -460,10 +492,15 @@ class SQLiteLedger(NotPicklable, Ledger):
             await writer.perform(partial(copy_records, path=other))
 
     async def copy_states(self, path: str | os.PathLike[str]) -> None:
-        """Copy what another ledger knows about its keys into this new one, without the responses.
+        """Copy the state of every key of another ledger into this new one, without the responses.
+
+        Cancelling the wait does not stop the copy.
+
+        Args:
+            path: The file of the other ledger. It is not changed.
 
         Raises:
-            LedgerError: The other one cannot be read, or is of another host or cloud; or
+            LedgerError: The other ledger cannot be read or belongs to another host or cloud, or
                 something could not be written.
         """
         writer, other = self._use(), Path(path)
@@ -514,7 +551,7 @@ class SQLiteLedger(NotPicklable, Ledger):
         return read_answered(self._path)
 
     def iter_items(self) -> Iterator[LedgerItem]:
-        """Yield every item of the run once, in order, with what is durable of its answer.
+        """Yield every item of the run once, in order, with its durable response or error.
 
         Raises:
             LedgerError: The ledger does not exist or cannot be read.
@@ -522,7 +559,7 @@ class SQLiteLedger(NotPicklable, Ledger):
         return read_items(self._path)
 
     def iter_columns(self) -> Iterator[JSONObject]:
-        """Yield the columns of the input that were kept of each item.
+        """Yield the columns of the input that were kept for each item.
 
         Raises:
             LedgerError: The ledger does not exist or cannot be read.
@@ -530,13 +567,13 @@ class SQLiteLedger(NotPicklable, Ledger):
         return read_columns(self._path)
 
     def iter_noted(self, *, open_only: bool) -> Iterator[LedgerItem]:
-        """Yield the items without the answers to their requests. For one thread.
+        """Yield the items without their responses. For one thread.
 
-        They come in order, but of open items the first of each model comes before all others.
+        Items come in order. With ``open_only``, the first item of each model precedes all others.
 
         Args:
-            open_only: Whether to leave out those that make no request, and those that have a
-                response or a final error.
+            open_only: Whether to leave out items without a request, and items that have a response
+                or a final error.
 
         Raises:
             LedgerError: The ledger does not exist or cannot be read.

@@ -33,14 +33,16 @@ __all__ = ["WebhookReceiver"]
 
 
 class WebhookReceiver(NotPicklable):
-    """Takes Cloudinary's webhooks in and puts them into a sink.
+    """Receives Cloudinary's webhooks and puts them into a sink.
 
-    Answers as `cloudinary_analyze.notifications.asgi.WebhookReceiver` does.
+    Responds as `cloudinary_analyze.notifications.asgi.WebhookReceiver` does.
+
+    Source: the webhook.
 
     Args:
         sink: Where verified deliveries go: an ``asyncio.Queue[Delivery]`` that the session of this
             process reads, or a `NotificationSink` such as `RedisNotifications`.
-        credentials: Whose notifications are taken.
+        credentials: The credentials whose notifications are accepted.
         clock: Stamps deliveries, and bounds the waits; for tests.
 
     Raises:
@@ -53,7 +55,13 @@ class WebhookReceiver(NotPicklable):
         self._intake = Intake(sink, credentials, clock=clock)
 
     async def handle(self, request: web.Request) -> web.Response:
-        """Serve one request."""
+        """Respond to one request.
+
+        Cancelling is safe: the delivery is stored or not, and its sender tries again.
+
+        Args:
+            request: The request. A method other than POST gets 405.
+        """
         try:
             if request.method != "POST":
                 raise RefusedError(WRONG_METHOD.status, WRONG_METHOD.text)

@@ -169,12 +169,12 @@ class RedisNotifications:
     async def put(self, delivery: Delivery, /) -> None:
         """Store a delivery and wake the processes that wait for it.
 
-        One with a result or an error replaces what the mailbox holds; any other fills an empty
-        mailbox only. One that says that its task is still running is not stored. Cancelling is safe: the delivery is stored or not, and storing it again is
-        harmless.
+        A delivery with a result or an error replaces the content of the mailbox. Any other fills an
+        empty mailbox only. A delivery that reports that its task is still running is not stored.
+        Cancelling is safe: the delivery is stored or not, and storing it again is harmless.
 
         Raises:
-            MalformedNotificationError: It names no analysis task.
+            MalformedNotificationError: The delivery names no analysis task.
             redis.RedisError: Redis did not store it.
             TimeoutError: Redis did not respond.
         """
@@ -193,13 +193,21 @@ class RedisNotifications:
         await (stored if self._follow is None else self._follow(task_id, stored))
 
     def acknowledge(self, delivery: Delivery) -> None:
-        """Let the mailbox of a task that was resolved expire after `keep_resolved`."""
+        """Let the mailbox of a resolved task expire after `keep_resolved` seconds.
+
+        Args:
+            delivery: An object that `listen` or `fetch` returned.
+        """
         if isinstance(delivery, _StoredDelivery):
             self._resolved.append(delivery.task_id)
             self._start_writer()
 
     def carry_traces(self, follow: FollowPut) -> None:
-        """Fetch the trace context with each delivery from now on; see `TraceCarrier`."""
+        """Fetch the trace context with each delivery from now on.
+
+        Args:
+            follow: See `TraceCarrier.carry_traces`.
+        """
         self._follow = follow
 
     def note_trace(self, task_id: str, trace: str) -> None:
@@ -279,7 +287,9 @@ class RedisNotifications:
                 put.stored.set_result(_read_trace(found[number]) if type(found) is list else None)
 
     async def listen(self) -> AsyncIterator[Delivery]:
-        """Yield the deliveries of the tasks that were asked for, as they arrive.
+        """Yield the deliveries of the tasks that `fetch` was called with, as they arrive.
+
+        Cancelling is safe: deliveries stay in Redis, where `fetch` finds them.
 
         Raises:
             redis.RedisError: The connection was lost.
@@ -332,7 +342,12 @@ class RedisNotifications:
             return cursor
 
     async def fetch(self, task_ids: Sequence[str]) -> Sequence[Delivery]:
-        """Return what is kept for these tasks; `listen` yields what arrives later.
+        """Return the deliveries that are kept for these tasks. `listen` yields later ones.
+
+        Cancelling is safe.
+
+        Args:
+            task_ids: The tasks.
 
         Raises:
             redis.RedisError: Redis refused, or could not be reached.
@@ -390,7 +405,11 @@ class RedisNotifications:
             raise TimeoutError(f"Redis did not respond within {ANSWER_SECONDS:.0f} s.") from None
 
     async def aclose(self) -> None:
-        """Store what waits, then close the connections. Idempotent; a later use reconnects."""
+        """Store what waits, for up to 10 s, then disconnect. Idempotent. A later use reconnects.
+
+        A cancelled close does not wait. A receiver answers 503 for what was not stored, and the
+        sender tries again.
+        """
         writer = self._writer
         try:
             if writer is not None and not writer.done():

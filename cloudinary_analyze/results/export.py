@@ -160,7 +160,20 @@ def write_records(
     *,
     own: OwnColumns = NO_COLUMNS,
 ) -> int:
-    """Write records to an open stream, as `export_results` does to a file."""
+    """Write records to an open stream, as `export_results` does to a file.
+
+    Args:
+        records: See `build_record`.
+        stream: Where to write; the caller closes it.
+        format: ``"jsonl"``, ``"csv"`` or ``"parquet"``.
+        own: The columns of the input to include. Default: none.
+
+    Returns:
+        The number of records.
+
+    Raises:
+        ConfigurationError: The format is unknown, or pyarrow is not installed.
+    """
     return _choose_writer(format)(records, stream, own)
 
 
@@ -179,7 +192,12 @@ def _choose_writer(format_name: str) -> _Write:
 
 
 def build_row(record: Mapping[str, Any], own: OwnColumns = NO_COLUMNS) -> dict[str, Any]:
-    """Return the row of a record: the input's columns and `COLUMNS`, each of its type or ``None``."""
+    """Return the row of a record: the input's columns and `COLUMNS`, each of its type or ``None``.
+
+    Args:
+        record: See `build_record`.
+        own: The columns of the input to include. Default: none.
+    """
     analysis, error = record.get("analysis"), record.get("error")
     findings = NOTHING if analysis is None else read_findings(analysis)
     error = error if isinstance(error, Mapping) else {}

@@ -30,8 +30,17 @@ class _Timer:
 class ManualClock:
     """A clock that moves only on request.
 
+    ```python
+    import asyncio
+
+    clock = ManualClock()
+    waiting = asyncio.create_task(clock.sleep(60))
+    await clock.advance(60)
+    await waiting
+    ```
+
     Attributes:
-        now: Seconds since the clock was made; the monotonic reading.
+        now: Seconds since the clock was created: the monotonic reading.
         started_at: Unix seconds of the wall clock at ``now == 0``.
     """
 
@@ -41,15 +50,23 @@ class ManualClock:
     _order: Iterator[int] = attrs.field(factory=itertools.count, init=False)
 
     def monotonic(self) -> float:
-        """Return the reading."""
+        """Return the monotonic reading, in seconds."""
         return self.now
 
     def wall(self) -> float:
-        """Return the wall clock's reading, which moves with the other."""
+        """Return the reading of the wall clock, in Unix seconds. It moves with `now`."""
         return self.started_at + self.now
 
     def call_at(self, when: float, callback: Callable[[], None], /) -> _Timer:
-        """Run a callback once the clock was moved to an instant; at once if that is past."""
+        """Run a callback once the clock reaches an instant, or at once if it already has.
+
+        Args:
+            when: The instant, as a reading of `monotonic`.
+            callback: A function without arguments.
+
+        Returns:
+            An object whose ``cancel()`` withdraws the callback.
+        """
         timer = _Timer(callback)
         if when <= self.now:
             asyncio.get_running_loop().call_soon(self._fire, timer)
@@ -58,7 +75,11 @@ class ManualClock:
         return timer
 
     async def sleep(self, seconds: float) -> None:
-        """Wait until the clock was moved on."""
+        """Wait until the clock has moved on. Cancelling is safe.
+
+        Args:
+            seconds: How many seconds it must move. 0 or less: one turn of the loop.
+        """
         if seconds <= 0:
             await asyncio.sleep(0)
             return
@@ -70,7 +91,11 @@ class ManualClock:
             timer.cancel()
 
     def timeout_at(self, deadline: float, /) -> AbstractAsyncContextManager[asyncio.Timeout]:
-        """Time the block out once the clock was moved to an instant."""
+        """Return a context manager whose block times out once the clock reaches an instant.
+
+        Args:
+            deadline: The instant, as a reading of `monotonic`.
+        """
         return self._timeout_at(deadline)
 
     @asynccontextmanager
@@ -85,16 +110,18 @@ class ManualClock:
 
     @property
     def next_at(self) -> float | None:
-        """When the next callback is due; ``None`` if nothing waits for this clock."""
+        """The instant of the next callback. ``None`` if nothing waits for this clock."""
         while self._timers and self._timers[0][2].callback is None:
             heapq.heappop(self._timers)
         return self._timers[0][0] if self._timers else None
 
     async def advance(self, seconds: float) -> None:
-        """Move the clock on, stopping at every callback that is due on the way.
+        """Move the clock on, and run every callback at its instant.
+
+        A cancelled call leaves the clock at the instant that it has reached.
 
         Args:
-            seconds: How far.
+            seconds: How many seconds to move.
         """
         target = self.now + seconds
         await _settle()
@@ -106,9 +133,10 @@ class ManualClock:
         await _settle()
 
     async def run(self, awaitable: Awaitable[T], *, seconds: float = 30.0) -> T:
-        """Move the clock on from timer to timer until something is done; return its result.
+        """Move the clock on from timer to timer until something is done, and return its result.
 
-        For code that waits for the clock and for the network in turn, such as retries.
+        For code that waits for the clock and for the network in turn, such as retries. Cancelling
+        the call cancels the awaitable.
 
         Args:
             awaitable: What to wait for.

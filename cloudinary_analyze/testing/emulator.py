@@ -48,7 +48,7 @@ class ScriptedEmulator(Emulator):
                 another model, look at ``build_response(Coco).raw["data"]["analysis"]``. Default:
                 the synthetic one.
             status: The HTTP status of an error, such as 404 or 503.
-            times: How many requests it serves. A retry counts as a request.
+            times: How many requests it serves. A retry counts as a request. Default: no limit.
 
         Raises:
             InvalidRequestError: The emulator does not have the model, or an argument is invalid.

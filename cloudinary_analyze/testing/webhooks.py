@@ -184,9 +184,14 @@ class WebhookSimulator(NotPicklable):
     async def post(self, body: bytes, *, at: float | None = None) -> WebhookReply:
         """Sign a notification, post it, and return the reply.
 
+        Cancelling may leave a request that is already on its way to the application.
+
         Args:
-            body: Such as `build_notification` returns.
+            body: The body, for example from `build_notification`.
             at: Unix seconds of the signature. Default: now.
+
+        Raises:
+            TimeoutError: The application did not respond in time.
         """
         headers = sign_notification(body, self._credentials, at=at)
         return await self._post(body, headers)

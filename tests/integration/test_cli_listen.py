@@ -46,7 +46,7 @@ async def test_listen_shows_what_is_genuine_and_refuses_the_rest(tmp_path: Path)
     assert [json.loads(line) for line in out.splitlines()] == [json.loads(genuine)]
     assert err.count("Refused with 401") == 3
     for reason in (
-        "of none of the known secrets",
+        "Signature mismatch",
         "s before it arrived",
         "Missing X-Cld-Signature",
         "404",

@@ -65,7 +65,7 @@ def write_report(
         lines: The lines of ``results.jsonl``, such as a file opened in binary mode.
         output: The HTML file; it is replaced only once the new one is complete.
         title: The heading of the page.
-        source: Where the items came from, such as the name of the input file.
+        source: The origin of the items, such as the name of the input file. Default: not shown.
         made: The date of the page. Default: now.
 
     Returns:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from typing import Unpack
 
 import attrs
 
@@ -58,6 +59,7 @@ from cloudinary_analyze import (
     WrongEventLoopError,
     __version__,
     config,
+    errors,
     outcomes,
     to_dict,
     to_json,
@@ -153,6 +155,11 @@ def describe_any(outcome: outcomes.AnyOutcome) -> str:
         return to_json(same.error)
     answered: outcomes.Answered[object, Analysis] = same
     return str(to_dict(answered.response, raw=True))
+
+
+def build_failure(**fields: Unpack[errors.RemoteFields]) -> ServerError:
+    """Return an error, as the test of an application makes one."""
+    return ServerError("The service failed.", **fields)
 
 
 def judge(error: Exception) -> str:
