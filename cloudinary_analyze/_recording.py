@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, Final, Generic, TypeVar
@@ -23,6 +22,7 @@ from cloudinary_analyze._cancellation import (
 )
 from cloudinary_analyze._clock import Clock
 from cloudinary_analyze._policy import is_final
+from cloudinary_analyze._sources import is_same_image
 from cloudinary_analyze._stops import Stops
 from cloudinary_analyze._tasks.handle import AnalysisTask, follow
 from cloudinary_analyze._tasks.tracker import Tracker
@@ -53,8 +53,6 @@ logger = logging.getLogger("cloudinary_analyze.ledger")
 
 POST_PATIENCE: Final = 5.0  # seconds for submissions in flight when the stream is left
 TURN: Final = 0.002  # seconds of restoring from the ledger between two yields to the loop
-
-_SIGNATURE: Final = re.compile(r"/s--[\w-]+--(?=/)|[?#].*", re.DOTALL)
 
 
 def wrap_cancellation(culprit: str, error: asyncio.CancelledError) -> ForeignCancellationError:
@@ -280,11 +278,6 @@ class Leader:
     end: asyncio.Future[Response[Any] | Exception | None]
 
 
-def may_be_same_source(source: str, other: str) -> bool:
-    """Whether two sources may be one image: they differ by their query or signature at most."""
-    return source == other or _SIGNATURE.sub("", source) == _SIGNATURE.sub("", other)
-
-
 class _NotAdmittedError(Exception):
     """The claim on a key was denied, or an earlier holder submitted a task for it."""
 
@@ -371,11 +364,11 @@ class Recording:
 
     async def _share(self, leader: Leader, key: str, work: Work[Item, A]) -> Response[A] | None:
         """Return the response that another item gets; ``None`` if that one was cancelled."""
-        source, other = work.request.source, leader.work.request.source
-        if source != other:
+        source, other = str(work.request.source), str(leader.work.request.source)
+        if not is_same_image(source, other):
             raise InvalidRequestError(
-                f"The key {work.name!r:.80} names two sources, {str(other)!r:.120} and "
-                f"{str(source)!r:.120}. Nothing was sent for the second. Give each source its own "
+                f"The key {work.name!r:.80} names two sources, {other!r:.120} and "
+                f"{source!r:.120}. Nothing was sent for the second. Give each source its own "
                 "key."
             )
         end = await asyncio.shield(leader.end)
@@ -599,7 +592,7 @@ def _check_source(record: LedgerRecord, work: Work[Any, Any]) -> None:
         InvalidRequestError: It was recorded for another one.
     """
     recorded, source = record.source, str(work.request.source)
-    if work.name is None or recorded is None or may_be_same_source(recorded, source):
+    if work.name is None or recorded is None or is_same_image(recorded, source):
         return
     raise InvalidRequestError(
         f"The key {work.name!r:.80} names {recorded!r:.120} in the ledger, and not "

@@ -620,8 +620,9 @@ class AnalyzeSession(NotPicklable):
             key: Names an item in the ledger instead of its source, for URLs that change between
                 runs (for example, signed URLs). Model and parameters are part of the key, too. A
                 key names one source: a second source with the same key fails, in the window or
-                if the ledger recorded another one. Sources in a ledger are compared without their
-                query and Cloudinary signature, which may change between runs.
+                if the ledger recorded another one. URLs are compared without known parameters of
+                signatures (``X-Amz-*``, ``Expires``, ``token``, …) and Cloudinary's signature in
+                the path, which may change between runs.
             budget: What the stream may spend. Once the calls are spent, the stream ends with
                 `BudgetReachedError`. Once the units of a feature are spent, that feature stops as
                 if its quota were exhausted. `OutcomeStream.spent` is what was spent.

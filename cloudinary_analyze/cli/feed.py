@@ -25,6 +25,7 @@ from typing import Annotated, BinaryIO, Final, TypeAlias, cast
 import attrs
 from cyclopts import Parameter, validators
 
+from cloudinary_analyze._sources import is_same_image
 from cloudinary_analyze.cli.input import Columns, InputFormat, detect_format, read_input
 from cloudinary_analyze.cli.screen import STANDARD, CommandError
 from cloudinary_analyze.errors import ConfigurationError, InvalidRequestError
@@ -288,7 +289,11 @@ def _check_names(lines: Iterable[InputLine]) -> Generator[InputLine, None, None]
             ((first, number, file),) = known.execute(
                 "SELECT source, line, file FROM names WHERE name = ?", (name,)
             )
-            yield line if first == source else _refuse_name(line, describe_line(number, file))
+            yield (
+                line
+                if is_same_image(first, source)
+                else _refuse_name(line, describe_line(number, file))
+            )
 
 
 def _refuse_name(line: InputLine, earlier: str) -> InputLine:

@@ -34,7 +34,8 @@ asyncio.run(main())
 A ledger belongs to one host and cloud name. It stores responses and permanent errors: 400, 404, 413,
 415, 422 and failed tasks. Rate limits, server errors, timeouts and network errors are not stored, so
 the next run sends these items again. Pass ``key=`` when URLs change between runs, for example because
-they are signed. A key names one source.
+they are signed. A key names one source: URLs may differ by their signature and its expiry
+(``X-Amz-*``, ``Expires``, ``Signature``, ``sig``, ``__cld_token__``, ``token``, …), not by ``?id=2``.
 
 A request that was in flight when the process was killed is sent again, because it is unknown whether
 it was charged. ``cloudinary-analyze export run.ledger -o results.parquet`` writes the contents of a

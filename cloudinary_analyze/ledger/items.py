@@ -15,6 +15,7 @@ from typing import Any, Final, TypeAlias
 
 import attrs
 
+from cloudinary_analyze._sources import is_same_image
 from cloudinary_analyze._values import quote
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze.errors import AnalyzeError, InvalidRequestError, LedgerError
@@ -234,11 +235,9 @@ def _check_name(connection: sqlite3.Connection, row: ItemRow) -> ItemRow:
     line, source, _, key, file, name, columns, _ = row
     if name is None or key is None:
         return row
-    from cloudinary_analyze._recording import may_be_same_source  # imports aiohttp
-
     query = "SELECT source FROM named JOIN records ON records.id = named.record WHERE key = ?"
     known = connection.execute(query, (key,)).fetchone()
-    if known is None or may_be_same_source(known[0], source):
+    if known is None or is_same_image(known[0], source):
         return row
     error = InvalidRequestError(
         f"The ledger knows the key {quote(name)} as {quote(known[0])}, and the input has "

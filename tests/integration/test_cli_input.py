@@ -276,6 +276,24 @@ def test_one_key_for_two_sources_is_refused_with_both_lines(
     assert "line 4: The key 's1' already names another source, in line 2." in err
 
 
+def test_a_key_may_be_signed_anew_but_not_be_another_picture(
+    start_emulator: StartEmulator, capfd: pytest.CaptureFixture[str]
+):
+    emulator = start_emulator()
+    arguments = ["run", "coco", "--input", "in.csv", "--key-column", "sku"]
+    write_lines("sku,url", f"s1,{A}?id=1&sig=a", f"s1,{A}?sig=b&id=1", f"s1,{A}?id=2&sig=a",
+                f"s2,{B}?id=1", name="in.csv")  # fmt: skip
+    assert main(arguments) == 1
+    assert [record["status"] for record in read_records()] == ["ok", "ok", "error", "ok"]
+    assert emulator.counts.total_received == 2
+    write_lines("sku,url", f"s1,{A}?id=1&sig=c", f"s2,{B}?id=2", name="in.csv")
+    assert main(arguments) == 1
+    first, second = read_records()
+    assert (first["status"], first["restored"]) == ("ok", True)
+    assert "The ledger knows the key 's2'" in second["error"]["message"]
+    assert emulator.counts.total_received == 2
+
+
 def test_another_input_in_the_ledger_is_reported(
     start_emulator: StartEmulator, capfd: pytest.CaptureFixture[str]
 ):

@@ -194,7 +194,9 @@ async def test_when_the_one_who_asks_is_cancelled_another_asks(path):
 
 async def test_a_key_identifies_sources_that_change(path):
     def sign_url(run):
-        return [(number, f"https://example.com/{number}.jpg?s={run}") for number in range(4)]
+        return [
+            (number, f"https://example.com/{number}.jpg?v=1&Signature={run}") for number in range(4)
+        ]
 
     def name(item):
         return "" if item[0] == 3 else f"picture {item[0]}"
@@ -505,6 +507,26 @@ async def test_two_sources_of_one_key_in_the_window_are_refused(path):
     assert isinstance(outcomes[1].error, InvalidRequestError)
     assert URLS[0] in str(outcomes[1].error)
     assert URLS[1] in str(outcomes[1].error)
+
+
+@pytest.mark.parametrize("query", ["?id=2", "?id=1&w=2", "", "?id=1&id=2"])
+async def test_a_key_with_another_query_is_refused(path, query):
+    async with ScriptedServer(CAPTION) as server:
+        async with SQLiteLedger(path) as ledger, server.session() as session:
+
+            async def run(query):
+                urls = [f"{URLS[0]}{query}"]
+                (outcome,) = await collect(
+                    session, urls, Captioning, ledger=ledger, key=lambda _: "one"
+                )
+                return outcome
+
+            assert (await run("?id=1&Expires=1")).response is not None
+            assert (await run("?Expires=2&id=1")).restored
+            error = (await run(query)).error
+            assert isinstance(error, InvalidRequestError)
+            assert "Nothing was sent" in str(error)
+        assert len(server.seen) == 1
 
 
 # claims, as a ledger of several workers gives them
