@@ -46,6 +46,7 @@ from cloudinary_analyze.cli.screen import (
     explain_stdout,
     finish_messages,
     say,
+    wants_json,
 )
 from cloudinary_analyze.cli.service import (
     DEFAULT_CALLS,
@@ -322,6 +323,7 @@ def run_app(arguments: Sequence[str]) -> int:
     """Run the command that the arguments name, and return the exit code."""
     protect_standard_streams()
     console = build_console()
+    console.as_json = wants_json(arguments)  # also for errors of the command line itself
     try:
         exit_code = _run(arguments, console)
         if (failure := flush_stdout()) is not None and exit_code != ExitCode.STOPPED:

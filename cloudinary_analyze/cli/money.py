@@ -21,7 +21,7 @@ from cloudinary_analyze._budget import Budget, Spent
 from cloudinary_analyze.cli.feed import describe_line
 from cloudinary_analyze.cli.ledger import Book, RunLedger, build_makers, find_rescued
 from cloudinary_analyze.cli.output import write_summary
-from cloudinary_analyze.cli.screen import CommandError, ExitCode, say
+from cloudinary_analyze.cli.screen import CommandError, ExitCode, MessageConsole, say
 from cloudinary_analyze.cli.service import open_service
 from cloudinary_analyze.errors import LedgerError
 from cloudinary_analyze.ledger.items import Inventory, read_newest_responses
@@ -278,7 +278,11 @@ async def perform_dry_run(plan: RunPlan, console: Console) -> ExitCode:
         )
     for line in book.bad_lines:
         say(console, f"{describe_line(line.number, line.file)}: {line.error}", style="yellow")
-    print_forecast(console, forecast)
+    if isinstance(console, MessageConsole) and console.as_json:
+        record = forecast.build_record()
+        console.log_event("Dry run: nothing was sent.", event="dry_run", forecast=record)
+    else:
+        print_forecast(console, forecast)
     if plan.places.shared is not None:
         say(console, "What other machines recorded in Redis is not counted as answered.")
     if plan.places.summary is not None:

@@ -10,10 +10,11 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from enum import IntEnum
+from itertools import pairwise
 from types import FrameType
 from typing import Annotated, Any, Final, Literal, TextIO, cast
 
@@ -77,7 +78,7 @@ class _Cleaner(RenderHook):
         return [_Cleaned(renderable) for renderable in renderables]
 
 
-def build_console(stream: TextIO | None = None) -> Console:
+def build_console(stream: TextIO | None = None) -> MessageConsole:
     """Return a console; on stderr, as stderr is now, unless there is another stream.
 
     Texts from servers, inputs and strangers are printed without control characters. Messages on
@@ -199,6 +200,14 @@ class DisplayOptions:
 
 
 DEFAULT_DISPLAY: Final = DisplayOptions()
+
+
+def wants_json(arguments: Sequence[str]) -> bool:
+    """Whether a command line that may be invalid asks for messages as JSON Lines."""
+    pairs = pairwise(arguments)
+    return "--log-format=json" in arguments or ("--log-format", "json") in pairs
+
+
 _LEVELS: Final = {"red": "error", "yellow": "warning"}
 
 

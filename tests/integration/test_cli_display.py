@@ -104,6 +104,48 @@ def test_messages_are_json_lines(
     assert (summary["answered"], summary["failed"]) == (13, 1)
 
 
+INVALID = {
+    "an unknown option": ["run", "coco", "--log-format", "json", "--bogus"],
+    "an unknown model": ["run", "captionning", "--input", "a.txt", "--log-format", "json"],
+    "before the models": ["run", "--log-format=json", "nonsense"],
+    "a missing file": ["run", "coco", "--input", "missing.txt", "--log-format=json"],
+    "an invalid value": ["run", "coco", "--permits", "many", "--log-format", "json"],
+    "no command": ["--log-format", "json"],
+    "another command": ["analyze", "coco", "nonsense", "--log-format", "json"],
+    "credentials": ["run", "coco", "--input", "urls.txt", "--log-format", "json"],
+}
+
+
+@pytest.mark.parametrize("name", INVALID)
+def test_errors_of_the_command_line_are_json_lines(
+    name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("CLOUDINARY_URL", raising=False)
+    write_urls(Path(), 1)
+    assert main(INVALID[name]) == 2
+    out, err = capfd.readouterr()
+    assert not out
+    (event,) = [json.loads(line) for line in err.splitlines()]
+    assert event["level"] == "error"
+
+
+@pytest.mark.parametrize("arguments", [["--log-format", "text"], ["--log-format"], []])
+def test_errors_are_text_otherwise(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "nonsense", *arguments]) == 2
+    assert not capfd.readouterr().err.startswith("{")
+
+
+def test_a_dry_run_is_a_json_line_too(
+    start_emulator: StartEmulator, capfd: pytest.CaptureFixture[str]
+) -> None:
+    start_emulator()
+    write_input()
+    assert main([*RUN, "--dry-run", "--log-format", "json"]) == 0
+    events = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    (forecast,) = [event["forecast"] for event in events if event.get("event") == "dry_run"]
+    assert forecast["calls"] == {"captioning": 12}
+
+
 def test_progress_is_json_too(
     start_emulator: StartEmulator,
     capfd: pytest.CaptureFixture[str],
