@@ -276,7 +276,7 @@ def test_one_key_for_two_sources_is_refused_with_both_lines(
     assert "line 4: The key 's1' already names another source, in line 2." in err
 
 
-def test_a_key_may_be_signed_anew_but_not_be_another_picture(
+def test_a_key_may_be_signed_again_but_not_be_another_picture(
     start_emulator: StartEmulator, capfd: pytest.CaptureFixture[str]
 ):
     emulator = start_emulator()
