@@ -55,7 +55,11 @@ class Described:
         for field in attrs.fields(kind):
             if field.repr:
                 describe = repr if field.repr is True else field.repr
-                shown.append(f"{field.name}={describe(getattr(self, field.name))}")
+                try:
+                    text = describe(getattr(self, field.name))
+                except RecursionError:  # JSON that is nested deeply
+                    text = "…"
+                shown.append(f"{field.name}={text}")
         return f"{kind.__qualname__.rsplit('>.', 1)[-1]}({', '.join(shown)})"
 
 

@@ -57,8 +57,8 @@ _HOST = r"[A-Za-z0-9.-]+(?::\d{1,5})?|\[[0-9A-Fa-f:.]+\](?::\d{1,5})?"
 
 def _clean(given: Any, name: str) -> str | None:
     """Strip what pasting leaves behind, and refuse what cannot be part of a credential."""
-    if given is None:
-        return None
+    if given is None or type(given) is _Unquoted:
+        return given
     if not isinstance(given, str):
         raise ConfigurationError(f"{name} must be a string, not {type(given).__name__}.")
     value = str.__str__(given).strip()  # of a string enum: its value
@@ -76,7 +76,13 @@ def _clean(given: Any, name: str) -> str | None:
         raise ConfigurationError(f"{name} contains white space or control characters.")
     if re.search("[\ud800-\udfff]", value):
         raise ConfigurationError(f"{name} contains an unpaired surrogate. UTF-8 cannot encode it.")
-    return value
+    return _Unquoted(value) if value[0] in _QUOTES or value[-1] in _QUOTES else value
+
+
+class _Unquoted(str):
+    """A credential with quotation marks that `attrs.evolve` must not strip."""
+
+    __slots__ = ()
 
 
 def _clean_cloud_name(value: str) -> str:

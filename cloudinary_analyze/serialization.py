@@ -37,6 +37,7 @@ import attrs
 
 from cloudinary_analyze._budget import Budget, Spent
 from cloudinary_analyze._values import quote
+from cloudinary_analyze._wire import codec
 from cloudinary_analyze.analyses import (
     AIVisionModerationAnalysis,
     Analysis,
@@ -117,7 +118,7 @@ def to_dict(value: Any, *, raw: bool = False) -> dict[str, Any]:
     Raises:
         ConfigurationError: It is none of these, or an outcome's item cannot be written as JSON.
     """
-    result: dict[str, Any] = json.loads(to_json(value, raw=raw))
+    result: dict[str, Any] = codec.loads(to_json(value, raw=raw).encode())
     return result
 
 
@@ -153,21 +154,13 @@ def _dump(tree: Any) -> str:
             pass
     try:
         text = _encode(tree)
-    except ValueError:  # NaN or infinity
-        text = _encode(_drop_nan(tree))
+    except (ValueError, RecursionError):  # NaN, infinity, or almost too deep to be read
+        text = codec.dump_deep(tree)
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def _encode(tree: Any) -> str:
     return json.dumps(tree, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-
-
-def _drop_nan(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _drop_nan(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_drop_nan(value) for value in tree]
-    return None if isinstance(tree, float) and not abs(tree) < float("inf") else tree
 
 
 @cache

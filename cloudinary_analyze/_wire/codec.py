@@ -58,12 +58,15 @@ def dumps(value: Any) -> bytes:
     try:
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     except RecursionError:
-        text = _dump_deep(value)
+        text = dump_deep(value)
     return text.encode("utf-8", "backslashreplace")  # writes half a surrogate pair as JSON does
 
 
-def _dump_deep(value: Any) -> str:
-    """Return JSON without recursion, for what is nested almost too deeply to be read."""
+def dump_deep(value: Any) -> str:
+    """Return JSON without recursion, for what is nested almost too deeply to be read.
+
+    Numbers that JSON does not have (NaN, infinity) are written as null.
+    """
     parts: list[str] = []
     stack: list[tuple[Any, bool]] = [(value, False)]  # and whether it is JSON already
     while stack:
@@ -81,9 +84,27 @@ def _dump_deep(value: Any) -> str:
             for index, inner in reversed(list(enumerate(item))):
                 stack += [(inner, False), ("," if index else "", True)]
             parts.append("[")
+        elif isinstance(item, float) and not abs(item) < float("inf"):
+            parts.append("null")
         else:
             parts.append(json.dumps(item, ensure_ascii=False))
     return "".join(parts)
+
+
+def is_deep(value: Any, levels: int) -> bool:
+    """Whether a value is nested in more than so many levels of objects and arrays."""
+    level = [value]
+    for _ in range(levels + 1):
+        inner: list[Any] = []
+        for entry in level:
+            if isinstance(entry, dict):
+                inner += entry.values()
+            elif isinstance(entry, list):
+                inner += entry
+        if not inner:
+            return False
+        level = inner
+    return True
 
 
 class CodecError(ValueError):

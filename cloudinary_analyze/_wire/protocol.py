@@ -52,6 +52,7 @@ _RESULT_KEYS: Final = frozenset(
     {"caption", "detections", "label_annotations", "labels", "logo_annotations", "quality"}
     | {"responses", "score", "tags"}
 )
+DEEPEST_DETAILS: Final = 100  # levels
 # `pending` and `processing` are documented, for polls; a notification may use other words
 _RUNNING: Final = frozenset(
     {"accepted", "in_progress", "pending", "processing", "progress", "queued", "running"}
@@ -384,6 +385,8 @@ def _read_fields(
 ) -> _Fields:
     """Read an error object, and what its envelope adds."""
     details = error.get("details")
+    if codec.is_deep(details, DEEPEST_DETAILS):
+        details = codec.dumps(details).decode()  # an error must pickle
     return {
         "status": status,
         "code": _string_or_none(error.get("code")),

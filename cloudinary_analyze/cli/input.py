@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Final, Literal
 import attrs
 
 from cloudinary_analyze._wire import codec
-from cloudinary_analyze.errors import ConfigurationError, InvalidRequestError
+from cloudinary_analyze.errors import ConfigurationError, InvalidRequestError, shorten
 from cloudinary_analyze.requests import Asset, Uri
 from cloudinary_analyze.results.records import InputLine
 
@@ -282,7 +282,7 @@ class _Reader:
                     yield self._build_object_line(number, record, "")
         except (arrow.ArrowException, OSError) as error:
             raise ConfigurationError(
-                f"The input is not a readable Parquet file: {error}."
+                f"The input is not a readable Parquet file: {shorten(str(error))}."
             ) from None
 
     def _build_object_line(self, number: int, record: dict[str, Any], text: str) -> InputLine:
@@ -352,7 +352,7 @@ def _read_header(
         quoted = text.count('"') % 2 == 1
         if not quoted:
             break
-        if number > LONGEST_RECORD:
+        if number > LONGEST_RECORD or len(text) > LONGEST_LINE:
             raise ConfigurationError("The CSV header has an open quote.")
     else:
         if not text:
@@ -389,24 +389,28 @@ def _read_records(
         ConfigurationError: It is in doubt where records begin and end.
     """
     record: list[tuple[int, str]] = []
+    length = 0
 
     def pull() -> Iterator[str]:
+        nonlocal length
         for number, text in lines:
             record.append((number, text))
+            length += len(text)
             if text.endswith(f"{_CUT}\n"):
                 limit = LONGEST_LINE // 2**20
                 raise ConfigurationError(f"Line {number} of the CSV is longer than {limit} MiB.")
-            if len(record) > LONGEST_RECORD:
+            if len(record) > LONGEST_RECORD or length > LONGEST_LINE:
                 first = record[0][0]
+                bound = f"{LONGEST_RECORD} lines or {LONGEST_LINE // 2**20} MiB"
                 raise _refuse_record(
-                    record,
-                    f"is longer than {LONGEST_RECORD} lines. Is a quote open in line {first}?",
+                    record, f"is longer than {bound}. Is a quote open in line {first}?"
                 )
             yield text
 
     reader = _build_csv_reader(pull(), delimiter)
     while True:
         record.clear()
+        length = 0
         try:
             row = next(reader)
         except StopIteration:

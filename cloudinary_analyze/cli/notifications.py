@@ -288,7 +288,8 @@ async def serve(
     from aiohttp import web
 
     app = web.Application()
-    app.router.add_route("*", "/{path:.*}" if path is None else path, handle)
+    where = "/{path:.*}" if path is None else path
+    app.router.add_route("*", where, handle, expect_handler=_handle_expect)
     runner = web.AppRunner(
         app, access_log=None, keepalive_timeout=IDLE_SECONDS, shutdown_timeout=STOP_SECONDS
     )
@@ -302,6 +303,15 @@ async def serve(
         yield f"http://{shown}:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
+
+
+async def _handle_expect(request: web.Request) -> None:
+    """Answer ``Expect: 100-continue``. aiohttp's own handler fails if the header is not UTF-8."""
+    from aiohttp import web
+
+    if request.headers.get("Expect", "").lower() != "100-continue":
+        raise web.HTTPExpectationFailed
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
 @attrs.frozen(kw_only=True)

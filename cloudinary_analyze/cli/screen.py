@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -124,9 +125,10 @@ def print_json(value: Any) -> None:
 
 def encode_json(value: Any) -> str:
     """Return JSON for stdout, in ASCII if stdout is not UTF-8."""
+    text = codec.dumps(value).decode()
     if (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf8"):
-        return codec.dumps(value).decode()
-    return json.dumps(value)
+        return text
+    return re.sub("[^\0-\x7f]", lambda found: json.dumps(found[0])[1:-1], text)
 
 
 def is_interactive(stream: TextIO | None) -> bool:

@@ -265,11 +265,13 @@ class Emulator:
 
     def _build_app(self) -> web.Application:
         app = web.Application(client_max_size=_MAX_BODY)
-        app.router.add_post("/v2/analysis/{cloud}/analyze/{model}", self._analyze)
+        app.router.add_post(
+            "/v2/analysis/{cloud}/analyze/{model}", self._analyze, expect_handler=_handle_expect
+        )
         app.router.add_get("/v2/analysis/{cloud}/tasks/{task_id}", self._get_status)
         app.router.add_get("/samples/", self._list_samples)
         app.router.add_get("/samples/{name}", self._get_sample)
-        app.router.add_route("*", "/{path:.*}", self._refuse_path)
+        app.router.add_route("*", "/{path:.*}", self._refuse_path, expect_handler=_handle_expect)
         return app
 
     async def _analyze(self, request: web.Request) -> web.StreamResponse:
@@ -452,6 +454,12 @@ class Emulator:
             return await self._refuse_path(request)
         headers = {"Server": SERVER_NAME, "Content-Type": "image/png"}
         return web.Response(body=render_picture(number), headers=headers)
+
+
+async def _handle_expect(request: web.Request) -> None:
+    """Answer ``Expect: 100-continue``. aiohttp's own handler fails if the header is not UTF-8."""
+    if request.headers.get("Expect", "").lower() == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
 def _compute_seconds(seconds: Seconds, request: AnalyzeRequest) -> float:

@@ -13,6 +13,7 @@ _RAW: Final = 0
 _ZLIB_1: Final = 1
 _LEVEL: Final = 6
 _WINDOW: Final = -15
+LARGEST: Final = 2**28  # bytes that are unpacked; what is longer is stored as it is
 _MEMORY: Final = 5  # halves the time of small texts
 
 # what is most frequent comes last, where references are shortest
@@ -40,6 +41,8 @@ _DICTIONARY_1: Final = (
 
 def compress(content: bytes) -> bytes:
     """Return the content, compressed if that is shorter."""
+    if len(content) > LARGEST:
+        return bytes((_RAW,)) + content
     packer = zlib.compressobj(
         _LEVEL, zlib.DEFLATED, _WINDOW, _MEMORY, zlib.Z_DEFAULT_STRATEGY, _DICTIONARY_1
     )
@@ -64,9 +67,11 @@ def decompress(packed: bytes) -> bytes:
         raise ValueError(f"content of the unknown format {kind}; it needs a newer version")
     unpacker = zlib.decompressobj(_WINDOW, _DICTIONARY_1)
     try:
-        plain = unpacker.decompress(content)
+        plain = unpacker.decompress(content, LARGEST)
     except zlib.error as error:
         raise ValueError(f"damaged content: {error}") from error
+    if unpacker.unconsumed_tail:
+        raise ValueError(f"damaged content: it unpacks to more than {LARGEST} bytes")
     if not unpacker.eof:
         raise ValueError("damaged content: its end is missing")
     return plain

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
@@ -36,17 +36,38 @@ def load_error(content: bytes) -> AnalyzeError:
     Raises:
         ValueError: It is not such JSON.
     """
-    stored = codec.loads(content)
     try:
+        stored = codec.loads(content)
         kind = getattr(errors, stored["type"], AnalyzeError)
         if not (isinstance(kind, type) and issubclass(kind, AnalyzeError)):
             kind = AnalyzeError
         error = kind(stored["message"])
         known = vars(error)  # another version may have stored other fields
         known.update({k: _load_field(v) for k, v in stored["fields"].items() if k in known})
+        for name, value in known.items():
+            if not isinstance(value, _TYPES.get(name, object)):
+                raise TypeError(f"{name} is {type(value).__name__}")
         return error
-    except (TypeError, KeyError, AttributeError) as error:
+    except (AttributeError, LookupError, RecursionError, TypeError) as error:
         raise ValueError(f"an error in an unexpected shape: {error!r}") from error
+
+
+_TEXT: Final = str | None
+_NUMBER: Final = int | float | None
+_TYPES: Final[Mapping[str, Any]] = {
+    "message": str,
+    "ambiguous": bool,
+    "status": int | None,
+    "details": Mapping | None,
+    "limits": tuple,
+    "raw_body": bytes,
+    "last_status": TaskStatus | None,
+    **dict.fromkeys(("retry_after", "reset_time", "seconds", "attempts"), _NUMBER),
+    **dict.fromkeys(
+        ("code", "category", "api_message", "request_id", "model", "feature", "task_id", "path"),
+        _TEXT,
+    ),
+}
 
 
 # a field is stored in a list of its kind, unless JSON holds it as it is

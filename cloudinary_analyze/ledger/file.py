@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from cloudinary_analyze._clock import SYSTEM_CLOCK
-from cloudinary_analyze.errors import LedgerError
+from cloudinary_analyze.errors import LedgerError, shorten
 
 APPLICATION_ID: Final = 0x434C4441
 VERSION: Final = 3
@@ -188,7 +188,9 @@ def verify(path: Path, base_url: str, cloud_name: str) -> bool:
             if settled:
                 _check_pages(connection, path)
     if rows != [(base_url, cloud_name)]:
-        theirs = " at ".join(reversed(rows[0])) if rows else "an unknown cloud"
+        theirs = "an unknown cloud"
+        if rows:
+            theirs = " at ".join(shorten(str(part)) for part in reversed(rows[0]))
         raise LedgerError(
             f"The ledger {path} belongs to {theirs}, but this session to {cloud_name} at "
             f"{base_url}. It is unchanged. Keep a ledger for each."

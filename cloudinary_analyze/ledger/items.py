@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -18,7 +18,7 @@ import attrs
 from cloudinary_analyze._sources import is_same_image
 from cloudinary_analyze._values import quote
 from cloudinary_analyze._wire import codec
-from cloudinary_analyze.errors import AnalyzeError, InvalidRequestError, LedgerError
+from cloudinary_analyze.errors import AnalyzeError, InvalidRequestError, LedgerError, shorten
 from cloudinary_analyze.ledger.encoding import dump_error, load_error
 from cloudinary_analyze.ledger.file import (
     ANSWERED,
@@ -32,7 +32,20 @@ from cloudinary_analyze.responses import JSONObject
 
 READ_BATCH: Final = 500  # rows; no read lasts longer, as the log cannot be emptied meanwhile
 OPEN_BATCH: Final = 5000  # rows that are searched for open ones at once
+BLOCK_BITS: Final = 16  # the numbers of a block of a `RecordSet`, as a power of two
+LARGEST: Final = 2**63 - 1  # of SQLite's integers
 _DONE: Final = frozenset({ANSWERED, FAILED})
+_NONE: Final = type(None)
+# what each column may hold; a damaged page can say anything else
+_KINDS: Final[dict[str, frozenset[type[Any]]]] = {
+    "position": frozenset({int}),
+    "source": frozenset({str}),
+    "begun": frozenset({int, float}),
+    **dict.fromkeys(("line", "record", "state"), frozenset({int, _NONE})),
+    **dict.fromkeys(("model", "file", "name", "task_id"), frozenset({str, _NONE})),
+    **dict.fromkeys(("key", "columns", "error", "content"), frozenset({bytes, _NONE})),
+    **dict.fromkeys(("seconds", "recorded"), frozenset({int, float, _NONE})),
+}
 COMPARED: Final = ("line", "source", "model", "key", "file", "name", "columns", "error")
 
 ItemRow: TypeAlias = tuple[
@@ -113,24 +126,31 @@ class Inventory:
 
 
 class RecordSet:
-    """A set of the numbers of records, one bit each."""
+    """A set of the numbers of records, one bit each.
+
+    The bits are kept in blocks, so that one large number in a damaged file takes one block.
+    """
 
     def __init__(self) -> None:
-        self.bits: bytearray = bytearray()
+        self.blocks: dict[int, bytearray] = {}
 
     def add(self, number: int) -> bool:
         """Add a number; return whether it was not there."""
-        place, bit = number >> 3, 1 << (number & 7)
-        if place >= len(self.bits):
-            self.bits.extend(bytes(place + 1024 - len(self.bits)))
-        new = not self.bits[place] & bit
-        self.bits[place] |= bit
+        block = self.blocks.get(number >> BLOCK_BITS)
+        if block is None:
+            block = self.blocks[number >> BLOCK_BITS] = bytearray(1 << BLOCK_BITS - 3)
+        place, bit = (number & (1 << BLOCK_BITS) - 1) >> 3, 1 << (number & 7)
+        new = not block[place] & bit
+        block[place] |= bit
         return bool(new)
 
     def is_within(self, other: RecordSet) -> bool:
         """Whether the other set has all of these."""
-        mine, theirs = (int.from_bytes(each.bits, "little") for each in (self, other))
-        return not mine & ~theirs
+        for number, block in self.blocks.items():
+            mine = int.from_bytes(block, "little")
+            if mine & ~int.from_bytes(other.blocks.get(number, b""), "little"):
+                return False
+        return True
 
 
 def take_record(connection: sqlite3.Connection, key: bytes) -> tuple[int, int]:
@@ -284,8 +304,9 @@ def read_items(path: Path) -> Iterator[LedgerItem]:
     """
     seen = RecordSet()
     with closing(connect_for_reading(path)) as connection:
-        with explaining(path):
-            ((begun,),) = connection.execute("SELECT begun FROM owner")
+        begun = max(
+            (row[0] for row in fetch(connection, path, "SELECT begun FROM owner")), default=0
+        )
         query = (
             "SELECT position, line, source, model, key, file, name, columns, error, items.record, "
             "state, task_id, content, seconds, recorded FROM items "
@@ -303,15 +324,14 @@ def read_newest_responses(path: Path) -> Iterator[tuple[JSONObject, float]]:
     Raises:
         LedgerError: The ledger does not exist or cannot be read.
     """
-    with closing(connect_for_reading(path)) as connection, explaining(path):
-        newest = connection.execute(
-            "SELECT record, max(recorded) FROM items JOIN records ON records.id = record "
-            "WHERE state = ? GROUP BY model",
-            (ANSWERED,),
-        ).fetchall()
-        for record, recorded in newest:
-            query = "SELECT content FROM answers WHERE record = ?"
-            for (content,) in connection.execute(query, (record,)):
+    newest = (
+        "SELECT record, max(recorded) AS recorded FROM items "
+        "JOIN records ON records.id = record WHERE state = ? GROUP BY model"
+    )
+    query = "SELECT content FROM answers WHERE record = ?"
+    with closing(connect_for_reading(path)) as connection:
+        for record, recorded in fetch(connection, path, newest, ANSWERED):
+            for (content,) in fetch(connection, path, query, record):
                 response, _ = load_answer(ANSWERED, content, path)
                 if response is not None:
                     yield response, recorded or 0.0
@@ -339,7 +359,9 @@ def read_columns(path: Path) -> Iterator[JSONObject]:
     with closing(connect_for_reading(path)) as connection:
         for _, columns in _read_in_order(connection, "SELECT position, columns FROM items ", path):
             if columns is not None:
-                yield codec.loads(columns)
+                with reading(path):
+                    kept = _read_object(columns)
+                yield kept
 
 
 def _build_item(row: Sequence[Any], path: Path, *, answered_before: bool) -> LedgerItem:
@@ -348,6 +370,8 @@ def _build_item(row: Sequence[Any], path: Path, *, answered_before: bool) -> Led
     response, error = load_answer(state, content, path)
     if own_error is not None and response is None:
         _, error = load_answer(FAILED, own_error, path)
+    with reading(path):
+        kept = None if columns is None else _read_object(columns)
     return LedgerItem(
         index=index,
         line=line,
@@ -356,7 +380,7 @@ def _build_item(row: Sequence[Any], path: Path, *, answered_before: bool) -> Led
         key=None if key is None else key.hex(),
         file=file,
         name=name,
-        columns=None if columns is None else codec.loads(columns),
+        columns=kept,
         task_id=task_id,
         response=response,
         error=error,
@@ -375,13 +399,47 @@ def load_answer(
     """
     if content is None:
         return None, None
+    with reading(path):
+        return (None, load_error(content)) if state == FAILED else (_read_object(content), None)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise what a damaged record raises as a `LedgerError`."""
     try:
-        return (None, load_error(content)) if state == FAILED else (codec.loads(content), None)
-    except ValueError as error:
+        yield
+    except (ValueError, RecursionError) as error:
         raise LedgerError(
-            f"A record in the ledger {path} cannot be read ({error}). Restore the file "
-            "from a copy, or move it away."
+            f"A record in the ledger {path} cannot be read ({shorten(str(error))}). Restore the "
+            "file from a copy, or move it away."
         ) from error
+
+
+def _read_object(content: bytes) -> JSONObject:
+    value = codec.loads(content)
+    if not isinstance(value, dict):
+        raise ValueError("not an object")  # noqa: TRY004 -- as for other text that is not JSON
+    return value
+
+
+def fetch(
+    connection: sqlite3.Connection, path: Path, query: str, *parameters: Any
+) -> Sequence[Sequence[Any]]:
+    """Return the rows of a query. SQLite keeps no types, so they are checked.
+
+    Raises:
+        LedgerError: It cannot be read, or a column holds what it never holds.
+    """
+    with explaining(path):
+        cursor = connection.execute(query, parameters)
+        rows = cursor.fetchall()
+    names = [column[0] for column in cursor.description]
+    for kinds in {tuple(map(type, row)) for row in rows}:  # of few different ones
+        for name, kind in zip(names, kinds, strict=True):
+            if kind not in _KINDS[name]:
+                with reading(path):
+                    raise ValueError(f"{name} is {kind.__name__}")
+    return rows
 
 
 def read_noted(path: Path, *, open_only: bool) -> Iterator[LedgerItem]:
@@ -400,7 +458,7 @@ def read_noted(path: Path, *, open_only: bool) -> Iterator[LedgerItem]:
     """
     query = (
         "SELECT position, line, source, model, key, file, name, columns, error, items.record, "
-        "state, task_id, NULL, NULL "
+        "state, task_id, NULL AS content, NULL AS seconds "
         "FROM items LEFT JOIN records ON records.id = items.record "
         "WHERE position >= ? AND position < ? "
     )
@@ -409,9 +467,7 @@ def read_noted(path: Path, *, open_only: bool) -> Iterator[LedgerItem]:
     with closing(connect_for_reading(path)) as connection:
 
         def read(start: int, end: int) -> Iterator[LedgerItem]:
-            with explaining(path):
-                rows = connection.execute(query, (start, end)).fetchall()
-            for row in rows:
+            for row in fetch(connection, path, query, start, end):
                 item = _build_item(row, path, answered_before=False)
                 new = row[9] is None or seen.add(row[9])
                 yield item if new else attrs.evolve(item, first=False)
@@ -420,37 +476,30 @@ def read_noted(path: Path, *, open_only: bool) -> Iterator[LedgerItem]:
         for position in first:
             yield from read(position, position + 1)
         following = 0
-        while True:
-            for item in read(following, following + OPEN_BATCH):
+        while following < LARGEST:
+            end = min(following + OPEN_BATCH, LARGEST)
+            for item in read(following, end):
                 if item.index not in first:
                     yield item
-            following += OPEN_BATCH
-            with explaining(path):
-                ((last,),) = connection.execute("SELECT max(position) FROM items")
-            if last is None or following > last:
-                return
+            # not simply the end: positions of a damaged file may be far apart
+            later = "SELECT position FROM items WHERE position >= ? ORDER BY position LIMIT 1"
+            following = next((row[0] for row in fetch(connection, path, later, end)), LARGEST)
 
 
 def _find_first_open(connection: sqlite3.Connection, path: Path) -> Sequence[int]:
     """Return the position of the first open item of each model."""
-    with explaining(path):
-        rows = connection.execute(
-            "SELECT min(position) FROM items JOIN records ON records.id = items.record "
-            "WHERE state < ? GROUP BY model ORDER BY 1",
-            (ANSWERED,),
-        ).fetchall()
-    return [position for (position,) in rows]
+    query = (
+        "SELECT min(position) AS position FROM items JOIN records ON records.id = items.record "
+        "WHERE state < ? GROUP BY model ORDER BY 1"
+    )
+    return [position for (position,) in fetch(connection, path, query, ANSWERED)]
 
 
 def _read_in_order(
     connection: sqlite3.Connection, query: str, path: Path
 ) -> Iterator[Sequence[Any]]:
-    following = 0
-    query += "WHERE position >= ? ORDER BY position LIMIT ?"
-    while True:
-        with explaining(path):
-            rows = connection.execute(query, (following, READ_BATCH)).fetchall()
-        if not rows:
-            return
+    last = -1
+    query += "WHERE position > ? ORDER BY position LIMIT ?"
+    while rows := fetch(connection, path, query, last, READ_BATCH):
         yield from rows
-        following = rows[-1][0] + 1
+        last = rows[-1][0]

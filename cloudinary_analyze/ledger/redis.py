@@ -32,7 +32,7 @@ import attrs
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
 from cloudinary_analyze._redis import LinkFailedError, RedisError, RedisLocation, read_location
 from cloudinary_analyze._wire import codec
-from cloudinary_analyze.errors import AnalyzeError, ConfigurationError, LedgerError
+from cloudinary_analyze.errors import AnalyzeError, ConfigurationError, LedgerError, shorten
 from cloudinary_analyze.ledger.claims import KeyState, build_answer, read_state
 from cloudinary_analyze.ledger.compression import compress, decompress
 from cloudinary_analyze.ledger.encoding import dump_error, load_error
@@ -47,6 +47,7 @@ OPEN_PATIENCE: Final = 10.0  # seconds; a mistyped host must not wait as long as
 NOTED: Final = 200_000  # items whose source is remembered until their record
 READ_BATCH: Final = 500  # records
 
+_RAW: Final = b',"raw":'  # what follows the source and the model; no JSON text contains it
 _STATES: Final = {"A": "answered", "F": "failed"}
 
 
@@ -332,7 +333,7 @@ class RedisLedger(Ledger):
         source, model = self._noted.pop(key, (None, None))
         head = codec.dumps({"source": source, "model": model})
         # an envelope without a second pass over the content
-        payload = compress(head[:-1] + b',"raw":' + content + b"}")
+        payload = compress(head[:-1] + _RAW + content + b"}")
         try:
             await worker.record_answer(_pack(key), state, build_answer(seconds, payload))
         except LinkFailedError as error:
@@ -382,11 +383,11 @@ class RedisLedger(Ledger):
         try:
             with closing(self.location.build_blocking_client()) as client:
                 workers = client.zrevrange(names.workers, 0, -1)
-                leases = [names.find_lease(worker.decode()) for worker in workers]
+                leases = [names.find_lease(worker.decode(errors="replace")) for worker in workers]
                 found = client.mget(leases) if leases else []
         except RedisError as error:
             raise self._explain(LinkFailedError(str(error))) from error
-        return [json.loads(value) for value in found if value is not None]
+        return [shown for value in found if (shown := _read_stats(value)) is not None]
 
     def _read(self, value: bytes) -> KeyState:
         try:
@@ -398,13 +399,17 @@ class RedisLedger(Ledger):
         response: JSONObject | None = None
         error: AnalyzeError | None = None
         try:
-            content = codec.loads(decompress(state.payload))
-            if state.state == "A":
-                response = content["raw"]
-            else:
-                error = load_error(codec.dumps(content["raw"]))
-            source, model = content["source"], content["model"]
-        except (ValueError, LookupError, TypeError) as damage:
+            # apart from its envelope, because both together may be nested too deeply to be read
+            head, _, content = decompress(state.payload).partition(_RAW)
+            noted = codec.loads(head + b"}")
+            source, model = noted["source"], noted["model"]
+            if not isinstance(source, str | None) or not isinstance(model, str | None):
+                raise TypeError("the source or the model is not a text")
+            if state.state == "F":
+                error = load_error(content[:-1])
+            elif not isinstance(response := codec.loads(content[:-1]), dict):
+                raise TypeError("the response is not an object")
+        except (ValueError, LookupError, TypeError, RecursionError) as damage:
             raise self._build_damage(damage) from damage
         return LedgerItem(
             index=index,
@@ -420,9 +425,18 @@ class RedisLedger(Ledger):
 
     def _build_damage(self, error: Exception) -> LedgerError:
         return LedgerError(
-            f"A record in the ledger {self.location} cannot be read ({error}). Use the version of "
+            f"A record in the ledger {self.location} cannot be read ({shorten(str(error))}). Use the version of "
             "the package that wrote it, or another namespace."
         )
+
+
+def _read_stats(value: bytes | None) -> dict[str, Any] | None:
+    """Return what a worker shows of itself, or ``None`` if that cannot be read."""
+    try:
+        shown = None if value is None else json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+    return shown if isinstance(shown, dict) else None
 
 
 def _quote(prefix: bytes) -> bytes:

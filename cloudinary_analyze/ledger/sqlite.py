@@ -40,6 +40,7 @@ from cloudinary_analyze.ledger.items import (
     LedgerItem,
     RecordSet,
     copy_states,
+    fetch,
     load_answer,
     read_answered,
     read_columns,
@@ -306,17 +307,12 @@ class SQLiteLedger(NotPicklable, Ledger):
         packed = _pack(key)
         while packed in writer.unwritten:
             await self.flush()
-        with explaining(self._path):
-            row = (
-                self._read()
-                .execute(
-                    "SELECT state, task_id, content, seconds, source FROM records "
-                    "LEFT JOIN answers ON answers.record = records.id "
-                    "LEFT JOIN named ON named.record = records.id WHERE key = ?",
-                    (packed,),
-                )
-                .fetchone()
-            )
+        query = (
+            "SELECT state, task_id, content, seconds, source AS name FROM records "
+            "LEFT JOIN answers ON answers.record = records.id "
+            "LEFT JOIN named ON named.record = records.id WHERE key = ?"
+        )
+        row = next(iter(fetch(self._read(), self._path, query, packed)), None)
         if row is None or row[0] == OPEN:
             return None
         state, task_id, content, seconds, source = row

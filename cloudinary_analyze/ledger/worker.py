@@ -31,6 +31,7 @@ from cloudinary_analyze._redis import (
     RedisLocation,
     measure_command,
 )
+from cloudinary_analyze.errors import shorten
 from cloudinary_analyze.ledger.claims import SCRIPT, decode_task, encode_task
 from cloudinary_analyze.protocols import Claim
 
@@ -140,8 +141,8 @@ class Worker:
                 ]
             )
         )
-        theirs = json.loads(stored)
-        if theirs != list(self.owner):
+        theirs = _read_owner(stored)
+        if theirs != self.owner:
             raise LinkFailedError(
                 f"the ledger belongs to {theirs[1]} at {theirs[0]}, and this session to "
                 f"{self.owner[1]} at {self.owner[0]}. Use another namespace"
@@ -243,7 +244,7 @@ class Worker:
             head = await self.link.ask("GETRANGE", self.names.find_key(key), 0, 63)
             if head[:1] != b"C":
                 return
-            holder = head.split(b"|")[1].partition(b"#")[0].decode()
+            holder = head[2:].partition(b"#")[0].decode(errors="replace")
             if await self._is_dead(holder):
                 return
             pause = min(1.5 * pause, LONGEST_LOOK)
@@ -308,6 +309,14 @@ class Names:
     def find_key(self, key: bytes) -> bytes:
         """Return the name of a request key."""
         return self.prefix + key
+
+
+def _read_owner(stored: bytes) -> tuple[str, str]:
+    try:
+        base_url, cloud_name = json.loads(stored)
+    except (ValueError, TypeError, RecursionError):
+        return "an unknown host", "an unknown cloud"
+    return shorten(str(base_url)), shorten(str(cloud_name))
 
 
 def _raise_first(replies: list[Any]) -> list[Any]:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import attrs
 
+from cloudinary_analyze._wire import codec
 from cloudinary_analyze.analyses import Detection, read_detection
 
 Box = tuple[float, float, float, float]
@@ -202,4 +203,7 @@ def _text(value: Any) -> str | None:
 
 
 def _dump(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:
+        return codec.dumps(value).decode()

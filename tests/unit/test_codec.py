@@ -170,7 +170,7 @@ def test_nesting_is_the_same_without_the_speed_extra(monkeypatch: pytest.MonkeyP
 
 @given(JSON)
 def test_deep_values_are_written_as_others_are(value: Any) -> None:
-    assert codec._dump_deep(value) == json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    assert codec.dump_deep(value) == json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -44,3 +44,13 @@ def test_the_first_format_stays_readable():
 def test_damaged_content_is_an_error(packed):
     with pytest.raises(ValueError):
         decompress(packed)
+
+
+def test_a_bomb_is_refused_and_long_content_is_kept(monkeypatch):
+    monkeypatch.setattr(compression, "LARGEST", 1000)
+    assert decompress(compress(b"a" * 1000)) == b"a" * 1000
+    assert decompress(compress(b"a" * 1001)) == b"a" * 1001
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15, 5, 0, compression._DICTIONARY_1)
+    bomb = b"\x01" + packer.compress(b"a" * 1_000_000) + packer.flush()
+    with pytest.raises(ValueError, match="unpacks to more than 1000 bytes"):
+        decompress(bomb)

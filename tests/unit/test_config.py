@@ -481,3 +481,12 @@ def test_the_settings_have_the_documented_defaults() -> None:
         True,
     )
     assert settings.max_response_bytes == 32 * 2**20
+
+
+@pytest.mark.parametrize("secret", ['"abc"', "'abc", 'abc"', '"', "''"])
+def test_evolving_keeps_a_secret_with_quotes(secret):
+    credentials = Credentials.from_url(f"cloudinary://1:{quote(secret, safe='')}@demo")
+    assert credentials.api_secret == secret
+    again = attrs.evolve(credentials, host="api-eu.cloudinary.com")
+    assert again.api_secret == secret
+    assert pickle.loads(pickle.dumps(again)) == again

@@ -396,3 +396,10 @@ def test_an_unknown_extension_is_refused_with_the_known_ones():
     for name in ("a.xlsx", "a.xlsx.gz", "a.lst"):
         with pytest.raises(ConfigurationError, match=r"\.csv.*\.parquet.*--input-format"):
             detect_format(name)
+
+
+def test_a_csv_record_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("cloudinary_analyze.cli.input.LONGEST_LINE", 2**20)
+    for content in ('url,n\n"' + ("x" * 2**19 + "\n") * 3, 'url,"' + ("x" * 2**19 + "\n") * 3):
+        with pytest.raises(ConfigurationError, match=r"or 1 MiB|open quote"):
+            read(content, "csv")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import sqlite3
@@ -30,6 +31,7 @@ from cloudinary_analyze.errors import (
     TaskFailedError,
 )
 from cloudinary_analyze.ledger.encoding import dump_error, load_error
+from cloudinary_analyze.ledger.items import RecordSet
 from cloudinary_analyze.ledger.sqlite import SQLiteLedger, build_row
 from cloudinary_analyze.requests import (
     AIVisionGeneral,
@@ -681,3 +683,97 @@ def test_a_404_is_final_only_in_the_services_own_words_about_a_call():
     assert not is_final(read_error(404, {}, b'{"error": {"message": "m"}}', now=0.0))
     assert not is_final(NotFoundError("m"))
     assert is_final(TaskFailedError("m", task_id="t", cause_known=False))
+
+
+async def fill_items(path):
+    async with opened(path) as ledger:
+        for number in range(3):
+            await ledger.note_item(KEYS[number], source="a", model="coco", index=number)
+            await ledger.record_response(KEYS[number], respond(number), seconds=0.5)
+        await ledger.add_item(3, build_row(line=4, source="b", columns=b'{"n": 1}', error=BAD))
+
+
+BAD = InvalidRequestError("No.")
+
+
+def read_everything(path):
+    ledger = SQLiteLedger(path)
+    for read in (
+        ledger.iter_items,
+        ledger.iter_columns,
+        lambda: ledger.iter_noted(open_only=False),
+        lambda: ledger.iter_noted(open_only=True),
+        ledger.answered_items,
+        ledger.counts,
+    ):
+        try:
+            found = read()
+            list(found) if hasattr(found, "__next__") else None
+        except LedgerError as error:
+            yield str(error)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE items SET source = x'ff'",
+        "UPDATE items SET columns = '[1]' WHERE position = 3",
+        "UPDATE items SET columns = x'5b' WHERE position = 3",
+        "UPDATE items SET line = 'x'",
+        "UPDATE items SET error = x'7b7d' WHERE position = 3",
+        "UPDATE items SET error = 'text' WHERE position = 3",
+        "UPDATE records SET key = 'text' WHERE id = 1",
+        "UPDATE records SET seconds = 'soon'",
+        "UPDATE records SET state = 'A'",
+        "UPDATE answers SET content = x'31'",
+        "UPDATE answers SET content = 'text'",
+        "UPDATE owner SET begun = 'x'",
+    ],
+)
+async def test_a_damaged_row_is_an_error_of_the_ledger(tmp_path, change):
+    path = tmp_path / "run.ledger"
+    await fill_items(path)
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(change)
+    assert any("cannot be read" in said for said in read_everything(path))
+    async with SQLiteLedger(path) as ledger:
+        with contextlib.suppress(LedgerError):
+            await ledger.open(**OWNER)
+            await ledger.find(KEYS[0])
+
+
+@pytest.mark.parametrize("far", [2**40, 2**62, 2**63 - 1])
+async def test_far_numbers_in_a_damaged_file_take_no_time(tmp_path, far):
+    path = tmp_path / "run.ledger"
+    await fill_items(path)
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE items SET position = ? WHERE position = 2", (far,))
+        connection.execute("UPDATE items SET record = ? WHERE position = 1", (far,))
+        connection.execute("UPDATE records SET id = ? WHERE id = 2", (far,))
+        connection.execute("UPDATE answers SET record = ? WHERE record = 2", (far,))
+    assert list(read_everything(path)) == []
+    assert [item.index for item in SQLiteLedger(path).iter_items()] == [0, 1, 3, far]
+
+
+@given(st.sets(st.integers(0, 2**70)), st.sets(st.integers(0, 2**70)))
+def test_a_set_of_records_is_a_set_of_numbers(mine, theirs):
+    sets = []
+    for numbers in (mine, theirs, mine | theirs):
+        found = RecordSet()
+        assert all(found.add(number) for number in numbers)
+        assert not any(found.add(number) for number in numbers)
+        sets.append(found)
+    assert sets[0].is_within(sets[1]) == (mine <= theirs)
+    assert sets[0].is_within(sets[2])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"status": "x"}, {"ambiguous": 1}, {"details": "x"}, {"limits": 5}, {"raw_body": None}],
+)
+def test_a_stored_error_with_other_types_is_refused(fields):
+    content = {"type": "BadRequestError", "message": "No.", "fields": fields}
+    with pytest.raises(ValueError, match="unexpected shape"):
+        load_error(json.dumps(content).encode())
+    with pytest.raises(ValueError, match="unexpected shape"):
+        load_error(b'{"type": "AnalyzeError", "message": 5, "fields": {}}')

@@ -508,3 +508,13 @@ def test_a_failed_task_is_judged_as_a_call_of_its_status(
     assert is_final(error) is final
     assert find_stop(error, Settings()) is stop
     assert vars(pickle.loads(pickle.dumps(error))) == vars(error)
+
+
+@pytest.mark.parametrize("depth", [100, 101, 600, 1010])
+def test_deep_details_of_an_error_survive_a_pickle(depth):
+    inner = "[" * depth + "]" * depth
+    body = f'{{"error":{{"message":"No.","details":{inner}}}}}'.encode()
+    error = protocol.read_error(400, {}, body, now=0)
+    assert codec.dumps(error.details["details"]).count(b"[") == depth
+    assert pickle.loads(pickle.dumps(error)).details == error.details
+    assert load_error(dump_error(error)).details == error.details

@@ -119,17 +119,16 @@ def test_what_json_cannot_represent_is_replaced(
     assert to_json(response, raw=True).encode()
 
 
-def test_deep_nesting_is_written_or_refused() -> None:
+def test_nesting_of_any_depth_is_written() -> None:
     deep: Any = []
     for _ in range(600):
         deep = [deep]
     response = read_caption("a", deep=deep)
     assert to_dict(response)["analysis"]["caption"] == "a"
-    assert to_json(response, raw=True).count("[") >= 600
+    assert to_dict(response, raw=True)["raw"] == response.raw
     for _ in range(100_000):
         deep = [deep]
-    with pytest.raises(ConfigurationError, match="cannot be written as JSON"):
-        to_json(read_caption("a", deep=deep), raw=True)
+    assert to_json(read_caption("a", deep=deep), raw=True).count("[") >= 100_600
     while deep:  # so that its deallocation does not recurse either
         deep = deep[0]
 
