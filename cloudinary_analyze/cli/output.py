@@ -28,7 +28,6 @@ from cloudinary_analyze.cli.ledger import HaltedError
 from cloudinary_analyze.cli.outlet import Outlet, escape_controls
 from cloudinary_analyze.cli.screen import STANDARD, CommandError, ExitCode, explain_stdout, say
 from cloudinary_analyze.cli.shared import SharedItems, build_shared_ledger, is_shared
-from cloudinary_analyze.cli.summary import Tally
 from cloudinary_analyze.ledger.items import LedgerItem
 from cloudinary_analyze.ledger.sqlite import SQLiteLedger
 from cloudinary_analyze.requests import read_model_name
@@ -43,6 +42,7 @@ from cloudinary_analyze.results.export import (
 from cloudinary_analyze.results.files import open_replacement
 from cloudinary_analyze.results.records import build_ledger_record, dump_record
 from cloudinary_analyze.results.report import DEFAULT_TITLE, write_report
+from cloudinary_analyze.results.statistics import Statistics
 
 LEDGER_SUFFIX: Final = ".ledger"
 
@@ -234,7 +234,7 @@ class LedgerExport:
     Attributes:
         ledger: The ledger; only read.
         choose: Whether an item is written and counted.
-        tally: The counts of what was written last.
+        statistics: The counts of what was written last.
         unanswered: How many items have no outcome yet, and so no record.
         counted: Whether both are of the whole ledger.
     """
@@ -242,7 +242,7 @@ class LedgerExport:
     ledger: SQLiteLedger | SharedItems
     choose: Callable[[LedgerItem], bool] = lambda _: True
     counted: bool = attrs.field(default=False, init=False)
-    tally: Tally = attrs.field(factory=Tally, init=False)
+    statistics: Statistics = attrs.field(factory=Statistics, init=False)
     unanswered: int = attrs.field(default=0, init=False)
     _halted: bool = attrs.field(default=False, init=False)
 
@@ -256,7 +256,7 @@ class LedgerExport:
         Raises:
             LedgerError: The ledger cannot be read.
         """
-        self.tally, self.unanswered, self.counted = Tally(), 0, False
+        self.statistics, self.unanswered, self.counted = Statistics(), 0, False
         with closing(self.ledger.iter_items()) as items:  # type: ignore[type-var]
             for item in items:
                 if self._halted:
@@ -267,7 +267,7 @@ class LedgerExport:
                     self.unanswered += 1
                     continue
                 record = build_ledger_record(item)
-                self.tally.add(record)
+                self.statistics.add(record)
                 yield record
         self.counted = True
 
@@ -449,12 +449,12 @@ def export_ledger(
             export_results(records, output, output_format, own=own)
     except OSError as error:
         raise _explain(output, error) from None
-    tally = export.tally
-    if wanted and not tally.done:
+    statistics = export.statistics
+    if wanted and not statistics.total:
         known = sorted({item.model for item in export.ledger.iter_items() if item.model})
         say(console, f"The ledger has no results of that kind; its models: {', '.join(known)}.")
-    sentence = f"{tally.done:,} items in {output}: {tally.done - tally.failed:,} ok, "
-    sentence += f"{tally.failed:,} failed"
+    sentence = f"{statistics.total:,} items in {output}: {statistics.ok:,} ok, "
+    sentence += f"{statistics.failed:,} failed"
     if export.unanswered:
         sentence += f"; {export.unanswered:,} more have no outcome yet"
     say(console, f"{sentence}.")

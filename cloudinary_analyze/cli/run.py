@@ -51,7 +51,6 @@ from cloudinary_analyze.cli.summary import (
     Balance,
     Ending,
     Position,
-    Tally,
     build_summary,
     decide_ending,
     print_summary,
@@ -75,7 +74,7 @@ from cloudinary_analyze.results.records import (
     build_record,
     dump_record,
 )
-from cloudinary_analyze.results.statistics import Durations
+from cloudinary_analyze.results.statistics import Durations, Statistics
 from cloudinary_analyze.session import CALL_WINDOW, AnalyzeSession
 
 if TYPE_CHECKING:
@@ -102,7 +101,7 @@ class _Run:
     stage: Literal["reading", "working", "writing"] = "reading"
     inventory: Inventory | None = None
     answered_before: RecordSet = attrs.field(factory=RecordSet)
-    tally: Tally = attrs.field(factory=Tally)
+    statistics: Statistics = attrs.field(factory=Statistics)
     done: int = 0
     failed: int = 0
     passing: int = 0
@@ -286,7 +285,7 @@ class _Run:
     async def _write(self, record: Mapping[str, Any]) -> None:
         assert self.stream is not None
         await self.stream.write(dump_record(record))
-        self.tally.add(record)
+        self.statistics.add(record)
 
     def _report_bad_line(self, line: InputLine | None) -> None:
         self.bad_lines += 1
@@ -369,8 +368,8 @@ class _Run:
         if not self.export.counted:
             return AGAIN
         return Balance(
-            answered=self.tally.done - self.tally.failed,
-            failed=self.tally.failed,
+            answered=self.statistics.ok,
+            failed=self.statistics.failed,
             passing=self.passing,
             undelivered=self.undelivered,
             total=self.total,
@@ -489,7 +488,7 @@ async def _perform(run: _Run) -> ExitCode:
     place, unwritten = await _settle(run)
     ending = decide_ending(
         run.locate(),
-        failed=run.tally.failed,
+        failed=run.statistics.failed,
         balance=run.weigh(),
         failure=failure,
         stops=run.stops,
@@ -512,14 +511,14 @@ def _report_end(run: _Run, ending: Ending, place: str) -> None:
     if not run.plan.display.quiet:
         print_summary(
             console,
-            run.tally,
+            run.statistics,
             quota=run.quota,
             stats=stats,
             skipped=skipped,
             queued=run.queued,
             place=place,
         )
-        if place and not places.streamed and places.report is None and run.tally.done:
+        if place and not places.streamed and places.report is None and run.statistics.total:
             results = places.output if places.output_format == "jsonl" else places.ledger
             say(console, f"Report: cloudinary-analyze report {shlex.quote(str(results))}")
     run.report_costs()
@@ -529,7 +528,7 @@ def _report_end(run: _Run, ending: Ending, place: str) -> None:
         "exit_code": int(ending.exit_code),
         "message": ending.sentence,
         **build_summary(
-            run.tally,
+            run.statistics,
             total=run.total,
             skipped=skipped,
             queued=run.queued,
@@ -583,5 +582,5 @@ async def _settle(run: _Run) -> tuple[str, CommandError | None]:
     except CommandError as error:
         return "", error
     finally:
-        run.tally = export.tally
+        run.statistics = export.statistics
     return place, None

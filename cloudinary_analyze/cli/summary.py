@@ -1,11 +1,10 @@
 """How a run ended: counts, the closing tables, the exit code and the closing sentence.
 
-Memory stays flat: durations are kept in a histogram, causes up to a number.
+The counts of the results are `Statistics`, which the report shows, too.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -24,83 +23,14 @@ from cloudinary_analyze.errors import (
 )
 from cloudinary_analyze.events import SessionStats
 from cloudinary_analyze.responses import Limit
-from cloudinary_analyze.results.statistics import Durations, format_seconds
+from cloudinary_analyze.results.statistics import Durations, Statistics, format_seconds
 
-BAD_LINES: Final = "(bad input lines)"
-MOST_CAUSES: Final = 50
 SHOWN_QUEUEING: Final = 0.1  # seconds
-
-
-@attrs.define(eq=False)
-class ModelTally:
-    """What became of one model's items."""
-
-    ok: int = 0
-    failed: int = 0
-    durations: Durations = attrs.field(factory=Durations)
-
-
-@attrs.define(eq=False)
-class Cause:
-    """Why items failed: how many, and the first of them for an example."""
-
-    example: str
-    count: int = 0
-
-
-@attrs.define(eq=False)
-class Tally:
-    """The counts of a run.
-
-    Attributes:
-        models: By wire name, and `BAD_LINES`.
-        causes: By what the failures have in common.
-        used: Units that this run used up, by add-on feature.
-    """
-
-    models: dict[str, ModelTally] = attrs.field(factory=dict)
-    causes: dict[str, Cause] = attrs.field(factory=dict)
-    used: Counter[str] = attrs.field(factory=Counter)
-    done: int = 0
-    failed: int = 0
-
-    def add(self, record: Mapping[str, Any]) -> None:
-        """Count a record."""
-        tally = self.models.setdefault(record["model"] or BAD_LINES, ModelTally())
-        self.done += 1
-        if record["status"] == "ok":
-            tally.ok += 1
-            if record["seconds"] is not None:
-                tally.durations.add(record["seconds"])
-            for limit in () if record["restored"] else record["limits"]:
-                self.used[limit["type"]] += limit["used_by_request"] or 0
-        else:
-            tally.failed += 1
-            self.failed += 1
-            self._add_cause(record)
-
-    def _add_cause(self, record: Mapping[str, Any]) -> None:
-        name = name_cause(record)
-        cause = self.causes.get(name)
-        if cause is None:
-            if len(self.causes) >= MOST_CAUSES:
-                name = "other causes"
-            example = Cause(f"line {record['line']}: {record['error']['message']}")
-            cause = self.causes.setdefault(name, example)
-        cause.count += 1
-
-
-def name_cause(record: Mapping[str, Any]) -> str:
-    """Return what failures of the same cause have in common; never the source itself."""
-    if record["model"] is None:
-        return "bad input line"
-    error = record["error"]
-    return " ".join(map(str, filter(None, (error["type"], error["status"], error["code"]))))
 
 
 def print_summary(
     console: Console,
-    tally: Tally,
+    statistics: Statistics,
     *,
     quota: Mapping[str, Limit],
     stats: SessionStats,
@@ -112,18 +42,18 @@ def print_summary(
 
     Args:
         console: Where.
-        tally: The counts of the results.
+        statistics: The counts of the results.
         quota: What is known of the quotas.
         stats: The session's counts.
         skipped: How many items had their outcome from an earlier run.
         queued: How long items of this run queued before their first attempt.
         place: Where the results are; empty if they could not be written.
     """
-    console.print(_build_model_table(tally))
-    if tally.causes:
-        console.print(_build_cause_table(tally))
+    console.print(_build_model_table(statistics))
+    if statistics.causes:
+        console.print(_build_cause_table(statistics))
     if quota:
-        console.print(_build_quota_table(tally, quota))
+        console.print(_build_quota_table(statistics, quota))
     median, late = queued.compute_quantile(0.5), queued.compute_quantile(0.95)
     if late is not None and late >= SHOWN_QUEUEING:
         say(
@@ -147,7 +77,7 @@ def print_summary(
 
 
 def build_summary(
-    tally: Tally,
+    statistics: Statistics,
     *,
     total: int | None,
     skipped: int,
@@ -158,9 +88,9 @@ def build_summary(
     """Return the counts of a run for JSON; see `print_summary`."""
     return {
         "items": total,
-        "answered": tally.done - tally.failed,
-        "failed": tally.failed,
-        "left": None if total is None else max(0, total - tally.done),
+        "answered": statistics.ok,
+        "failed": statistics.failed,
+        "left": None if total is None else max(0, total - statistics.total),
         "answered_before": skipped,
         "models": {
             name: {
@@ -169,15 +99,15 @@ def build_summary(
                 "median_seconds": model.durations.compute_quantile(0.5),
                 "p95_seconds": model.durations.compute_quantile(0.95),
             }
-            for name, model in tally.models.items()
+            for name, model in statistics.models.items()
         },
         "causes": [
             {"cause": name, "items": cause.count, "example": cause.example}
-            for name, cause in tally.causes.items()
+            for name, cause in statistics.causes.items()
         ],
         "queued_median_seconds": queued.compute_quantile(0.5),
         "queued_p95_seconds": queued.compute_quantile(0.95),
-        "units": dict(tally.used),
+        "units": {name: quota.used for name, quota in statistics.quotas.items() if quota.used},
         "quota": {name: limit.remaining for name, limit in quota.items()},
         "calls": stats.calls,
         "retries": stats.retries,
@@ -185,11 +115,11 @@ def build_summary(
     }
 
 
-def _build_model_table(tally: Tally) -> Table:
+def _build_model_table(statistics: Statistics) -> Table:
     table = Table("model")
     for heading in ("ok", "failed", "median", "p95"):
         table.add_column(heading, justify="right")
-    for name, model in tally.models.items():
+    for name, model in statistics.models.items():
         table.add_row(
             Text(name),
             f"{model.ok:,}",
@@ -200,23 +130,23 @@ def _build_model_table(tally: Tally) -> Table:
     return table
 
 
-def _build_cause_table(tally: Tally) -> Table:
+def _build_cause_table(statistics: Statistics) -> Table:
     table = Table("cause of failure")
     table.add_column("items", justify="right")
     table.add_column("the first of them", overflow="fold")
-    for name, cause in sorted(tally.causes.items(), key=lambda entry: -entry[1].count):
+    for name, cause in sorted(statistics.causes.items(), key=lambda entry: -entry[1].count):
         table.add_row(Text(name), f"{cause.count:,}", Text(cause.example))
     return table
 
 
-def _build_quota_table(tally: Tally, quota: Mapping[str, Limit]) -> Table:
+def _build_quota_table(statistics: Statistics, quota: Mapping[str, Limit]) -> Table:
     table = Table("quota")
     for heading in ("used by this run", "left", "of"):
         table.add_column(heading, justify="right")
     for name, limit in quota.items():
         table.add_row(
             Text(name),
-            f"{tally.used[name]:,}",
+            f"{statistics.find_used(name):,}",
             _show_count(limit.remaining),
             _show_count(limit.limit),
         )

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import attrs
 
-from cloudinary_analyze.results.findings import Findings, read_number
+from cloudinary_analyze.results.findings import NOTHING, Findings, read_number
 
 SCORE_COLUMNS: Final = 20
 MOST_COLUMNS: Final = 40  # of the durations
@@ -55,36 +55,48 @@ class Scores:
 
 @attrs.define(eq=False)
 class Durations:
-    """Seconds, from a millisecond to a day, on a logarithmic scale."""
+    """Seconds, from a millisecond to a day, on a logarithmic scale.
 
-    _steps: Counter[int] = attrs.field(factory=Counter, init=False)
+    Attributes:
+        steps: How many durations are in which step of the scale.
+    """
+
+    steps: Counter[int] = attrs.field(factory=Counter, init=False)
 
     def add(self, seconds: float) -> None:
         """Count a duration."""
-        self._steps[_find_step(seconds)] += 1
+        self.steps[_find_step(seconds)] += 1
 
     @property
     def count(self) -> int:
         """How many there are."""
-        return self._steps.total()
+        return self.steps.total()
 
     def compute_quantile(self, quantile: float) -> float | None:
         """Return the seconds that this share did not exceed; ``None`` without any."""
         rank = max(1, math.ceil(quantile * self.count))
-        for step, count in sorted(self._steps.items()):
+        for step, count in sorted(self.steps.items()):
             rank -= count
             if rank <= 0:
                 return math.exp((step + 0.5) / _STEPS)
         return None
 
+    @classmethod
+    def merge(cls, parts: Iterable[Durations]) -> Durations:
+        """Return the durations of several histograms as one."""
+        merged = cls()
+        for part in parts:
+            merged.steps.update(part.steps)
+        return merged
+
     def span(self) -> tuple[int, int]:
         """Return the first and the last step that there is. There must be one."""
-        return min(self._steps), max(self._steps)
+        return min(self.steps), max(self.steps)
 
     def spread(self, axis: Axis) -> list[int]:
         """Return the counts in the columns of an axis."""
         columns = [0] * axis.columns
-        for step, count in self._steps.items():
+        for step, count in self.steps.items():
             columns[int((step - axis.first) / (axis.last + 1 - axis.first) * axis.columns)] += count
         return columns
 
@@ -180,13 +192,18 @@ class Cause:
     models: Counter[str] = attrs.field(factory=Counter)
     lines: list[int] = attrs.field(factory=list)
 
+    @property
+    def example(self) -> str:
+        """The first failure, with its line if it has one."""
+        return f"line {self.lines[0]}: {self.message}" if self.lines else self.message
+
 
 @attrs.define(eq=False)
 class QuotaUse:
-    """What the answers say of one add-on's quota.
+    """What the responses say of one add-on's quota.
 
     Attributes:
-        used: Units, added up over the answers.
+        used: Units that the run used, restored responses left out.
         remaining: The least that was left.
         limit: Of how many.
         reset_time: When it resets, as recorded.
@@ -200,7 +217,7 @@ class QuotaUse:
 
 @attrs.define(eq=False)
 class Statistics:
-    """Everything that is counted.
+    """What became of the items of a run: for its summary, and with findings for its report.
 
     Attributes:
         models: By wire name; `BAD_LINES` for input that no model saw.
@@ -218,7 +235,6 @@ class Statistics:
     qualities: Counter[str] = attrs.field(factory=Counter)
     causes: dict[str, Cause] = attrs.field(factory=dict)
     quotas: dict[str, QuotaUse] = attrs.field(factory=dict)
-    durations: Durations = attrs.field(factory=Durations)
     ok: int = 0
     failed: int = 0
 
@@ -227,8 +243,23 @@ class Statistics:
         """All results."""
         return self.ok + self.failed
 
-    def add(self, record: Mapping[str, Any], findings: Findings) -> None:
-        """Count a result."""
+    @property
+    def durations(self) -> Durations:
+        """Those of all models."""
+        return Durations.merge(model.durations for model in self.models.values())
+
+    def find_used(self, feature: str) -> int:
+        """Return how many units of an add-on the run used."""
+        quota = self.quotas.get(feature)
+        return 0 if quota is None else quota.used
+
+    def add(self, record: Mapping[str, Any], findings: Findings = NOTHING) -> None:
+        """Count a result.
+
+        Args:
+            record: Its record, which may be of any content.
+            findings: What its analysis says.
+        """
         name = choose_name(name_model(record), self.models, _MOST_MODELS)
         model = self.models.setdefault(name, ModelStatistics())
         if record["status"] == "ok":
@@ -236,16 +267,17 @@ class Statistics:
             model.ok += 1
             seconds = read_number(record.get("seconds"))
             if seconds is not None:
-                self.durations.add(seconds)
                 model.durations.add(seconds)
-            self._add_findings(model, findings)
+            if findings is not NOTHING:
+                self._add_findings(model, findings)
         else:
             self.failed += 1
             model.failed += 1
             self._add_failure(record, name)
         limits = record.get("limits")
+        charged = record["status"] == "ok" and record.get("restored") is not True
         for limit in limits if isinstance(limits, list) else ():
-            self._add_limit(limit)
+            self._add_limit(limit, charged=charged)
 
     def _add_findings(self, model: ModelStatistics, findings: Findings) -> None:
         for label in findings.labels:
@@ -275,13 +307,13 @@ class Statistics:
         if isinstance(line, int) and len(cause.lines) < _EXAMPLES and line not in cause.lines:
             cause.lines.append(line)
 
-    def _add_limit(self, limit: Any) -> None:
+    def _add_limit(self, limit: Any, *, charged: bool) -> None:
         if not isinstance(limit, dict):
             return
         name = choose_name(str(limit.get("type")), self.quotas, _MOST_MODELS)
         quota = self.quotas.setdefault(name, QuotaUse())
         used, remaining = limit.get("used_by_request"), limit.get("remaining")
-        if isinstance(used, int):
+        if charged and isinstance(used, int):
             quota.used += used
         if isinstance(remaining, int) and (quota.remaining is None or remaining < quota.remaining):
             quota.remaining = remaining

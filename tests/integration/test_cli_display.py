@@ -8,7 +8,7 @@ from typing import Any
 
 import cli_support
 import pytest
-from cli_support import StartEmulator, read_records, write_urls
+from cli_support import StartEmulator, build_urls, read_records, write_lines, write_urls
 
 from cloudinary_analyze.cli import main
 from cloudinary_analyze.cli import run as run_module
@@ -70,6 +70,21 @@ def test_attempts_that_may_be_charged_twice_are_listed(
     assert emulator.counts.total_done == 30 + twice
     assert found["answered"] == 30
     assert f"{twice} attempts may have been charged twice" in capfd.readouterr().err
+
+
+def test_the_report_has_the_figures_of_the_summary(start_emulator: StartEmulator) -> None:
+    start_emulator(quotas={"object_detection": 1000})
+    write_lines(*build_urls(9), *build_urls(4), "nonsense")
+    assert main([*RUN, "--summary-json", "s.json", "--report", "r.html"]) == 1
+    found, page = read_summary(), Path("r.html").read_text(encoding="utf-8")
+    ((feature, used),) = found["units"].items()
+    assert used == 9
+    assert f"{feature} <span>{used} used by this run</span>" in page
+    (cause,) = found["causes"]
+    assert cause["example"].startswith("line 14: ")
+    assert cause["example"].removeprefix("line 14: ").split("'")[0] in page
+    assert found["models"]["bad input lines"]["failed"] == 1
+    assert "bad input lines" in page
 
 
 def test_a_dry_run_writes_its_summary(start_emulator: StartEmulator) -> None:

@@ -119,6 +119,19 @@ def test_numbers_cover_models_labels_verdicts_causes_and_quotas():
     assert statistics.causes["bad input line"].lines == [6]
     used = statistics.quotas["object_detection"]
     assert (used.used, used.remaining, used.limit) == (2, 7, 500)
+    assert (statistics.find_used("object_detection"), statistics.find_used("x")) == (2, 0)
+    assert cause.example == "line 4: Slow."
+
+
+def test_restored_responses_use_no_units():
+    quota = {"type": "object_detection", "used_by_request": 1, "remaining": 7, "limit": 500}
+    records = [
+        build({"tags": {}}, limits=[quota], restored=restored) for restored in (False, True, True)
+    ]
+    statistics = count(*records)
+    assert statistics.find_used("object_detection") == 1
+    assert statistics.quotas["object_detection"].remaining == 7
+    assert statistics.durations.count == statistics.ok == 3
 
 
 def test_pictures_are_grouped_in_the_order_of_the_input_and_capped():
