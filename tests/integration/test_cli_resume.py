@@ -281,6 +281,7 @@ def test_the_report_comes_with_the_run_or_later(
     assert main(["report", "urls.txt"]) == 2
 
 
+@pytest.mark.slow
 async def test_export_reads_while_the_run_goes_on(tmp_path: Path):
     write_urls(tmp_path, 800)  # for longer than the export takes to start on a busy machine
     async with (

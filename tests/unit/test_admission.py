@@ -317,6 +317,7 @@ STEPS = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(STEPS, st.sampled_from([1, 2, 8]), st.integers(0, 3))
 def test_any_results_keep_the_bounds_and_good_ones_lift_every_limit(
     steps: list[tuple[str, int, float]], permits: int, seed: int

@@ -145,6 +145,7 @@ def test_a_symbolic_link_stays_one_and_a_pipe_is_written_to(tmp_path):
     assert pipe.is_fifo()
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_over_many_records(tmp_path):
     pytest.importorskip("pyarrow")
     analysis = {"data": {"caption": "x" * 16_000}}

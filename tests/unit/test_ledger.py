@@ -150,6 +150,7 @@ def expect(known, operation, number):
     return (task_id, operation, number)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(OPERATIONS)
 def test_the_last_final_answer_wins_and_no_response_is_ever_lost(operations):

@@ -122,6 +122,7 @@ class TestPace:
             await clock.advance(0.5)
             assert len(service.when("t1500")) == made + 1
 
+    @pytest.mark.slow
     async def test_100_000_made_up_ids_delay_no_poll_of_a_task(self, clock):
         def report(task_id):
             return NotFoundError("404", status=404) if "made" in task_id else "completed"

@@ -256,6 +256,7 @@ def test_the_probe_would_see_an_optional_library() -> None:
     assert import_first("rich", *OPTIONAL) == ["rich"]
 
 
+@pytest.mark.slow
 def test_every_module_can_be_imported_first() -> None:
     """Each in a process that has none of ours yet, so that no circular import can hide."""
     done = subprocess.run(

@@ -63,6 +63,7 @@ keys = st.sampled_from(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @given(st.recursive(JSON, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(keys, inner)))
 def test_no_analysis_breaks_the_report(analysis):
     """Whatever was recorded is counted and embedded, and stays readable."""

@@ -224,6 +224,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(
     model=st.sampled_from(sorted(MODELS)),
     tags=st.dictionaries(

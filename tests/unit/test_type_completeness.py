@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("pyright", reason="pyright belongs to the group `dev`")
 
 
+@pytest.mark.slow
 def test_the_type_of_every_public_name_is_known_and_unambiguous() -> None:
     environment = Path(sys.executable).parent
     done = subprocess.run(
