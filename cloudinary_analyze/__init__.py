@@ -195,7 +195,7 @@ from cloudinary_analyze.analyses import (
     Watermark,
     WatermarkDetectionAnalysis,
 )
-from cloudinary_analyze.config import Credentials, Settings
+from cloudinary_analyze.config import Credentials, Settings, proxy_from_environment
 from cloudinary_analyze.errors import (
     AnalyzeError,
     ApiError,
@@ -374,6 +374,7 @@ __all__ = [
     "__version__",
     "find_request_type",
     "parse_notification",
+    "proxy_from_environment",
     "to_dict",
     "to_json",
     "verify_signature",

@@ -39,10 +39,11 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import attrs
 
+from cloudinary_analyze._proxy import ProxyURL, find_proxy, read_proxy
 from cloudinary_analyze._values import URLObject, quote, read_url
 from cloudinary_analyze.errors import ConfigurationError
 
-__all__ = ["Credentials", "Pacer", "Settings"]
+__all__ = ["Credentials", "Pacer", "Settings", "proxy_from_environment"]
 
 DEFAULT_HOST: Final = "api.cloudinary.com"
 URL_VARIABLE: Final = "CLOUDINARY_URL"
@@ -137,6 +138,50 @@ def read_base_url(host: str, cloud_name: str) -> str:
             "The host is plain http. The credentials could be read in transit. Use https."
         )
     return f"{scheme}://{rest}"
+
+
+def proxy_from_environment(
+    host: str | URLObject | None = None, *, environment: Mapping[str, str] | None = None
+) -> str | None:
+    """Return the proxy that the usual variables name for a host, for `Settings.proxy`.
+
+    ``HTTPS_PROXY`` applies to an https host, ``HTTP_PROXY`` to a plain http one. Lower case names
+    come first. ``NO_PROXY`` lists the hosts without a proxy: names with their subdomains,
+    addresses, networks such as ``10.0.0.0/8``, each with or without a port, or ``*``. This machine
+    never has one. A session reads none of these variables by itself.
+
+    Args:
+        host: The host or origin to call, as in `Settings.host`. Default: ``api.cloudinary.com``.
+        environment: Default: the process's.
+
+    Returns:
+        A URL whose `repr` hides the password; ``None`` if no proxy applies.
+
+    Raises:
+        ConfigurationError: The host or the variable is invalid. The message quotes no part of it.
+    """
+    scheme, rest, name = _split_host(_clean_host(host) or DEFAULT_HOST)
+    port = urlsplit(f"//{rest}").port or (443 if scheme == "https" else 80)
+    if _is_loopback(name):
+        return None
+    return find_proxy(
+        os.environ if environment is None else environment, scheme=scheme, host=name, port=port
+    )
+
+
+def check_proxy(proxy: str | None, base_url: str, cloud_name: str) -> None:
+    """Refuse a proxy elsewhere for plain http: it could read the credentials.
+
+    Raises:
+        ConfigurationError: See above.
+    """
+    if proxy is None or base_url.startswith("https:") or cloud_name.startswith("emulator-"):
+        return
+    if not _is_loopback(ProxyURL(proxy).host):
+        raise ConfigurationError(
+            "The host is plain http, so a proxy on another machine could read the credentials. "
+            "Use https, or no proxy."
+        )
 
 
 def _split_host(host: str) -> tuple[str, str, str]:
@@ -435,6 +480,10 @@ def _split_userinfo(rest: str) -> tuple[str, str]:
     )
 
 
+def _read_proxy(value: str | URLObject | None) -> str | None:
+    return read_proxy(value, "Settings.proxy")
+
+
 class Pacer(Protocol):
     """Decides when the next attempt may start. An ``aiolimiter`` limiter is one, for example."""
 
@@ -528,6 +577,12 @@ class Settings:
     host: str | None = attrs.field(default=None, converter=_clean_host)
     """Host or origin of the API: ``api-eu.cloudinary.com``, ``http://127.0.0.1:8080``.
     ``None``: the credentials', else ``api.cloudinary.com``."""
+
+    proxy: str | None = attrs.field(default=None, converter=_read_proxy)
+    """The HTTP proxy of all calls and polls: ``http://host:port``, ``http://user:password@host:port``,
+    or a URL object. ``None``: no proxy, whatever the environment says; see `proxy_from_environment`.
+    Its password appears in no repr and no pickle. Workers read it from the proxy variable of the same
+    server. An ``https://`` proxy needs asyncio's own event loop."""
 
     max_response_bytes: int = attrs.field(default=32 * 2**20, validator=_count)
     """The longest body that is read, after decompression."""

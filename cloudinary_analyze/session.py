@@ -27,7 +27,13 @@ from cloudinary_analyze._values import NotPicklable, URLObject, read_url
 from cloudinary_analyze._version import __version__
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze._wire.protocol import Accepted
-from cloudinary_analyze.config import DEFAULT_HOST, Credentials, Settings, read_base_url
+from cloudinary_analyze.config import (
+    DEFAULT_HOST,
+    Credentials,
+    Settings,
+    check_proxy,
+    read_base_url,
+)
 from cloudinary_analyze.errors import (
     BulkStoppedError,
     ConfigurationError,
@@ -161,7 +167,9 @@ class AnalyzeSession(NotPicklable):
         notification_url: Where the service sends the results of tasks: a string or a URL object.
             Default: the URL configured for the account.
         http: An aiohttp session of this event loop to send through. You close it, after this
-            session. Its timeouts and ``raise_for_status`` are overridden.
+            session. Its timeouts and ``raise_for_status`` are overridden. Excludes
+            `Settings.proxy`: create it with the proxy instead, and without default headers that
+            a proxy must not see, because aiohttp sends these to the proxy.
         on_event: Called with each event, see `cloudinary_analyze.events`. Must not block.
         clock: For tests: a `cloudinary_analyze.testing.ManualClock`.
 
@@ -188,6 +196,12 @@ class AnalyzeSession(NotPicklable):
         _check_arguments(credentials, settings, on_event)
         host = settings.host or credentials.host or DEFAULT_HOST
         self._base_url = read_base_url(host, credentials.cloud_name)
+        check_proxy(settings.proxy, self._base_url, credentials.cloud_name)
+        if http is not None and settings.proxy is not None:
+            raise ConfigurationError(
+                "Settings.proxy and `http` exclude each other. Pass the proxy to the "
+                "aiohttp.ClientSession instead."
+            )
         if isinstance(notifications, asyncio.Queue):
             notifications = QueueSource(notifications)
         elif notifications is not None and not callable(getattr(notifications, "listen", None)):

@@ -33,7 +33,7 @@ class Token(NotPicklable):
     ask: Callable[[], Awaitable[str]]
     seconds: float
     clock: Clock
-    value: str = ""
+    value: str = attrs.field(default="", repr=False)
     number: int = 0
     _asking: asyncio.Task[AnalyzeError | None] | None = None
 
@@ -61,7 +61,7 @@ class Token(NotPicklable):
                     raise ConfigurationError("Credentials.oauth_token must be an async function.")
                 self.value = clean_oauth_token(await answer)
         except ConfigurationError as error:
-            return error
+            return error.with_traceback(None)  # whose frames hold the token
         except (Exception, asyncio.CancelledError) as error:
             if is_own_cancellation(error, 0):
                 raise

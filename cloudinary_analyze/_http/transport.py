@@ -9,6 +9,7 @@ import os
 import platform
 import ssl
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Final
 
 import aiohttp
@@ -19,6 +20,7 @@ from yarl import URL
 from cloudinary_analyze._cancellation import Sections, get_task
 from cloudinary_analyze._clock import Clock
 from cloudinary_analyze._http.token import Token
+from cloudinary_analyze._proxy import read_proxy
 from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze.config import Credentials, Settings
 from cloudinary_analyze.errors import (
@@ -59,6 +61,7 @@ class Transport(NotPicklable):
         settings: For timeouts and the longest body.
         owned: Whether the aiohttp session is ours to close.
         token: The OAuth token, if it can be renewed.
+        _proxy: What each request passes to aiohttp about the proxy; empty without one.
     """
 
     settings: Settings
@@ -71,6 +74,7 @@ class Transport(NotPicklable):
     _timer: asyncio.TimerHandle | None = None
     _closed: bool = False
     token: Token | None = None
+    _proxy: dict[str, Any] = attrs.field(factory=dict, repr=False, alias="proxy")
 
     @classmethod
     def open(
@@ -88,7 +92,6 @@ class Transport(NotPicklable):
         Raises:
             ConfigurationError: The given session would get in the way.
         """
-        headers = build_headers(credentials, version=version)
         timeout = aiohttp.ClientTimeout(total=None, connect=settings.connect_timeout)
         loop = asyncio.get_running_loop()
         token = None
@@ -96,16 +99,30 @@ class Transport(NotPicklable):
             token = Token(credentials.oauth_token, settings.read_timeout, clock)
         if http is not None:
             check_client_session(http, settings, host=URL(base_url).host or "")
+        headers = build_headers(credentials, version=version)
+        if http is not None:
             return cls(settings, False, http, headers, timeout, loop, token=token)
         # our own permits bound what is in flight, so the pool need not
         connector = aiohttp.TCPConnector(limit=0)
+        proxy = read_proxy(settings.proxy)
         own = aiohttp.ClientSession(
             connector=connector,
-            headers=headers,
+            # aiohttp sends default headers to the proxy too, in clear text
+            headers=headers if proxy is None else None,
             timeout=timeout,
             cookie_jar=aiohttp.DummyCookieJar(),
         )
-        return cls(settings, True, own, None, timeout, loop, token=token)
+        if proxy is None:
+            return cls(settings, True, own, None, timeout, loop, token=token)
+        options: dict[str, Any] = {"proxy": URL(proxy.bare)}
+        if proxy.userinfo is not None:
+            # not in the URL, which aiohttp's errors and connection keys show
+            pair = base64.b64encode(":".join(proxy.userinfo).encode()).decode()
+            if base_url.startswith("https:"):
+                options["proxy_headers"] = {"Proxy-Authorization": f"Basic {pair}"}
+            else:
+                headers["Proxy-Authorization"] = f"Basic {pair}"
+        return cls(settings, True, own, headers, timeout, loop, token=token, proxy=options)
 
     async def close(self) -> None:
         """Interrupt the attempts that are still in flight, and close the pool if it is ours."""
@@ -150,6 +167,7 @@ class Transport(NotPicklable):
                 allow_redirects=False,
                 raise_for_status=False,
                 timeout=self._timeout,
+                **self._proxy,
             )
             try:
                 content = response.content
@@ -169,7 +187,9 @@ class Transport(NotPicklable):
                 failure = TransportError("The HTTP session cancelled the attempt by itself.")
                 cause = error
         except (aiohttp.ClientError, OSError) as error:
-            failure = build_transport_error(error, self.settings)
+            failure = build_transport_error(
+                error, self.settings, sent=body is None or body.sent, proxied=bool(self._proxy)
+            )
             if not isinstance(error, aiohttp.ClientResponseError):
                 cause = error  # that one's repr holds the request's headers, credentials and all
         except Exception as error:
@@ -184,6 +204,8 @@ class Transport(NotPicklable):
             )
             cause = error
         else:
+            if response.status == 407 and self._proxy:
+                raise build_proxy_refusal(407, response.reason)
             if len(payload) <= self.settings.max_response_bytes:
                 return response.status, response.headers, payload
             response.close()
@@ -198,6 +220,8 @@ class Transport(NotPicklable):
         finally:
             self._attempts.leave(task)
         failure.ambiguous = body is not None and body.sent
+        if cause is not None:
+            hide_frames(cause)
         raise failure from cause
 
     def _add_token(self, token: Token) -> CIMultiDict[str]:
@@ -237,12 +261,20 @@ _CERTIFICATE: Final = (aiohttp.ClientConnectorCertificateError, ssl.SSLCertVerif
 
 
 def build_transport_error(
-    error: aiohttp.ClientError | OSError, settings: Settings
+    error: aiohttp.ClientError | OSError, settings: Settings, *, sent: bool, proxied: bool
 ) -> TransportError:
-    """Say why an attempt has no response."""
+    """Say why an attempt has no response.
+
+    Args:
+        error: What aiohttp raised.
+        settings: For the timeouts.
+        sent: Whether the request may have been sent.
+        proxied: Whether it goes through a proxy.
+    """
+    reason = shorten(str(error).encode()) or type(error).__name__
     if isinstance(error, _CERTIFICATE):
         return TransportError(
-            f"The server's certificate is not trusted, so nothing was sent: {error}.",
+            f"The server's certificate is not trusted, so nothing was sent: {reason}.",
             permanent=True,
         )
     if isinstance(error, aiohttp.ConnectionTimeoutError):
@@ -250,13 +282,59 @@ def build_transport_error(
             f"Could not connect within {settings.connect_timeout} s "
             "(Settings.connect_timeout); nothing was sent."
         )
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return build_proxy_refusal(error.status, error.message)
     if isinstance(error, aiohttp.ClientConnectorError):
-        return TransportError(f"Could not connect, so nothing was sent: {error}.")
+        place = " to the proxy" if isinstance(error, aiohttp.ClientProxyConnectionError) else ""
+        return TransportError(f"Could not connect{place}, so nothing was sent: {reason}.")
     if isinstance(error, aiohttp.ClientResponseError):
         reason = shorten(str(error.message or error.status).encode())
-        return TransportError(f"The response is not valid HTTP: {reason}.")
-    reason = shorten(str(error).encode()) or type(error).__name__
+        whose = "response" if sent or not proxied else "proxy's response"
+        return TransportError(f"The {whose} is not valid HTTP: {reason}.")
+    if not sent:
+        return TransportError(f"The connection was lost before anything was sent: {reason}.")
     return TransportError(f"The connection was lost before the response was complete: {reason}.")
+
+
+def hide_frames(error: BaseException) -> None:
+    """Take aiohttp's frames out of an error's tracebacks: their variables hold the credentials.
+
+    Tools that log a traceback with its variables would show them.
+    """
+    seen: set[int] = set()
+    links: list[BaseException | None] = [error]
+    while links:
+        link = links.pop()
+        if link is None or id(link) in seen:
+            continue
+        seen.add(id(link))
+        links += [link.__cause__, link.__context__]
+        frames: list[TracebackType] = []
+        step = link.__traceback__
+        while step is not None:
+            frames.append(step)
+            step = step.tb_next
+        kept: TracebackType | None = None
+        for step in reversed(frames):
+            if not str(step.tb_frame.f_globals.get("__name__")).startswith("aiohttp."):
+                kept = TracebackType(kept, step.tb_frame, step.tb_lasti, step.tb_lineno)
+        link.__traceback__ = kept
+
+
+def build_proxy_refusal(status: int, reason: str | None) -> TransportError:
+    """Return the error of a request that a proxy did not pass on."""
+    advice = "Check that it allows connections to the host of the service."
+    if status == 407:
+        advice = (
+            "Check the user and password of Settings.proxy. Pickles do not contain the password; "
+            "workers read it from HTTPS_PROXY."
+        )
+    shown = shorten(reason or "")
+    return TransportError(
+        f"The proxy answered {status}{f' ({shown})' if shown else ''}, so nothing was sent to the "
+        f"service. {advice}",
+        permanent=status < 500 and status not in {408, 425, 429},
+    )
 
 
 def build_headers(credentials: Credentials, *, version: str) -> CIMultiDict[str]:

@@ -52,6 +52,7 @@ from cloudinary_analyze.cli.service import (
     DEFAULT_CALLS,
     CallOptions,
     EmulatorPlan,
+    ProxyOption,
     read_latency,
     read_quotas,
     serve,
@@ -197,17 +198,20 @@ def analyze(
     *,
     parameters: Parameters = NO_PARAMETERS,
     emulated: Emulated = False,
+    proxy: ProxyOption = None,
 ) -> Work:
     """Analyze one image. Prints a summary on a terminal, otherwise the JSON as received."""
     build = next(iter(choose_models([model], parameters).values()))
-    plan = SinglePlan(build=build, source=read_source(source), emulated=emulated)
+    plan = SinglePlan(build=build, source=read_source(source), emulated=emulated, proxy=proxy)
     return partial(perform_analyze, plan)
 
 
 @app.command
-def status(task_id: Annotated[str, Parameter(help="The task's id.")], /) -> Work:
+def status(
+    task_id: Annotated[str, Parameter(help="The task's id.")], /, *, proxy: ProxyOption = None
+) -> Work:
     """Show the status of a task. Prints a summary on a terminal, otherwise the JSON as received."""
-    return partial(perform_status, task_id)
+    return partial(perform_status, task_id, proxy)
 
 
 @app.command

@@ -54,11 +54,17 @@ class RunPlan:
         """See `AnalyzeSession.map`."""
         return self.receiving.mode
 
-    def build_settings(self) -> Settings:
-        """Return the settings of the session."""
+    def build_settings(self, service: Service) -> Settings:
+        """Return the settings of the session.
+
+        Raises:
+            ConfigurationError: A value is invalid.
+            CommandError: A proxy leads away from an emulator in this process.
+        """
         # a result that was never delivered is the one failure that asking again must pay for
         again = self.retry_failed and self.receiving.as_tasks
-        return self.calling.build_settings(on_missing_result="analyze" if again else "raise")
+        missing: Literal["raise", "analyze"] = "analyze" if again else "raise"
+        return self.calling.build_settings(service, on_missing_result=missing)
 
     def choose_source(self, service: Service) -> LineSource:
         """Return where the lines come from."""

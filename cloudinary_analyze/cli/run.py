@@ -429,7 +429,7 @@ async def _prepare(
     source, places = plan.choose_source(service), plan.places
     if plan.spending.sample is not None and not source.repeatable:
         raise CommandError("--sample reads the input twice, so it needs a file, not a pipe.")
-    settings = plan.build_settings()
+    settings = plan.build_settings(service)
     line = await stack.enter_async_context(open_line(plan.receiving, service, console))
     stream = stack.enter_context(StreamResults(places.output)) if places.streamed else None
     book = None

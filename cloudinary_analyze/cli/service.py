@@ -19,6 +19,7 @@ from cloudinary_analyze.config import (
     URL_VARIABLE,
     Credentials,
     Settings,
+    proxy_from_environment,
     read_base_url,
 )
 from cloudinary_analyze.errors import ConfigurationError
@@ -37,6 +38,17 @@ def _get_default(name: str) -> Any:
     return attrs.fields_dict(Settings)[name].default
 
 
+ProxyOption = Annotated[
+    str | None,
+    Parameter(
+        name="--proxy",
+        help="Proxy for all calls: http://HOST:PORT, or an empty string for none. Default: "
+        "HTTPS_PROXY, except for hosts in NO_PROXY. Put a password into the variable, because "
+        "other users can see command lines.",
+    ),
+]
+
+
 @Parameter(name="*")
 @attrs.frozen(kw_only=True)
 class CallOptions:
@@ -52,6 +64,7 @@ class CallOptions:
         task_timeout: See `Settings.task_timeout`.
         no_retry_ambiguous: See `Settings.retry_ambiguous`.
         rate: See `Settings.rate`.
+        proxy: See `Settings.proxy`; ``None``: as the environment says.
         ledger_patience: See `SQLiteLedger`.
     """
 
@@ -97,6 +110,7 @@ class CallOptions:
         float | None,
         Parameter(name="--rate", help="Attempts per second at most. Default: no limit."),
     ] = None
+    proxy: ProxyOption = attrs.field(default=None, repr=False)
     ledger_patience: Annotated[
         float,
         Parameter(
@@ -107,7 +121,9 @@ class CallOptions:
         ),
     ] = PATIENCE
 
-    def build_settings(self, *, on_missing_result: Literal["raise", "analyze"]) -> Settings:
+    def build_settings(
+        self, service: Service, *, on_missing_result: Literal["raise", "analyze"]
+    ) -> Settings:
         """Return the settings of the session.
 
         Raises:
@@ -122,6 +138,7 @@ class CallOptions:
             task_timeout=self.task_timeout,
             retry_ambiguous=not self.no_retry_ambiguous,
             rate=self.rate,
+            proxy=service.choose_proxy(self.proxy),
             on_missing_result=on_missing_result,
         )
 
@@ -140,6 +157,22 @@ class Service:
 
     credentials: Credentials
     emulator: Emulator | None = None
+
+    def choose_proxy(self, option: str | None) -> str | None:
+        """Return the proxy to call through.
+
+        Args:
+            option: What the command line says. ``None``: the environment decides.
+
+        Raises:
+            ConfigurationError: The proxy is invalid.
+            CommandError: A proxy leads away from the emulator in this process.
+        """
+        if self.emulator is not None:
+            if option:
+                raise CommandError("--proxy has no meaning with --emulator; pass one of them.")
+            return None
+        return proxy_from_environment(self.credentials.host) if option is None else option
 
     def identify(self) -> dict[str, str]:
         """Return what a ledger of this service belongs to; see `Ledger.open`."""

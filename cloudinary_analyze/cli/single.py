@@ -24,7 +24,8 @@ from cloudinary_analyze.cli.screen import (
     show_logs,
     showing_results,
 )
-from cloudinary_analyze.cli.service import EMULATOR_ASIDE, open_service, read_credentials
+from cloudinary_analyze.cli.service import EMULATOR_ASIDE, Service, open_service, read_credentials
+from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
     AnalyzeError,
     AuthenticationError,
@@ -47,11 +48,13 @@ class SinglePlan:
         build: Builds the request.
         source: Of what.
         emulated: Whether to call an emulator in this process.
+        proxy: The proxy that the command line names.
     """
 
     build: BuildRequest
     source: Uri | Asset
     emulated: bool
+    proxy: str | None = attrs.field(default=None, repr=False)
 
 
 async def perform_analyze(plan: SinglePlan, console: Console) -> ExitCode:
@@ -64,7 +67,8 @@ async def perform_analyze(plan: SinglePlan, console: Console) -> ExitCode:
     check_stdout()
     async with open_service(emulated=plan.emulated, console=console) as service:
         with show_logs(console):
-            async with AnalyzeSession(service.credentials) as session:
+            settings = Settings(proxy=service.choose_proxy(plan.proxy))
+            async with AnalyzeSession(service.credentials, settings=settings) as session:
                 try:
                     response = await session.analyze(plan.build(plan.source))
                 except AnalyzeError as error:
@@ -138,7 +142,7 @@ def _build_mark_table(marks: Sequence[Mark]) -> Table:
 _STYLES = {"completed": "green", "failed": "red"}
 
 
-async def perform_status(task_id: str, console: Console) -> ExitCode:
+async def perform_status(task_id: str, proxy: str | None, console: Console) -> ExitCode:
     """Ask for a task's status once and print it.
 
     Raises:
@@ -146,7 +150,9 @@ async def perform_status(task_id: str, console: Console) -> ExitCode:
     """
     check_stdout()
     with show_logs(console):
-        async with AnalyzeSession(read_credentials(EMULATOR_ASIDE)) as session:
+        service = Service(read_credentials(EMULATOR_ASIDE))
+        settings = Settings(proxy=service.choose_proxy(proxy))
+        async with AnalyzeSession(service.credentials, settings=settings) as session:
             try:
                 status = await session.task_status(task_id)
             except NotFoundError as error:

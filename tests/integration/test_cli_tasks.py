@@ -185,7 +185,8 @@ def test_what_was_never_delivered_is_paid_for_again_only_if_that_is_wished(
         limit=None,
         emulated=False,
     )
-    assert plan.build_settings().on_missing_result == expected
+    service = Service(Credentials("demo", "1", "2"))
+    assert plan.build_settings(service).on_missing_result == expected
 
 
 # a webhook is answered only once its result is kept

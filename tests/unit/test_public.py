@@ -120,6 +120,7 @@ NAMES = [
     "__version__",
     "find_request_type",
     "parse_notification",
+    "proxy_from_environment",
     "to_dict",
     "to_json",
     "verify_signature",

@@ -61,6 +61,7 @@ from cloudinary_analyze import (
     config,
     errors,
     outcomes,
+    proxy_from_environment,
     to_dict,
     to_json,
 )
@@ -85,7 +86,10 @@ def build_session() -> AnalyzeSession:
     """Return a session with most options."""
     pacer: config.Pacer = Limiter()
     credentials: config.Credentials = Credentials("demo", oauth_token=renew_token)
-    settings: config.Settings = attrs.evolve(Settings(permits=8, pacer=pacer), attempts=3)
+    proxy: str | None = proxy_from_environment() or config.proxy_from_environment("api-eu.test")
+    settings: config.Settings = attrs.evolve(
+        Settings(permits=8, pacer=pacer, proxy=proxy), attempts=3
+    )
     return AnalyzeSession(credentials, settings=settings)
 
 
