@@ -14,7 +14,7 @@ from typing import Any, Final
 import attrs
 
 from cloudinary_analyze._wire import codec
-from cloudinary_analyze.analyses import Detection, read_detection
+from cloudinary_analyze.analyses import Detection, read_detections
 
 Box = tuple[float, float, float, float]
 
@@ -138,8 +138,8 @@ def _read_marks(analysis: Mapping[str, Any]) -> Iterator[Mark]:
     tags = analysis.get("tags")
     if isinstance(tags, Mapping):
         for label, entries in tags.items():
-            for entry in entries if isinstance(entries, list) else [entries]:
-                yield _read_detection(read_detection(str(label), entry))
+            listed = entries if isinstance(entries, list) else [entries]
+            yield from map(_read_detection, read_detections(str(label), listed))
     yield from _read_named(tags, "name", "confidence")
     yield from _read_named(analysis.get("detections"), "name", "confidence")
     yield from _read_named(_get(analysis.get("label_annotations"), "labels"), "label", "score")

@@ -300,6 +300,19 @@ def test_detected_tags_are_a_mapping_that_pickles() -> None:
         tags["dog"]
 
 
+def test_a_detection_that_was_read_is_frozen() -> None:
+    raw = {"confidence": 0.5, "bounding-box": [1, 2, 3, 4]}
+    (found,) = DetectedTags({"cat": [raw]})["cat"]
+    assert type(found) is Detection
+    assert found == Detection("cat", 0.5, BoundingBox(1, 2, 3, 4), raw)
+    assert hash(found) == hash(copy.copy(found)) == hash(pickle.loads(pickle.dumps(found)))
+    for name in ("label", "confidence", "bounding_box", "raw", "other"):
+        with pytest.raises(AttributeError):
+            setattr(found, name, None)
+    with pytest.raises(AttributeError):
+        del found.label
+
+
 def test_a_logo_keeps_its_polygon_and_missing_coordinates_are_zero(sample: Any) -> None:
     (logo,) = read_response(
         GoogleLogoDetection(URL), codec.dumps(sample("google_logo_detection"))
