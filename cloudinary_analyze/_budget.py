@@ -1,10 +1,10 @@
-"""`Budget`: what a stream may spend, and the account of what it spent.
+"""`Budget`, the limits of what a stream may spend, and the account of what it has spent.
 
-A call's cost is reserved before it queues, and settled once its outcome is known. While calls in
-flight can still decide whether another one fits, that one waits. So a stream stops with nothing
+A call's cost is reserved before it queues, and settled once its outcome is known. If it depends on
+calls in flight whether another call fits, that call waits for them. So a stream stops with nothing
 reserved, and its figures are final.
 
-Nothing here sends or counts by itself: `Work` reserves and settles for its item.
+This module neither sends nor counts: `Work` reserves and settles for its item.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ def _copy_units(units: Any) -> Any:
 
 @attrs.frozen(kw_only=True, repr=False)
 class Budget(Jsonable):
-    """What one stream may spend: new charges only, not responses restored from a ledger.
+    """The limits of what one stream may spend. Responses restored from a ledger do not count.
 
     A call that is repeated because its task's result was not delivered
     (`Settings.on_missing_result`) counts again. A call counts once, however many attempts it
     takes, and not at all if it failed without a charge.
 
     Attributes:
-        calls: Calls at most. Exact. ``None``: no limit.
-        units: Add-on feature (``ai_vision``, ``object_detection``, …) to units at most. A call
-            waits or is refused if what was spent, plus the calls in flight and itself at the
-            largest cost seen, would exceed the limit. The first call of a feature runs alone,
-            because its cost is unknown. Only a call that costs more than all before it
-            overshoots, see `Spent.overshoot`.
+        calls: The maximum number of calls, which is exact. ``None``: no limit.
+        units: Add-on features (``ai_vision``, ``object_detection``, …) and their maximum units. A
+            call waits or is refused if the units spent, plus the calls in flight and this call at
+            the largest cost seen, would exceed the limit. The first call of a feature runs alone,
+            because its cost is unknown. Only a call that costs more than every call before it can
+            exceed the limit; see `Spent.overshoot`.
 
     Raises:
         ConfigurationError: A limit is not a whole number from 0, or ``units`` names a model.
@@ -97,7 +97,7 @@ class Spending:
     """The account of one stream.
 
     Attributes:
-        budget: What it may spend.
+        budget: The limits.
     """
 
     budget: Budget
@@ -119,7 +119,7 @@ class Spending:
         return Spent(calls=self._calls, units=dict(self._units), overshoot=over)
 
     async def reserve(self, feature: str) -> None:
-        """Reserve the cost of a call; wait while calls in flight can decide if it fits.
+        """Reserve the cost of a call. Wait while it depends on calls in flight whether it fits.
 
         Cancelling is safe. Each reservation must be settled.
 
@@ -133,17 +133,17 @@ class Spending:
                 woken = asyncio.get_running_loop().create_future()
                 enter(woken)
                 await woken
-                enter = waiting.appendleft  # those who wait again stay first
+                enter = waiting.appendleft  # a call that must wait again stays first
             self._reserved[feature] += 1
             self._reserved_calls += 1
         finally:
             _wake_one(waiting)
 
     def _fits(self, feature: str) -> bool:
-        """Whether another call fits now; ``False``: calls in flight will decide.
+        """Whether another call fits now. ``False``: it depends on calls in flight.
 
         Raises:
-            BudgetReachedError: It does not, whatever becomes of the calls in flight.
+            BudgetReachedError: It does not fit, whatever the calls in flight cost.
         """
         most = self.budget.calls
         if most is not None and self._calls + self._reserved_calls >= most:
@@ -165,11 +165,11 @@ class Spending:
         return False
 
     def settle(self, feature: str, limits: Iterable[Limit] | None, *, charged: bool) -> None:
-        """Replace a reservation by what the call cost.
+        """Replace a reservation with the cost of the call.
 
         Args:
-            feature: As it was reserved.
-            limits: Those of its response; ``None``: it has none, so its cost is estimated.
+            feature: The feature of the reservation.
+            limits: The limits of its response. ``None``: it has none, so the cost is estimated.
             charged: Whether it was charged, or may have been.
         """
         self._reserved[feature] -= 1
@@ -188,7 +188,7 @@ class Spending:
             _wake_one(waiting)
 
     def build_error(self, feature: str | None) -> BudgetReachedError:
-        """Return the error that says that a limit was reached, with what was spent until now."""
+        """Return the error for a limit that was reached, with the amounts spent."""
         spent = self.spent
         if feature is None:
             what = f"{spent.calls:,} of {self.budget.calls:,} calls"

@@ -1,8 +1,9 @@
-"""Cancellations: ours, those of others, and those of code that only looks cancelled.
+"""Distinguish our own cancellations from those of other tasks and from errors of user code.
 
-Three things arrive as the same `asyncio.CancelledError`, also in one turn of the loop: we interrupt
-a section of a task (a timeout, a close), another task cancels this one, or code that we await raises
-the error by itself. Only `asyncio.Task.cancelling` distinguishes them, counted from before the await.
+Three events raise the same `asyncio.CancelledError`, even in one turn of the loop: we interrupt a
+section of a task (a timeout, a close), another task cancels this one, or code that we await raises
+the error itself. Only `asyncio.Task.cancelling`, compared with its value before the await,
+distinguishes them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def get_task() -> asyncio.Task[object]:
     """Return the running task.
 
     Raises:
-        RuntimeError: No task is running; asyncio itself cannot bound or cancel such code.
+        RuntimeError: No task is running, so asyncio can neither time out nor cancel the code.
     """
     task = asyncio.current_task()
     if task is None:
@@ -39,10 +40,10 @@ def count_cancellations() -> int:
 
 
 def is_own_cancellation(error: BaseException, before: int) -> bool:
-    """Whether an error is a cancellation of the running task, and not one that foreign code raised.
+    """Whether an error is a cancellation of the running task, and not raised by user code.
 
     Args:
-        error: What was raised.
+        error: The error.
         before: How many cancellations were requested before the code ran.
     """
     return isinstance(error, asyncio.CancelledError) and count_cancellations() > before
@@ -50,22 +51,22 @@ def is_own_cancellation(error: BaseException, before: int) -> bool:
 
 @attrs.define(eq=False, repr=False)
 class Sections:
-    """Parts of tasks that we may interrupt, by cancelling them.
+    """Sections of tasks that we can interrupt by cancelling the task.
 
-    A task is outside, inside (from `enter` on) or interrupted (from `interrupt` on); `leave` takes
-    it outside again. A section that ends raises its own error if it was interrupted and the task's
-    count of cancellations is what it was before.
+    States of a task: *outside*, *inside* (after `enter`), *interrupted* (after `interrupt`).
+    `leave` returns it to *outside*. A section that was interrupted raises `InterruptedSectionError`
+    if the task's count of cancellations is the same as before.
 
     Attributes:
-        inside: Task to the loop's time when its section has taken too long; oldest first if all
-            sections may last equally long.
+        inside: The tasks inside, each with the loop's time at which its section has taken too long.
+            Oldest first if all sections have the same limit.
     """
 
     inside: dict[asyncio.Task[object], float] = attrs.field(factory=dict)
     _interrupted: set[asyncio.Task[object]] = attrs.field(factory=set)
 
     def interrupt(self, task: asyncio.Task[object]) -> None:
-        """Interrupt a task that is inside."""
+        """Interrupt one task that is inside."""
         del self.inside[task]
         self._interrupted.add(task)
         task.cancel()
@@ -94,7 +95,7 @@ class Sections:
             self.leave(task)
 
     def leave(self, task: asyncio.Task[object]) -> bool:
-        """End a task's section and take back our cancellation; return whether there was one."""
+        """End a task's section and withdraw our cancellation. Return whether there was one."""
         self.inside.pop(task, None)
         if task not in self._interrupted:
             return False

@@ -1,6 +1,6 @@
-"""The one door to time: every sleep and deadline of ours goes through a `Clock`.
+"""The clock: every sleep and deadline of this package goes through it.
 
-Socket timeouts of one attempt are not ours but aiohttp's, and are real.
+Only the socket timeouts of one attempt, which belong to aiohttp, use real time.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Protocol
 
 
 class TimerHandle(Protocol):
-    """A callback that waits for its time."""
+    """A scheduled callback."""
 
     def cancel(self) -> None:
-        """Forget the callback; harmless when it has run."""
+        """Withdraw the callback. Does nothing if it has run."""
         ...
 
 
 class Clock(Protocol):
-    """Time as the session sees it. `SYSTEM_CLOCK` is real; tests inject one they move."""
+    """The time of a session. `SYSTEM_CLOCK` is real; tests inject a clock that they move."""
 
     def monotonic(self) -> float:
-        """Return seconds that never jump; for waits and deadlines."""
+        """Return monotonic seconds, for waits and deadlines."""
         ...
 
     def wall(self) -> float:
-        """Return Unix seconds; for timestamps of others."""
+        """Return Unix seconds, for timestamps that other systems understand."""
         ...
 
     def call_at(self, when: float, callback: Callable[[], None], /) -> TimerHandle:
@@ -36,7 +36,7 @@ class Clock(Protocol):
         ...
 
     async def sleep(self, seconds: float) -> None:
-        """Sleep; cancelling is safe."""
+        """Sleep. Cancelling is safe."""
         ...
 
     def timeout_at(self, deadline: float, /) -> AbstractAsyncContextManager[asyncio.Timeout]:
@@ -64,7 +64,7 @@ class SystemClock:
 
 
 def wake(sleeper: asyncio.Future[None]) -> None:
-    """Complete a future, unless it is done already."""
+    """Complete a future, unless it is already done."""
     if not sleeper.done():
         sleeper.set_result(None)
 

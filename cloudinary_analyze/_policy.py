@@ -1,8 +1,8 @@
-"""What an error means: retry, slow down, stop, or record. Pure; the only file that knows backoff.
+"""The policy for errors: retry, slow down, stop or record. Only this module uses backoff.
 
-`find_rule` holds the table for HTTP statuses. It judges the response of a call and the failure of
-a task alike. Of backoff only the wait generators are used: its decorators hold policy at import
-time, sleep by themselves, and their jitter may wait less than the server asked for.
+`find_rule` has the table for HTTP statuses, for responses of calls and for failures of tasks. Only
+backoff's wait generators are used. Its decorators fix the policy at import time, sleep without our
+clock, and their jitter may wait less than the server asked for.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from cloudinary_analyze.errors import (
 from cloudinary_analyze.responses import Limit
 
 QUOTA_CODES: Final = frozenset({"MA_00008"})  # documented for an exhausted quota
-SERVER_JITTER = 0.1  # of the wait that the server asked for, on top of it
+SERVER_JITTER = 0.1  # share of the wait that the server asked for, added to it
 LEAST_SERVER_JITTER = 0.25  # seconds
 
 
 class Stop(Enum):
-    """What an error makes pointless to send."""
+    """The requests that an error makes pointless."""
 
     EVERYTHING = "everything"
     FEATURE = "feature"  # the models that share the add-on's quota
@@ -52,16 +52,17 @@ class Stop(Enum):
 
 @attrs.frozen(kw_only=True)
 class Rule:
-    """What an HTTP status means, of a call's response or of a failed task.
+    """The meaning of an HTTP status, of a response to a call or of a failed task.
 
     Attributes:
         error: The class of a call's error. A task's is `TaskFailedError`, unless its quota is
             used up.
         retriable: Whether another attempt may succeed soon.
-        ambiguous: Whether the service may have analysed, and charged, all the same.
+        ambiguous: Whether the service may have analyzed the image, and charged for it, despite the
+            error.
         throttle: Whether the whole session slows down.
-        permanent: Whether the same request fails at any later time, so that a ledger records it.
-        stop: What else would fail with the same error.
+        permanent: Whether the same request will always fail, so that a ledger records the error.
+        stop: Which other requests would fail with the same error.
     """
 
     error: type[ApiError]
@@ -77,7 +78,7 @@ _INVALID: Final = Rule(error=BadRequestError, permanent=True)
 _LIMITED: Final = Rule(error=RateLimitedError, retriable=True, throttle=True)
 _BROKEN: Final = Rule(error=ServerError, retriable=True)
 _UNCERTAIN: Final = Rule(error=ServerError, retriable=True, ambiguous=True)
-_UNEXPECTED: Final = Rule(error=ServerError)  # a redirect stays one
+_UNEXPECTED: Final = Rule(error=ServerError)  # redirects are not followed
 _UNKNOWN_SUCCESS: Final = Rule(error=ServerError, ambiguous=True)  # 2xx but 200 and 202
 
 QUOTA: Final = Rule(error=QuotaExceededError, stop=Stop.FEATURE)
@@ -108,7 +109,7 @@ _CATEGORIES: Final[Mapping[str | None, int]] = {
 
 
 def find_rule(status: int) -> Rule:
-    """Return what a status means."""
+    """Return the rule for a status."""
     rule = RULES.get(status)
     if rule is not None:
         return rule
@@ -120,9 +121,10 @@ def find_rule(status: int) -> Rule:
 
 
 def _judge(error: RemoteError) -> Rule:
-    """Return what an error means that the service reported, for a call or for a task.
+    """Return the rule for an error that the service reported, for a call or for a task.
 
-    The failure of a task without any known cause counts as permanent: the service says no more.
+    A task that failed without a known cause counts as permanent, because the service reports
+    nothing else.
     """
     if isinstance(error, QuotaExceededError):
         return QUOTA
@@ -141,45 +143,45 @@ def is_exhausted(
     limits: Iterable[Limit],
     feature: str | None,
 ) -> bool:
-    """Whether a refusal means that the quota of the add-on is used up, and not the rate limit.
+    """Whether the quota of the add-on is used up, as opposed to a rate limit.
 
     Args:
         status: HTTP status of the call or of the failed task; 0 if unknown.
         category: The error's category, used if the status is unknown.
         code: The error's code.
-        limits: What was sent along.
-        feature: The model's add-on feature; ``None`` if it is not known.
+        limits: The limits in the response.
+        feature: The model's add-on feature. ``None`` if unknown.
     """
     if (status if status >= 400 else _CATEGORIES.get(category)) != 429:
         return False
     left = [limit.remaining for limit in limits if feature in {None, limit.type}]
     used_up = [remaining is not None and remaining <= 0 for remaining in left]
-    # of an unknown feature, any of the limits may be the one that was hit
+    # if the feature is unknown, any of the limits may be the one that was reached
     return code in QUOTA_CODES or (any(used_up) if feature else bool(used_up) and all(used_up))
 
 
 def prepare() -> None:
-    """Import backoff ahead of the first failure, when file descriptors may be short."""
+    """Import backoff before the first failure, when file descriptors may have run out."""
     import backoff  # noqa: F401
 
 
 def build_waits(settings: Settings) -> Iterator[float]:
-    """Yield the waits before jitter, in seconds: doubling, up to the cap."""
+    """Yield the waits in seconds, before jitter. They double up to the cap."""
     import backoff
 
     waits = backoff.expo(factor=settings.backoff_first, max_value=settings.backoff_max)
-    next(waits)  # backoff's generators yield nothing of use first
+    next(waits)  # the first value of backoff's generators is `None`
     while True:
         yield min(float(next(waits)), settings.backoff_max)
 
 
 def compute_patience(settings: Settings) -> float:
-    """Return the seconds that all our own waits of a call take at most."""
+    """Return the maximum seconds of all our own waits of a call."""
     return sum(islice(build_waits(settings), settings.attempts - 1))
 
 
 def is_retriable(error: AnalyzeError, *, retry_ambiguous: bool) -> bool:
-    """Whether another attempt of a call may succeed and may be made."""
+    """Whether another attempt of a call may succeed and is allowed."""
     if error.ambiguous and not retry_ambiguous:
         return False
     if isinstance(error, TransportError):
@@ -188,7 +190,7 @@ def is_retriable(error: AnalyzeError, *, retry_ambiguous: bool) -> bool:
 
 
 def is_throttle(error: AnalyzeError) -> bool:
-    """Whether the service asked everybody to slow down: 429, 420, or 503 with Retry-After."""
+    """Whether the service asked its clients to slow down: 429, 420, or 503 with Retry-After."""
     if not isinstance(error, ApiError):
         return False
     asked = error.status == 503 and error.retry_after is not None
@@ -196,7 +198,7 @@ def is_throttle(error: AnalyzeError) -> bool:
 
 
 def is_outage(error: AnalyzeError) -> bool:
-    """Whether the service or the network failed, whatever was asked for."""
+    """Whether the service or the network failed, independent of the request."""
     if isinstance(error, TransportError):
         return True
     return isinstance(error, ApiError) and _judge(error).retriable
@@ -207,12 +209,13 @@ def compute_wait(own_wait: float, retry_after: float | None, *, chance: float) -
 
     Args:
         own_wait: Our own wait before jitter, capped.
-        retry_after: What the server asked for, within the cap; ``None`` if it did not.
+        retry_after: The wait that the server asked for, within the cap. ``None`` if it asked for
+            none.
         chance: From 0 to 1, evenly.
 
     Returns:
-        Seconds: our own wait jittered down to its half at the least, so that it stays spread
-        out at the cap; never less than the server asked for, with jitter on top.
+        Seconds. Jitter reduces our own wait to no less than half of it, so that waits at the cap
+        stay spread out. A wait that the server asked for is never shortened; jitter is added to it.
     """
     wait = own_wait * (1 - chance / 2)
     if retry_after is None:
@@ -246,7 +249,7 @@ def decide_wait(
 
 
 def asks_for_more(error: Exception, seconds: float) -> bool:
-    """Whether the service asks for a longer wait than that."""
+    """Whether the service asks for a longer wait than the maximum."""
     return (
         isinstance(error, ApiError)
         and error.retry_after is not None
@@ -255,10 +258,10 @@ def asks_for_more(error: Exception, seconds: float) -> bool:
 
 
 def is_final(error: AnalyzeError) -> bool:
-    """Whether the same request fails at any later time, so that a ledger records the error.
+    """Whether the same request will always fail, so that a ledger records the error.
 
-    A 404 counts if it answers an analyze call in the service's own words: a proxy may say 404
-    for a moment, and a status poll's 404 concerns a task.
+    A 404 counts only if it is the response to an analyze call and has the service's error format. A
+    proxy may return 404 for a moment, and the 404 of a status poll concerns a task.
     """
     if isinstance(error, NotFoundError):
         return error.model is not None and bool(error.api_message or error.code or error.details)
@@ -275,9 +278,9 @@ _STOPPING: Final = (
 
 
 def may_be_charged(error: Exception) -> bool:
-    """Whether a request that ended with an error was charged, as far as anybody knows.
+    """Whether a request that ended with an error was charged, as far as is known.
 
-    An accepted task counts as charged, whatever became of it, unless its quota was used up.
+    An accepted task counts as charged, whatever its outcome, unless its quota was used up.
     """
     if not isinstance(error, AnalyzeError) or error.ambiguous:
         return isinstance(error, AnalyzeError)
@@ -289,7 +292,7 @@ def may_be_charged(error: Exception) -> bool:
 
 
 def find_stop(error: Exception, settings: Settings) -> Stop | None:
-    """Return what would fail with the same error from now on; ``None``: this item only."""
+    """Return which other requests would fail with the same error. ``None``: this item only."""
     if isinstance(error, BudgetReachedError):
         return Stop.EVERYTHING if error.feature is None else Stop.FEATURE
     if isinstance(error, _STOPPING) or asks_for_more(error, settings.max_server_wait):
@@ -300,7 +303,7 @@ def find_stop(error: Exception, settings: Settings) -> Stop | None:
         return None
     stop = _judge(error).stop
     if stop is None and isinstance(error, ApiError) and not error.attempts:
-        return Stop.EVERYTHING  # unsent, within a wait that the service asked for
+        return Stop.EVERYTHING  # not sent, because of a wait that the service asked for
     return stop
 
 

@@ -1,7 +1,7 @@
-"""How one item of a stream reaches the service: directly, or through a ledger.
+"""Send the items of a stream to the service, directly or through a ledger.
 
-`Sender` makes the call or submits the task. `Recording` asks the ledger first and records before
-it returns, in the order that makes a kill at any moment harmless.
+`Sender` makes the call or submits the task. `Recording` asks the ledger first and records before it
+returns, in an order that makes it safe to kill the process at any moment.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ TURN: Final = 0.002  # seconds of restoring from the ledger between two yields t
 
 
 def wrap_cancellation(culprit: str, error: asyncio.CancelledError) -> ForeignCancellationError:
-    """Return the error for a `CancelledError` that no cancellation of the running task explains."""
+    """Return the error for a `CancelledError` that is not a cancellation of the running task."""
     wrapped = ForeignCancellationError(
         f"CancelledError was raised by {culprit}, but nothing cancelled the stream."
     )
@@ -74,13 +74,13 @@ class Work(Generic[Item, A]):
     Attributes:
         item: The item.
         index: Its position in the input.
-        clock: For its times.
+        clock: The clock for its times.
         begun: Monotonic instant of the pull.
         request: The request; set before it is performed.
-        name: Its name in the ledger; ``None``: its source.
+        name: Its name in the ledger. ``None``: its source is used.
         started: Monotonic instant when its first attempt could start.
         restored: Whether its response or error was read from the ledger.
-        recorded_seconds: How long its attempts took then.
+        recorded_seconds: The recorded duration of its attempts.
         unsent: Whether it was not sent because its kind of request is stopped.
         reserved: Whether the cost of its request is reserved.
         unrecorded: Why the ledger could not record its response or error.
@@ -107,10 +107,10 @@ class Work(Generic[Item, A]):
         return self.request.feature or self.request.model
 
     def check(self) -> None:
-        """Raise if the service would refuse the request for a known reason.
+        """Raise if the request would be refused for a known reason.
 
         Raises:
-            BulkStoppedError: It would. Nothing was sent.
+            BulkStoppedError: It would be refused. Nothing was sent.
         """
         try:
             self._stops.check(self.request)
@@ -120,7 +120,7 @@ class Work(Generic[Item, A]):
 
     @property
     def halted(self) -> bool:
-        """Whether nothing more is sent for it."""
+        """Whether nothing more is sent for the item."""
         return self._stops.halted
 
     @property
@@ -129,12 +129,12 @@ class Work(Generic[Item, A]):
         return self._stops.waits
 
     def lose_record(self, error: LedgerError) -> None:
-        """Stop the stream, because the ledger could not record what became of the request."""
+        """Stop the stream, because the ledger could not record the result of the request."""
         self.unrecorded = error
         self._stop(self, error)
 
     async def reserve(self) -> None:
-        """Reserve the cost of the request in the stream's budget, unless that is done.
+        """Reserve the cost of the request in the stream's budget, unless it is already reserved.
 
         Raises:
             BudgetReachedError: It does not fit. Nothing was sent.
@@ -144,7 +144,7 @@ class Work(Generic[Item, A]):
             self.reserved = True
 
     async def reserve_again(self) -> None:
-        """Reserve the cost of a repetition of the request, which was charged once already.
+        """Reserve the cost of repeating a request that was already charged once.
 
         Raises:
             BudgetReachedError: It does not fit.
@@ -155,7 +155,7 @@ class Work(Generic[Item, A]):
         await self.reserve()
 
     def settle(self, response: Response[A] | None = None, *, charged: bool) -> None:
-        """Replace what is reserved, if anything, by what the request cost."""
+        """Replace the reservation, if there is one, with the cost of the request."""
         if self._spending is not None and self.reserved:
             self.reserved = False
             limits = None if response is None else response.limits
@@ -174,13 +174,13 @@ class Work(Generic[Item, A]):
             self._stops.check_halted()
 
     def measure(self) -> tuple[float, float]:
-        """Return the seconds of its attempts until now, and those that it queued before."""
+        """Return the seconds of its attempts until now, and the seconds that it queued before."""
         now = self.clock.monotonic()
         if self.restored:
             return self.recorded_seconds, now - self.begun
         if self.started is None:
             return 0.0, now - self.begun
-        started = max(self.started, self.begun)  # a request that is shared may be older
+        started = max(self.started, self.begun)  # a shared request may have started earlier
         return now - started, started - self.begun
 
 
@@ -190,9 +190,9 @@ class Sender:
 
     Attributes:
         as_tasks: Whether requests are submitted as tasks, or made as calls.
-        tracker: Sends them, and brings tasks to their answer.
-        settings: How to call.
-        clock: For the deadlines.
+        tracker: Sends the requests, and resolves tasks.
+        settings: The settings of the session.
+        clock: The clock for deadlines.
     """
 
     as_tasks: bool
@@ -219,7 +219,7 @@ class Sender:
         claim: Callable[[], Awaitable[None]] | None = None,
         on_accepted: Callable[[str], Awaitable[None]] | None = None,
     ) -> Response[A]:
-        """Make a call, and follow the task if the service makes one of it."""
+        """Make a call, and follow the task if the service turns it into one."""
         answer = await self.tracker.caller.analyze(
             work.request,
             deadline=self._build_deadline(self.settings.call_timeout),
@@ -267,11 +267,11 @@ class Sender:
 
 @attrs.define(eq=False, repr=False)
 class Leader:
-    """The item that sends the request for a key. Others with the same key share its end.
+    """The item that sends the request for a key. Other items with the same key share its result.
 
     Attributes:
         work: The item.
-        end: Its response or error; ``None`` if it was cancelled, so that another item must send.
+        end: Its response or error. ``None`` if it was cancelled, so that another item must send.
     """
 
     work: Work[Any, Any]
@@ -287,16 +287,16 @@ class _NotAdmittedError(Exception):
 
 
 class _TaskForgottenError(Exception):
-    """The service does not know a recorded task any more, so only a new request helps."""
+    """The service no longer knows a recorded task, so a new request is needed."""
 
 
 @attrs.define(eq=False, repr=False)
 class _Progress:
-    """What a key's request has come to.
+    """The progress of the request for a key.
 
     Attributes:
-        task_id: Its task, if one is known; it is awaited instead of a new request.
-        lost_task_id: A task that the service does not know any more.
+        task_id: Its task, if one is known. It is awaited, and no new request is sent.
+        lost_task_id: A task that the service no longer knows.
         claimed: Whether this worker holds the claim on the key.
         noted: Whether the item was noted for later exports.
     """
@@ -309,7 +309,7 @@ class _Progress:
 
 @attrs.define(eq=False, repr=False, kw_only=True)
 class Recording:
-    """Takes the items of one stream through a ledger.
+    """Sends the items of one stream through a ledger.
 
     Attributes:
         ledger: Where responses and final errors are recorded.
@@ -334,7 +334,8 @@ class Recording:
     async def perform(self, work: Work[Item, A]) -> Response[A]:
         """Return the response from the ledger or the service.
 
-        It is durable then, as is a final error, unless the ledger failed: see `Work.unrecorded`.
+        The response, or a final error, is durable by then, unless the ledger failed; see
+        `Work.unrecorded`.
 
         Raises:
             LedgerError: The ledger failed. Nothing was sent.
@@ -363,7 +364,7 @@ class Recording:
                 leader.end.set_result(None)
 
     async def _share(self, leader: Leader, key: str, work: Work[Item, A]) -> Response[A] | None:
-        """Return the response that another item gets; ``None`` if that one was cancelled."""
+        """Return the response of another item. ``None`` if that item was cancelled."""
         source, other = str(work.request.source), str(leader.work.request.source)
         if not is_same_image(source, other):
             raise InvalidRequestError(
@@ -397,7 +398,7 @@ class Recording:
                     return await self._restore(record, work)
                 if record is not None and record.task_id != progress.lost_task_id:
                     progress.task_id = record.task_id
-            if not progress.noted:  # what is final was noted when it was sent
+            if not progress.noted:  # the item was noted when its request was sent
                 await self._note(key, work)
                 progress.noted = True
             work.check()
@@ -428,7 +429,7 @@ class Recording:
                 return response
 
     async def _record(self, work: Work[Any, Any], recording: Awaitable[None]) -> None:
-        """Await a record. If the ledger fails, the stream stops, but what was paid for is kept."""
+        """Await a record. If the ledger fails, the stream stops, but the paid response is kept."""
         try:
             await self._ask(recording)
         except LedgerError as error:
@@ -466,7 +467,7 @@ class Recording:
             )
 
     async def _obtain(self, key: str, work: Work[Item, A], progress: _Progress) -> Response[A]:
-        """Await the task that is known, or send the request."""
+        """Await the known task, or send the request."""
 
         async def claim() -> None:
             work.check()
@@ -497,10 +498,10 @@ class Recording:
 
         Raises:
             _NotAdmittedError: Another worker holds the claim, or submitted a task before.
-            TransportError: An earlier holder may have sent the request; it is not repeated.
+            TransportError: An earlier holder may have sent the request, so it is not repeated.
         """
         if progress.claimed:
-            return  # since it turned out that the service has forgotten the task
+            return  # the service has forgotten the task
         claim = await self._ask(self.ledger.claim(key))
         if claim is None:
             raise _NotAdmittedError
@@ -517,7 +518,7 @@ class Recording:
             self.sender.tracker.meter.ambiguous_retries += 1
 
     async def _await_acceptance(self, key: str, task: AnalysisTask[Any]) -> None:
-        """Let a submission in flight finish, because its task is paid for."""
+        """Let a submission in flight finish, because its task will be charged."""
         clock = self.sender.clock
         try:
             async with clock.timeout_at(clock.monotonic() + POST_PATIENCE):
@@ -531,7 +532,7 @@ class Recording:
         """Re-attach to a recorded task, unless the service has forgotten it.
 
         Raises:
-            _TaskForgottenError: It has.
+            _TaskForgottenError: The service has forgotten it.
         """
         work.start()
         task = self.sender.attach(task_id, work)
@@ -545,13 +546,13 @@ class Recording:
             return await follow(task)
         except NotFoundError as error:
             if error.model is not None:
-                raise  # the source of a repeated call is unknown, not the task
+                raise  # a call was repeated: the service does not know its source
             raise _TaskForgottenError from error
 
     async def _record_failure(
         self, key: str, work: Work[Any, Any], progress: _Progress, error: AnalyzeError
     ) -> None:
-        """Record a permanent error; of another, record that the next run sends again."""
+        """Record a permanent error. For any other, record that the next run sends again."""
         if isinstance(error, LedgerError):
             return  # nothing more can be recorded; a claim expires
         if is_final(error):
@@ -571,7 +572,7 @@ class Recording:
             raise _build_ledger_error(error) from error
 
     async def _ask(self, answer: Awaitable[T]) -> T:
-        """Await the ledger; whatever it raises is a `LedgerError`."""
+        """Await the ledger. Any exception becomes a `LedgerError`."""
         cancelling = count_cancellations()
         try:
             return await answer
@@ -586,10 +587,10 @@ class Recording:
 
 
 def _check_source(record: LedgerRecord, work: Work[Any, Any]) -> None:
-    """Check that the ledger knows a named item by the source that it has now.
+    """Check that the ledger has the same source for a named item.
 
     Raises:
-        InvalidRequestError: It was recorded for another one.
+        InvalidRequestError: Another source is recorded for the name.
     """
     recorded, source = record.source, str(work.request.source)
     if work.name is None or recorded is None or is_same_image(recorded, source):

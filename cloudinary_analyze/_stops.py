@@ -1,4 +1,4 @@
-"""What a stream does not send any more, and why. Pure."""
+"""The requests that a stream no longer sends, and why. Pure."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from cloudinary_analyze.requests import AnalyzeRequest
 
 @attrs.define(eq=False, repr=False)
 class Stops:
-    """What is not sent any more, because the service would refuse it.
+    """The requests that are no longer sent, because the service would refuse them.
 
     Attributes:
         seen: The models of all requests so far, and their features.
-        reasons: What is refused, and the error that said so.
+        reasons: The kinds of requests that are refused, each with the error that showed it.
         unsent: Items in a row that were not sent for that reason.
         halted: Whether the caller stopped or closed the stream.
         waits: The waits of its calls between their attempts.
@@ -39,7 +39,7 @@ class Stops:
         """Raise if nothing more is sent.
 
         Raises:
-            BulkStoppedError: Nothing is.
+            BulkStoppedError: Nothing more is sent.
         """
         if self.halted:
             raise BulkStoppedError("Not sent, because the stream was stopped.")
@@ -63,7 +63,7 @@ class Stops:
             ) from reason
 
     def find(self, model: str, feature: str | None) -> Exception | None:
-        """Return why a kind of request is stopped; ``None`` if it is not."""
+        """Return why a kind of request is stopped. ``None`` if it is not."""
         reasons = self.reasons
         return (
             reasons.get((Stop.EVERYTHING, ""))
@@ -72,7 +72,7 @@ class Stops:
         )
 
     def add(self, stop: Stop, request: AnalyzeRequest[Any], error: Exception) -> bool:
-        """Stop a kind of request; return whether no request so far was of another kind."""
+        """Stop a kind of request. Return whether every request so far was of this kind."""
         name = ""
         if stop is not Stop.EVERYTHING:
             feature = request.feature if stop is Stop.FEATURE else None

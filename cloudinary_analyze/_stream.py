@@ -1,11 +1,11 @@
-"""The windowed stream: bounded concurrency and memory over any input, one outcome per item.
+"""The stream behind `map`: bounded concurrency and memory, one outcome per item.
 
-Workers pull items themselves, so no task per item exists, and nothing is pulled without a place
-in the window. The window counts every item from its pull until its outcome is handed over, so a
-slow consumer slows the input down.
+Workers pull the items, so there are no tasks per item, and an item is pulled only if the window has
+a place for it. The window counts an item from its pull until its outcome is handed over, so a slow
+consumer slows the input down.
 
-The input, ``to_request``, ``key`` and whatever ``perform`` calls may raise anything. A
-`CancelledError` that no cancellation of the worker explains is their error, not an end.
+The input, ``to_request``, ``key`` and the code that ``perform`` calls may raise anything. If they
+raise `CancelledError` and the worker was not cancelled, it is treated as their error.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ A_co = TypeVar("A_co", covariant=True)
 
 Perform = Callable[[Work[Item, A]], Awaitable[Response[A]]]
 
-UNUSABLE: Final = 100  # items from the first on that make no request, before the stream stops
-_TABLES: Final = frozenset({"DataFrame", "LazyFrame"})  # iterating one yields its columns
+UNUSABLE: Final = 100  # the stream stops if none of this many first items makes a request
+_TABLES: Final = frozenset({"DataFrame", "LazyFrame"})  # iterating a table yields its columns
 
 
 @attrs.define(eq=False, repr=False)
 class _Pump(Generic[Item, A]):
-    """The working part of a stream. Holds no reference to it, so a dropped stream can stop it.
+    """The working part of a stream. It does not refer to the stream, so dropping a stream stops it.
 
     It pulls until it is `exhausted`: the input ended or failed, an error stopped the stream, or
     the stream was closed. Then each worker finishes its item and ends.
@@ -90,7 +90,8 @@ class _Pump(Generic[Item, A]):
     pulling: asyncio.Lock = attrs.field(factory=asyncio.Lock)
 
     def start(self) -> None:
-        # not through the loop's task factory: an eager one runs each worker inside of the last
+        # not through the loop's task factory: an eager one would run each worker inside the
+        # previous one
         worker = asyncio.Task(self._work(), loop=asyncio.get_running_loop())
         self.workers.add(worker)
         worker.add_done_callback(self._end)
@@ -121,11 +122,11 @@ class _Pump(Generic[Item, A]):
             pulled = await self._pull()
             if pulled is not None:
                 if len(self.workers) < self.window and not self.exhausted:
-                    self.start()  # one more, as long as there is something to pull
+                    self.start()  # one more, while there are items to pull
                 await self._answer(*pulled)
 
     async def _pull(self) -> tuple[int, Item] | None:
-        """Return the next index and item; ``None`` if there is none, or no place for one."""
+        """Return the next index and item. ``None`` if there is none, or no place for one."""
         try:
             if self.asynchronous:
                 async with self.pulling:
@@ -225,7 +226,7 @@ class _Pump(Generic[Item, A]):
     def _judge(
         self, work: Work[Item, A], request: AnalyzeRequest[A] | None, error: Exception
     ) -> None:
-        """Decide what a failed item means for the items after it."""
+        """Decide what a failed item means for later items."""
         stops = self.stops
         if request is None:
             self.unusable += 1
@@ -266,7 +267,7 @@ class _Pump(Generic[Item, A]):
             self._wake(self.consumers)
 
     def stop(self, failure: Exception | None) -> None:
-        """Pull no more. What is in flight is finished and handed over, then `failure` raised."""
+        """Pull no more items. Finish those in flight, then raise `failure` to the consumer."""
         self.exhausted = True
         if self.failure is None:
             self.failure = failure
@@ -275,7 +276,7 @@ class _Pump(Generic[Item, A]):
     async def take(self) -> Outcome[Item, A]:
         while not self.ready:
             if not self.workers:
-                if self.early:  # the stream was cut off, and what is behind the gap is paid for
+                if self.early:  # cut off, but the outcomes after the gap were paid for
                     self.ready.extend(self.early.pop(index) for index in sorted(self.early))
                     break
                 if (failure := self.failure) is not None:
@@ -290,7 +291,7 @@ class _Pump(Generic[Item, A]):
                 await woken
             except asyncio.CancelledError:
                 if not woken.cancelled():
-                    self._wake(self.consumers)  # pass the turn on
+                    self._wake(self.consumers)  # another consumer takes this one's turn
                 elif woken in self.consumers:
                     self.consumers.remove(woken)
                 raise
@@ -458,7 +459,7 @@ class OutcomeStream(NotPicklable, Generic[Item_co, A_co]):
                     raise
                 raise wrap_cancellation("the input of the stream", error) from error
 
-    if not TYPE_CHECKING:  # a type checker reports these by their absence
+    if not TYPE_CHECKING:  # type checkers report the mistake because these are absent
 
         def __iter__(self) -> Never:
             raise TypeError("An OutcomeStream is asynchronous. Use `async for`, not `for`.")
@@ -483,7 +484,7 @@ class OutcomeStream(NotPicklable, Generic[Item_co, A_co]):
 
 
 def _is_iterable_of_items(items: object) -> bool:
-    """Whether iterating a value yields items, and not characters, keys or columns."""
+    """Whether iterating a value yields items rather than characters, keys or columns."""
     if isinstance(items, str | bytes | bytearray | memoryview | Mapping):
         return False
     return isinstance(items, Iterable) and type(items).__name__ not in _TABLES

@@ -1,6 +1,6 @@
-"""What values of every kind share: URL objects become text, values are quoted and written as JSON.
+"""Code that all values share: reading URL objects, quoting values, writing them as JSON.
 
-The lowest module. It imports nothing of the package but `serialization`, when a value is written.
+The lowest module. It imports only `serialization` of the package, and only when a value is written.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def quote(value: object) -> str:
 
 
 class Described:
-    """An attrs object. One `repr` serves all, because each that attrs compiles delays the import."""
+    """An attrs object. All share one `repr`, because compiling one for each slows the import."""
 
     __slots__ = ()
 
@@ -64,7 +64,7 @@ class Described:
 
 
 class Jsonable(Described):
-    """A value that ``dict(value)``, pydantic and FastAPI can write as JSON, as `to_dict` does."""
+    """A value that ``dict(value)``, pydantic and FastAPI convert to JSON, as `to_dict` does."""
 
     __slots__ = ()
 
@@ -82,7 +82,7 @@ class Jsonable(Described):
 
 
 class NotPicklable:
-    """An object with a lifetime. It cannot be copied, and a pickle of it would hold secrets."""
+    """An object with a lifetime. It cannot be copied, and its pickle would contain secrets."""
 
     __slots__ = ()
 

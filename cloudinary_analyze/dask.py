@@ -1,4 +1,4 @@
-"""A plugin for Dask workers: the sessions of stages close when a worker does. Needs ``distributed``.
+"""A plugin for Dask workers that closes the sessions of stages. Needs ``distributed``.
 
 See `cloudinary_analyze.stage` for how to use Dask.
 """

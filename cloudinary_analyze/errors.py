@@ -1,9 +1,9 @@
-"""The whole error tree. Everything that this package raises on purpose is an `AnalyzeError`.
+"""The error tree. Every error that this package raises on purpose is an `AnalyzeError`.
 
-Three families are never mixed: the call did not get through (`TransportError`,
-`ResponseDecodeError`), the service reported an error (`RemoteError`: `ApiError` for a call,
-`TaskFailedError` for a task), and our own wait ended (`CallTimeoutError`, `TaskTimeoutError`,
-`ResultNotDeliveredError`). Errors also subclass the matching built-in, can be pickled, and never
+There are three families. No usable response arrived: `TransportError`, `ResponseDecodeError`. The
+service reported an error: `RemoteError`, which is `ApiError` for a call and `TaskFailedError` for a
+task. The wait on this side ended: `CallTimeoutError`, `TaskTimeoutError`,
+`ResultNotDeliveredError`. Errors also subclass the matching built-in, can be pickled, and never
 contain secrets. Text from outside is shortened and escaped before it enters a message.
 
 .. include:: docs/errors.md
@@ -59,13 +59,13 @@ __all__ = [
 ]
 
 SHOWN_BODY: Final = 200  # characters of external text that a message shows
-LONGEST_LOGGED: Final = 4000  # characters of an error that are looked at for a log line
+LONGEST_LOGGED: Final = 4000  # characters of an error that a log line is built from
 # a query string, or what precedes the host
 _CREDENTIALS: Final = re.compile(r"\?[^\s'\"<>)]+|(?<=//)[^\s/@]*@")
 
 
 class AnalyzeError(Exception):
-    """The root of all errors of this package.
+    """The base class of all errors of this package.
 
     Attributes:
         message: What happened, what it means, and what to do.
@@ -95,11 +95,11 @@ def _rebuild_error(kind: type[AnalyzeError], args: tuple[Any, ...]) -> AnalyzeEr
 
 
 class ConfigurationError(AnalyzeError, ValueError):
-    """Credentials, settings or the environment cannot work. Nothing was sent."""
+    """A credential, a setting, an argument or the environment is invalid. Nothing was sent."""
 
 
 class InvalidRequestError(AnalyzeError, ValueError):
-    """A request is invalid as it was built. Nothing was sent."""
+    """A request is invalid. Nothing was sent."""
 
 
 class ForeignCancellationError(AnalyzeError):
@@ -111,7 +111,7 @@ class ForeignCancellationError(AnalyzeError):
 
 
 class SessionStateError(AnalyzeError, RuntimeError):
-    """The session cannot be used now, or not from here. See the subclasses."""
+    """The session cannot be used in its state or from this event loop. See the subclasses."""
 
 
 class SessionNotOpenError(SessionStateError):
@@ -119,7 +119,7 @@ class SessionNotOpenError(SessionStateError):
 
 
 class SessionAlreadyOpenError(SessionStateError):
-    """A session that is open was opened again."""
+    """The session is already open."""
 
 
 class WrongEventLoopError(SessionStateError):
@@ -127,11 +127,11 @@ class WrongEventLoopError(SessionStateError):
 
 
 class SessionClosedError(SessionStateError):
-    """The session was closed: before this call, or while this task was pending.
+    """The session was closed, either before this call or while this task was pending.
 
     Attributes:
-        task_id: The task that was pending; `AnalyzeSession.task` re-attaches it. ``None`` if
-            the service had not accepted one yet.
+        task_id: The task that was pending. `AnalyzeSession.task` re-attaches to it. ``None`` if the
+            service had not accepted one yet.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class SessionClosedError(SessionStateError):
 
 
 class TransportError(AnalyzeError, ConnectionError):
-    """No response came over the network, after every attempt that the settings allow.
+    """No response arrived, after every attempt that the settings allow.
 
     Attributes:
         attempts: How many attempts were made.
@@ -167,10 +167,10 @@ class AttemptTimeoutError(TransportError, TimeoutError):
 
 
 class CallTimeoutError(AnalyzeError, TimeoutError):
-    """The time for the whole call (``timeout=``) expired; ``__cause__`` is the last failure.
+    """The time for the whole call (``timeout=``) expired. ``__cause__`` is the last failure.
 
     Attributes:
-        attempts: How many attempts were made; 0 if the call was still queueing for a permit.
+        attempts: How many attempts were made. 0 if the call was still queueing for a permit.
     """
 
     def __init__(self, message: str, *, attempts: int = 0, ambiguous: bool = False) -> None:
@@ -179,15 +179,15 @@ class CallTimeoutError(AnalyzeError, TimeoutError):
 
 
 class OutageError(AnalyzeError):
-    """The service failed or refused everything for too long; this request waited unsent meanwhile.
+    """The service failed or refused everything for too long, so this request was not sent again.
 
-    Stops a bulk stream; run it again later, with the same ledger, and only what is missing is sent.
-    The time is `Settings.outage_timeout` for bulk work. A single call waits no longer than its own
-    retries would have taken. ``__cause__`` is the failure of its last attempt, if it had one.
+    Stops a bulk stream. Run it again later with the same ledger, and only the missing items are
+    sent. Bulk work waits for `Settings.outage_timeout`, a single call no longer than its own
+    retries would have taken. ``__cause__`` is the failure of its last attempt, if it made one.
 
     Attributes:
         seconds: How long the outage had lasted.
-        attempts: How many attempts this call had made; 0 if nothing was sent.
+        attempts: How many attempts this call had made. 0 if nothing was sent.
     """
 
     def __init__(
@@ -226,17 +226,18 @@ class RemoteError(AnalyzeError):
     """The service reported an error: for a call (`ApiError`) or for a task (`TaskFailedError`).
 
     Attributes:
-        status: HTTP status, of the response or as the task's notification states it; 0 if unknown.
+        status: The HTTP status of the response, or the one that the task's notification reports. 0
+            if unknown.
         code: The service's code, such as ``MA_00003``.
         category: ``user_error``, ``auth_error``, ``server_error``, ``rate_limit_error``, or
             any other category as received.
         api_message: The service's own message.
-        details: The error's free object; the useful text is often only here.
+        details: An object without a fixed shape. Often it contains the only useful text.
         request_id: For the vendor's support.
         retry_after: Seconds that the service asked to wait.
-        limits: The quotas that were sent along.
+        limits: The quotas in the response.
         raw_body: The whole body as received.
-        model: The model that was asked for; ``None`` if unknown.
+        model: The model of the request. ``None`` if unknown.
         attempts: How many attempts were made.
     """
 
@@ -272,11 +273,11 @@ class RemoteError(AnalyzeError):
 
 
 class ApiError(RemoteError):
-    """The service answered a call with an error."""
+    """The response to a call was an error."""
 
 
 class BadRequestError(ApiError, ValueError):
-    """400, 413, 415, 422 and other refusals of the request: the same call never succeeds."""
+    """400, 413, 415, 422 and most other 4xx: the same request never succeeds."""
 
 
 class AuthenticationError(ApiError, PermissionError):
@@ -306,15 +307,15 @@ class RateLimitedError(ApiError):
 
 
 class QuotaExceededError(RateLimitedError):
-    """429 with an exhausted quota, of a call or of a task. Not retried; nothing was analysed.
+    """The quota is used up: 429 for a call or a task. Not retried. Nothing was analyzed.
 
-    It is recognised by limits that show nothing left for the model's feature, or by the
-    documented code ``MA_00008``.
+    Raised if the limits show nothing left for the model's feature, or for the documented code
+    ``MA_00008``.
 
     Attributes:
         feature: The feature whose quota is used up.
-        reset_time: Unix seconds when the quota is renewed, if the service sent it; the live
-            service has not been seen to.
+        reset_time: When the quota resets, in Unix seconds. ``None`` if not sent; the live service
+            has not been seen to send it.
         task_id: The task that failed for it; ``None`` for a call.
     """
 
@@ -334,7 +335,7 @@ class QuotaExceededError(RateLimitedError):
 
 
 class ServerError(ApiError):
-    """5xx, 408 or 423 after every attempt, or a status that no client expects."""
+    """5xx, 408 or 423 after every attempt, or an unexpected status."""
 
 
 E = TypeVar("E", bound=RemoteError)
@@ -344,22 +345,22 @@ def build_unsent(error: E, message: str) -> E:
     """Return the error for a call that was not sent, because of the error of another call."""
     unsent = copy(error)
     unsent.message, unsent.args = message, (message,)
-    unsent.attempts, unsent.ambiguous = 0, False  # those were the other call's
+    unsent.attempts, unsent.ambiguous = 0, False  # the original values belong to the other call
     return unsent
 
 
 class ResponseDecodeError(AnalyzeError, ValueError):
-    """The response cannot be read: invalid JSON, truncated, too long, or of another shape.
+    """The response cannot be read: it is not JSON, truncated, too long, or has another shape.
 
     ``ambiguous`` is true where the unreadable response says that the request was accepted.
 
     Attributes:
         status: HTTP status.
-        path: Where in the JSON, such as ``$.data.analysis.data.caption``; ``None`` if it is not
-            JSON.
+        path: The position in the JSON, such as ``$.data.analysis.data.caption``. ``None`` if it is
+            not JSON.
         raw_body: The body as received; its beginning if it exceeded the limit.
         request_id: For the vendor's support.
-        model: The model that was asked for; ``None`` outside of analyze calls.
+        model: The model of the request. ``None`` outside of analyze calls.
     """
 
     def __init__(
@@ -406,10 +407,10 @@ class TaskFailedError(RemoteError):
 
 
 class TaskTimeoutError(AnalyzeError, TimeoutError):
-    """This handle's wait ended. The remote work continues; `AnalyzeSession.task` re-attaches.
+    """This handle's wait ended. The remote work continues. `AnalyzeSession.task` re-attaches to it.
 
     Attributes:
-        task_id: The task; ``None`` if the service had not accepted it yet.
+        task_id: The task. ``None`` if the service had not accepted it yet.
     """
 
     def __init__(
@@ -420,10 +421,10 @@ class TaskTimeoutError(AnalyzeError, TimeoutError):
 
 
 class TaskLimitError(AnalyzeError):
-    """The session waits for too many task ids already that the service has not confirmed.
+    """The session already waits for 10,000 task ids that the service has not confirmed.
 
-    Only handles from `AnalyzeSession.task` are limited, so that strangers who ask for made-up ids
-    cannot use up the memory and the polls. Nothing was sent, and the task is not affected.
+    Only handles from `AnalyzeSession.task` are limited, so that requests for made-up ids cannot
+    exhaust memory and polls. Nothing was sent, and the task is not affected.
 
     Attributes:
         task_id: The task that the handle does not wait for.
@@ -437,7 +438,7 @@ class TaskLimitError(AnalyzeError):
 class ResultNotDeliveredError(AnalyzeError):
     """The service completed the task, but its result never arrived here.
 
-    A status poll carries no result; a notification does. The quota was charged.
+    Only a notification carries the result; a status poll does not. The quota was charged.
 
     Attributes:
         task_id: The task.
@@ -488,9 +489,7 @@ class NotificationSourceError(AnalyzeError):
 
 
 class BulkStoppedError(AnalyzeError):
-    """A bulk stream stopped, because every remaining item would fail with the same error.
-
-    Items not yet sent were not sent.
+    """A bulk stream stopped, because every remaining item would fail. No further items were sent.
 
     Attributes:
         reason: The error that stopped the stream; also ``__cause__``. A pickled copy carries an
@@ -512,10 +511,10 @@ class BudgetReachedError(BulkStoppedError):
     """A limit of the stream's `Budget` was reached. Nothing was sent for this item.
 
     Attributes:
-        feature: The feature whose units are spent; ``None``: the number of calls.
+        feature: The feature whose units are spent. ``None``: the calls are spent.
         calls: Calls that the stream spent.
-        units: Feature to units that it spent.
-        overshoot: Feature to units above its limit.
+        units: Add-on features and the units that the stream spent.
+        overshoot: Add-on features and the units above the limit.
     """
 
     def __init__(
@@ -535,10 +534,7 @@ class BudgetReachedError(BulkStoppedError):
 
 
 def _make_portable(error: Exception | None) -> Exception | None:
-    """Return the error itself, or its text as an `AnalyzeError` if it does not survive pickling.
-
-    The reason may be of any class: input iterators, ledgers and pacers are foreign code.
-    """
+    """Return the error, or an `AnalyzeError` with its text if it cannot be pickled."""
     if error is None or isinstance(error, AnalyzeError):
         return error
     import pickle
@@ -551,11 +547,11 @@ def _make_portable(error: Exception | None) -> Exception | None:
 
 
 class LedgerError(AnalyzeError):
-    """The ledger cannot be read or written, or belongs to something else."""
+    """The ledger cannot be read or written, or belongs to another host or cloud name."""
 
 
 def shorten(text: bytes | str, length: int = SHOWN_BODY) -> str:
-    """Return the beginning of external text, fit for a message, a log line or a terminal.
+    """Return the beginning of external text, safe for a message, a log line or a terminal.
 
     White space becomes single spaces. Everything else that is not printable is escaped: control
     characters, escape sequences, bidirectional overrides, and what UTF-8 cannot encode.
@@ -579,6 +575,6 @@ def describe(error: BaseException) -> str:
     """
     try:
         text = shorten(_CREDENTIALS.sub("", str(error)[:LONGEST_LOGGED]))
-    except Exception:  # of a class whose `__str__` is broken
+    except Exception:  # the class has a broken `__str__`
         text = ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,8 +1,8 @@
-"""What happens inside a session, for one hook: progress, statistics and telemetry build on it.
+"""Events of a session, for progress, statistics and telemetry.
 
 Pass ``on_event`` to `AnalyzeSession`: any function of one event. It runs on the event loop, so it
-must be quick. An exception of it is logged and never breaks a call. Without a hook no event is
-built. Events hold no secret and no source URL; ``error`` may quote what the service said.
+must return quickly. Its exceptions are logged and never break a call. Without a hook, no events are
+built. Events contain no secrets and no source URLs. ``error`` may quote text of the service.
 
 event               when                                         fields
 ==================  ===========================================  ===================================
@@ -58,8 +58,9 @@ event               when                                         fields
 ``cause`` |
 | `PaceChanged` | the session learned a limit of the service | ``pace``, ``permits`` |
 
-``call`` joins the events of one call or poll: a number that is unique in its session. ``task_id``
-joins the events of one task; the call that submitted it is the one that finished with it.
+``call`` identifies the events of one call or poll: a number that is unique in its session.
+``task_id`` identifies the events of one task. The `CallFinished` of its submission has the same
+``task_id``.
 
 Log lines go to these loggers. They are silent until the application configures `logging`.
 
@@ -74,8 +75,8 @@ a receiver refused |
 that were abandoned |
 | ``cloudinary_analyze.emulator`` | DEBUG: notifications that an application did not accept |
 
-Log lines name tasks by their ids, and no sources. They quote other errors shortened, without query
-strings and passwords of URLs. An exception of your own hook or sink is logged with its traceback.
+Log lines contain task ids and no sources. They shorten other errors, and leave out query strings
+and passwords of URLs. An exception of your own hook or sink is logged with its traceback.
 
 .. include:: docs/observability.md
 """
@@ -114,13 +115,13 @@ logger: logging.Logger = logging.getLogger("cloudinary_analyze.events")
 
 @attrs.frozen(kw_only=True, repr=False)
 class CallStarted(Described):
-    """An analyze call begins: it queues for a permit.
+    """An analyze call begins to queue for a permit.
 
     Attributes:
         call: The number of the call.
         model: The model's wire name.
         as_task: Whether it asks for a task.
-        repeats: The task that it repeats (`Settings.on_missing_result`), if it does.
+        repeats: The task that it repeats (`Settings.on_missing_result`), if any.
     """
 
     call: int
@@ -131,7 +132,7 @@ class CallStarted(Described):
 
 @attrs.frozen(kw_only=True, repr=False)
 class AttemptFinished(Described):
-    """An HTTP request ended: with a response, with an error, or because it was cancelled.
+    """An HTTP request ended, with a response, an error or a cancellation.
 
     Attributes:
         call: The call or poll that it belongs to.
@@ -141,7 +142,7 @@ class AttemptFinished(Described):
         permit_wait: Seconds that it queued before: for a permit, a pause, a pace or a claim.
         status: HTTP status; ``None`` if no response arrived.
         ambiguous: Whether it may have been charged although it has no usable response.
-        probe: Whether it tested if the service answers again, during a pause.
+        probe: Whether it tested, during a pause, if the service has recovered.
         error: ``None`` on success.
     """
 
@@ -179,20 +180,20 @@ class AttemptRetried(Described):
 
 @attrs.frozen(kw_only=True, repr=False)
 class CallFinished(Described):
-    """An analyze call ended: with its response, with a task, or without either.
+    """An analyze call ended, with a response, a task or an error.
 
     Attributes:
         call: The number of the call.
         model: The model's wire name.
         attempts: HTTP attempts made.
         seconds: Seconds from the call to its end, queueing and retries included (monotonic).
-        permit_wait: Seconds of these that its attempts queued.
-        status: HTTP status of the last attempt; ``None`` if that got no response.
+        permit_wait: The part of ``seconds`` that its attempts queued.
+        status: HTTP status of the last attempt. ``None`` if it got no response.
         request_id: The service's id of the last request, if it sent one.
-        task_id: The task, if the service made one of the call.
+        task_id: The task, if the service turned the call into one.
         limits: The quotas that came with the response or error.
-        denied: Whether a ledger refused the claim, or the stream had stopped. Then nothing was sent,
-            and nothing is counted.
+        denied: Whether a ledger denied the claim, or the stream had stopped. Then nothing was sent
+            or counted.
         error: ``None`` on success.
     """
 
@@ -231,8 +232,8 @@ class PollFinished(Described):
         task_id: The task.
         attempts: HTTP attempts made.
         seconds: Seconds from the start to the end, queueing and retries included (monotonic).
-        permit_wait: Seconds of these that its attempts queued.
-        state: The task's state as reported; ``None`` if there is an error.
+        permit_wait: The part of ``seconds`` that its attempts queued.
+        state: The task's state as reported. ``None`` if there is an error.
         error: ``None`` on success.
     """
 
@@ -247,14 +248,14 @@ class PollFinished(Described):
 
 @attrs.frozen(kw_only=True, repr=False)
 class NotificationSeen(Described):
-    """A delivery was read and judged.
+    """A delivery was read and verified.
 
     Attributes:
         verdict: ``"resolved"``, ``"progress"`` (the task is still running), ``"parked"``,
             ``"duplicate"``, ``"foreign"``, ``"forged"``, ``"stale"``, ``"malformed"`` or
             ``"unrelated"``.
         task_id: The task it names, if it was verified.
-        queued: Seconds from its receipt to now (wall clock), if the receiver noted the time.
+        queued: Seconds from its receipt to now (wall clock), if the receiver recorded the time.
             ``None`` for a delivery that was parked before.
         trace: The delivery's ``traceparent`` header: the trace context of its task's submission,
             if the source carries it.
@@ -291,7 +292,7 @@ class TaskAnswered(Described):
 
 @attrs.frozen(kw_only=True, repr=False)
 class ItemRestored(Described):
-    """An item of a stream was answered from the ledger: nothing was sent.
+    """An item of a stream was restored from the ledger. Nothing was sent.
 
     Attributes:
         key: The request's key in the ledger, a hash.
@@ -308,12 +309,12 @@ class ItemRestored(Described):
 
 @attrs.frozen(kw_only=True, repr=False)
 class SessionPaused(Described):
-    """No new attempt starts for a while; then single ones test whether the service answers again.
+    """No new attempt starts for a while. Then single attempts test if the service has recovered.
 
     Attributes:
-        seconds: How long until the first of these, from now.
+        seconds: Seconds from now until the first of these.
         permits: How many attempts may be in flight after the pause.
-        polls: Whether the status polls pause, and not the analyses.
+        polls: Whether status polls pause instead of analyses.
         cause: ``"throttled"``: the service throttles everything (429, 420) or asked for a pause
             (503 with Retry-After). ``"failing"``: every request fails (5xx, connection errors).
             ``"refused"``: it refused a poll (401, 403).
@@ -327,11 +328,11 @@ class SessionPaused(Described):
 
 @attrs.frozen(kw_only=True)
 class PaceChanged:
-    """The session learned how fast, or how many at once, the service serves analyze calls.
+    """The session learned a rate or a concurrency that the service allows.
 
     Attributes:
-        pace: Attempts per second; ``None``: no limit is known.
-        permits: Attempts in flight at most.
+        pace: Attempts per second. ``None``: no limit is known.
+        permits: The maximum number of attempts in flight.
     """
 
     pace: float | None
@@ -360,28 +361,28 @@ def _copy_counts(counts: Mapping[str, int]) -> Mapping[str, int]:
 
 @attrs.frozen(kw_only=True, repr=False)
 class SessionStats(Jsonable):
-    """A snapshot of a session's counts since it was opened.
+    """A snapshot of a session's statistics since it was created.
 
     Attributes:
         calls: Analyze calls begun.
         attempts: HTTP attempts of analyze calls.
         retries: Attempts that were repeated.
         ambiguous_retries: Repeated attempts that may have been charged already.
-        pauses: Times when all attempts had to wait, because the service refused or failed
-            everything, or asked for it.
-        probes: Attempts that tested whether such a pause is over.
+        pauses: How often all attempts had to wait, because the service refused or failed everything
+            or asked for a pause.
+        probes: Attempts that tested whether a pause can end.
         in_flight: Analyze calls begun and not finished.
         permits_in_use: Attempts in flight now.
         permits_allowed: Attempts allowed at once now: fewer than the setting while the service
             limits them, and 1 during a pause.
-        pace: Attempts per second that the service turned out to allow; ``None`` while it shows no
-            limit.
+        pace: Attempts per second that the service was found to allow. ``None`` while no limit is
+            known.
         waiting: Attempts queueing for a permit now.
         polls: Status polls made.
         accepted: Tasks that the service accepted.
-        pending: Tasks accepted and not answered.
+        pending: Tasks accepted and not yet done.
         parked: Notifications that arrived before their task was known here.
-        notifications: Deliveries looked at, by verdict.
+        notifications: Deliveries read, by verdict.
     """
 
     calls: int = 0
@@ -399,15 +400,15 @@ class SessionStats(Jsonable):
     accepted: int = 0
     pending: int = 0
     parked: int = 0
-    # a copy, because the session goes on counting
+    # a copy, because the session keeps counting
     notifications: Mapping[str, int] = attrs.field(factory=dict, converter=_copy_counts, hash=False)
 
 
 @attrs.define(eq=False, repr=False)
 class Meter:
-    """The counts behind `AnalyzeSession.stats`, and the one place that calls ``on_event``.
+    """The counts behind `AnalyzeSession.stats`, and the only caller of ``on_event``.
 
-    Callers test `hook` before they build an event: without one the happy path builds none.
+    Callers check `hook` before they build an event, so that nothing is built without a hook.
     """
 
     hook: EventHook | None = None
@@ -438,12 +439,12 @@ class Meter:
             )
 
     def emit(self, event: Event) -> None:
-        """Pass an event to the hook; what the hook raises is logged and goes no further."""
+        """Pass an event to the hook. Its exceptions are logged and not raised."""
         if self.hook is not None:
             _call(self.hook, event)
 
     def add_hook(self, hook: EventHook) -> None:
-        """Call another hook, too, after those there are."""
+        """Add a hook, to be called after the existing ones."""
         first = self.hook
 
         def call_both(event: Event) -> None:
@@ -457,5 +458,5 @@ class Meter:
 def _call(hook: EventHook, event: Event) -> None:
     try:
         hook(event)
-    except (Exception, asyncio.CancelledError):  # no cancellation of ours: hooks cannot await
+    except (Exception, asyncio.CancelledError):  # raised by the hook, which cannot await
         logger.exception("The on_event hook failed on %s.", type(event).__name__)

@@ -1,7 +1,6 @@
 """`RedisPacer`: one request rate for all processes and machines. Needs the ``redis`` extra.
 
-The service limits an account, not a process. Sessions that share a pacer start their attempts at one
-rate together:
+The service limits an account, not a process. Sessions that share a pacer share one rate:
 
 ```python
 pacer = RedisPacer("redis://host:6379/0", rate=50)
@@ -29,10 +28,10 @@ from cloudinary_analyze.errors import ConfigurationError
 
 __all__ = ["RedisPacer"]
 
-LEASE_SECONDS: Final = 0.1  # of starts that are reserved in one round trip
+LEASE_SECONDS: Final = 0.1  # how much time's worth of starts one round trip reserves
 
-# The key holds the instant of the next free start, in microseconds. Returned is how far that is
-# away; it is negative as long as a burst is left.
+# The key holds the instant of the next free start, in microseconds. The script returns the time
+# until then, which is negative while a burst is left.
 _SCRIPT: Final = """
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
@@ -61,8 +60,8 @@ class _Reservations:
     Attributes:
         loop: The event loop.
         link: The connection.
-        turn: Held while starts are taken or reserved, so that they go out in order.
-        starts: Monotonic instants that are reserved and not taken.
+        turn: Held while starts are taken or reserved, so that attempts start in order.
+        starts: Reserved monotonic instants that no attempt has taken.
         waiting: How many attempts wait for one.
     """
 
@@ -77,9 +76,9 @@ class _Reservations:
 class RedisPacer:
     """A pacer for `Settings.pacer` that many processes share.
 
-    It is a value until it is used: it pickles, without the password, which workers then read from
-    the environment, see `RedisLedger`. Connects when it is first used. Close it with `aclose` or
-    ``async with``; `AnalyzeStage` closes its own copy.
+    Before its first use it can be pickled. The pickle does not contain the password, which workers
+    read from the environment; see `RedisLedger`. It connects at its first use. Close it with
+    `aclose` or ``async with``. `AnalyzeStage` closes its own copy.
 
     Attributes:
         location: The server. The argument is ``url``: ``redis://``, ``rediss://`` (TLS) or
@@ -87,7 +86,8 @@ class RedisPacer:
         rate: Attempts per second, over all pacers with the same name.
         burst: Attempts that may start at once after a quiet time. Default: 1.
         name: Pacers with the same name share one rate.
-        patience: Seconds to wait for Redis. Then `acquire` raises, which stops a stream.
+        patience: Seconds to wait for Redis. Then `acquire` raises, which stops a stream. Default:
+            300.
         clock: For tests.
 
     Raises:
@@ -116,10 +116,11 @@ class RedisPacer:
         return partial(type(self), self.location, **{n: getattr(self, n) for n in names}), ()
 
     async def acquire(self) -> None:
-        """Return when one more attempt may start. Cancelling gives the turn to the next.
+        """Return when one more attempt may start. If cancelled, the next attempt gets the start.
 
         Raises:
-            ConnectionError: Redis was out of reach for longer than `patience`, or refused.
+            ConnectionError: Redis could not be reached for `patience` seconds, or refused the
+                command.
         """
         reserved = self._use()
         reserved.waiting += 1
@@ -127,7 +128,7 @@ class RedisPacer:
             async with reserved.turn:
                 now = self.clock.monotonic()
                 while reserved.starts and reserved.starts[0] < now - 1 / self.rate:
-                    reserved.starts.popleft()  # it was not taken in time
+                    reserved.starts.popleft()  # no attempt took it in time
                 if not reserved.starts:
                     await self._reserve(reserved)
                 start = reserved.starts.popleft()
@@ -184,4 +185,4 @@ class RedisPacer:
 
 
 async def _prepare_nothing(_: Link) -> None:
-    """Accept any server: a lost pace costs some refusals."""
+    """Accept any server: losing the pace only costs some refusals."""

@@ -1,6 +1,6 @@
 """Progress of bulk work: a bar on a terminal, and a line every 30 s elsewhere.
 
-The same bar as that of the command line. Needs rich: ``pip install 'cloudinary-analyze[cli]'``.
+The bar is that of the command line. It needs rich: ``pip install 'cloudinary-analyze[cli]'``.
 
 Wrap the stream in it:
 
@@ -50,12 +50,12 @@ QUIET_SECONDS: Final = 60.0  # without any notification before a hint
 
 @attrs.frozen(kw_only=True)
 class Reading:
-    """How far bulk work has come.
+    """The progress of bulk work at one moment.
 
     Attributes:
         done: Items with an outcome, failed ones included.
         failed: Items whose outcome is an error.
-        total: Items in all; ``None`` if unknown.
+        total: The number of all items. ``None`` if unknown.
         tasks: In task mode: tasks accepted, completed, and waiting for a notification.
         notifications: Notifications received so far.
         quota: The newest quotas, by feature.
@@ -71,10 +71,10 @@ class Reading:
 
 @attrs.define(eq=False)
 class Meter:
-    """Measures the rate of bulk work, and estimates its end.
+    """Measures the rate of bulk work, and estimates the remaining time.
 
     Attributes:
-        now: Returns monotonic seconds.
+        now: A function that returns monotonic seconds.
     """
 
     now: Callable[[], float] = SYSTEM_CLOCK.monotonic
@@ -99,12 +99,12 @@ class Meter:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the beginning."""
+        """Seconds since the meter was created."""
         return self.now() - self._begun
 
     @property
     def rate(self) -> float | None:
-        """Items per second over the last minute; ``None`` if nothing was done yet."""
+        """Items per second over the last minute. ``None`` if nothing is done yet."""
         if not self._points:
             return None
         (first, before), (last, done) = self._points[0], self._points[-1]
@@ -146,7 +146,7 @@ def describe_reading(reading: Reading, meter: Meter) -> str:
 
 
 def build_record(reading: Reading, meter: Meter) -> dict[str, Any]:
-    """Return a reading for JSON."""
+    """Return a reading as a mapping for JSON."""
     left = meter.estimate_left(reading)
     names = ("accepted", "completed", "waiting")
     return {
@@ -186,7 +186,7 @@ def _describe_tasks(reading: Reading) -> str | None:
 
 
 def describe_quota(quota: Mapping[str, Limit]) -> str:
-    """Return what is left of each quota; empty if that is unknown."""
+    """Return what is left of each quota. Empty if unknown."""
     left = [
         f"{shorten(name)} {limit.remaining:,}"
         for name, limit in quota.items()
@@ -197,12 +197,12 @@ def describe_quota(quota: Mapping[str, Limit]) -> str:
 
 @attrs.define(eq=False)
 class ProgressReporter:
-    """Shows the progress of bulk work while its block lasts.
+    """Shows the progress of bulk work during its ``async with`` block.
 
     Attributes:
-        read: Returns how far the work is; called a few times a second.
-        console: Where a bar is drawn; ``None``: no bar.
-        report: Called with each line and its fields where there is no bar.
+        read: Returns the current reading. Called a few times a second.
+        console: Where to draw a bar. ``None``: no bar.
+        report: Called with each line and its fields if there is no bar.
         interval: Seconds between two lines.
         meter: Measures the rate.
     """
@@ -287,7 +287,7 @@ def _build_progress(console: Console) -> Progress:
     from rich.text import Text
 
     class TwoLines(Progress):
-        """The bar, and below it what would not fit next to it on a narrow terminal."""
+        """The bar, and below it the texts that do not fit next to it on a narrow terminal."""
 
         def get_renderables(self) -> Iterator[RenderableType]:
             yield self.make_tasks_table(self.tasks)
@@ -302,12 +302,12 @@ def _build_progress(console: Console) -> Progress:
         TextColumn("{task.fields[time]}", markup=False),
         console=console,
         auto_refresh=False,
-        redirect_stdout=False,  # a terminal may show the results, too
+        redirect_stdout=False,  # the terminal may also show the results
     )
 
 
 class _Counted(Generic[Item, A]):
-    """Counts the outcomes of a stream."""
+    """Counts the outcomes of a stream as it yields them."""
 
     def __init__(
         self, session: AnalyzeSession, stream: OutcomeStream[Item, A], total: int | None
@@ -329,7 +329,7 @@ class _Counted(Generic[Item, A]):
         notifications = sum(stats.notifications.values())
         tasks = None
         if stats.accepted or stats.pending:
-            accepted = max(stats.accepted, stats.pending)  # some may be of an earlier run
+            accepted = max(stats.accepted, stats.pending)  # some may belong to an earlier run
             tasks = (accepted, accepted - stats.pending, stats.pending)
         return Reading(
             done=self._done,
@@ -357,7 +357,7 @@ async def show_progress(
     Args:
         session: The session of the stream, for tasks and quota.
         stream: From `AnalyzeSession.map`.
-        total: The number of items, if it is known; without it there is no remaining time.
+        total: The number of items. ``None``: unknown, so no remaining time is shown.
         console: A console of rich. Default: one on stderr.
 
     Raises:

@@ -1,25 +1,21 @@
-"""Values as JSON: `to_dict` and `to_json`, and their JSON Schema for pydantic and FastAPI.
+r"""Values as JSON: `to_dict` and `to_json`, and their JSON Schema for pydantic and FastAPI.
 
 The keys are the names of attributes:
 
-| value | keys |
-|---|---|
-| `Response` | ``model``, ``entity``, ``request_id``, ``limits``, ``analysis``, ``raw`` |
-| an analysis | its attributes; those that detect have ``detections`` and not ``tags``, which are \
-the same grouped by label |
-| `Detection` | ``label``, ``confidence``, ``bounding_box`` (``[x, y, width, height]``), \
-``categories``, ``attributes``, ``raw`` |
-| `Answered` | its attributes; ``item`` as it is if it is JSON, and as its text if it is not |
-| `Failed` | as `Answered` |
-| a request | ``model``, ``source`` (``{"uri": …}`` or ``{"asset_id": …}``), ``parameters`` |
-| an error | ``type``, ``message``, ``ambiguous``, then its own attributes, ``raw_body`` |
-| `Limit` | its attributes; ``reset_time`` in ISO 8601 |
-| `TaskStatus` | ``task_id``, ``state``, ``finished``, ``request_id``, ``raw`` |
-| `SessionStats` | its attributes |
+| value | keys | |---|---| | `Response` | ``model``, ``entity``, ``request_id``, ``limits``,
+``analysis``, ``raw`` | | an analysis | its attributes; detecting models have ``detections`` instead
+of ``tags``, which \ group the same instances by label | | `Detection` | ``label``, ``confidence``,
+``bounding_box`` (``[x, y, width, height]``), \ ``categories``, ``attributes``, ``raw`` | |
+`Answered` | its attributes; an ``item`` that is not JSON becomes its text | | `Failed` | as
+`Answered` | | a request | ``model``, ``source`` (``{"uri": …}`` or ``{"asset_id": …}``),
+``parameters`` | | an error | ``type``, ``message``, ``ambiguous``, then its own attributes,
+``raw_body`` | | `Limit` | its attributes; ``reset_time`` in ISO 8601 | | `TaskStatus` |
+``task_id``, ``state``, ``finished``, ``request_id``, ``raw`` | | `SessionStats` | its attributes |
 
-``raw`` and ``raw_body``, what the service sent, are left out unless asked for. The analysis of an
-unknown model has nothing but ``raw``, which is always there. Unknown values are ``None``; a number
-that JSON cannot represent (NaN, infinity) is ``None`` too, and an unpaired surrogate is U+FFFD.
+``raw`` and ``raw_body`` contain what the service sent. They are included only with ``raw=True``,
+except the ``raw`` of an unknown model's analysis, which is always included. Unknown values are
+``None``. A number that JSON cannot represent (NaN, infinity) becomes ``None``, and an unpaired
+surrogate becomes U+FFFD.
 """
 
 from __future__ import annotations
@@ -95,7 +91,7 @@ _KINDS: Final = (
     Asset,
 )
 
-# where the keys are not the fields
+# the classes whose keys are not their fields
 _KEYS: Final[Mapping[type[Any], tuple[str, ...]]] = {
     Response: ("model", "entity", "request_id", "limits", "analysis", "raw"),
     DetectionAnalysis: ("model_version", "detections"),
@@ -108,7 +104,7 @@ _RECEIVED: Final = frozenset({"raw", "raw_body"})
 
 
 def to_dict(value: Any, *, raw: bool = False) -> dict[str, Any]:
-    """Return a value as a dictionary of plain JSON types: what `to_json` writes, parsed.
+    """Return a value as a dictionary of plain JSON types, equal to the parsed text of `to_json`.
 
     Args:
         value: A response, analysis, detection, outcome, request, error, limit, task status,
@@ -116,14 +112,15 @@ def to_dict(value: Any, *, raw: bool = False) -> dict[str, Any]:
         raw: Whether to include what the service sent.
 
     Raises:
-        ConfigurationError: It is none of these, or an outcome's item cannot be written as JSON.
+        ConfigurationError: The value has another type, or an outcome's item cannot be converted to
+            JSON.
     """
     result: dict[str, Any] = codec.loads(to_json(value, raw=raw).encode())
     return result
 
 
 def to_json(value: Any, *, raw: bool = False) -> str:
-    """Return a value as compact JSON text. Integers keep their digits, whatever their size.
+    """Return a value as compact JSON text. Integers of any size keep their digits.
 
     Args:
         value: See `to_dict`.
@@ -174,7 +171,7 @@ def _build_converter(*, raw: bool) -> cattrs.Converter:
         keys = list_keys(kind, raw=raw)
 
         def write_object(value: Any) -> dict[str, Any]:
-            # what was received is plain JSON already, and may be nested deeply
+            # received values are plain JSON already, and may be nested deeply
             return {
                 key: _receive(getattr(value, key))
                 if key in _RECEIVED
@@ -199,7 +196,7 @@ def _build_converter(*, raw: bool) -> cattrs.Converter:
                 written[name] = _receive(value) if is_json else write(value)
         return written
 
-    # the last registered that fits is used
+    # the last registered hook that fits is used
     hooks: list[tuple[Callable[[Any], bool], Callable[[Any], Any]]] = [
         (lambda _: True, str),
         (lambda kind: issubclass(kind, str | int | float | NoneType), lambda value: value),
@@ -246,7 +243,7 @@ def list_keys(kind: type[Any], *, raw: bool) -> tuple[str, ...]:
 
 @attrs.frozen
 class PydanticHooks:
-    """An annotation from which pydantic learns how to treat a value: an instance goes in, a dict comes out.
+    """An annotation for pydantic: it accepts an instance and serializes it with `to_dict`.
 
     Attributes:
         source: Its class, or one with its parameters, such as ``Response[CaptioningAnalysis]``.
@@ -311,7 +308,7 @@ _SCALARS: Final[Mapping[Any, dict[str, Any]]] = {
 
 
 def _describe(hint: Any) -> dict[str, Any]:
-    """Return the JSON Schema of what `to_dict` makes of a type."""
+    """Return the JSON Schema of the result of `to_dict` for a type."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint in _SCALARS or origin in _SCALARS:
         return dict(_SCALARS[hint if hint in _SCALARS else origin])

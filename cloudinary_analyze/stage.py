@@ -1,8 +1,8 @@
 """Bulk analysis on many processes and machines, in any engine.
 
-`AnalyzeStage` is a value that an engine ships to its workers and calls there with lists of items. It
-returns one outcome for each item. The engine schedules, and the workers share three things through
-Redis: the ledger (`RedisLedger`), the pace (`RedisPacer`) and the notifications of tasks
+An engine pickles an `AnalyzeStage`, sends it to its workers, and calls it there with lists of
+items. The stage returns one outcome for each item. The workers share three things through Redis:
+the ledger (`RedisLedger`), the pace (`RedisPacer`) and the notifications of tasks
 (`RedisNotifications`):
 
 ```python
@@ -19,8 +19,8 @@ Workers read their credentials from ``CLOUDINARY_URL`` and the password of Redis
 *Resume.* Run the same job again, with the same ledger. Recorded responses are restored, and the rest
 is sent. The partitions may differ, and several jobs may run over the same items at the same time.
 
-*Stops.* An exhausted quota or refused credentials do not raise, so the engine keeps what was paid
-for. The remaining items are marked ``stopped``; see `outcome_columns`.
+*Stops.* An exhausted quota or refused credentials do not raise, so the engine keeps the responses
+that were paid for. The remaining items are marked ``stopped``; see `outcome_columns`.
 
 *Killed workers.* The engine repeats the partition. Recorded responses are restored. At most as many
 requests as the worker had in flight are sent and charged again, and
@@ -33,7 +33,7 @@ requests in flight. The account's limits apply to all of them together; a pacer 
 *Without an engine.* ``cloudinary-analyze run --ledger redis://host/0 --shard 1/4`` on each of four
 machines.
 
-The programs below analyse the column ``url`` of ``urls.parquet``.
+The programs below analyze the column ``url`` of ``urls.parquet``.
 
 A process pool:
 
@@ -271,18 +271,18 @@ META: Any
 
 @attrs.frozen
 class AnalyzeStage(Generic[Item, A]):
-    """Analyses the items of a partition, in whichever process it is called.
+    """Analyzes the items of a partition, in the process that calls it.
 
     Calls of all stages with the same arguments share one session of the process, on a thread of
     its own. The session opens with the first call and closes when the process ends, or with
     `close_sessions`. Threads may call a stage at the same time.
 
-    It pickles. Explicit credentials would be readable in the pickle, so they are refused there
+    It can be pickled. Explicit credentials would be readable in the pickle, so pickling them raises
     unless ``pickle_credentials`` is true.
 
     Attributes:
         to_request: Builds a request from an item, such as ``Captioning``.
-        credentials: Default: the worker's environment.
+        credentials: See `Credentials`. Default: the worker's environment.
         settings: See `Settings`. Each process has its own permits.
         ledger: What the workers share, such as a `RedisLedger`.
         key: See `AnalyzeSession.map`.
@@ -328,11 +328,11 @@ class AnalyzeStage(Generic[Item, A]):
         return partial(AnalyzeStage, self.to_request, **options), ()
 
     def __call__(self, items: Iterable[Item]) -> list[Outcome[Item, A]]:
-        """Analyse items, and return an outcome for each, in their order. Blocks.
+        """Analyze items, and return an outcome for each, in their order. Blocks.
 
         An error that stops bulk work (an exhausted quota, refused credentials, a lost ledger) does
-        not raise. The items that are not sent any more are `Failed` with `BulkStoppedError`,
-        unless the ledger has their response or permanent error.
+        not raise. The items that are no longer sent are `Failed` with `BulkStoppedError`, unless
+        the ledger has their response or permanent error.
 
         Raises:
             ConfigurationError: Missing credentials, or an invalid argument. Nothing was sent.
@@ -343,11 +343,11 @@ class AnalyzeStage(Generic[Item, A]):
         try:
             return running.result()
         except BaseException:
-            running.cancel()  # an interrupt
+            running.cancel()  # for example, a KeyboardInterrupt
             raise
 
     async def acall(self, items: Iterable[Item]) -> list[Outcome[Item, A]]:
-        """Analyse items as a coroutine of any event loop. Cancelling is safe; see `__call__`."""
+        """Analyze items, as `__call__` does, on any event loop. Cancelling is safe."""
         host = _find_host()
         return await asyncio.wrap_future(host.run(self._analyze(host, list(items))))
 
@@ -370,7 +370,7 @@ class AnalyzeStage(Generic[Item, A]):
     async def _look_up(
         self, opened: _Opened, index: int, item: Item, stop: BulkStoppedError | None
     ) -> Outcome[Item, A]:
-        """Return what the ledger has for an item that the stream did not reach."""
+        """Return the ledger's outcome for an item that the stream did not reach."""
         request: AnalyzeRequest[A] | None = None
         restored, seconds = False, 0.0
         error: Exception = stop or BulkStoppedError("The stream ended early. Not sent.")
@@ -393,7 +393,7 @@ class AnalyzeStage(Generic[Item, A]):
                         )
                     assert record.error is not None
                     error = record.error
-        except Exception as raised:  # of the user's functions, or of the ledger
+        except Exception as raised:  # an error of the user's functions, or of the ledger
             if request is None or restored:
                 error = raised
         return Failed(
@@ -401,13 +401,13 @@ class AnalyzeStage(Generic[Item, A]):
         )
 
     def _identify(self) -> bytes:
-        """Return what stages have in common that share a session."""
+        """Return a key that is equal for stages that share a session."""
         digest = hashlib.sha256()
         for name in ("credentials", "settings", "ledger", "notifications", "notification_url"):
             value = getattr(self, name)
             try:
                 digest.update(pickle.dumps(value))
-            except Exception:  # it cannot leave this process, so it is the same object or another
+            except Exception:  # it cannot be pickled, so its identity is its key
                 digest.update(str(id(value)).encode())
             digest.update(b"|")
         return digest.digest()
@@ -415,9 +415,9 @@ class AnalyzeStage(Generic[Item, A]):
 
 @attrs.define(eq=False, repr=False)
 class _Opened:
-    """What the stages with the same arguments share in a process."""
+    """The session that stages with the same arguments share in a process."""
 
-    stage: AnalyzeStage[Any, Any]  # keeps what is identified by its `id`
+    stage: AnalyzeStage[Any, Any]  # keeps the objects alive that are identified by their `id`
     session: AnalyzeSession
     ledger: Ledger | None
     parts: Sequence[Any]
@@ -438,7 +438,7 @@ class _Opened:
 
 
 def _copy(value: T) -> T:
-    """Return a copy for the loop of the host; what cannot be copied is used as it is."""
+    """Return a copy for the loop of the host. An object that cannot be copied is used itself."""
     try:
         return copy.copy(value)
     except TypeError:
@@ -449,7 +449,7 @@ def _copy(value: T) -> T:
 class _Host:
     """The thread of a process whose event loop runs its sessions.
 
-    A process that is forked starts another one when it needs it; the parent's is left alone.
+    A forked process starts another thread when it needs one, and leaves the parent's alone.
     """
 
     loop: asyncio.AbstractEventLoop = attrs.field(factory=asyncio.new_event_loop)
@@ -516,7 +516,7 @@ async def _open(stage: AnalyzeStage[Any, Any]) -> _Opened:
 
 _host: _Host | None = None
 _lock = threading.Lock()
-_abandoned: Final[list[_Host | None]] = []  # closing what a fork inherited could disturb the parent
+_abandoned: Final[list[_Host | None]] = []  # closing them could disturb the parent
 
 
 def _find_host() -> _Host:
@@ -525,7 +525,7 @@ def _find_host() -> _Host:
         if _host is None:
             from multiprocessing.util import Finalize
 
-            # not atexit: the children of a pool skip that
+            # not atexit, which the children of a pool skip
             Finalize(None, close_sessions, exitpriority=10)
             _host = _Host()
             _host.start()
@@ -543,9 +543,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def close_sessions() -> None:
-    """Close the sessions of all stages of this process. Idempotent; a later call opens them again.
+    """Close the sessions of all stages of this process. Idempotent. A later call opens them again.
 
-    Runs by itself when a process ends normally. Items in flight in other threads are stopped.
+    Called automatically when a process ends normally. Items in flight in other threads are stopped.
     """
     global _host
     with _lock:
@@ -555,11 +555,11 @@ def close_sessions() -> None:
 
 
 def worker_stats(ledger: Ledger | None = None) -> list[dict[str, Any]]:
-    """Return the statistics of workers, while they run: `SessionStats` and who they are.
+    """Return the statistics of running workers: their names and `SessionStats`.
 
     Args:
-        ledger: A `RedisLedger`: of all its workers, also from another process. Default: of the
-            sessions of this process.
+        ledger: A `RedisLedger`, for the statistics of all its workers, from any process. Default:
+            the sessions of this process.
 
     Raises:
         ConfigurationError: The ledger does not know its workers.
@@ -580,7 +580,7 @@ def worker_stats(ledger: Ledger | None = None) -> list[dict[str, Any]]:
 
 
 def outcome_columns(outcomes: Iterable[AnyOutcome]) -> dict[str, list[Any]]:
-    """Return outcomes as columns for a table of pandas, Arrow or Polars: `COLUMNS`.
+    """Return outcomes as the columns (`COLUMNS`) of a table for pandas, Arrow or Polars.
 
     ``status`` is ``"answered"``, ``"failed"`` or ``"stopped"``. A stopped item has no response
     because of an error that concerns more than itself, such as an exhausted quota. Run the same job
@@ -604,7 +604,7 @@ def _build_row(outcome: AnyOutcome) -> dict[str, Any]:
 
 
 def __getattr__(name: str) -> Any:
-    """Build ``SCHEMA`` (of Arrow) and ``META`` (an empty pandas table) when they are asked for."""
+    """Build ``SCHEMA`` (of Arrow) and ``META`` (an empty pandas table) on first access."""
     if name == "SCHEMA":
         arrow = _import("pyarrow", "pip install 'cloudinary-analyze[parquet]'")
         kinds = {
@@ -625,6 +625,6 @@ def __getattr__(name: str) -> Any:
 
 def _import(name: str, line: str) -> Any:
     try:
-        return import_module(name)  # by name: it may have no types
+        return import_module(name)  # imported by name, because it may have no types
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"{error.name} is not installed: {line}") from None

@@ -8,7 +8,7 @@ instrument(session)
 ```
 
 The session's own ``on_event`` keeps working. Nothing is exported until the application configures
-an OpenTelemetry SDK. A session that is not instrumented pays nothing for any of this.
+an OpenTelemetry SDK. A session that is not instrumented has no overhead.
 
 | span | kind | meaning |
 |---|---|---|
@@ -46,9 +46,9 @@ the session |
 | ``cloudinary.analyze.restored_items`` | {item} | items of streams read from a ledger: model, \
 ``error.type`` |
 
-Attributes of our own begin with ``cloudinary.analyze.``. All metrics have ``server.address`` and
-``server.port``; histograms count what they measure. No attribute holds a secret, a source URL, a
-query string, or the text of an error: errors appear by their type.
+Attributes that are not of the OpenTelemetry conventions begin with ``cloudinary.analyze.``. All
+metrics have ``server.address`` and ``server.port``. Histograms also count. No attribute contains a
+secret, a source URL, a query string or the text of an error; errors appear by their type.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ except ImportError as _missing:
     ) from _missing
 
 SCOPE: Final = "cloudinary_analyze"
-TASKS: Final = 100_000  # whose submissions are remembered; without an answer, the oldest go first
+TASKS: Final = 100_000  # tasks whose submissions are remembered; the oldest are dropped first
 SHOWN: Final = 100  # characters of text from the service
 
 Attributes = dict[str, str | bool | int | float]
@@ -104,7 +104,7 @@ _W3C: Final = TraceContextTextMapPropagator()
 _SHORT: Final = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 30, 60)
 _LONG: Final = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 
-# one observation of all sessions for each meter provider; the key of the global one is `metrics`
+# one observation of all sessions per meter provider; the key of the global one is `metrics`
 _pending: Final[WeakKeyDictionary[Any, WeakSet[AnalyzeSession]]] = WeakKeyDictionary()
 _instrumented: Final[WeakSet[AnalyzeSession]] = WeakSet()
 
@@ -115,15 +115,15 @@ def instrument(
     tracer_provider: trace.TracerProvider | None = None,
     meter_provider: metrics.MeterProvider | None = None,
 ) -> None:
-    """Report what a session does as spans and metrics, from now on.
+    """Report the activity of a session as spans and metrics, from now on.
 
     Args:
-        target: A session; or, in a process that only receives webhooks, its `RedisNotifications`.
+        target: A session or, in a process that only receives webhooks, its `RedisNotifications`.
         tracer_provider: Default: the global one.
         meter_provider: Default: the global one.
 
     Raises:
-        ConfigurationError: It is neither, or the session is instrumented already.
+        ConfigurationError: ``target`` is neither, or the session is already instrumented.
     """
     tracer = trace.get_tracer(SCOPE, __version__, tracer_provider)
     if isinstance(target, AnalyzeSession):
@@ -182,7 +182,7 @@ def _describe_place(place: tuple[str, int]) -> Attributes:
 
 
 def _read_error_type(error: BaseException, status: int | None = None) -> str:
-    """Return a word for an error, without any text of it."""
+    """Return a word for the type of an error, without its text."""
     if status is not None and status >= 400:
         return str(status)
     return type(error).__name__
@@ -198,7 +198,7 @@ def _link(*contexts: SpanContext) -> list[Link]:
 
 
 def _read_context(text: str | None) -> SpanContext:
-    """Return the span that a ``traceparent`` names; an invalid one if there is none."""
+    """Return the span of a ``traceparent``, or an invalid span if there is none."""
     carrier = {} if text is None else {TRACE_HEADER: text}
     return trace.get_current_span(_W3C.extract(carrier, Context())).get_span_context()
 
@@ -223,12 +223,12 @@ def _end(span: Span, error: BaseException | None, status: int | None = None) -> 
 
 @attrs.frozen(eq=False)
 class _Receipts:
-    """Follows deliveries from the webhook to their mailbox."""
+    """Traces deliveries from the webhook to their mailbox."""
 
     tracer: trace.Tracer
 
     async def follow(self, task_id: str, stored: Awaitable[str | None]) -> None:
-        """Wait until a delivery is stored, and report that as a part of its task's trace."""
+        """Wait until a delivery is stored, and report it in the trace of its task."""
         begun = time.time_ns()
         current = trace.get_current_span().get_span_context()
         submission: SpanContext = trace.INVALID_SPAN_CONTEXT
