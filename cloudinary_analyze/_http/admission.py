@@ -1,4 +1,4 @@
-"""Decides when the next attempt may start. Pure: the caller passes the time and sends the requests.
+"""Decide when the next attempt may start. Pure: the caller passes the time and sends the requests.
 
 `Admission` combines three controls. Each learns from the results of attempts and from nothing else.
 
@@ -91,7 +91,7 @@ class Admission:
         first_pause: Seconds of the first pause of a stall.
         longest_pause: Seconds of the longest pause.
         in_use: Attempts in flight.
-        calm: Whether nothing but the permits limits starts; then results need no report.
+        calm: Whether only the permits limit starts. Then results need no report.
         generation: Counts the stalls. Results from before the last one are ignored.
         probes: Probes so far.
         stalled_at: When the stall began; ``None`` if there is none.
@@ -191,18 +191,18 @@ class Admission:
             self._testing = attempt.probe = False
 
     def succeed(self, attempt: Attempt, now: float) -> None:
-        """Take note that the service processed a request, whatever it answered."""
+        """Record that the service processed a request, whatever its response."""
         if self.calm:
             return
         if attempt.probe:
             self._end_stall(attempt, now)
             return
         if attempt.number >= self._run_from:
-            self._run = 0  # older attempts prove nothing
+            self._run = 0  # older attempts show nothing about the present
         self._judge(attempt, now)
 
     def throttle(self, attempt: Attempt, now: float, retry_after: float = 0.0) -> None:
-        """Take note that the service refused a request for now.
+        """Record that the service refused a request for now.
 
         Args:
             attempt: The attempt.
@@ -224,7 +224,7 @@ class Admission:
         self._judge(attempt, now)
 
     def fail(self, attempt: Attempt, now: float) -> None:
-        """Take note that the service or the connection failed."""
+        """Record that the service or the connection failed."""
         self._observe(now)
         if attempt.probe:
             self._pause(attempt, now, 0.0)

@@ -58,11 +58,11 @@ SLOT_PATIENCE: Final = 1.0
 
 
 class Owner(Protocol):
-    """For whom a call is made. It may stop the call before each of its attempts.
+    """The owner of a call. It may stop the call before each of its attempts.
 
     Attributes:
         halted: Whether nothing more is sent.
-        waits: The waits of its calls between their attempts, which it interrupts to halt them.
+        waits: The waits of its calls between attempts, which it interrupts to halt them.
     """
 
     @property
@@ -88,35 +88,36 @@ class Owner(Protocol):
 
 @attrs.define(eq=False, repr=False)
 class Call:
-    """One call: what it sends, and how far it has come.
+    """One call: its request and its progress.
 
     Attributes:
-        url: Where to.
+        url: The URL.
         queue: Admits its attempts.
-        limit: Attempts at most, besides those that cost none.
+        limit: The maximum number of attempts, without those that do not count.
         begun: Monotonic instant of the call.
         model: The model's wire name; ``None`` for a status poll.
         feature: The add-on feature that it is charged to.
-        content: The JSON to POST; ``None``: a GET.
-        patience: Seconds of our own waits that are left to an interactive call. Waiting for the end
-            of an outage uses them up, too. Waits that the service asked for do not.
+        content: The JSON to POST. ``None``: a GET.
+        patience: The remaining seconds of our own waits of an interactive call. Waiting for the end
+            of an outage counts; waits that the service asked for do not.
         deadline: Monotonic instant when it gives up.
-        urgent: Whether it is interactive: admitted before bulk work, and impatient in an outage.
+        urgent: Whether it is interactive: it is admitted before bulk work, and waits less in an
+            outage.
         claim: Awaited with the slot held, once, before the first attempt.
         owner: Asked immediately before each attempt whether it may be sent.
         unsent: Whether `claim` or `owner` refused the first attempt, so that the call does not count.
         attempts: Attempts begun.
-        free: Those of them that do not count towards the limit.
-        number: The number of the last of them among all attempts of the session.
+        free: The attempts that do not count towards the limit.
+        number: The number of the last attempt among all attempts of the session.
         sending: The body of the attempt in flight.
         ambiguous: Whether an earlier attempt may have been charged.
-        error: Why the last attempt failed.
+        error: The error of the last attempt.
         failed_at: Monotonic instant of its first failure.
         again: Whether the next attempt starts before those of other calls.
         waits: Our own waits between attempts, once there was a failure.
         token: The number of the OAuth token that the last attempt was sent with.
-        renewed: Whether a refusal has led to a new token already.
-        probing: Whether this call tests if a used up quota was renewed.
+        renewed: Whether a refusal has already led to a new token.
+        probing: Whether this call tests if an exhausted quota has been reset.
         watch: Reports its events; ``None`` if the session has no hook.
     """
 
@@ -155,7 +156,7 @@ class Attempts(NotPicklable):
     Attributes:
         queue: Admits the attempts of analyze calls.
         poll_queue: Admits those of status polls.
-        own_patience: Seconds that all our own waits of a call take at most.
+        own_patience: The maximum seconds of all our own waits of a call.
     """
 
     settings: Settings
@@ -191,7 +192,7 @@ class Attempts(NotPicklable):
         admission = Admission(
             permits,
             rate=rate,
-            # pauses are waits of our own choosing, too
+            # pauses are also waits of our own
             first_pause=min(LONGEST_PAUSE, self.settings.backoff_first),
             longest_pause=min(LONGEST_PAUSE, self.settings.backoff_max),
         )
@@ -219,7 +220,7 @@ class Attempts(NotPicklable):
             ) from call.error
 
     async def repeat(self, call: Call, read: Callable[[Call, Answer], T]) -> T:
-        """Attempt a call until it has a response or an error that the policy calls final."""
+        """Repeat a call until it has a response or a final error."""
         queue = call.queue
         quota = self.quota
         watch = call.watch
@@ -253,7 +254,7 @@ class Attempts(NotPicklable):
                 if wait is None and not self._may_renew(call, error):
                     raise
             except ResponseDecodeError as error:
-                queue.succeed(attempt)  # the service did answer
+                queue.succeed(attempt)  # the service did respond
                 error.model = call.model
                 error.ambiguous &= call.model is not None
                 raise
@@ -270,7 +271,7 @@ class Attempts(NotPicklable):
                 await self._wait(call, self._sleep(wait))
 
     async def _wait_to_start(self, call: Call) -> Attempt:
-        """Wait in the queue; in an outage, no longer than the call may.
+        """Wait in the queue. In an outage, wait no longer than the call may.
 
         Raises:
             OutageError: The outage lasts too long for bulk work, or for a call that was not sent.
@@ -329,16 +330,16 @@ class Attempts(NotPicklable):
         return False
 
     def _may_renew(self, call: Call, error: AnalyzeError) -> bool:
-        """Whether a new OAuth token may help a call that failed, once."""
+        """Whether a failed call may be repeated, once, with a new OAuth token."""
         refused = isinstance(error, AuthenticationError)
         may = refused and self.transport.token is not None and not call.renewed
         return may and not _is_halted(call)
 
     async def _renew_token(self, call: Call, error: AnalyzeError) -> None:
-        """Wait for a newer OAuth token than the one that was refused.
+        """Wait for a newer OAuth token than the refused one.
 
         Raises:
-            AuthenticationError: There is none; its cause says why.
+            AuthenticationError: There is none. Its cause is the reason.
             SessionClosedError: The session was closed meanwhile.
         """
         assert self.transport.token is not None
@@ -393,7 +394,7 @@ class Attempts(NotPicklable):
         call.unsent = False
 
     async def _wait(self, call: Call, waiting: Coroutine[Any, Any, T]) -> T:
-        """Await what comes before an attempt; the owner of the call may interrupt that.
+        """Await a step before an attempt. The owner of the call may interrupt it.
 
         Raises:
             BulkStoppedError: It was interrupted. Nothing was sent.
@@ -445,7 +446,7 @@ class Attempts(NotPicklable):
     def _judge(
         self, call: Call, attempt: Attempt, error: ApiError | TransportError
     ) -> float | None:
-        """Report a failed attempt to those whom it concerns, and decide on the call.
+        """Report a failed attempt to the queue and the quota, and decide on the call.
 
         Returns:
             The seconds until the next attempt; ``None`` if the error is final.
@@ -491,8 +492,9 @@ class Attempts(NotPicklable):
     def _may_repeat(self, call: Call, error: AnalyzeError, *, probe: bool) -> bool:
         """Whether its owner and the limits of a call allow one more attempt.
 
-        What only shows a limit of the service or an outage costs bulk work no attempt, but time.
-        Otherwise slow progress would fail items permanently.
+        For bulk work, an attempt that only shows a limit of the service or an outage does not
+        count. Its wait is bounded by time instead. Otherwise items would fail permanently when
+        progress is slow.
         """
         if _is_halted(call):
             return False
@@ -508,7 +510,7 @@ class Attempts(NotPicklable):
     def _report(
         self, call: Call, attempt: Attempt, error: ApiError | TransportError, own_wait: float
     ) -> None:
-        """Report to the queue what an attempt shows about the service."""
+        """Report the result of an attempt to the queue."""
         queue, generation = call.queue, call.queue.admission.generation
         if isinstance(error, ApiError) and asks_for_more(error, self.settings.max_server_wait):
             assert error.retry_after is not None
@@ -547,7 +549,7 @@ class Attempts(NotPicklable):
         )
 
     async def _sleep(self, seconds: float) -> None:
-        """Sleep on the session's clock; closing the session ends it with its error."""
+        """Sleep on the session's clock. Closing the session ends the sleep with its error."""
         if self._closed is not None:
             raise copy(self._closed)
         woken = asyncio.get_running_loop().create_future()
@@ -560,7 +562,7 @@ class Attempts(NotPicklable):
             self._sleepers.discard(woken)
 
     def close(self, error: AnalyzeError) -> None:
-        """Fail everything that queues or sleeps, and all that comes later."""
+        """Fail all calls that queue or sleep, and all later ones."""
         self._closed = error
         self.queue.close(error)
         self._pacing.interrupt_all()
@@ -571,7 +573,7 @@ class Attempts(NotPicklable):
                 woken.set_exception(copy(error))
 
     def close_polls(self) -> None:
-        """Fail the status polls that queue, and all that come later."""
+        """Fail all status polls that queue, and all later ones."""
         if self._closed is not None:
             self.poll_queue.close(self._closed)
 
@@ -581,7 +583,7 @@ def _is_halted(call: Call) -> bool:
 
 
 def _build_refusal(error: ApiError, seconds: float) -> ApiError:
-    """Return the error for a call within a wait that the service asked another one for."""
+    """Return the error for a call during a wait that the service asked for at another call."""
     unsent = build_unsent(
         error,
         f"Not sent: the service asked at an earlier call for a wait of {error.retry_after:.0f} s, "

@@ -73,22 +73,22 @@ class Caller(NotPicklable):
         owner: Owner | None = None,
         repeats: str | None = None,
     ) -> Response[A] | Accepted:
-        """Make an analyze call and return the response, or the task that the service made of it.
+        """Make an analyze call. Return the response, or the task if the service turns it into one.
 
         Args:
-            request: What to analyse.
+            request: The request.
             deadline: Monotonic instant when the call gives up.
             as_task: Whether to ask for a task.
             notification_url: Where the service is to send the task's result.
             urgent: Whether the call is interactive, and not an item of bulk work.
-            claim: Awaited once, with the slot held, before the first attempt. After a second of
-                it, the slot is given to another call and taken again later.
+            claim: Awaited once, with the slot held, before the first attempt. If it takes longer
+                than a second, the slot is given to another call and taken again later.
             owner: Asked immediately before each attempt.
             repeats: The task that the call repeats.
 
         Raises:
             AnalyzeError: See `AnalyzeSession.analyze`.
-            Exception: What `claim` or `owner` raised. Nothing was sent.
+            Exception: The error of `claim` or `owner`. Nothing was sent.
         """
         model = request.model
         begun = self.clock.monotonic()
@@ -138,11 +138,11 @@ class Caller(NotPicklable):
 
         Args:
             task_id: The task.
-            attempts: Attempts at most, of a poll in the background. Default: the settings', of an
-                interactive one.
+            attempts: The maximum number of attempts of a poll in the background. Default: that of
+                the settings, for an interactive poll.
 
         Raises:
-            AnalyzeError: No status could be had.
+            AnalyzeError: No attempt returned a status.
         """
         call = Call(
             URL(build_task_url(self.base_url, self.cloud_name, task_id), encoded=True),
@@ -199,7 +199,7 @@ class Caller(NotPicklable):
         return result
 
     def _read_status(self, task_id: str, _: Call, answer: Answer) -> TaskStatus:
-        """Read the response to a status poll; raises as `_read_analysis` does."""
+        """Read the response to a status poll. Raises the same errors as `_read_analysis`."""
         status, headers, body = answer
         if status == 200:
             return read_task_status(task_id, body)

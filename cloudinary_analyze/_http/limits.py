@@ -1,4 +1,4 @@
-"""What the session has learned about the service's limits: a pace and a cap. Pure.
+"""The limits of the service that the session has learned: a pace and a cap. Pure.
 
 `Pace` and `Cap` are parts of `Admission`, which documents their states. Nothing here knows about
 stalls or the queue.

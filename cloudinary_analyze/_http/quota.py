@@ -1,4 +1,4 @@
-"""What is known of the account's quotas, and a breaker for each feature whose quota is used up."""
+"""The known quotas of the account, and a breaker for each feature whose quota is used up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cloudinary_analyze.errors import QuotaExceededError, RemoteError, build_uns
 from cloudinary_analyze.responses import Limit, read_limits
 
 PROBE_INTERVAL: Final = 300.0
-UNREAD: Final = 64  # responses of a feature; each says more than the ones before
+UNREAD: Final = 64  # responses of a feature; each is newer than the ones before
 
 
 @attrs.define(eq=False, repr=False)
@@ -28,21 +28,22 @@ class _Breaker:
 @attrs.define(eq=False, repr=False)
 class _Known:
     limit: Limit
-    newest: int  # the last attempt that had begun when the figures arrived
+    newest: int  # the number of the last attempt that had begun when the figures arrived
 
 
 @attrs.define(eq=False, repr=False)
 class Quota:
     """The newest figures of each feature, and which features are used up.
 
-    A used up feature fails at once, unsent, until its reset time. Where the service sent none,
-    one call every few minutes is let through, and the first that succeeds closes the breaker.
-    A remainder of 0 on a success means nothing: the account may continue all the same.
+    Calls of a feature that is used up fail at once, unsent, until its reset time. If the service
+    sent none, one call every few minutes is let through, and the first that succeeds closes the
+    breaker. A remainder of 0 in a successful response is not an exhausted quota: some accounts may
+    continue.
 
     Attributes:
         clock: For the breakers.
         permits: Attempts in flight at most.
-        breakers: Feature to its breaker.
+        breakers: The breakers, by feature.
     """
 
     clock: Clock
@@ -54,16 +55,16 @@ class Quota:
 
     @property
     def limits(self) -> Mapping[str, Limit]:
-        """Feature to its newest figures: the lowest remainder of the newest period."""
+        """The newest figures by feature: the lowest remainder of the newest period."""
         for feature in list(self._unread):
             for raw, number, newest in self._unread.pop(feature):
                 self.learn(read_limits(raw), number=number, newest=newest)
         return MappingProxyType({feature: known.limit for feature, known in self._known.items()})
 
     def note(self, feature: str, raw: Any, *, number: int, newest: int) -> None:
-        """Keep the limits of a response as received, until they are asked for.
+        """Keep the limits of a response as received, until they are needed.
 
-        Reading them costs more than all the rest of a small response.
+        Reading them costs more than the rest of a small response.
         """
         unread = self._unread.get(feature)
         if unread is None:
@@ -71,10 +72,10 @@ class Quota:
         unread.append((raw, number, newest))
 
     def learn(self, limits: tuple[Limit, ...], *, number: int, newest: int) -> None:
-        """Take note of what a response says. Responses of attempts in flight come in any order.
+        """Record the limits of a response. Responses of attempts in flight arrive in any order.
 
         Args:
-            limits: The figures.
+            limits: The limits.
             number: The number of the attempt, in the order in which attempts begin.
             newest: The number of the attempt that began last.
         """
@@ -95,10 +96,10 @@ class Quota:
                     known.newest = newest
 
     def check(self, feature: str) -> bool:
-        """Return if a call may be sent, and whether it is the probe of a used up feature.
+        """Return whether a call is the probe of an exhausted feature. Raise if it may not be sent.
 
         Raises:
-            QuotaExceededError: The feature's quota is known to be used up; nothing was sent.
+            QuotaExceededError: The feature's quota is known to be used up. Nothing was sent.
         """
         breaker = self.breakers.get(feature)
         if breaker is None:
@@ -121,15 +122,15 @@ class Quota:
         newest: int,
         since: float = math.inf,
     ) -> None:
-        """Take note of what the failure of a call or of a task says.
+        """Record what the failure of a call or a task shows about a quota.
 
         Args:
-            feature: What the call or the task is charged to; empty if that is unknown.
+            feature: The feature that the call or task is charged to. Empty if unknown.
             error: The failure.
             number: As for `learn`.
             newest: As for `learn`.
-            since: Monotonic instant when the service accepted the task. A feature that was
-                renewed later stays open.
+            since: Monotonic instant when the service accepted the task. If the feature was reset
+                later, it stays open.
         """
         self.learn(error.limits, number=number, newest=newest)
         if not feature or not isinstance(error, QuotaExceededError):
@@ -138,28 +139,28 @@ class Quota:
             self.trip(feature, error)
 
     def trip(self, feature: str, error: QuotaExceededError) -> None:
-        """Take note that a feature's quota is used up."""
+        """Record that a feature's quota is used up."""
         wait = PROBE_INTERVAL
         if error.reset_time is not None:
             wait = max(0.0, error.reset_time - self.clock.wall())
         elif feature in self.breakers:
-            return  # tasks can fail for hours; each would delay the probe
+            return  # tasks can fail for hours, and each would delay the probe
         now = self.clock.monotonic()
         self.breakers[feature] = _Breaker(error, now, now + wait)
 
     def take_result(self, feature: str, *, since: float) -> None:
-        """Take note of the result of a task that the service accepted at a monotonic instant."""
+        """Record the result of a task that the service accepted at a monotonic instant."""
         breaker = self.breakers.get(feature)
         if breaker is not None and since > breaker.since:
             self.reset(feature)
 
     def reset(self, feature: str, *, accepted: bool = False) -> None:
-        """Take note that a quota was renewed. Earlier responses prove nothing.
+        """Record that a quota was reset. Earlier responses do not count any more.
 
         Args:
             feature: The feature.
-            accepted: Whether the service only accepted a task, which means nothing where an
-                accepted task failed for the quota. The task's result means something.
+            accepted: Whether the service only accepted a task. This proves nothing if an accepted
+                task has failed for the quota; only a task's result does.
         """
         breaker = self.breakers.get(feature)
         if breaker is None or (accepted and breaker.error.task_id is not None):
@@ -169,7 +170,7 @@ class Quota:
 
 
 def is_newer(limit: Limit, known: Limit, *, least_rise: float) -> bool:
-    """Whether figures are newer than others, although their order of arrival says little.
+    """Whether limits are newer than others. Their order of arrival does not decide it.
 
     Within a period the lower remainder is the newer one. A new period has a later reset time or,
     where the service sends none, a remainder that rises clearly.
@@ -186,18 +187,18 @@ def is_newer(limit: Limit, known: Limit, *, least_rise: float) -> bool:
     if limit.remaining is None or known.remaining is None:
         return known.remaining is None
     if limit.limit != known.limit:
-        return True  # another plan
+        return True  # the account has another plan
     rise = limit.remaining - known.remaining
     return rise < 0 or (limit.reset_time is None and rise > least_rise)
 
 
 def build_unsent_error(error: QuotaExceededError, *, seconds: float) -> QuotaExceededError:
-    """Return the error for a call that was not sent because of an earlier answer."""
+    """Return the error for a call that was not sent because of an earlier response."""
     then = "the quota is renewed" if error.reset_time is not None else "it is tried again"
     unsent = build_unsent(
         error,
         f"Not sent: the quota of the add-on feature {error.feature or 'of this model'!r} was used "
         f"up at an earlier request; in {seconds:.0f} s {then}.",
     )
-    unsent.task_id = None  # it was the other request's
+    unsent.task_id = None  # the original value belongs to the other request
     return unsent

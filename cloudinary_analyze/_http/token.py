@@ -1,4 +1,4 @@
-"""OAuth tokens that expire: asks the user's function for a new one, for one caller at a time.
+"""OAuth tokens that expire: call the user's function for a new one, once for all that wait.
 
 States of a `Token`: unasked (number 0), asking (a task runs), known (number 1 and above), closed.
 """
@@ -24,10 +24,10 @@ class Token(NotPicklable):
 
     Attributes:
         ask: `Credentials.oauth_token`.
-        seconds: How long it may take.
-        clock: For that time.
+        seconds: The time limit of the function.
+        clock: The clock for that limit.
         value: The token.
-        number: How many tokens there have been. A call remembers the number that it was sent with.
+        number: The number of tokens so far. A call remembers the number that it was sent with.
     """
 
     ask: Callable[[], Awaitable[str]]
@@ -38,10 +38,10 @@ class Token(NotPicklable):
     _asking: asyncio.Task[AnalyzeError | None] | None = None
 
     async def renew(self, number: int) -> AnalyzeError | None:
-        """Wait for a token newer than a number, and return why there is none.
+        """Wait for a token newer than a number. Return an error if there is none.
 
-        All that wait share one call of the user's function. It goes on if one of them is
-        cancelled; closing ends it.
+        All waiters share one call of the user's function. It continues if one of them is cancelled.
+        Closing ends it.
         """
         if self.number > number:
             return None

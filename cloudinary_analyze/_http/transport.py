@@ -1,4 +1,4 @@
-"""One attempt over the network, with its timeouts. The only file that knows aiohttp's client."""
+"""One attempt over the network, with its timeouts. Only this module uses aiohttp's client."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Answer = tuple[int, CIMultiDictProxy[str], bytes]  # status, headers, body
 
 
 class Body(aiohttp.BytesPayload):
-    """The body of one attempt, which knows whether any of it was sent.
+    """The body of one attempt. It records whether any of it was sent.
 
     Attributes:
         sent: Whether a connection was open and the body handed to it. Until then the service
@@ -87,10 +87,10 @@ class Transport(NotPicklable):
         http: aiohttp.ClientSession | None,
         clock: Clock,
     ) -> Transport:
-        """Make the pool, or take the given one. Needs the running loop.
+        """Create the connection pool, or use the given session. Needs the running loop.
 
         Raises:
-            ConfigurationError: The given session would get in the way.
+            ConfigurationError: The given session cannot be used.
         """
         timeout = aiohttp.ClientTimeout(total=None, connect=settings.connect_timeout)
         loop = asyncio.get_running_loop()
@@ -102,7 +102,7 @@ class Transport(NotPicklable):
         headers = build_headers(credentials, version=version)
         if http is not None:
             return cls(settings, False, http, headers, timeout, loop, token=token)
-        # our own permits bound what is in flight, so the pool need not
+        # the permits bound the attempts in flight, so the pool need not
         connector = aiohttp.TCPConnector(limit=0)
         proxy = read_proxy(settings.proxy)
         own = aiohttp.ClientSession(
@@ -137,7 +137,7 @@ class Transport(NotPicklable):
             try:
                 await self._http.close()
             finally:
-                # a cancelled close leaves the name resolver open, and with it its descriptors
+                # a cancelled close would leave the name resolver and its descriptors open
                 if connector is not None:
                     await connector.close()
 
@@ -147,7 +147,7 @@ class Transport(NotPicklable):
         Cancelling closes the connection; `Body.sent` says whether the service may have the request.
 
         Raises:
-            TransportError: No response; `ambiguous` says whether the request had been sent.
+            TransportError: No response arrived. `ambiguous` says whether the request was sent.
             ResponseDecodeError: The body is longer than the settings allow.
             ConfigurationError: The aiohttp session that was passed in is closed.
         """
@@ -191,7 +191,7 @@ class Transport(NotPicklable):
                 error, self.settings, sent=body is None or body.sent, proxied=bool(self._proxy)
             )
             if not isinstance(error, aiohttp.ClientResponseError):
-                cause = error  # that one's repr holds the request's headers, credentials and all
+                cause = error  # its repr contains the request's headers, so the credentials
         except Exception as error:
             if not self.owned and self._http.closed:
                 raise ConfigurationError(
@@ -230,7 +230,7 @@ class Transport(NotPicklable):
         return headers
 
     def _end_overdue(self) -> None:
-        """Interrupt the attempts whose time is over, and set the timer for the next one."""
+        """Interrupt the attempts whose time has run out, and set the timer for the next one."""
         self._timer = None
         now = self._loop.time()
         for task, deadline in list(self._attempts.inside.items()):
@@ -248,7 +248,7 @@ class Transport(NotPicklable):
         )
 
     async def _read_rest(self, content: aiohttp.StreamReader, first: bytes) -> bytes:
-        """Read a body of several chunks, but not much more of it than is allowed."""
+        """Read a body of several chunks, up to the allowed length."""
         chunks = [first]
         length = len(first)
         while not content.at_eof() and length <= self.settings.max_response_bytes:
@@ -358,18 +358,18 @@ def build_headers(credentials: Credentials, *, version: str) -> CIMultiDict[str]
 
 
 def check_client_session(http: aiohttp.ClientSession, settings: Settings, *, host: str) -> None:
-    """Refuse an aiohttp session that would change our requests or responses.
+    """Raise if an aiohttp session would change our requests or responses.
 
     Raises:
-        ConfigurationError: It would. Everything else about it is the user's choice: proxies,
-            cookies, middlewares, and traces work; timeouts and `raise_for_status` are overridden.
+        ConfigurationError: It would. Proxies, cookies, middlewares and traces are up to the user.
+            Timeouts and `raise_for_status` are overridden.
     """
     if not isinstance(http, aiohttp.ClientSession):
         raise ConfigurationError(f"`http` takes an aiohttp.ClientSession, not {http!r:.80}.")
     connector = http.connector
     if http.closed or connector is None:
         raise ConfigurationError("The aiohttp session passed as `http` is closed.")
-    # its own loop is not public; one that does not say is used, and would fail at the first call
+    # its loop is not public; a session that hides it is used, and would fail at the first call
     if getattr(http, "_loop", None) not in {None, asyncio.get_running_loop()}:
         raise ConfigurationError(
             "The aiohttp session passed as `http` was created on another event loop. Create it on "
@@ -402,7 +402,7 @@ def check_client_session(http: aiohttp.ClientSession, settings: Settings, *, hos
 
 
 def has_netrc_login(host: str) -> bool:
-    """Whether the file that aiohttp reads has a login for a host, or a default one."""
+    """Whether the netrc file that aiohttp reads has a login for a host, or a default one."""
     name = "_netrc" if platform.system() == "Windows" else ".netrc"
     try:
         path = os.environ.get("NETRC") or Path.home() / name

@@ -68,7 +68,7 @@ class _Lines:
 
     Attributes:
         again: Those that start first, in the order of arrival.
-        fresh: The others, in the order of arrival.
+        fresh: The other waiters, in the order of arrival.
     """
 
     again: Waiters = attrs.field(factory=OrderedDict)
@@ -175,7 +175,7 @@ class AdmissionQueue:
         return self._open and (attempt.probe or attempt.generation == self.admission.generation)
 
     def succeed(self, attempt: Attempt) -> None:
-        """Report that the service processed the request, whatever it answered."""
+        """Report that the service processed the request, whatever its response."""
         if not self.admission.calm:
             self.admission.succeed(attempt, self.clock.monotonic())
 
@@ -328,7 +328,7 @@ class AdmissionQueue:
             heapq.heappush(self._expiries, (at, next(self._order), waiter))
 
     def _fail_waiters(self, build: Callable[[], Exception]) -> None:
-        """Fail what waits, as long as starts are refused; in later turns what is left."""
+        """Fail waiters while starts are refused; the rest in later turns of the loop."""
         failures = 0
         for line in self._list_lines():
             while line and not self._open:

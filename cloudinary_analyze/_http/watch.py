@@ -32,12 +32,12 @@ class Watch:
         meter: Calls the hook.
         clock: For the times.
         model: The model's wire name; ``None`` for a status poll.
-        number: What joins its events.
+        number: The number that identifies its events.
         begun: Monotonic instant when it began.
-        queued_at: Monotonic instant since when it queues; ``None`` while it does not.
+        queued_at: Monotonic instant when it began to queue. ``None`` while it does not queue.
         permit_wait: Seconds that it queued.
         attempts: Attempts that ended.
-        status: HTTP status of the last of them.
+        status: HTTP status of the last attempt.
     """
 
     meter: Meter

@@ -1,4 +1,4 @@
-"""What ends a task or a wait: a notification as an answer, and the errors that say why. Pure."""
+"""Build the answers and errors that end a task or a wait. Pure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_answer(
 ) -> Answer | None:
     """Return the answer of a notification, or ``None`` if its task is still running.
 
-    An end without an analysis is decoded to an error.
+    A notification of the end without an analysis is decoded to an error.
     """
     if notification.failed:
         model = "model unknown" if entry is None else entry.model
@@ -35,7 +35,7 @@ def read_answer(
 
 
 def corrects(notification: Notification, parked: bytes) -> bool:
-    """Whether a notification says how a task ended, and the one that is parked does not."""
+    """Whether a notification reports the end of a task, and the parked one does not."""
     return _is_readable(notification) and not _is_readable(parse_notification(parked))
 
 

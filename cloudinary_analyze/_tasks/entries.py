@@ -1,4 +1,4 @@
-"""What the table of tasks consists of: entries, the waits on them, answers, and effects.
+"""The parts of the table of tasks: entries, the waits on them, answers, and effects.
 
 The states of an entry:
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from cloudinary_analyze._http.attempts import Owner
 
 MISSES: Final = 2
-LEFT: Final = -1  # the index of a wait that its entry no longer has
+LEFT: Final = -1  # the index of a wait that is no longer in its entry
 UNKNOWN: Final = "unknown"
 
 
@@ -58,14 +58,14 @@ AWAITED: Final = frozenset({Phase.PENDING, Phase.GRACE})
 
 @attrs.define(eq=False, repr=False, weakref_slot=False)
 class Answer:
-    """What ended a task or a wait: bytes that are decoded on demand, a response, or an error.
+    """The end of a task or a wait: bytes that are decoded on demand, a response, or an error.
 
     Attributes:
         by: See `TaskAnswered`.
-        error: Why the result is missing.
+        error: The error, if there is no result.
         body: The JSON object that holds the result.
         response: The response of a call.
-        guess: Whether it was given because the notification is missing, and may be corrected.
+        guess: Whether it was assumed because the notification is missing, and may be corrected.
     """
 
     by: str
@@ -84,23 +84,24 @@ class Answer:
 
     @property
     def lasting(self) -> bool:
-        """Whether it is the outcome of the task itself, also for later handles."""
+        """Whether it is the outcome of the task, also for later handles."""
         if self.error is None:
             return True
         if self.by == "poll" and isinstance(self.error, ApiError):
-            return isinstance(self.error, QuotaExceededError)  # others are of the poll itself
+            # other errors concern the poll itself
+            return isinstance(self.error, QuotaExceededError)
         return self.by != "session"
 
 
 @attrs.define(eq=False, repr=False, weakref_slot=False)
 class Wait:
-    """One handle's interest in an entry.
+    """The wait of one handle for an entry.
 
     Attributes:
-        entry: What it waits for; another one once two entries turned out to be one task.
+        entry: The entry that it waits for. It changes if two entries turn out to be one task.
         model: The model's wire name.
         analysis_type: How to decode the result.
-        answer: What ended it; final.
+        answer: The answer that ended the wait.
         due: The monotonic instant when it ends without an answer.
         index: Its place in the entry's list, or `LEFT`.
         future: The handle's, if it is awaited. The table never touches it.
@@ -120,7 +121,7 @@ class Wait:
 
 @attrs.define(eq=False, repr=False, weakref_slot=False)
 class Entry:
-    """What is known of one task.
+    """The state of one task.
 
     Attributes:
         request: The request; ``None`` if the task was attached by its id alone.
@@ -128,7 +129,7 @@ class Entry:
         status: The remote state as last reported.
         phase: See the module's docstring.
         waits: The handles that still wait.
-        since: Monotonic instant of its registration; `-inf` before.
+        since: Monotonic instant of its registration. `-inf` before.
         due: When the grace for its notification ends.
         poll_at: When its next poll is due; written by the poller, cleared here.
         interval: Seconds before the last poll; written by the poller.
@@ -171,9 +172,9 @@ class Entry:
 @final
 @attrs.define(eq=False, weakref_slot=False)
 class Ended:
-    """Waits ended with an answer; ``entry`` is set if it answered the whole task.
+    """Waits ended with an answer.
 
-    ``raw`` is what the answer's body was parsed to.
+    ``entry`` is set if the whole task is answered. ``raw`` is the parsed body of the answer.
     """
 
     waits: Sequence[Wait]

@@ -57,7 +57,7 @@ class AnalysisTask(NotPicklable, Generic[A_co]):
 
     @property
     def task_id(self) -> str | None:
-        """The service's id; ``None`` until it accepted the task, or if it answered directly."""
+        """The service's id. ``None`` before it accepted the task, or if it answered directly."""
         return self._wait.entry.task_id
 
     @property
@@ -73,7 +73,7 @@ class AnalysisTask(NotPicklable, Generic[A_co]):
         return self._wait.answer is not None
 
     def cancelled(self) -> bool:
-        """Return ``False``: a handle ends with a response or an error."""
+        """Return ``False``, because a handle always ends with a response or an error."""
         return False
 
     def __await__(self) -> Generator[Any, None, Response[A_co]]:
@@ -176,7 +176,7 @@ class AnalysisTask(NotPicklable, Generic[A_co]):
             await self._change()
         if self.status not in FINISHED or self.task_id is None:
             self.result()
-        self._get_future().add_done_callback(_mark_retrieved)  # the caller knows how it ended
+        self._get_future().add_done_callback(_mark_retrieved)  # the caller now knows the outcome
         return TaskStatus(self.task_id or "", self.status)
 
     async def is_known(self) -> bool:
@@ -266,7 +266,7 @@ def complete(wait: Wait, future: asyncio.Future[Any], raw: Mapping[str, Any] | N
     Args:
         wait: The wait that ended.
         future: The handle's.
-        raw: What the answer's body was parsed to, if that is at hand.
+        raw: The parsed body of the answer, if it was already parsed.
     """
     answer = wait.answer
     assert answer is not None
@@ -301,7 +301,7 @@ def report(error: Exception, loop: asyncio.AbstractEventLoop) -> None:
 async def follow(
     task: AnalysisTask[A], *, on_accepted: Callable[[str], Awaitable[None]] | None = None
 ) -> Response[A]:
-    """Await a task that has no other holder; leaving early withdraws it.
+    """Await a task that has no other handle. If the wait ends early, the task is withdrawn.
 
     Args:
         task: The handle.

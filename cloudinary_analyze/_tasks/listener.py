@@ -1,8 +1,8 @@
 """One listener over the session's notification source: verifies, reads, and answers tasks.
 
-Nothing that arrives can stop it: forged, stale, malformed and foreign deliveries are counted and
-dropped. A source that breaks is resumed with backoff, and notifications of all pending tasks are
-fetched again. A source that ends, or whose queue was shut down, fails what is pending.
+No delivery can stop it: forged, stale, malformed and foreign ones are counted and dropped. If the
+source breaks, it is resumed with backoff, and the notifications of all pending tasks are fetched
+again. If it ends, or its queue is shut down, pending tasks fail.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Listener(NotPicklable):
     Attributes:
         deliver: Applies a verified notification and returns the verdict.
         pending: The tasks to fetch notifications for after a break, by id.
-        on_end: Takes the error when nothing can arrive any more.
+        on_end: Called with the error when nothing more can arrive.
     """
 
     source: NotificationSource
@@ -70,7 +70,8 @@ class Listener(NotPicklable):
     _acknowledge: Callable[[Delivery], None] | None = attrs.field(init=False)
     _tasks: list[asyncio.Task[None]] = attrs.field(factory=list, init=False)
     _to_fetch: OrderedDict[str, None] = attrs.field(factory=OrderedDict, init=False)
-    _round: list[str] = attrs.field(factory=list, init=False)  # of all, the next one last
+    # the pending tasks to fetch for, the next one last
+    _round: list[str] = attrs.field(factory=list, init=False)
     _fetch_wanted: asyncio.Future[None] | None = attrs.field(default=None, init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -85,17 +86,17 @@ class Listener(NotPicklable):
             self._tasks.append(asyncio.create_task(self._refetch()))
 
     def ask_for(self, task_id: str) -> None:
-        """Fetch what was delivered for a task earlier, where the source has a memory."""
+        """Fetch earlier deliveries for a task, if the source keeps them."""
         if len(self._tasks) > 1:
             if len(self._to_fetch) > 2 * len(self.pending) + FETCH_BATCH:
-                # the source does not answer, while callers come, ask for any id, and leave
+                # bounds the ids that callers ask for while the source does not respond
                 wanted = dict.fromkeys(filter(self.pending.__contains__, self._to_fetch))
                 self._to_fetch = OrderedDict(wanted)
             self._to_fetch[task_id] = None
             self._wake_fetch()
 
     def _ask_for_all(self) -> None:
-        """Fetch for all that is pending. A list is quick to make, also of 100,000 ids."""
+        """Fetch for all pending tasks. Copying 100,000 ids to a list is quick."""
         if len(self._tasks) > 1:
             self._round = list(self.pending)
             self._round.reverse()
@@ -159,7 +160,7 @@ class Listener(NotPicklable):
                 retries.reset()
 
     def _take_batch(self) -> list[str]:
-        """Return the next ids to fetch for: of those asked for one by one, then of all."""
+        """Return the next ids to fetch for: first single requests, then all pending tasks."""
         count = min(FETCH_BATCH, len(self._to_fetch))
         ids = [self._to_fetch.popitem(last=False)[0] for _ in range(count)]
         rest = max(0, len(self._round) - (FETCH_BATCH - count))
@@ -168,14 +169,14 @@ class Listener(NotPicklable):
         return [task_id for task_id in dict.fromkeys(ids) if task_id in self.pending]
 
     async def _refetch(self) -> None:
-        """Ask again for all that is pending, because a wake-up may get lost."""
+        """Fetch for all pending tasks again, because a wake-up may get lost."""
         while True:
             await self.clock.sleep(REFETCH_INTERVAL)
             if not self._round:
                 self._ask_for_all()
 
     def take(self, delivery: Delivery) -> str:
-        """Verify, parse and apply one delivery; return the verdict."""
+        """Verify, parse and apply one delivery. Return the verdict."""
         try:
             notification = read_delivery(delivery, self.credentials)
             verdict = self.deliver(notification, delivery.body)
@@ -185,7 +186,7 @@ class Listener(NotPicklable):
             logger.info("A delivery was refused as %s: %s", verdict, error)
             return verdict
         except Exception as error:
-            # A source may hand over anything; the listener must outlive it.
+            # A source may yield any object. The listener must survive it.
             self.meter.count("malformed")
             logger.warning("A delivery could not be read (%s).", type(error).__name__)
             return "malformed"

@@ -54,7 +54,7 @@ def _build_heap() -> DueHeap[Entry]:
 
 @attrs.define(eq=False, repr=False)
 class Poller:
-    """Polls what is due, and passes on what it hears.
+    """Polls the status of tasks that are due, and passes the outcomes on.
 
     Attributes:
         with_source: Whether notifications can arrive at all.
@@ -82,11 +82,11 @@ class Poller:
 
     @property
     def scheduled(self) -> int:
-        """How many tasks have a poll to come."""
+        """The number of tasks whose poll is scheduled."""
         return len(self._known) + len(self._unknown)
 
     def schedule(self, entry: Entry, *, at_once: bool = False) -> None:
-        """Set when a task's next poll is due, instead of an earlier setting."""
+        """Schedule a task's next poll. It replaces an earlier schedule."""
         if self._stopped:
             return
         now = self.clock.monotonic()
@@ -106,7 +106,7 @@ class Poller:
 
     def _start(self) -> None:
         for _ in range(self.settings.poll_permits):
-            # not in the context of whichever request handler has submitted the first task
+            # not in the context of the request handler that submitted the first task
             self._workers.add(self._context.run(asyncio.create_task, self._work()))
 
     async def _work(self) -> None:
@@ -125,7 +125,7 @@ class Poller:
                 self.take(entry, outcome)
 
     def _observe(self, outcome: TaskStatus | Exception, begun: float) -> None:
-        """Log what is unexpected, and pause all polls while they are refused."""
+        """Log unexpected outcomes, and pause all polls while they are refused."""
         if isinstance(outcome, TaskStatus):
             self._pause = 0.0
             if outcome.state not in KNOWN_STATES and outcome.state not in self._warned:
@@ -135,7 +135,7 @@ class Poller:
                 )
         elif isinstance(outcome, REFUSALS) and self.with_source:
             if begun < self._paused_at:
-                return  # sent before the pause that another one began
+                return  # sent before the pause that another poll began
             if not self._pause:
                 logger.warning(
                     "Status polls are refused (%s). They pause and resume within minutes; until "

@@ -1,4 +1,4 @@
-"""What the end of a task says of the account's quotas."""
+"""Record the quotas that the end of a task reports."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def note_quota(quota: Quota, entry: Entry, ended: Ended, *, newest: int) -> None:
-    """Keep what a task says of quotas: as the oldest figures, because of any order.
+    """Record the quotas of a task as the oldest figures, because tasks end in any order.
 
     Args:
-        quota: Where to.
+        quota: The quotas of the session.
         entry: The task.
         ended: How it ended.
         newest: The number of the attempt that began last.
@@ -37,7 +37,7 @@ def note_quota(quota: Quota, entry: Entry, ended: Ended, *, newest: int) -> None
 
 
 def _find_feature(entry: Entry, ended: Ended) -> str:
-    """Return the feature that a task is charged to; empty if neither side names it."""
+    """Return the feature that a task is charged to. Empty if neither side names it."""
     request, error = entry.request, ended.answer.error
     if request is not None:
         return request.feature or request.model

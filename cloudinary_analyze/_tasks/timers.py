@@ -1,4 +1,4 @@
-"""What is due at an instant, for hundreds of thousands of items. Pure: nothing here reads a clock."""
+"""A timer heap for hundreds of thousands of deadlines, and a store with expiry. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import attrs
 T = TypeVar("T")
 
 SLICE: Final = 0.002  # seconds of work between two turns of the event loop
-SLACK: Final = 256  # stale pairs that a heap may hold beside as many as it has items
+SLACK: Final = 256  # stale pairs that a heap may hold besides one per item
 
 
 @attrs.define(eq=False, repr=False)
@@ -35,7 +35,7 @@ class DueHeap(Generic[T]):
         return sum(self.read_due(item) is due for due, item in self._heap)
 
     def push(self, due: float, item: T) -> None:
-        """Add an item whose instant is this very float."""
+        """Add an item. Its instant must be this float object."""
         if len(self._heap) >= self._most:
             self._compact()
         heapq.heappush(self._heap, (due, item))
@@ -46,7 +46,7 @@ class DueHeap(Generic[T]):
         self._most = 2 * len(self._heap) + SLACK
 
     def next_due(self) -> float | None:
-        """Return when the first item is due; ``None`` if there is none."""
+        """Return the instant of the first item. ``None`` if there is none."""
         heap = self._heap
         for _ in range(SLACK):
             if not heap:
@@ -55,7 +55,7 @@ class DueHeap(Generic[T]):
             if self.read_due(item) is due:
                 return due
             heapq.heappop(heap)
-        self._compact()  # one pass is faster than to pop thousands of stale pairs
+        self._compact()  # one pass is faster than popping thousands of stale pairs
         return self._heap[0][0] if self._heap else None
 
     def pop(self) -> T:
@@ -69,7 +69,9 @@ class DueHeap(Generic[T]):
 
 @attrs.define(eq=False, repr=False)
 class Shelf(Generic[T]):
-    """Values that are kept for a while, bounded by time, count and bytes. The oldest go first.
+    """Values that are kept for a time, bounded by age, count and bytes.
+
+    The oldest are dropped first.
 
     Attributes:
         seconds: How long a value is kept.
@@ -103,7 +105,7 @@ class Shelf(Generic[T]):
         return item[2]
 
     def put(self, key: str, value: T, now: float, *, size: int = 0) -> Sequence[str]:
-        """Keep a value as the youngest, instead of an earlier one of its key.
+        """Keep a value as the newest. It replaces an earlier value of its key.
 
         Args:
             key: Its name.
@@ -112,7 +114,7 @@ class Shelf(Generic[T]):
             size: Its bytes.
 
         Returns:
-            The keys that had to go: the oldest, or this one if it exceeds the bounds alone.
+            The dropped keys: the oldest, or this one if it alone exceeds the bounds.
         """
         if key in self._items:
             self.pop(key)
@@ -131,11 +133,11 @@ class Shelf(Generic[T]):
         return key
 
     def next_due(self) -> float | None:
-        """Return when the oldest value expires; ``None`` if there is none."""
+        """Return when the oldest value expires. ``None`` if there is none."""
         return next(iter(self._items.values()))[0] if self._items else None
 
     def expire(self, now: float) -> str | None:
-        """Remove the oldest value if its time is over, and return its key."""
+        """Remove the oldest value if it has expired, and return its key."""
         due = self.next_due()
         return self._drop_oldest() if due is not None and due <= now else None
 

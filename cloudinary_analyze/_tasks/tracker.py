@@ -1,4 +1,4 @@
-"""Brings tasks from their submission to their answer: performs the effects of the table."""
+"""Perform the effects of the table of tasks: submit, poll, listen, resolve handles."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Tracker(NotPicklable):
         source: NotificationSource | None,
         notification_url: str | None,
     ) -> Tracker:
-        """Wire the parts together and start listening."""
+        """Create the parts and start listening."""
         table = Table(settings, with_source=source is not None)
         tracker = cls(caller, settings, clock, meter, notification_url, table)
         if source is not None:
@@ -138,7 +138,7 @@ class Tracker(NotPicklable):
         wait.entry.owner = owner
         handle: AnalysisTask[A] = AnalysisTask(self, wait)
         end = self.table.build_end
-        if as_task and end is not None:  # its result could not arrive, so it is not sent
+        if as_task and end is not None:  # its result could never arrive, so it is not sent
             self._answer(wait.entry, Answer("session", end(None)))
             return handle
         call: Call = self.loop.create_task(
@@ -198,14 +198,14 @@ class Tracker(NotPicklable):
         deadline: float | None = None,
         owner: Owner | None = None,
     ) -> AnalysisTask[A]:
-        """Return a handle on an accepted task, whether it is known here or not.
+        """Return a handle on an accepted task, known here or not.
 
         Args:
             task_id: The task.
             model: The model's wire name, for messages.
             analysis_type: How to decode the result.
-            request: The request, if it is known: for messages, and to repeat it where the
-                settings ask for that.
+            request: The request, if it is known: for messages, and to repeat it if the settings ask
+                for that.
             just_accepted: The service accepted the task just now, as the response to a call.
             trusted: The id was recorded when the service accepted the task, so it is not made up.
             deadline: Monotonic instant when the wait ends.
@@ -230,7 +230,7 @@ class Tracker(NotPicklable):
         return AnalysisTask(self, wait)
 
     def _fetch(self, wait: Wait) -> None:
-        """Ask for what the source received before the task was known here."""
+        """Fetch notifications that the source received before the task was known here."""
         task_id = wait.entry.task_id
         if wait.answer is None and task_id is not None and self.listener is not None:
             self.listener.ask_for(task_id)
@@ -254,7 +254,7 @@ class Tracker(NotPicklable):
     def drop(self, wait: Wait, *, unobserved: bool) -> None:
         """Remove the wait of a handle that was dropped.
 
-        Called by the garbage collector: in any thread, and in the middle of anything.
+        The garbage collector calls it: in any thread, and between any two operations.
         """
         self._dropped.append((wait, unobserved))
         if len(self._dropped) == 1:
@@ -370,7 +370,7 @@ class Tracker(NotPicklable):
             self._perform(self.table.take_status(entry, outcome, now))
 
     def _repeat(self, entry: Entry, request: AnalyzeRequest[Any]) -> None:
-        """Repeat a task as a call, which the user asked for and which is charged again."""
+        """Repeat a task as a call, as the settings ask. It is charged again."""
         call: Call = self.loop.create_task(self._call_again(entry, request))
         self._calls[entry] = call
         call.add_done_callback(partial(self._take_repetition, entry))
@@ -407,7 +407,7 @@ class Tracker(NotPicklable):
                 self._answer(entry, Answer("analyze", response=answer))
 
     def end_source(self, error: NotificationSourceError) -> None:
-        """Fail what is pending, because no notification can arrive any more."""
+        """Fail pending tasks, because no more notifications can arrive."""
 
         def build(task_id: str | None) -> Exception:
             failure = NotificationSourceError(error.message, task_id=task_id)
@@ -419,7 +419,7 @@ class Tracker(NotPicklable):
     # The end.
 
     def _end_pending(self, build_error: Callable[[str | None], Exception]) -> None:
-        """Fail what is pending, in slices that go on whatever becomes of the caller."""
+        """Fail pending tasks in slices, which continue even if the caller is cancelled."""
         self.table.end(build_error)
         if not self._end_slice() and (self._ender is None or self._ender.done()):
             self._ender = self.loop.create_task(self._end_rest())
@@ -442,7 +442,7 @@ class Tracker(NotPicklable):
                 return
 
     def _end_at_once(self, _: object) -> None:
-        """Fail what is left because the loop itself is closing."""
+        """Fail the remaining tasks, because the loop is closing."""
         while not self._end_slice():
             pass
 
@@ -452,7 +452,7 @@ class Tracker(NotPicklable):
             await asyncio.wait({self._ender})
 
     async def drain(self, seconds: float) -> None:
-        """Wait until no handle waits for a task, but not longer than this."""
+        """Wait until no handle waits for a task, up to a number of seconds."""
         scope: asyncio.Timeout | None = None
         try:
             async with self.clock.timeout_at(self.clock.monotonic() + seconds) as scope:
@@ -464,7 +464,7 @@ class Tracker(NotPicklable):
                 raise
 
     async def stop(self) -> None:
-        """Stop listening and polling, and fail what is pending, even when cancelled."""
+        """Stop listening and polling, and fail pending tasks, even when cancelled."""
         ending: set[asyncio.Task[Any]] = {*self.poller.stop(), *self._calls.values()}
         if self.listener is not None:
             ending.update(self.listener.stop())

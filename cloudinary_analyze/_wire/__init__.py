@@ -1,1 +1,1 @@
-"""Bytes to values and back, pure: nothing in this package does I/O or reads a clock."""
+"""Conversion between bytes and values. Pure: no module here does I/O or reads a clock."""

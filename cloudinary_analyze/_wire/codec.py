@@ -1,4 +1,4 @@
-"""JSON text to values and back, and the typed analysis of a response. Picks the JSON library.
+"""JSON text to values and back, and the typed analysis of a response. Chooses the JSON library.
 
 The shapes themselves, and cattrs, are in `structure`, which is imported with the first session.
 """
@@ -32,13 +32,13 @@ def loads(text: bytes) -> Any:
         try:
             return orjson.loads(text)
         except ValueError:
-            pass  # it is stricter (NaN, half a surrogate pair); what is paid for must be read
+            pass  # orjson is stricter (NaN, an unpaired surrogate), but paid responses must be read
     try:
         return json.loads(text, parse_int=_parse_integer)
     except RecursionError:
         if orjson is None:
             raise
-        return orjson.loads(text)  # it reads deeper nesting
+        return orjson.loads(text)  # the standard library reads deeper nesting
 
 
 def _parse_integer(digits: str) -> int | str:
@@ -49,11 +49,11 @@ def _parse_integer(digits: str) -> int | str:
 
 
 def dumps(value: Any) -> bytes:
-    """Return compact JSON that loses nothing, whatever strings, integers and nesting it holds."""
+    """Return compact JSON without loss, for any strings, integers and nesting."""
     if orjson is not None:
         try:
             return orjson.dumps(value)
-        except TypeError:  # an integer over 64 bits, half a surrogate pair, or 255 levels
+        except TypeError:  # an integer over 64 bits, an unpaired surrogate, or 255 levels
             pass
     try:
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
@@ -108,10 +108,10 @@ def is_deep(value: Any, levels: int) -> bool:
 
 
 class CodecError(ValueError):
-    """A value is of another shape than the model's.
+    """A value has another shape than the model's.
 
     Attributes:
-        path: Where, relative to the value: ``.data.caption``.
+        path: The position, relative to the value: ``.data.caption``.
     """
 
     def __init__(self, message: str, path: str) -> None:
@@ -123,7 +123,7 @@ _readers: Final[dict[type[Any], Callable[[Any, Any], Any]]] = {}
 
 
 def prepare() -> None:
-    """Import what `read_analysis` needs, ahead of the first call."""
+    """Import the modules of `read_analysis` before the first call."""
     from cloudinary_analyze._wire import structure
 
     structure.build_converter(detailed=False)
@@ -132,11 +132,11 @@ def prepare() -> None:
 def read_analysis(raw: Mapping[str, Any], kind: type[Any]) -> Any:
     """Return the typed analysis of a ``data.analysis`` object.
 
-    Structuring runs without cattrs' detailed validation; only when it fails it runs again with
-    it, for the path in the error.
+    Structuring runs without cattrs' detailed validation. If it fails, it runs again with it, to get
+    the path for the error.
 
     Raises:
-        CodecError: A field that the model cannot be without is missing or of another type.
+        CodecError: A required field of the model is missing or has another type.
     """
     read = _readers.get(kind)
     if read is None:

@@ -130,7 +130,7 @@ def read_object(
 def _build_shape_error(
     body: bytes, status: int, path: str, reason: str, *, model: str | None
 ) -> ResponseDecodeError:
-    """Return the error for JSON of another shape. Only what names a model may be charged."""
+    """Return the error for JSON of another shape. Only a response for a model may be charged."""
     return ResponseDecodeError(
         f"The response with status {status} has an unexpected shape: at {shorten(path)}, "
         f"{shorten(reason)}. The whole body is in `raw_body`; it begins '{shorten(body)}'.",
@@ -161,7 +161,7 @@ def read_result(
         model: The model's wire name.
         analysis_type: Its typed analysis.
         raw: The envelope, in any of the shapes of `find_result`.
-        body: The bytes that it was read from, for errors; encoded again if they are gone.
+        body: The bytes that it was read from, for errors. Default: ``raw`` is encoded again.
 
     Raises:
         ResponseDecodeError: It holds no analysis of the model.
@@ -216,15 +216,16 @@ def _find_path(raw: JSONObject, analysis: JSONObject) -> str:
 def reports_progress(notification: Notification) -> bool:
     """Whether a notification says only that its task is still running.
 
-    It does if it carries neither an error nor an analysis that is not empty, and each status in
-    it is one of a running task. The status of the task comes first: ``http_status`` is that of the call.
+    It does if it carries neither an error nor a non-empty analysis, and every status in it is that
+    of a running task. The status of the task takes precedence, because ``http_status`` is that of
+    the call.
     """
     raw = notification.raw
     if find_result(raw) or notification.failed:
         return False
     envelopes = [envelope for _, envelope in walk_envelopes(raw)]
     if any(envelope.get("analysis") for envelope in envelopes):
-        return False  # of another shape than ours, but paid for
+        return False  # an unknown shape, but it was paid for
     states = [state for envelope in envelopes if isinstance(state := envelope.get("status"), str)]
     if not states:
         return notification.http_status == 202
@@ -233,7 +234,7 @@ def reports_progress(notification: Notification) -> bool:
 
 
 def _is_analysis(value: JSONObject, analysis_type: type[Any] | None) -> bool:
-    """Whether an object is an analysis itself, without a key that says so."""
+    """Whether an object is itself an analysis, without a key that names it."""
     inner = value.get("data")
     if not _RESULT_KEYS.isdisjoint(value) or (isinstance(inner, Mapping) and "caption" in inner):
         return True
@@ -283,7 +284,7 @@ def read_retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
     """Return the seconds that a ``Retry-After`` header asks to wait.
 
     Args:
-        headers: With names as received; looked up as ``Retry-After``.
+        headers: The headers, by the names as received.
         now: Unix seconds, for the form that is a date.
 
     Returns:
@@ -323,7 +324,7 @@ def read_error(
         headers: The response's headers.
         body: The response's body, JSON or not.
         now: Unix seconds.
-        model: The model that was asked for.
+        model: The model of the request.
         feature: The model's add-on feature; used if the response names none.
     """
     try:
@@ -365,7 +366,7 @@ _UNEXPECTED: Final = (
 
 
 class _Fields(TypedDict):
-    """What an error object is read into: the arguments of a `RemoteError`."""
+    """The arguments of a `RemoteError` that an error object contains."""
 
     status: int
     code: str | None
@@ -405,7 +406,7 @@ def _read_fields(
 
 
 def _quote_error(fields: _Fields, body: bytes) -> str:
-    """Quote in a line what the server said: status, code, message, details, request id."""
+    """Describe the error in one line: status, code, message, details, request id."""
     said = [str(fields["status"] or "no status")]
     if fields["code"]:
         said.append(shorten(fields["code"]))
@@ -468,7 +469,7 @@ def build_task_failure(
     Args:
         task_id: The task.
         model: The model's wire name.
-        notification: What the service sent about the failure.
+        notification: The service's notification of the failure.
         body: The notification's body.
     """
     about = f"The task {shorten(task_id)} ({model}) failed"

@@ -1,10 +1,11 @@
-"""The shapes of the analyses: how JSON becomes typed values. The only file that knows cattrs.
+"""The shapes of the analyses: how JSON becomes typed values. Only this module uses cattrs.
 
 Rules of the converter:
-* the JSON names are mapped here, the analyses know only their own;
+
+* JSON names are mapped here; the analyses have Python names only;
 * strings and numbers are never coerced into each other;
-* a field with a default may be missing, null or of another type: it keeps its default, because
-  the response is paid for. An array is never dropped: its entries must be of the right type;
+* a field with a default may be missing, null or of another type: it keeps its default, because the
+  response is paid for. An array is never dropped: its entries must have the right type;
 * unknown fields and enum values are accepted;
 * detections stay raw until they are accessed (`DetectedTags`).
 """
@@ -144,7 +145,7 @@ def _build_object(
 def _flatten(
     converter: cattrs.Converter, kind: type[Analysis], outer: str, name: str
 ) -> Callable[[Any, Any], Any]:
-    """Read a model whose result is one object deeper, or was sent without that object."""
+    """Read a model whose result is nested in an object, or was sent without that object."""
     read = _build_object(converter, kind)
 
     def read_flat(value: Mapping[str, Any], _: Any) -> Any:
@@ -181,9 +182,9 @@ def _integer_or_zero(value: Any) -> int:
 
 @cache
 def build_converter(*, detailed: bool) -> cattrs.Converter:
-    """Return the quick converter, or the one whose errors say where they are; made once."""
+    """Return the fast converter, or the one whose errors contain a path. Cached."""
     converter = cattrs.Converter(detailed_validation=detailed)
-    # attrs classes first: later registrations are looked at earlier
+    # attrs classes first: later registrations take precedence
     converter.register_structure_hook_factory(
         attrs.has, lambda kind: _build_object(converter, kind)
     )
@@ -196,7 +197,7 @@ def build_converter(*, detailed: bool) -> cattrs.Converter:
     converter.register_structure_hook(int, _read_integer)
     converter.register_structure_hook(DetectedTags, _read_tags)
     converter.register_structure_hook_func(lambda hint: hint == ModelVersion, _read_scalar)
-    # built when they are first needed, as those of the other classes
+    # built at first use, as for the other classes
     builders: dict[type[Any], Callable[[], Callable[[Any, Any], Any]]] = {
         Logo: lambda: _build_object(
             converter,
