@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: What stands behind the program's name. Default: the process's.
+        arguments: The arguments after the program's name. Default: those of the process.
 
     Returns:
         The exit code: 0 all answered, 1 some items failed, 2 usage or configuration error,

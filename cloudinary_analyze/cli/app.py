@@ -105,7 +105,7 @@ Emulated = Annotated[
     ),
 ]
 Work = Callable[[Console], "ExitCode | Coroutine[Any, Any, ExitCode]"]
-"""What a command has to do, once its options are read."""
+"""The work of a command, once its options are read."""
 
 Host = Annotated[str, Parameter(help="Address to listen on.")]
 Port = Annotated[int, Parameter(help="Port to listen on; 0 takes a free one.")]
@@ -324,7 +324,7 @@ def emulator(
 
 
 def run_app(arguments: Sequence[str]) -> int:
-    """Run the command that the arguments name, and return the exit code."""
+    """Run the command of the arguments, and return its exit code."""
     protect_standard_streams()
     console = build_console()
     console.as_json = wants_json(arguments)  # also for errors of the command line itself

@@ -1,7 +1,7 @@
-"""The input of a run as items, pulled no faster than they are sent, and stoppable at any time.
+"""The input of a run as items. They are read no faster than they are sent, and can be stopped.
 
-A separate thread reads, so a slow pipe never keeps the event loop from the calls in flight. It is a
-daemon, because nothing can wake a thread that waits for a silent pipe.
+A separate thread reads, so a slow pipe does not block the event loop. It is a daemon, because
+nothing can wake a thread that waits for a silent pipe.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ _NONE: Final = "none"
 @Parameter(name="*")
 @attrs.frozen(kw_only=True)
 class InputOptions:
-    """Where the sources of a run come from.
+    """The input of a run, as the options describe it.
 
     Attributes:
         names: Files and glob patterns; ``-`` is standard input.
-        input_format: How to read them; ``None``: by their extensions.
+        input_format: The format of the files. ``None``: by their extensions.
         column: The column of the sources.
         key_column: The column that identifies an item instead of its source.
         keep: The columns that are kept for the output, with commas between.
-        limit: The number of lines to process at most.
+        limit: The maximum number of lines to process.
         shard: The part of the lines to process, such as ``1/4``.
     """
 
@@ -114,7 +114,7 @@ class InputOptions:
         return {name: value for name, value in options.items() if value is not None}
 
     def read_columns(self) -> Columns:
-        """Return what the columns mean."""
+        """Return the roles of the columns."""
         keep = None
         if self.keep is not None:
             names = [name.strip() for name in self.keep.split(",")]
@@ -127,11 +127,11 @@ NO_INPUT: Final = InputOptions()
 
 @attrs.frozen(kw_only=True)
 class LineSource:
-    """Where the lines of a run come from.
+    """The source of the lines of a run.
 
     Attributes:
-        read: Begins to read them; a generator.
-        name: What the user calls it.
+        read: A generator function that reads them.
+        name: Its name, as the user wrote it.
         files: The files; ``-`` is standard input.
         repeatable: Whether they can be read more than once.
     """
@@ -145,7 +145,7 @@ class LineSource:
 def open_source(options: InputOptions) -> LineSource:
     """Return the source that the options describe.
 
-    The beginning of each file is read, so that one that cannot be read is refused at once.
+    The beginning of each file is read, so that an unreadable file raises at once.
 
     Raises:
         CommandError: The file does not exist, or the options do not fit it.
@@ -228,7 +228,7 @@ def _open_one(
         raise CommandError("Parquet is read from a file, not from a pipe. Pass the file's name.")
 
     def read() -> Generator[InputLine, None, None]:
-        # not sys.stdin: the interpreter cannot end while a thread waits inside of that
+        # not sys.stdin: the interpreter cannot end while a thread waits inside it
         with open(file, "rb", closefd=not isinstance(file, int)) as stream:
             lines = read_input(
                 _decompress(stream), input_format=input_format, columns=columns, file=label
@@ -305,7 +305,7 @@ def _refuse_name(line: InputLine, earlier: str) -> InputLine:
 
 
 def describe_line(number: int, file: str | None) -> str:
-    """Return what people call a line of the input."""
+    """Return the description of a line of the input."""
     return f"line {number}" if file is None else f"line {number} of {file}"
 
 
@@ -327,10 +327,10 @@ Place: TypeAlias = "tuple[str | None, int]"
 
 @attrs.define(eq=False)
 class _Unfinished:
-    """A line that has not all of its outcomes.
+    """A line that does not have all of its outcomes yet.
 
     Attributes:
-        left: How many are missing.
+        left: The number of missing outcomes.
         before: The line before it.
     """
 
@@ -343,9 +343,9 @@ class ItemFeed:
     """An async iterator of a run's items, which a thread reads ahead.
 
     Attributes:
-        read: Begins to read the items, in the thread; a generator.
-        width: How many items a valid line makes.
-        pulled: How many items were taken so far.
+        read: A generator function that reads the items, in the thread.
+        width: The number of items per valid line.
+        pulled: The number of items taken so far.
     """
 
     read: Callable[[], Generator[InputItem, None, None]]
@@ -383,7 +383,7 @@ class ItemFeed:
         threading.Thread(target=self._read, name="input", daemon=True).start()
 
     def stop(self) -> None:
-        """End after the item that was taken last. Idempotent; for the loop's thread."""
+        """End after the item that was taken last. Idempotent. Call it in the loop's thread."""
         self._stopped = True
         self._changed.set()
         self._places.release()
@@ -405,7 +405,7 @@ class ItemFeed:
         Raises:
             StopAsyncIteration: There is no further item, or it was stopped.
             ConfigurationError: The input cannot be read.
-            OSError: It could not be read on.
+            OSError: Reading failed.
         """
         item = await self._take()
         line = item.line
@@ -421,7 +421,7 @@ class ItemFeed:
         while True:
             if self._stopped:
                 raise StopAsyncIteration
-            # set before the queue is looked at again, or the thread's last word could be missed
+            # set before the queue is checked again, or the thread's last item could be missed
             self._changed.clear()
             self._waiting = True
             read_up = self._read_up

@@ -1,4 +1,4 @@
-"""The files that a command is given: none of them may destroy another, or what the user keeps."""
+"""Check the files of a command, so that none of them overwrites another or the user's data."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ DATABASE: Final = b"SQLite format 3\0"
 
 
 def is_stream(name: str) -> bool:
-    """Whether a file takes records as they come: standard output, a pipe, a device."""
+    """Whether records are streamed to a file: standard output, a pipe, a device."""
     path = Path(name)
     return name == STANDARD or (path.exists() and not path.is_file() and not path.is_dir())
 
 
 def check_output(option: str, name: str) -> None:
-    """See beforehand that a file can be written, and is not a ledger.
+    """Check in advance that a file can be written, and is not a ledger.
 
     Raises:
         CommandError: It cannot, or it is one.
@@ -39,7 +39,7 @@ def check_output(option: str, name: str) -> None:
 
 
 def check_ledger(path: Path) -> None:
-    """See beforehand that a path can be a ledger's.
+    """Check in advance that a path can be that of a ledger.
 
     Raises:
         CommandError: It cannot.
@@ -67,9 +67,9 @@ def _check_place(option: str, name: str) -> None:
     if not path.parent.is_dir():
         raise _refuse(option, name, f"there is no directory {path.parent}")
     if path.exists() and not os.access(path, os.W_OK):
-        raise _refuse(option, name, "it may not be written to")
+        raise _refuse(option, name, "it is not writable")
     if (not path.exists() or path.is_file()) and not os.access(path.parent, os.W_OK):
-        raise _refuse(option, name, f"the directory {path.parent} may not be written to")
+        raise _refuse(option, name, f"the directory {path.parent} is not writable")
 
 
 def _refuse(option: str, name: str, reason: str) -> CommandError:
@@ -82,12 +82,12 @@ def check_conflicts(
     *,
     ledger: Path | None = None,
 ) -> None:
-    """See beforehand that no output is an input or another output, whatever they are called.
+    """Check in advance that no output is an input or another output, whatever their names.
 
     Args:
-        inputs: What people call each file that is read, and its path.
-        outputs: What people call each file that is written, and its path.
-        ledger: The ledger that is written; it keeps further files next to it.
+        inputs: The description of each file that is read, and its path.
+        outputs: The description of each file that is written, and its path.
+        ledger: The ledger that is written, which has further files next to it.
 
     Raises:
         CommandError: Two of them are one file.
@@ -115,7 +115,7 @@ def check_conflicts(
 
 
 def _identify(path: str | Path, standard: TextIO | None) -> object:
-    """Return what all names of one file have in common; ``None`` for a device or a pipe."""
+    """Return the identity of a file, equal for all its names. ``None`` for a device or a pipe."""
     try:
         if path != STANDARD:
             status = Path(path).stat()
@@ -129,10 +129,10 @@ def _identify(path: str | Path, standard: TextIO | None) -> object:
 
 
 def set_aside(output: str) -> Path | None:
-    """Rename a file of results that this run cannot write again.
+    """Rename an earlier file of results that this run would otherwise replace.
 
     Returns:
-        Its new path; ``None`` if there was no such file, or nothing in it.
+        Its new path. ``None`` if the file does not exist or is empty.
 
     Raises:
         CommandError: It cannot be renamed.

@@ -1,7 +1,8 @@
 """Bulk input: plain text, CSV, JSON Lines or Parquet, read lazily into numbered sources.
 
-Reads any binary stream and opens none. One invalid line is a value with its error, so that it never
-stops the rest. What leaves the borders of records in doubt, such as an open quote, raises.
+This module reads binary streams and opens none. An invalid line becomes a value with its error, and
+the rest is read. If the borders of records are in doubt, for example after an open quote, it
+raises.
 """
 
 from __future__ import annotations
@@ -65,13 +66,13 @@ csv.field_size_limit(2**31 - 1 if sys.platform == "win32" else sys.maxsize)  # o
 
 @attrs.frozen(kw_only=True)
 class Columns:
-    """Which columns or fields of a row mean what.
+    """The roles of the columns or fields of a row.
 
     Attributes:
-        source: The source's. ``None``: the first of ``url``, ``uri`` and ``source`` that there is,
-            or a CSV file's only column.
-        name: The one that identifies an item instead of its source.
-        keep: Those that are kept for the output; ``None``: all.
+        source: The column of the source. ``None``: the first of ``url``, ``uri`` and ``source``
+            that exists, or the only column of a CSV file.
+        name: The column that identifies an item instead of its source.
+        keep: The columns that are kept for the output. ``None``: all.
     """
 
     source: str | None = None
@@ -119,15 +120,15 @@ def read_input(
 ) -> Iterator[InputLine]:
     """Read sources from a stream, lazily.
 
-    Plain text has one source per line; blank lines and lines that begin with ``#`` are skipped.
-    CSV has a header line, which may follow a ``sep=`` line; it distinguishes commas, semicolons, tabs and
-    pipes apart. JSON Lines has one object per line. Text is UTF-8, with or without a byte order
-    mark. Parquet has one row per source; columns of binary data are not read.
+    Plain text has one source per line; blank lines and lines that begin with ``#`` are skipped. CSV
+    has a header line, which may follow a ``sep=`` line. Its delimiter is a comma, semicolon, tab or
+    pipe, found from the header. JSON Lines has one object per line. Text is UTF-8, with or without
+    a byte order mark. Parquet has one row per source; columns of binary data are not read.
 
     Args:
         stream: Bytes. Text is read line by line; Parquet needs a stream that can seek.
         input_format: How to read it.
-        columns: What its columns mean. A dotted name, such as ``image.url``, is a field of an
+        columns: The roles of its columns. A dotted name, such as ``image.url``, is a field of an
             object in JSON Lines and Parquet. Not for plain text.
         file: The name of the file, for its lines.
 
@@ -299,7 +300,7 @@ class _Reader:
             return self._build_bad_line(number, text, reason, columns)
         value = _find_field(record, name)
         if not isinstance(value, str) or not value.strip():
-            reason = f"The field {name!r} must be a text."
+            reason = f"The field {name!r} must be text."
             return self._build_bad_line(number, text, reason, columns)
         if self.columns.name is None:
             return self._build_line(number, value.strip(), columns)
@@ -339,7 +340,7 @@ class _Reader:
 def _read_header(
     lines: Iterator[tuple[int, str]], column: str | None
 ) -> tuple[list[str], str, int] | None:
-    """Return the header of a CSV, its delimiter and its last line; ``None`` without one."""
+    """Return the header of a CSV, its delimiter and its last line. ``None`` if there is no header."""
     delimiters: Sequence[str] = _DELIMITERS
     text, quoted = "", False
     for number, line in lines:
@@ -383,7 +384,7 @@ def _build_csv_reader(lines: Any, delimiter: str) -> Iterator[list[str]]:
 def _read_records(
     lines: Iterator[tuple[int, str]], delimiter: str, place: int
 ) -> Iterator[tuple[int, list[str] | str]]:
-    """Yield the line where a CSV record begins, and its cells or why it has none.
+    """Yield the first line of each CSV record, with its cells or its error.
 
     Raises:
         ConfigurationError: It is in doubt where records begin and end.
@@ -482,7 +483,7 @@ def _find_column(header: list[str], column: str | None, option: str) -> int:
 
 
 def _find_field(record: Any, name: str) -> Any:
-    """Return a field of an object, by its name or by a dotted path; ``None`` if it is missing."""
+    """Return a field of an object, by its name or by a dotted path. ``None`` if it is missing."""
     if isinstance(record, dict) and name in record:
         return record[name]
     for part in name.split("."):
@@ -496,7 +497,7 @@ def _find_field(record: Any, name: str) -> Any:
 
 
 def _make_json(value: Any) -> Any:
-    """Return a value of Parquet as one of JSON."""
+    """Return a value of Parquet as a value of JSON."""
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The ledger of a run: it holds the input's items, and what became of them."""
+"""The ledger of a run: the items of the input and their results."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class HaltedError(Exception):
 class RunLedger(SQLiteLedger):
     """The ledger of a run, whose items are noted with their lines, invalid ones included.
 
-    Its items were read from it, so it need not be searched for the requests of most.
+    The items were read from the ledger, so most requests need no further search in it.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, patience: float = PATIENCE) -> None:
@@ -57,7 +57,7 @@ class RunLedger(SQLiteLedger):
         self._fresh: set[str] = set()
 
     def expect(self, key: str) -> None:
-        """Note that nothing is recorded for a key, and that its request comes next."""
+        """Note that nothing is recorded for a key whose request comes next."""
         self._fresh.add(key)
 
     async def find(self, key: str) -> LedgerRecord | None:
@@ -97,16 +97,16 @@ class Book:
     _halted: bool = attrs.field(default=False, init=False)
 
     def halt(self) -> None:
-        """Give up `register`; nothing of it is kept. From any thread."""
+        """Abort `register`, which then keeps nothing. Thread-safe."""
         self._halted = True
 
     async def register(self, source: LineSource, limit: int | None) -> Inventory:
-        """Replace the items of an earlier run by those of a source.
+        """Replace the items of an earlier run with those of a source.
 
         Raises:
             HaltedError: `halt` was called.
             ConfigurationError: The input cannot be read.
-            OSError: It could not be read to its end.
+            OSError: The input could not be read to its end.
             LedgerError: The ledger cannot be written.
         """
         try:
@@ -131,7 +131,7 @@ class Book:
             for item in items:
                 if self._halted:
                     raise HaltedError
-                if item.line is not line:  # its columns are encoded once
+                if item.line is not line:  # the columns of a row are encoded once for all models
                     line, columns = item.line, _dump_columns(item.line)
                     self.rows += 1
                     if line.error is not None and len(self.bad_lines) < SHOWN_BAD_LINES:
@@ -157,10 +157,10 @@ class Book:
         )
 
     def read_items(self, *, open_only: bool) -> Generator[InputItem, None, None]:
-        """Yield the items; for one thread.
+        """Yield the items. For one thread.
 
         Args:
-            open_only: Whether to leave out those that are invalid, or have a response or a final
+            open_only: Whether to leave out items that are invalid, or have a response or a final
                 error.
 
         Raises:
@@ -215,7 +215,7 @@ def _dump_columns(line: InputLine) -> bytes | None:
 
 
 def build_makers(builders: Mapping[str, BuildRequest]) -> dict[str, KeyBuilder]:
-    """Return what builds the keys of each model's requests."""
+    """Return the key builder of each model."""
     return {model: KeyBuilder(build(_ANY_SOURCE)) for model, build in builders.items()}
 
 
@@ -230,9 +230,9 @@ async def open_book(
     console: Console,
     make: Callable[..., RunLedger] | None = None,
 ) -> AsyncIterator[Book]:
-    """Open the ledger of a run for as long as the block lasts.
+    """Open the ledger of a run for the duration of the block.
 
-    An emulator in this process has another address each time, so its run starts over.
+    An emulator in this process has a new address each time, so its run starts over.
 
     Raises:
         LedgerError: It cannot be used.
@@ -243,7 +243,7 @@ async def open_book(
             f"The ledger {path} of an earlier emulator run was removed: each starts over.",
             style="dim",
         )
-        begun_before = True  # what lies there is its output
+        begun_before = True  # the file at that path is its output
     else:
         begun_before = False
     async with (make or RunLedger)(path, patience=patience) as ledger:
@@ -261,9 +261,9 @@ async def open_book(
 
 
 def find_rescued(ledger: Path) -> Iterator[Path]:
-    """Yield the files where responses are saved that a ledger cannot record, best first.
+    """Yield the files, best first, for responses that a ledger cannot record.
 
-    Each is in another directory than the ledger, which only its owner may enter.
+    Each is in a directory other than the ledger's, which only its owner can enter.
     """
     name = hashlib.sha256(os.fsencode(os.path.realpath(ledger))).hexdigest()[:16]
     owner = f"-{os.getuid()}" if os.name == "posix" else ""
@@ -320,7 +320,7 @@ async def _rescue(ledger: SQLiteLedger, console: Console) -> None:
 
 
 def remove_emulated(path: Path) -> bool:
-    """Remove a ledger if it is an emulator's, and say whether there was one.
+    """Remove a ledger of an emulator. Return whether there was one.
 
     Raises:
         LedgerError: Another run writes to it.
@@ -333,7 +333,7 @@ def remove_emulated(path: Path) -> bool:
         with closing(connect_for_reading(path)) as connection, explaining(path):
             ((cloud_name,),) = connection.execute("SELECT cloud_name FROM owner")
     except LedgerError:
-        return False  # opening it says what is wrong with it
+        return False  # opening it will report what is wrong with it
     if not cloud_name.startswith(CLOUD_NAME_PREFIX):
         return False
     with closing(lock(path)), explaining(path):

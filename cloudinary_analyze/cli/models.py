@@ -47,7 +47,7 @@ OPTIONS: Final[Mapping[str, str]] = {
     AIVisionModeration.model_name: "--question",
     AIVisionTagging.model_name: "--tag",
 }
-"""The option that a model cannot do without."""
+"""The option that a model requires."""
 
 _ANY_SOURCE: Final = Uri("https://example.com/")
 
@@ -93,7 +93,7 @@ NO_PARAMETERS: Final = Parameters()
 
 
 def choose_models(names: Sequence[str], parameters: Parameters) -> dict[str, BuildRequest]:
-    """Return what builds a request, for each model by its wire name, in the order given.
+    """Return the builder of requests for each model name, in the given order.
 
     Raises:
         CommandError: A model is unknown, lacks its parameters, or a parameter has no model.
@@ -142,7 +142,7 @@ def _read_model(name: str) -> str:
 
 
 def _may_be_source(name: str) -> bool:
-    """Whether a file, a URL or an asset is where a model belongs."""
+    """Whether a file, a URL or an asset was passed instead of a model."""
     if "://" in name or name[:5].lower() in {"data:", "asset"} or "/" in name:
         return True
     return Path(name).exists() or PurePath(name).suffix.lower() in {*FORMATS, *PICTURES} - {""}
@@ -177,7 +177,7 @@ def _read_tag(text: str) -> TagDefinition:
 
 
 def list_models() -> list[tuple[str, str, str, str]]:
-    """Return a row for each model: name, add-on feature, needed option, what it does."""
+    """Return a row for each model: name, add-on feature, required option, description."""
     return [
         (name, kind.feature or "", OPTIONS.get(name, ""), _describe(kind.__doc__ or ""))
         for name, kind in MODELS.items()
@@ -185,7 +185,7 @@ def list_models() -> list[tuple[str, str, str, str]]:
 
 
 def print_models(_console: Console) -> ExitCode:
-    """Print the models: a table on a terminal, else a line each with tabs between."""
+    """Print the models: a table on a terminal, otherwise tab-separated lines."""
     rows = list_models()
     check_stdout()
     with showing_results():

@@ -1,4 +1,4 @@
-"""What a run may spend: its limits, the dry run, and the estimate from a sample."""
+"""The spending of a run: its limits, the dry run, and the estimate from a sample."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 @Parameter(name="*")
 @attrs.frozen(kw_only=True)
 class SpendingOptions:
-    """What a run may spend.
+    """The spending limits of a run.
 
     Attributes:
-        dry_run: Whether to count only what the run would send.
-        sample: How many rows to process, spread over the input; ``None``: all.
-        max_calls: Calls at most.
-        max_units: ``FEATURE=N``: units of an add-on at most.
+        dry_run: Whether to only count what the run would send.
+        sample: The number of rows to process, spread over the input. ``None``: all.
+        max_calls: The maximum number of calls.
+        max_units: ``FEATURE=N``: the maximum units of an add-on feature.
     """
 
     dry_run: Annotated[
@@ -83,7 +83,7 @@ class SpendingOptions:
         """Check that the options fit together.
 
         Raises:
-            CommandError: They do not.
+            CommandError: They do not fit together.
         """
         self.build_budget(models)
         if self.sample is not None and self.dry_run:
@@ -92,7 +92,7 @@ class SpendingOptions:
             raise CommandError("--sample needs a ledger, to estimate the rest; add --ledger.")
 
     def build_budget(self, models: Iterable[str]) -> Budget | None:
-        """Return the budget; ``None`` if nothing needs to be counted.
+        """Return the budget. ``None`` if nothing needs to be counted.
 
         Raises:
             CommandError: A feature is used by none of the models, or has no number.
@@ -130,17 +130,17 @@ def find_feature(model: str) -> str:
 
 @attrs.frozen(kw_only=True)
 class Forecast:
-    """What a run would do.
+    """The work that a run would do.
 
     Attributes:
         rows: Rows of the input.
         invalid: Items that make no request.
-        items: Items in all: rows times models, invalid rows once.
+        items: All items: rows times models, and invalid rows once.
         answered: Items with a recorded response or permanent error.
-        duplicates: Items whose request an earlier item makes.
+        duplicates: Items with the same request as an earlier item.
         tasks: Submitted tasks to wait for again.
         calls: Calls to make, by model.
-        quota: Feature to what was left of its quota as last recorded, and when.
+        quota: The last recorded remainder of each feature's quota, and its time.
     """
 
     rows: int
@@ -153,7 +153,7 @@ class Forecast:
     quota: Mapping[str, tuple[Limit, float]]
 
     def build_record(self) -> dict[str, Any]:
-        """Return it for JSON."""
+        """Return the plan as a mapping for JSON."""
         return {
             "dry_run": True,
             "rows": self.rows,
@@ -173,13 +173,13 @@ class Forecast:
 def build_forecast(
     inventory: Inventory, *, rows: int, with_ledger: bool, ledger: Path | None
 ) -> Forecast:
-    """Return what a run of an input would do.
+    """Return the work that a run of an input would do.
 
     Args:
         inventory: The input, compared with the ledger.
-        rows: Its rows.
+        rows: The number of rows of the input.
         with_ledger: Whether equal requests share a call, as they do with a ledger.
-        ledger: The ledger, if there is one already.
+        ledger: The ledger, if it already exists.
     """
     calls, duplicates = inventory.calls, inventory.repeated.total()
     if not with_ledger:
@@ -197,7 +197,7 @@ def build_forecast(
 
 
 def read_recorded_quota(ledger: Path) -> dict[str, tuple[Limit, float]]:
-    """Return what the newest responses in a ledger say of each quota, and when they were recorded.
+    """Return the quotas in the newest responses of a ledger, and their times.
 
     Raises:
         LedgerError: The ledger cannot be read.
@@ -212,7 +212,7 @@ def read_recorded_quota(ledger: Path) -> dict[str, tuple[Limit, float]]:
 
 
 def print_forecast(console: Console, forecast: Forecast) -> None:
-    """Print what a run would do."""
+    """Print the work that a run would do."""
     table = Table("dry run", show_header=False)
     table.add_column(justify="right")
     counts = {
@@ -267,7 +267,7 @@ async def perform_dry_run(plan: RunPlan, console: Console) -> ExitCode:
                 if known is not None:
                     await scratch.copy_states(known)
                     for path in find_rescued(known):
-                        with suppress(LedgerError):  # the run reports it, and leaves it out, too
+                        with suppress(LedgerError):  # the run also reports it and leaves it out
                             await scratch.copy_states(path)
                 if plan.retry_failed:
                     await scratch.forget_errors()
@@ -299,8 +299,8 @@ def choose_sample(
     """Yield the items of some rows that are spread evenly over all of them.
 
     Args:
-        read: Begins to read the items; called twice.
-        size: How many rows.
+        read: A generator function that reads the items. Called twice.
+        size: The number of rows.
     """
     rows = 0
     with closing(_number_rows(read())) as items:
@@ -332,7 +332,7 @@ class _Costs:
 
 @attrs.define(eq=False)
 class Estimate:
-    """What the calls of a sample cost, by model."""
+    """The costs of the calls of a sample, by model."""
 
     _costs: dict[str, _Costs] = attrs.field(factory=dict, init=False)
 
@@ -348,15 +348,15 @@ class Estimate:
         costs.squares += used * used
 
     def count_calls(self, model: str) -> int:
-        """Return how many calls of a model the sample has made."""
+        """Return the number of the sample's calls of a model."""
         costs = self._costs.get(model)
         return 0 if costs is None else costs.calls
 
     def extrapolate(self, left: Mapping[str, int]) -> dict[str, tuple[int, float, float]]:
-        """Return the calls left of each feature, the units they will cost, and twice the error.
+        """Return the calls left of each feature, their estimated units, and twice the error.
 
         Args:
-            left: Model to calls left.
+            left: The calls left, by model.
         """
         found: dict[str, tuple[int, float, float]] = {}
         for model, count in left.items():
@@ -378,7 +378,7 @@ class Estimate:
 def print_estimate(
     console: Console, estimate: Estimate, left: Mapping[str, int], quota: Mapping[str, Limit]
 ) -> None:
-    """Print what the calls left after a sample will cost."""
+    """Print the estimated cost of the calls left after a sample."""
     found = estimate.extrapolate(left)
     for feature, (calls, units, error) in found.items():
         sentence = f"The other {calls:,} calls will cost about {round(units):,} units of {feature}"
@@ -394,7 +394,7 @@ def print_estimate(
 
 
 def describe_spent(spent: Spent) -> str:
-    """Return the sentences that say what a limited run spent."""
+    """Return the sentences about what a limited run spent."""
     units = ", ".join(f"{count:,} units of {feature}" for feature, count in spent.units.items())
     sentence = f"Spent by this run: {spent.calls:,} calls"
     sentence += f", {units}." if units else "."

@@ -53,7 +53,7 @@ WAYS: Final = (
 )
 PARKED_SECONDS: Final = 1.0
 STOP_SECONDS: Final = 0.1
-IDLE_SECONDS: Final = 5.0  # of a connection without a request, before it is closed
+IDLE_SECONDS: Final = 5.0  # seconds before a connection without a request is closed
 
 Handle: TypeAlias = "Callable[[web.Request], Awaitable[web.StreamResponse]]"
 
@@ -61,12 +61,12 @@ Handle: TypeAlias = "Callable[[web.Request], Awaitable[web.StreamResponse]]"
 @Parameter(name="*")
 @attrs.frozen(kw_only=True)
 class ReceivingOptions:
-    """How the results of a run arrive.
+    """The options for receiving the results of a run.
 
     Attributes:
         mode: Whether images are analyzed by calls or by tasks.
         receive: Address and port where webhooks are received, as ``HOST:PORT``.
-        public_url: Where the service sends them; ``None``: as configured in the account.
+        public_url: Where the service sends them. ``None``: as configured in the account.
         redis: The URL of a Redis that a receiver elsewhere fills.
     """
 
@@ -101,7 +101,7 @@ class ReceivingOptions:
         return self.mode == "task"
 
     def check(self, *, emulated: bool) -> None:
-        """See beforehand that results can arrive.
+        """Check in advance that results can arrive.
 
         Raises:
             CommandError: The options do not fit together.
@@ -141,7 +141,7 @@ CALLS: Final = ReceivingOptions()
 
 
 def read_address(text: str) -> tuple[str, int]:
-    """Read ``HOST:PORT``; an IPv6 address stands in brackets.
+    """Read ``HOST:PORT``. An IPv6 address is in brackets.
 
     Raises:
         CommandError: It has another form.
@@ -154,11 +154,11 @@ def read_address(text: str) -> tuple[str, int]:
 
 @attrs.define(eq=False)
 class Line:
-    """Brings the notifications of a run's tasks.
+    """Receives the notifications of a run's tasks.
 
     Attributes:
-        source: For the session.
-        url: Where the service is to send them; ``None``: where the account says.
+        source: The notification source for the session.
+        url: Where the service sends them. ``None``: as configured in the account.
     """
 
     source: NotificationSource
@@ -170,11 +170,11 @@ class Line:
         if not isinstance(source, _Waiting) or not isinstance(event, NotificationSeen):
             return
         if event.task_id is None or event.verdict == "resolved":
-            return  # what is resolved is yet to be kept
+            return  # the result is resolved, but not recorded yet
         if event.verdict == "parked":
             source.park(event.task_id)
         else:
-            # soon: the listener is not done with it yet
+            # soon, because the listener still uses it
             asyncio.get_running_loop().call_soon(source.release, event.task_id)
 
     def take_note(self, outcome: AnyOutcome) -> None:
@@ -196,7 +196,7 @@ class UnknownTaskError(Exception):
 
 @attrs.define(eq=False)
 class _Waiting:
-    """A queue whose `put` returns once the result that it was given is kept."""
+    """A queue whose `put` returns once the result of the delivery is recorded."""
 
     queue: asyncio.Queue[Delivery] = attrs.field(factory=asyncio.Queue)
     held: dict[str, list[asyncio.Future[None]]] = attrs.field(factory=dict)
@@ -219,31 +219,31 @@ class _Waiting:
             yield await self.queue.get()
 
     def release(self, task_id: str) -> None:
-        """Answer the webhooks of a task whose result is kept."""
+        """Respond to the webhooks of a task whose result is recorded."""
         for kept in self.held.get(task_id, ()):
             if not kept.done():
                 kept.set_result(None)
 
     def park(self, task_id: str) -> None:
-        """Have the sender try again later, unless the task becomes known and is answered soon."""
+        """Ask the sender to try again later, unless the task becomes known and is answered soon."""
         asyncio.get_running_loop().call_later(PARKED_SECONDS, self._refuse, task_id)
 
     def _refuse(self, task_id: str) -> None:
         for kept in self.held.get(task_id, ()):
             if not kept.done():
-                kept.set_exception(UnknownTaskError("no task of that id is known here"))
+                kept.set_exception(UnknownTaskError("the run has no task with this id"))
 
 
 @asynccontextmanager
 async def open_line(
     options: ReceivingOptions, service: Service, console: Console
 ) -> AsyncIterator[Line | None]:
-    """Open the receiver of tasks' results; ``None`` where there are no tasks.
+    """Open the receiver of tasks' results. ``None`` if the run submits no tasks.
 
     Raises:
         CommandError: It cannot be opened.
-        ConfigurationError: The credentials hold no secret to verify with, or the plan cannot be
-            right.
+        ConfigurationError: The credentials contain no secret to verify with, or the plan is
+            invalid.
     """
     if not options.as_tasks:
         yield None
@@ -263,7 +263,7 @@ async def open_line(
 
 
 def open_redis(url: str) -> AbstractAsyncContextManager[Any]:
-    """Return the notifications in Redis, both sink and source.
+    """Return the notifications in Redis, as sink and source.
 
     Raises:
         CommandError: The [redis] extra is missing.
@@ -280,7 +280,7 @@ def open_redis(url: str) -> AbstractAsyncContextManager[Any]:
 async def serve(
     handle: Handle, host: str, port: int, path: str | None = None
 ) -> AsyncIterator[str]:
-    """Serve requests, of every path or of one, and yield the origin.
+    """Serve requests for every path or one path, and yield the origin.
 
     Raises:
         CommandError: The port cannot be listened on.
@@ -316,13 +316,13 @@ async def _handle_expect(request: web.Request) -> None:
 
 @attrs.frozen(kw_only=True)
 class ListenPlan:
-    """What to listen to.
+    """The options of ``listen``.
 
     Attributes:
         host: The address to listen on.
         port: The port to listen on; 0 takes a free one.
-        path: The path that notifications are taken at.
-        redis: The URL of a Redis to put them into, too.
+        path: The path of notifications.
+        redis: The URL of a Redis to also store them in.
     """
 
     host: str
@@ -333,10 +333,10 @@ class ListenPlan:
 
 @attrs.define(eq=False)
 class _Printer(NotificationSink):
-    """Shows what was verified, once it is stored.
+    """Prints verified notifications, once they are stored.
 
-    If there is a store, the output of what is shown may fail or fall behind. Otherwise the sender
-    gets its response once it is shown.
+    If they are stored in Redis, the output may fail or fall behind. Otherwise the sender gets its
+    response once the notification is printed.
     """
 
     inner: NotificationSink | None
@@ -383,7 +383,7 @@ def _show(notification: Notification, delivery: Delivery) -> str:
 
 
 async def perform_listen(plan: ListenPlan, console: Console) -> ExitCode:
-    """Show notifications until an interrupt.
+    """Print notifications until an interrupt.
 
     Raises:
         CommandError: It cannot be started, or the reader of the output has gone.
@@ -413,7 +413,7 @@ async def perform_listen(plan: ListenPlan, console: Console) -> ExitCode:
 
 
 def _show_refusals(handle: Handle, plan: ListenPlan, console: Console) -> Handle:
-    """Return a handler that takes one path, and says what it does not take."""
+    """Return a handler for one path, which reports refusals."""
     from aiohttp import web
 
     async def take(request: web.Request) -> web.StreamResponse:

@@ -1,7 +1,8 @@
-"""Writing to standard streams, pipes and devices so that none of them can stop the work.
+"""Write to standard streams, pipes and devices without ever blocking the run.
 
-A stream may be closed, full, narrow in its encoding, or never read. Its writer here is a daemon
-thread: nothing can wake a thread that waits for a reader, and the process must still end.
+A stream may be closed, full, limited in its encoding, or never read. A daemon thread writes,
+because nothing can wake a thread that waits for a reader, and the process must still be able to
+end.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Final, TextIO
 
 from cloudinary_analyze._clock import wake
 
-MOST_WAITING: Final = 1000  # writes; further messages are dropped without a reader
+MOST_WAITING: Final = 1000  # pending writes; further messages are dropped while nothing reads
 DRAIN_SECONDS: Final = 1.0
 
 _Done = Callable[[OSError | None], object]
@@ -38,7 +39,7 @@ class Outlet:
         self._failure: OSError | None = None
 
     def put(self, data: bytes) -> None:
-        """Write soon; never waits. Drops the data if very much waits already."""
+        """Write soon. Never waits. Drops the data if too much is already pending."""
         if self._queue.qsize() < MOST_WAITING:
             self._start(data, lambda _: None)
 
@@ -65,11 +66,11 @@ class Outlet:
 
     @property
     def failure(self) -> OSError | None:
-        """Why nothing more is written."""
+        """The error that ended writing, if any."""
         return self._failure
 
     def close(self, seconds: float = DRAIN_SECONDS) -> None:
-        """End once all is written, but do not wait for a reader that does not read."""
+        """End once everything is written, but do not wait for a reader that does not read."""
         thread, self._thread = self._thread, None
         if thread is not None:
             self._queue.put(None)
@@ -103,9 +104,10 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 
 class MessageStream(io.TextIOBase):
-    """A text stream for messages. Writing to it neither waits nor fails.
+    """A text stream for messages. Writing neither waits nor fails.
 
-    Characters that its encoding lacks are escaped. Without an underlying stream, all is dropped.
+    Characters that its encoding lacks are escaped. Without an underlying stream, everything is
+    dropped.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -149,13 +151,13 @@ class MessageStream(io.TextIOBase):
         return len(text)
 
     def finish(self) -> None:
-        """Wait until all is written, but not for a reader that does not read."""
+        """Wait until everything is written, but not for a reader that does not read."""
         if self._outlet is not None:
             self._outlet.close()
 
 
 def protect_standard_streams() -> None:
-    """Make standard streams harmless: closed ones are not reused, narrow ones do not fail."""
+    """Make standard streams safe: closed descriptors are not reused, limited encodings do not fail."""
     if os.name == "posix":
         for descriptor in (0, 1, 2):
             try:
@@ -168,7 +170,7 @@ def protect_standard_streams() -> None:
 
 
 def flush_stdout() -> OSError | None:
-    """Flush standard output; return why that is impossible. The interpreter does not try again."""
+    """Flush standard output. Return the error, if any. The interpreter does not try again."""
     if sys.stdout is None:
         return None
     try:
@@ -185,7 +187,7 @@ def flush_stdout() -> OSError | None:
     return None
 
 
-# what a terminal interprets, or what changes the direction of text
+# characters that a terminal interprets, or that change the direction of text
 _CONTROLS: Final = {
     code: f"\\u{code:04x}"  # which JSON reads, too
     for code in (

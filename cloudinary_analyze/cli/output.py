@@ -1,4 +1,4 @@
-"""Where results go: a file written from the ledger, or a stream; `export` and `report` as well."""
+"""The output of a run (a file written from the ledger, or a stream), `export` and `report`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _FORMATS: Final[dict[str, ExportFormat]] = {
 
 
 def detect_output_format(name: str) -> ExportFormat:
-    """Return the format of an output by its extension; JSON Lines if there is none.
+    """Return the format of an output by its extension. JSON Lines if it has no extension.
 
     Raises:
         CommandError: The extension is unknown.
@@ -74,10 +74,10 @@ def detect_output_format(name: str) -> ExportFormat:
 
 
 def check_extra(wanted: bool, module: str, extra: str, what: str) -> None:
-    """See beforehand that an optional library is there.
+    """Check in advance that an optional library is installed.
 
     Raises:
-        CommandError: It is not.
+        CommandError: It is not installed.
     """
     if wanted and find_spec(module) is None:
         raise CommandError(
@@ -175,10 +175,10 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
 def plan_places(
     options: OutputOptions, *, inputs: Sequence[Path | str] = (), needs_ledger: bool = False
 ) -> Places:
-    """Decide where the results of a run go, and see beforehand that they can.
+    """Decide where the results of a run go, and check in advance that they can be written.
 
     Raises:
-        CommandError: They cannot, or the options do not fit together.
+        CommandError: They cannot be written, or the options do not fit together.
     """
     output, report = options.output, options.report
     shared = options.ledger if options.ledger and is_shared(options.ledger) else None
@@ -229,13 +229,13 @@ def plan_places(
 
 @attrs.define(eq=False)
 class LedgerExport:
-    """Writes what a ledger holds, and counts it.
+    """Writes and counts the contents of a ledger.
 
     Attributes:
-        ledger: The ledger; only read.
+        ledger: The ledger, which is only read.
         choose: Whether an item is written and counted.
-        statistics: The counts of what was written last.
-        unanswered: How many items have no outcome yet, and so no record.
+        statistics: The counts of the last write.
+        unanswered: The number of items without an outcome, and so without a record.
         counted: Whether both are of the whole ledger.
     """
 
@@ -247,7 +247,7 @@ class LedgerExport:
     _halted: bool = attrs.field(default=False, init=False)
 
     def halt(self) -> None:
-        """Give the writing up; what was there before stays. From any thread."""
+        """Abort the writing. The earlier file stays. Thread-safe."""
         self._halted = True
 
     def iter_records(self) -> Iterator[dict[str, Any]]:
@@ -272,9 +272,9 @@ class LedgerExport:
         self.counted = True
 
     async def write(self, places: Places, *, source: str) -> str:
-        """Write the results, and their report where one is wanted; return where they are.
+        """Write the results, and the report if one is wanted. Return where they are.
 
-        What is streamed is only counted.
+        Streamed results are only counted.
 
         Args:
             places: Where they go.
@@ -307,7 +307,7 @@ class LedgerExport:
         except HaltedError:
             raise self._explain(f"The writing of {place} was interrupted", 130) from None
         except OSError as error:
-            deque(self.iter_records(), maxlen=0)  # its counts are reported all the same
+            deque(self.iter_records(), maxlen=0)  # its counts are still reported
             sentence = f"{place} could not be written: {error.strerror or error}"
             raise self._explain(sentence, ExitCode.STOPPED) from None
         return f"{shown} (ledger: {self.ledger.path})"
@@ -317,7 +317,7 @@ class LedgerExport:
         export_results(self.iter_records(), places.output, places.output_format, own=own)
 
     def find_columns(self, output_format: ExportFormat) -> OwnColumns:
-        """Return the columns of the input that a table gets.
+        """Return the columns of the input for a table.
 
         Raises:
             LedgerError: The ledger cannot be read.
@@ -337,10 +337,10 @@ class LedgerExport:
 
 @attrs.define(eq=False)
 class StreamResults:
-    """Writes records to standard output, a pipe or a device, as they come.
+    """Writes records to standard output, a pipe or a device as they arrive.
 
     Attributes:
-        output: What to open; ``-`` is standard output, which is open.
+        output: The file to open. ``-`` is standard output, which is already open.
     """
 
     output: str
@@ -349,7 +349,7 @@ class StreamResults:
 
     @property
     def place(self) -> str:
-        """Where the results are, for people."""
+        """The place of the results, for messages."""
         return "standard output" if self.output == STANDARD else self.output
 
     def __enter__(self) -> Self:
@@ -366,7 +366,7 @@ class StreamResults:
         return self
 
     async def write(self, line: bytes) -> None:
-        """Write a record. A pipe makes its writer wait for its reader, and so slows the run down.
+        """Write a record. A slow reader of a pipe slows the run down.
 
         Raises:
             CommandError: It cannot be written.
@@ -395,10 +395,10 @@ class StreamResults:
 
 
 def check_is_ledger(path: Path) -> None:
-    """See beforehand that a ledger was named, and not the output next to it.
+    """Check in advance that a ledger was named, and not the output next to it.
 
     Raises:
-        CommandError: It was the output.
+        CommandError: The output was named.
     """
     ledger = Path(f"{path}{LEDGER_SUFFIX}")
     if not is_database(path) and is_database(ledger):
@@ -415,7 +415,7 @@ def export_ledger(
     status: Literal["ok", "error"] | None = None,
     models: Sequence[str] = (),
 ) -> ExitCode:
-    """Write what a ledger holds, also during a run.
+    """Write the contents of a ledger, also during a run.
 
     Args:
         ledger: The ledger: a file, or the URL of a Redis.
@@ -423,7 +423,7 @@ def export_ledger(
         output_format: Its format.
         console: For messages.
         status: Write only answered or only failed items.
-        models: Write only the items of these models; empty: of all.
+        models: Write only the items of these models. Empty: all models.
 
     Raises:
         CommandError: It cannot be written.

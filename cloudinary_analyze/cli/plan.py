@@ -1,4 +1,4 @@
-"""What a run is to do, as its options say."""
+"""The plan of a run, from its options."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from cloudinary_analyze.config import Settings
 
 @attrs.frozen(kw_only=True)
 class RunPlan:
-    """What to run.
+    """The plan of a run.
 
     Attributes:
-        models: What builds a request, by wire name.
-        source: Where the lines come from; ``None``: the emulator's gallery.
-        samples: How many pictures of the gallery.
+        models: The builders of requests, by model name.
+        source: Where the lines come from. ``None``: the emulator's gallery.
+        samples: The number of pictures of the gallery.
         places: Where the results go.
         named: Whether the input names its items.
         retry_failed: Whether permanent failures are sent again.
         receiving: How the results arrive.
         calling: How calls are made.
         spending: What the run may spend.
-        display: What is shown while it lasts.
-        limit: How many lines to take at the most.
+        display: What is shown during the run.
+        limit: The maximum number of lines.
         emulated: Whether to call an emulator in this process.
     """
 
@@ -61,13 +61,13 @@ class RunPlan:
             ConfigurationError: A value is invalid.
             CommandError: A proxy leads away from an emulator in this process.
         """
-        # a result that was never delivered is the one failure that asking again must pay for
+        # only the retry of a result that was never delivered is charged again
         again = self.retry_failed and self.receiving.as_tasks
         missing: Literal["raise", "analyze"] = "analyze" if again else "raise"
         return self.calling.build_settings(service, on_missing_result=missing)
 
     def choose_source(self, service: Service) -> LineSource:
-        """Return where the lines come from."""
+        """Return the source of the lines."""
         if self.source is not None:
             return self.source
         assert service.emulator is not None

@@ -1,4 +1,4 @@
-"""``cloudinary-analyze run``: many lines, some models, one file of results."""
+"""``cloudinary-analyze run``: analyze many lines with one or more models, into one file."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ if TYPE_CHECKING:
 
 @attrs.define(eq=False)
 class _Run:
-    """A run while it lasts.
+    """The state of a run.
 
     Legal stages: ``"reading"`` the input, ``"working"``, ``"writing"`` the results; in this order.
     """
@@ -118,7 +118,7 @@ class _Run:
 
     @property
     def total(self) -> int | None:
-        """How many items there are; ``None`` if that is not known."""
+        """The number of items. ``None`` if unknown."""
         if self.inventory is not None:
             return self.inventory.items
         return self.feed.pulled if self.feed.exhausted else None
@@ -197,7 +197,7 @@ class _Run:
                 self.spent = self.outcomes.spent
 
     async def _pull(self) -> AsyncIterator[InputItem]:
-        """Yield the items that make a request; note them if the input is read only now.
+        """Yield the items that make a request. Note them if the input is read only now.
 
         Items of a stopped kind stay in the ledger for another run, so that a long series of them
         does not end the stream.
@@ -215,14 +215,14 @@ class _Run:
                 yield item
 
     def _is_stopped(self, model: str) -> bool:
-        """Whether a model is not sent any more, but others are."""
+        """Whether a model is stopped, but others are not."""
         stopped = {
             name for name in self.plan.models if {name, find_feature(name), ""} & {*self.stops}
         }
         return model in stopped and len(stopped) < len(self.plan.models)
 
     def _choose_window(self) -> int | None:
-        """Return a window that has room for each model; ``None``: the default one has."""
+        """Return a window with room for each model. ``None``: the default window has it."""
         room = 2 * len(self.plan.models)
         default = CALL_WINDOW * self.settings.permits
         return None if self.plan.receiving.as_tasks or default >= room else room
@@ -238,13 +238,13 @@ class _Run:
         self.feed.finish(item)
         self.done += 1
         self.failed += 1
-        if self.inventory is None:  # otherwise it was reported already
+        if self.inventory is None:  # otherwise it was already reported
             self._report_bad_line(item.line)
 
     async def _take(self, outcome: AnyOutcome) -> None:
         error, item = outcome.error, outcome.item
         if type(error) is BulkStoppedError and error.reason is None:
-            self.cut += 1  # Ctrl-C came before it was sent
+            self.cut += 1  # Ctrl-C arrived before it was sent
             return
         if error is not None and (
             isinstance(error, BulkStoppedError) or stops_the_stream(error, self.settings)
@@ -272,7 +272,7 @@ class _Run:
             self.queued.add(outcome.queued)
 
     def _note_stop(self, outcome: AnyOutcome, error: Exception) -> None:
-        """Note what is not sent any more, and why; what was not sent is left for another run."""
+        """Note which requests are stopped, and why. Unsent items are left for another run."""
         reason = error
         if isinstance(error, BulkStoppedError) and error.reason is not None:
             reason = error.reason
@@ -300,7 +300,7 @@ class _Run:
             )
 
     def interrupt(self) -> None:
-        """Finish what is in flight; when asked again, abort it. Also ends reading and writing."""
+        """Finish the calls in flight. At a second call, abort them. Also ends reading and writing."""
         if self.stage == "reading":
             if self.book is not None:
                 self.book.halt()
@@ -318,7 +318,7 @@ class _Run:
             say(self.console, self._describe_flight(), style="bold")
 
     def end(self) -> None:
-        """Abort at once; the ledger holds what was answered, and nothing is written from it."""
+        """Abort at once. The ledger keeps the recorded results, and no output is written from it."""
         if self.book is not None:
             self.book.halt()
         if self.export is not None:
@@ -359,7 +359,7 @@ class _Run:
 
     @property
     def quota(self) -> Mapping[str, Limit]:
-        """The quotas, but not those of an emulator, which never run down."""
+        """The quotas. Empty for an emulator, whose quotas never run out."""
         return {} if self.plan.emulated else self.session.quota
 
     def weigh(self) -> Balance | str | None:
@@ -377,7 +377,7 @@ class _Run:
         )
 
     def report_costs(self) -> None:
-        """Say what a limited run spent, and what the rest will cost after a sample."""
+        """Print what a limited run spent, and the estimated cost of the rest after a sample."""
         if self.spent is not None:
             say(self.console, describe_spent(self.spent))
         if self.plan.spending.sample is not None and self.inventory is not None:
@@ -472,7 +472,8 @@ async def _perform(run: _Run) -> ExitCode:
     drawn = (
         is_interactive(sys.stderr)
         and plan.display.log_format == "text"
-        and not (plan.places.output == STANDARD and sys.stdout.isatty())  # results would tear it
+        # results on the same terminal would break the bar
+        and not (plan.places.output == STANDARD and sys.stdout.isatty())
     )
     async with run.session:
         run.work = work = asyncio.create_task(run.consume())
@@ -546,7 +547,7 @@ def _report_end(run: _Run, ending: Ending, place: str) -> None:
 
 
 async def _drive(run: _Run, work: asyncio.Task[None], console: Console | None) -> None:
-    """Run to the end, whatever it is."""
+    """Run until the input, an error or an interrupt ends the run."""
     try:
         async with AsyncExitStack() as stack:
             if not run.plan.display.quiet:
@@ -560,13 +561,13 @@ async def _drive(run: _Run, work: asyncio.Task[None], console: Console | None) -
 
 
 async def _settle(run: _Run) -> tuple[str, CommandError | None]:
-    """Write the results of a run that is over; return where they are, or why they are not."""
+    """Write the results of a finished run. Return where they are, or the error."""
     book, export = run.book, run.export
     if book is None or export is None:
         assert run.stream is not None
         return run.stream.place, None
     try:
-        with suppress(AnalyzeError):  # the stream reported a ledger that broke
+        with suppress(AnalyzeError):  # the stream has already reported the ledger's error
             await book.ledger.flush()
         if (
             run.inventory is None

@@ -1,4 +1,4 @@
-"""What a person sees while a command runs: messages, progress, and the answer to Ctrl-C.
+"""The display of a running command: messages, progress, and the handling of Ctrl-C.
 
 Results go to stdout, everything else to stderr.
 """
@@ -39,7 +39,7 @@ STANDARD: Final = "-"  # standard input or output, as the name of a file
 
 
 class ExitCode(IntEnum):
-    """What the process says when it ends."""
+    """The exit codes of the process."""
 
     DONE = 0
     FAILURES = 1
@@ -49,7 +49,7 @@ class ExitCode(IntEnum):
 
 
 class CommandError(Exception):
-    """A command cannot go on; its message is a sentence for the user.
+    """A command cannot continue. The message is for the user.
 
     Attributes:
         exit_code: What the process ends with.
@@ -61,7 +61,7 @@ class CommandError(Exception):
 
 
 class _Cleaned:
-    """Something to print, without characters of its texts that a terminal interprets."""
+    """A renderable without characters that a terminal interprets."""
 
     def __init__(self, inner: RenderableType) -> None:
         self._inner = inner
@@ -80,10 +80,10 @@ class _Cleaner(RenderHook):
 
 
 def build_console(stream: TextIO | None = None) -> MessageConsole:
-    """Return a console; on stderr, as stderr is now, unless there is another stream.
+    """Return a console on a stream. Default: the current stderr.
 
-    Texts from servers, inputs and strangers are printed without control characters. Messages on
-    stderr never wait and never fail.
+    Texts from outside are printed without control characters. Messages on stderr never wait and
+    never fail.
     """
     file = MessageStream(sys.stderr) if stream is None else stream
     console = MessageConsole(file=cast(TextIO, file), highlight=False)
@@ -132,14 +132,14 @@ def encode_json(value: Any) -> str:
 
 
 def is_interactive(stream: TextIO | None) -> bool:
-    """Whether a person looks at a stream, on a terminal that can redraw."""
+    """Whether a stream is a terminal that can redraw."""
     if stream is None or stream.closed or not stream.isatty():
         return False
     return not Console(file=stream).is_dumb_terminal
 
 
 def check_stdout() -> None:
-    """See beforehand that there is a standard output.
+    """Check in advance that standard output is open.
 
     Raises:
         CommandError: It is closed.
@@ -149,12 +149,12 @@ def check_stdout() -> None:
 
 
 def say(console: Console, sentence: str, *, style: str = "") -> None:
-    """Print a sentence; it is wrapped by the terminal alone, and never read as markup."""
+    """Print a sentence. Only the terminal wraps it, and it is never read as markup."""
     console.print(Text(sentence, style=style), soft_wrap=True)
 
 
 class ConsoleHandler(logging.Handler):
-    """Sends log records through a console, so that they do not tear a progress bar."""
+    """Prints log records through a console, so that they do not break a progress bar."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -172,10 +172,10 @@ class ConsoleHandler(logging.Handler):
 @Parameter(name="*")
 @attrs.frozen(kw_only=True)
 class DisplayOptions:
-    """What a run says while it lasts.
+    """The messages of a run.
 
     Attributes:
-        quiet: Whether to say only what went wrong, and how the run ended.
+        quiet: Whether to print only warnings, errors and the closing sentence.
         log_format: Whether messages are text or JSON Lines.
     """
 
@@ -195,7 +195,7 @@ class DisplayOptions:
     ] = "text"
 
     def adapt(self, console: Console) -> Console:
-        """Let a console print messages in the wanted format from now on."""
+        """Make a console print messages in the chosen format from now on."""
         if isinstance(console, MessageConsole):
             console.as_json = self.log_format == "json"
         return console
@@ -217,7 +217,7 @@ class MessageConsole(Console):
     """A console for messages, which can print them as JSON Lines. Tables are left out then.
 
     Attributes:
-        as_json: Whether it does.
+        as_json: Whether messages are JSON Lines.
     """
 
     as_json: bool = False
@@ -274,13 +274,13 @@ def handle_interrupts(
 ) -> Iterator[None]:
     """Call ``finish`` at the first signal, and another function at each later one, on the loop.
 
-    SIGTERM and SIGHUP count as interrupts, because what is in flight was paid for. When one of them
-    comes again, the process must end at once.
+    SIGTERM and SIGHUP count as interrupts, because calls in flight are paid for. If one of them
+    arrives again, the process must end at once.
 
     Args:
-        finish: Finishes what is in flight.
+        finish: Finishes the calls in flight.
         abort: Called at a second Ctrl-C.
-        end: Called at a second SIGTERM or SIGHUP; default: ``abort``.
+        end: Called at a second SIGTERM or SIGHUP. Default: ``abort``.
     """
     loop = asyncio.get_running_loop()
     begun = False
@@ -310,5 +310,5 @@ def handle_interrupts(
         for number, handler in before.items():
             with suppress(NotImplementedError):
                 loop.remove_signal_handler(number)
-            if handler is not None:  # None: not set from Python
+            if handler is not None:  # None: the handler was not set from Python
                 signal.signal(number, handler)

@@ -52,7 +52,7 @@ ProxyOption = Annotated[
 @Parameter(name="*")
 @attrs.frozen(kw_only=True)
 class CallOptions:
-    """How calls are made: the settings of the session that a run can change.
+    """The settings of the session that a run can change.
 
     Attributes:
         host: See `Settings.host`.
@@ -152,7 +152,7 @@ class Service:
 
     Attributes:
         credentials: The account.
-        emulator: The emulator that was started for it, if it is one.
+        emulator: The emulator that was started for it, if any.
     """
 
     credentials: Credentials
@@ -162,7 +162,7 @@ class Service:
         """Return the proxy to call through.
 
         Args:
-            option: What the command line says. ``None``: the environment decides.
+            option: The value of the command line. ``None``: the environment decides.
 
         Raises:
             ConfigurationError: The proxy is invalid.
@@ -175,7 +175,7 @@ class Service:
         return proxy_from_environment(self.credentials.host) if option is None else option
 
     def identify(self) -> dict[str, str]:
-        """Return what a ledger of this service belongs to; see `Ledger.open`."""
+        """Return the owner of a ledger for this service; see `Ledger.open`."""
         cloud_name = self.credentials.cloud_name
         host = self.credentials.host or DEFAULT_HOST
         return {"base_url": read_base_url(host, cloud_name), "cloud_name": cloud_name}
@@ -185,11 +185,11 @@ class Service:
 async def open_service(
     *, emulated: bool, console: Console, host: str | None = None
 ) -> AsyncIterator[Service]:
-    """Find the credentials, or start an emulator for as long as the block lasts.
+    """Find the credentials, or start an emulator for the duration of the block.
 
     Args:
         emulated: Whether to start an emulator.
-        console: Where to say so.
+        console: Where to report the emulator.
         host: The host to call instead of that of the credentials.
 
     Raises:
@@ -215,7 +215,7 @@ def read_credentials(way_out: str = NO_ACCOUNT) -> Credentials:
     """Return the credentials of the environment.
 
     Raises:
-        CommandError: They are missing or invalid; what else there is to do follows.
+        CommandError: They are missing or invalid. The message includes the alternatives.
     """
     if not any(os.environ.get(name, "").strip() for name in (URL_VARIABLE, CLOUD_VARIABLE)):
         raise CommandError(
@@ -230,13 +230,13 @@ def read_credentials(way_out: str = NO_ACCOUNT) -> Credentials:
 
 @attrs.frozen(kw_only=True)
 class EmulatorPlan:
-    """What to emulate.
+    """The options of ``emulator``.
 
     Attributes:
         host: The address to listen on.
         port: The port to listen on; 0 takes a free one.
         latency: Seconds that an analysis takes, or ``"realistic"``.
-        quotas: Units per add-on feature; features left out never run out.
+        quotas: Units per add-on feature. Other features never run out.
     """
 
     host: str
@@ -246,7 +246,7 @@ class EmulatorPlan:
 
 
 def read_quotas(texts: Sequence[str]) -> dict[str, int] | None:
-    """Read ``feature=units`` each.
+    """Read a list of ``feature=units``.
 
     Raises:
         CommandError: One has another form.
@@ -280,7 +280,7 @@ async def serve(plan: EmulatorPlan, console: Console) -> ExitCode:
     """Run the emulator until an interrupt.
 
     Raises:
-        CommandError: It cannot be started so.
+        CommandError: It cannot listen there.
     """
     from cloudinary_analyze.emulator import Emulator
 
@@ -301,7 +301,7 @@ async def serve(plan: EmulatorPlan, console: Console) -> ExitCode:
         except (OSError, OverflowError) as error:
             raise CommandError(
                 f"The emulator cannot listen on {plan.host}:{plan.port}: {error}. "
-                "Another --port, or 0 for a free one?"
+                "Pass another --port, or 0 for a free one."
             ) from None
         try:
             say(console, f"{emulator.banner()} Ctrl-C ends it.")

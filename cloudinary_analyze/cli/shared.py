@@ -1,7 +1,7 @@
-"""`--ledger redis://…` and `--shard`: runs on several machines that share one ledger.
+"""Runs on several machines that share one ledger: `--ledger redis://…` and `--shard`.
 
-Each run keeps its own items in a file, as always. The ledger in Redis is asked before anything is
-sent, and gets everything that is recorded.
+Each run keeps its items in a file. The ledger in Redis is checked before a request is sent, and
+receives every record.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ class SharedRunLedger(RunLedger):
             await super().aclose()
 
     def expect(self, key: str) -> None:
-        """Do nothing; another machine may record it at any time."""
+        """Do nothing, because another machine may record the key at any time."""
 
     async def find(self, key: str) -> LedgerRecord | None:
-        """Return what either knows; copy what another machine recorded."""
+        """Return what either ledger knows. Copy records of other machines to the file."""
         record = await super().find(key)
         if record is not None and record.final:
             return record
@@ -103,7 +103,7 @@ class SharedRunLedger(RunLedger):
             state=state,
             content=content,
             seconds=theirs.seconds or 0.0,
-            recorded=0.0,  # before this run, which was not charged for it
+            recorded=0.0,  # recorded before this run, so this run was not charged for it
         )
         await self._use().perform(copy, key=packed)
         return theirs
@@ -113,7 +113,7 @@ class SharedRunLedger(RunLedger):
         return None if self._use().trouble is not None else await self._shared.claim(key)
 
     async def watch(self, key: str) -> None:
-        """Return when both may have a new result."""
+        """Return when a new result may be recorded."""
         await super().watch(key)
         await self._shared.watch(key)
 
@@ -122,10 +122,10 @@ class SharedRunLedger(RunLedger):
         self._shared.release(key, ambiguous=ambiguous)
 
     async def note_item(self, key: str, *, source: str, model: str, index: int) -> None:
-        """Note it in Redis; the file has it, see `Book.register`."""
+        """Note the item in Redis. The file already has it; see `Book.register`."""
         await self._shared.note_item(key, source=source, model=model, index=index)
 
-    # What was paid for is recorded in the file even if Redis fails.
+    # A paid response is recorded in the file even if Redis fails.
 
     async def record_submitted(self, key: str, task_id: str | None) -> None:
         """Record it in both."""
@@ -157,7 +157,7 @@ class SharedItems:
         self.path: RedisLocation = self._ledger.location
 
     def iter_items(self) -> Iterator[LedgerItem]:
-        """Yield everything that has its response or permanent error."""
+        """Yield every final response and error."""
         return self._ledger.iter_records()
 
     def iter_columns(self) -> Iterator[Any]:
@@ -169,7 +169,7 @@ def read_shard(text: str) -> tuple[int, int]:
     """Read ``i/n``.
 
     Raises:
-        CommandError: It is something else.
+        CommandError: It has another form.
     """
     number, _, count = text.partition("/")
     if not (number.isascii() and number.isdecimal() and count.isascii() and count.isdecimal()):
@@ -180,7 +180,7 @@ def read_shard(text: str) -> tuple[int, int]:
 
 
 def shard_source(source: LineSource, text: str) -> LineSource:
-    """Return the part of an input that a shard processes; the lines keep their numbers.
+    """Return the part of an input that a shard processes. Lines keep their numbers.
 
     Raises:
         CommandError: See `read_shard`.

@@ -1,4 +1,4 @@
-"""``cloudinary-analyze analyze`` and ``status``: one image or one task, shown at once."""
+"""``cloudinary-analyze analyze`` and ``status``: analyze one image, show one task."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ from cloudinary_analyze.session import AnalyzeSession
 
 @attrs.frozen(kw_only=True)
 class SinglePlan:
-    """What to analyse.
+    """The options of ``analyze``.
 
     Attributes:
         build: Builds the request.
-        source: Of what.
+        source: The URL or asset.
         emulated: Whether to call an emulator in this process.
         proxy: The proxy that the command line names.
     """
@@ -58,10 +58,10 @@ class SinglePlan:
 
 
 async def perform_analyze(plan: SinglePlan, console: Console) -> ExitCode:
-    """Analyse one source and print the answer.
+    """Analyze one source and print the response.
 
     Raises:
-        CommandError: The call failed; its message says why.
+        CommandError: The call failed.
         ConfigurationError: The credentials are invalid.
     """
     check_stdout()
@@ -82,7 +82,7 @@ async def perform_analyze(plan: SinglePlan, console: Console) -> ExitCode:
 
 
 def choose_code(error: AnalyzeError) -> ExitCode:
-    """Return what the process ends with for the error of one call."""
+    """Return the exit code for the error of a call."""
     if isinstance(error, AuthenticationError | PermissionDeniedError | QuotaExceededError):
         return ExitCode.STOPPED
     return ExitCode.FAILURES
@@ -143,10 +143,10 @@ _STYLES = {"completed": "green", "failed": "red"}
 
 
 async def perform_status(task_id: str, proxy: str | None, console: Console) -> ExitCode:
-    """Ask for a task's status once and print it.
+    """Fetch a task's status once and print it.
 
     Raises:
-        CommandError: There is none; its sentence says why.
+        CommandError: The status could not be fetched.
     """
     check_stdout()
     with show_logs(console):
@@ -157,7 +157,7 @@ async def perform_status(task_id: str, proxy: str | None, console: Console) -> E
                 status = await session.task_status(task_id)
             except NotFoundError as error:
                 raise CommandError(
-                    f"The service knows no such task: {error}", exit_code=ExitCode.FAILURES
+                    f"Task not found: {error}", exit_code=ExitCode.FAILURES
                 ) from error
             except AnalyzeError as error:
                 raise CommandError(str(error), exit_code=choose_code(error)) from error

@@ -1,6 +1,6 @@
-"""How a run ended: counts, the closing tables, the exit code and the closing sentence.
+"""The end of a run: counts, closing tables, exit code and closing sentence.
 
-The counts of the results are `Statistics`, which the report shows, too.
+The counts of the results are `Statistics`, which the report also shows.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def print_summary(
     """Print the closing tables.
 
     Args:
-        console: Where.
+        console: Where to print.
         statistics: The counts of the results.
-        quota: What is known of the quotas.
+        quota: The known quotas.
         stats: The session's counts.
-        skipped: How many items had their outcome from an earlier run.
-        queued: How long items of this run queued before their first attempt.
-        place: Where the results are; empty if they could not be written.
+        skipped: The number of items that had their outcome from an earlier run.
+        queued: The time that items of this run queued before their first attempt.
+        place: Where the results are. Empty if they could not be written.
     """
     console.print(_build_model_table(statistics))
     if statistics.causes:
@@ -162,7 +162,7 @@ AGAIN: Final = "To resume, run the same command again; recorded items are skippe
 
 @attrs.frozen(kw_only=True)
 class Position:
-    """How far a run without a ledger came in its input.
+    """The position in the input at which a run without a ledger ended.
 
     Attributes:
         finished_through: The last line up to which every line has all of its results.
@@ -177,15 +177,15 @@ class Position:
 
 @attrs.frozen(kw_only=True)
 class Balance:
-    """What a ledger holds of a run.
+    """The counts of a run in its ledger.
 
     Attributes:
         answered: Items with a response.
         failed: Items with an error.
-        passing: How many of these failed for reasons that may pass.
+        passing: How many of these failed for transient reasons.
         undelivered: How many failed because the result of their task was never delivered.
-        total: Items in all; ``None`` if that is not known.
-        lasting: Whether the same command goes on with it. An emulator's run starts over.
+        total: The number of all items. ``None`` if unknown.
+        lasting: Whether the same command resumes it. An emulator's run starts over.
     """
 
     answered: int
@@ -197,17 +197,17 @@ class Balance:
 
     @property
     def left(self) -> int | None:
-        """How many items have no outcome; ``None`` if that is not known."""
+        """The number of items without an outcome. ``None`` if unknown."""
         return None if self.total is None else max(0, self.total - self.answered - self.failed)
 
 
 @attrs.frozen
 class Ending:
-    """How a run ended.
+    """The result of a run.
 
     Attributes:
         exit_code: What the process ends with.
-        sentence: What to say of it; empty if there is nothing to say.
+        sentence: The closing sentence, or an empty text.
     """
 
     exit_code: ExitCode
@@ -225,18 +225,17 @@ def decide_ending(
     aborted: bool = False,
     as_tasks: bool = False,
 ) -> Ending:
-    """Decide how a run ended.
+    """Decide the exit code and the closing sentence of a run.
 
     Args:
-        position: How far it came.
-        failed: Items that have an error for their outcome, of earlier runs too if there is a
-            ledger.
-        balance: What the ledger holds, if there is one; or why that is not known.
-        failure: What ended the stream, if it was not the end of the input.
-        stops: Features and models that were not sent any more, and why; ``""`` for all of them.
+        position: The position that it reached.
+        failed: Items whose outcome is an error. With a ledger, those of earlier runs are included.
+        balance: The counts of the ledger, if there is one, or the error of reading it.
+        failure: The error that ended the stream, if any.
+        stops: Features and models that were stopped, and why. ``""``: all of them.
         interrupted: Whether an interrupt asked it to finish.
-        aborted: Whether a second interrupt cut off what was in flight.
-        as_tasks: Whether what was in flight were tasks, which go on remotely.
+        aborted: Whether a second interrupt cut off the calls in flight.
+        as_tasks: Whether tasks were in flight, which continue remotely.
     """
     if balance is None:
         way_on = _build_way_on(position)
@@ -249,14 +248,14 @@ def decide_ending(
     if aborted:
         reason = "Aborted: calls in flight were cut off, and may have been charged."
         if as_tasks and balance is not None:
-            reason = "Aborted: tasks under way go on, and the same command takes them up again."
+            reason = "Aborted: submitted tasks continue. Run the same command again to resume them."
         return Ending(ExitCode.INTERRUPTED, f"{reason} {way_on}")
     if stops:
         continued = "" if "" in stops else " The other models continued."
         return Ending(ExitCode.STOPPED, f"{_explain_stops(stops)}{continued} {way_on}")
     complete = position.exhausted or (isinstance(balance, Balance) and balance.left == 0)
     if interrupted and (position.cut or not complete):
-        reason = "Interrupted: what was in flight was finished and written."
+        reason = "Interrupted: calls in flight were finished, and their results written."
         return Ending(ExitCode.INTERRUPTED, f"{reason} {way_on}")
     code = ExitCode.FAILURES if failed else ExitCode.DONE
     return Ending(code, _build_retry(balance) if isinstance(balance, Balance) else "")
@@ -273,16 +272,16 @@ def _explain(failure: BaseException, stops: Mapping[str, Exception]) -> tuple[Ex
         case AnalyzeError():
             return ExitCode.STOPPED, failure.message
         case OSError():
-            return ExitCode.STOPPED, f"The input could not be read on: {failure.strerror}."
+            return ExitCode.STOPPED, f"Reading the input failed: {failure.strerror}."
     raise failure
 
 
 def _explain_stops(stops: Mapping[str, Exception]) -> str:
-    """Return a sentence for each feature or model that stopped, or for all of them."""
+    """Return a sentence for each feature or model that stopped, or one for all of them."""
     sentences = []
     for name, reason in stops.items():
         if name and "" in stops:
-            continue  # everything stopped in the end
+            continue  # in the end, everything stopped
         if isinstance(reason, BudgetReachedError):
             sentences.append(f"Stopped: {reason}")
         elif name:
@@ -304,7 +303,7 @@ def _describe_reset(error: QuotaExceededError) -> str:
 
 
 def _build_balance(balance: Balance) -> str:
-    """Return the sentences that say what is done, what is left, and how to resume."""
+    """Return the sentences about what is done, what is left, and how to resume."""
     sentence = f"{_count(balance.answered, 'item is', 'items are')} answered"
     if balance.failed:
         sentence += f", {balance.failed:,} failed"
@@ -340,7 +339,7 @@ def _count(count: int, one: str, many: str) -> str:
 
 
 def _build_way_on(position: Position) -> str:
-    """Return the sentences that say where a run without a ledger stopped and how to resume."""
+    """Return the sentences about where a run without a ledger stopped and how to resume."""
     if position.exhausted and not position.cut:
         return "Every input line has its outcome."
     through = position.finished_through

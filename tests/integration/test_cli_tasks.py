@@ -117,7 +117,7 @@ async def test_pending_tasks_are_resumed_and_not_submitted_again(tmp_path: Path)
             process.send_signal(signal.SIGINT)
             code, _, err = await end(process)
         assert code == 130
-        assert "takes them up again" in err
+        assert "submitted tasks continue" in err
         assert "0 items are answered, 30 left" in err
         for task in emulator.tasks.values():
             emulator._desk._finish(task)  # without a listener
@@ -274,4 +274,4 @@ def test_the_status_of_an_unknown_task_is_a_failure(
 ):
     start_emulator()
     assert main(["status", "nosuch"]) == 1
-    assert "knows no such task" in capfd.readouterr().err
+    assert "Task not found" in capfd.readouterr().err

@@ -307,7 +307,12 @@ def test_jsonl_reports_every_way_to_be_wrong():
     content = f'{{"url": "{A}"}}\n\nnonsense\n[]\n{{"id": 1}}\n{{"url": 5}}\n{{"uri": "{B}"}}\n'
     lines = read(content, "jsonl")
     assert [line.number for line in lines] == [1, 3, 4, 5, 6, 7]
-    reasons = ["not valid JSON", "not an object", "'url' is missing; the fields are 'id'", "a text"]
+    reasons = [
+        "not valid JSON",
+        "not an object",
+        "'url' is missing; the fields are 'id'",
+        "be text",
+    ]
     for line, reason in zip(lines[1:5], reasons, strict=True):
         assert reason in str(line.error)
     assert lines[-1].source == Uri(B)
