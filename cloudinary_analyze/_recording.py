@@ -603,6 +603,6 @@ def _check_source(record: LedgerRecord, work: Work[Any, Any]) -> None:
 
 def _build_ledger_error(error: BaseException) -> LedgerError:
     return LedgerError(
-        f"The ledger failed ({type(error).__name__}: {error}), so no response can be recorded. Fix "
+        f"The ledger failed ({describe(error)}), so no response can be recorded. Fix "
         "the problem and run again; existing records are intact."
     )

@@ -17,7 +17,7 @@ import attrs
 
 from cloudinary_analyze._clock import Clock
 from cloudinary_analyze._values import URLObject, read_url
-from cloudinary_analyze.errors import ConfigurationError
+from cloudinary_analyze.errors import ConfigurationError, shorten
 
 try:
     from redis import Redis as BlockingRedis
@@ -408,7 +408,7 @@ class Link:
                 batch = self._take_batch()
                 replies = await self.exchange([pending.command for pending in batch])
             except REFUSED as error:
-                self._fail(batch, f"Redis refused the credentials ({error})")
+                self._fail(batch, f"Redis refused the credentials ({shorten(str(error))})")
             except (*BROKEN, ResponseError) as error:
                 await self._disconnect()
                 self._put_back(batch)
@@ -418,7 +418,7 @@ class Link:
             except LinkFailedError as error:
                 self._fail(batch, str(error))
             except BaseException as error:
-                self._fail(batch, f"{type(error).__name__}: {error}")
+                self._fail(batch, f"{type(error).__name__}: {shorten(str(error))}")
                 if not isinstance(error, Exception):
                     raise
             else:
@@ -510,7 +510,9 @@ class Link:
         if self._troubled_at is None:
             self._troubled_at = now
         if now - self._troubled_at >= self.patience:
-            self._fail([], f"Redis was not available for {self.patience:g} s ({error})")
+            self._fail(
+                [], f"Redis was not available for {self.patience:g} s ({shorten(str(error))})"
+            )
             return False
         await self.clock.sleep(pause)
         return True

@@ -291,7 +291,11 @@ async def serve(
     where = "/{path:.*}" if path is None else path
     app.router.add_route("*", where, handle, expect_handler=_handle_expect)
     runner = web.AppRunner(
-        app, access_log=None, keepalive_timeout=IDLE_SECONDS, shutdown_timeout=STOP_SECONDS
+        app,
+        access_log=None,
+        auto_decompress=False,  # a signature is of the bytes as sent
+        keepalive_timeout=IDLE_SECONDS,
+        shutdown_timeout=STOP_SECONDS,
     )
     await runner.setup()
     try:

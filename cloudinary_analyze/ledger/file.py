@@ -91,7 +91,7 @@ def explain(error: Exception, path: Path) -> LedgerError:
         what = f"cannot be read or written: the disk or its file system failed. {kept}"
     else:
         what = "cannot be used."
-    return LedgerError(f"The ledger {path} {what} ({name}: {error})")
+    return LedgerError(f"The ledger {path} {what} ({name}: {shorten(str(error))})")
 
 
 @contextlib.contextmanager
@@ -218,7 +218,7 @@ def _check_pages(connection: sqlite3.Connection, path: Path) -> None:
         ((verdict,),) = connection.execute("PRAGMA quick_check(1)")
     if verdict != "ok":
         raise LedgerError(
-            f"The ledger {path} is damaged ({verdict}). It is unchanged. Restore it from a copy, "
+            f"The ledger {path} is damaged ({shorten(str(verdict))}). It is unchanged. Restore it from a copy, "
             "or move it away."
         )
 

@@ -368,7 +368,7 @@ class RedisLedger(Ledger):
                         yield self._build_item(count, text, self._read(value))
                         count += 1
         except RedisError as error:
-            raise self._explain(LinkFailedError(str(error))) from error
+            raise self._explain(LinkFailedError(shorten(str(error)))) from error
 
     def worker_stats(self) -> list[dict[str, Any]]:
         """Return the statistics of each running worker, the newest first. Blocks.
@@ -386,7 +386,7 @@ class RedisLedger(Ledger):
                 leases = [names.find_lease(worker.decode(errors="replace")) for worker in workers]
                 found = client.mget(leases) if leases else []
         except RedisError as error:
-            raise self._explain(LinkFailedError(str(error))) from error
+            raise self._explain(LinkFailedError(shorten(str(error)))) from error
         return [shown for value in found if (shown := _read_stats(value)) is not None]
 
     def _read(self, value: bytes) -> KeyState:

@@ -299,7 +299,7 @@ def check_notification(notification: Any, body: bytes) -> None:
 
 # what servers raise, and log, about bytes that are not HTTP; uvicorn does so for any application
 NOT_HTTP = {"BadHttpMessage", "BadHttpMethod", "BadStatusLine", "InvalidHeader", "InvalidURLError",
-            "LineTooLong", "LocalProtocolError", "TransferEncodingError", "ContentLengthError",
+            "LineTooLong", "LocalProtocolError", "RequestPayloadError", "TransferEncodingError", "ContentLengthError",
             "ContentEncodingError", "HttpProcessingError"}  # fmt: skip
 
 
