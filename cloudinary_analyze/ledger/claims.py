@@ -82,11 +82,11 @@ return redis.error_reply('ERR unknown step')
 
 @attrs.frozen(kw_only=True)
 class KeyState:
-    """What the value of a key says.
+    """The content of the value of a key.
 
     Attributes:
         state: ``O``, ``C``, ``A`` or ``F``.
-        token: Whose claim it is.
+        token: The token of the claim.
         lost: How often the request may have been charged without a response.
         task_id: The submitted task.
         seconds: How long the attempts took.
@@ -105,7 +105,7 @@ def read_state(value: bytes) -> KeyState:
     """Read the value of a key.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: The value has another form.
     """
     state = value[:1].decode(errors="replace")
     match state:
@@ -130,7 +130,7 @@ def read_state(value: bytes) -> KeyState:
 
 
 def encode_task(task_id: str | None) -> str:
-    """Return a task id as a part of a value; it may hold any character."""
+    """Return a task id as a part of a value. It may contain any character."""
     return "" if task_id is None else quote(task_id, safe="", errors="surrogatepass")
 
 
@@ -140,5 +140,5 @@ def decode_task(part: Any) -> str | None:
 
 
 def build_answer(seconds: float, payload: bytes) -> bytes:
-    """Return what follows the task in the value of an answered or failed key."""
+    """Return the part after the task in the value of an answered or failed key."""
     return f"{seconds:.6g}|".encode() + payload

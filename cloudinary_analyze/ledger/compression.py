@@ -1,4 +1,4 @@
-"""Compressed JSON: zlib with a dictionary of what analyses have in common.
+"""Compressed JSON: zlib with a dictionary of the text that analyses have in common.
 
 The first byte of the result names the format. A format is never changed; a better dictionary gets a
 new byte, so that older ledgers stay readable.
@@ -13,10 +13,10 @@ _RAW: Final = 0
 _ZLIB_1: Final = 1
 _LEVEL: Final = 6
 _WINDOW: Final = -15
-LARGEST: Final = 2**28  # bytes that are unpacked; what is longer is stored as it is
+LARGEST: Final = 2**28  # bytes of unpacked content; longer content is stored uncompressed
 _MEMORY: Final = 5  # halves the time of small texts
 
-# what is most frequent comes last, where references are shortest
+# the most frequent text comes last, where references are shortest
 _DICTIONARY_1: Final = (
     b'"type":"BadRequestError","message":"","fields":{"status":400,"code":"","category":"user_error'
     b'","request_id":"","details":["json",{}],"raw_body":["bytes",""]}'
@@ -53,7 +53,7 @@ def compress(content: bytes) -> bytes:
 
 
 def decompress(packed: bytes) -> bytes:
-    """Return what `compress` was given.
+    """Return the content that `compress` received.
 
     Raises:
         ValueError: The format is unknown, or the content is damaged.

@@ -29,12 +29,12 @@ def dump_error(error: AnalyzeError) -> bytes:
 
 
 def load_error(content: bytes) -> AnalyzeError:
-    """Return the error that `dump_error` was given, of the same class and with the same fields.
+    """Return the error that `dump_error` received, with the same class and fields.
 
-    One of a class that is not known here is an `AnalyzeError`.
+    An error of an unknown class becomes an `AnalyzeError`.
 
     Raises:
-        ValueError: It is not such JSON.
+        ValueError: The content is not such JSON.
     """
     try:
         stored = codec.loads(content)
@@ -70,7 +70,7 @@ _TYPES: Final[Mapping[str, Any]] = {
 }
 
 
-# a field is stored in a list of its kind, unless JSON holds it as it is
+# a field that is not JSON is stored in a list with its kind
 def _dump_field(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float):
         return value

@@ -1,7 +1,7 @@
-"""The file of a SQLite ledger: its schema, its owner, its only writer, and what can break it.
+"""The file of a SQLite ledger: its schema, its owner, its only writer, and its failures.
 
-Knows files and connections, not requests. Every failure is a `LedgerError`. A file that is refused
-is not written to: it is read through connections that cannot write.
+This module handles files and connections, not requests. Every failure is a `LedgerError`. A file
+that is refused is never written to, because it is read through read-only connections.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ OPEN: Final = 0  # the request of an item, not submitted yet
 SUBMITTED: Final = 1
 ANSWERED: Final = 2
 FAILED: Final = 3
-COMPANIONS: Final = ("-wal", "-shm", "-journal", "-lock", "-new")  # of files next to it
-LARGEST_CHECKED: Final = 2**30  # bytes of a file that is read through when it is opened
+COMPANIONS: Final = ("-wal", "-shm", "-journal", "-lock", "-new")  # suffixes of files next to it
+LARGEST_CHECKED: Final = 2**30  # bytes up to which a file is checked completely when it is opened
 READ_CACHE: Final = 16  # MiB of pages
-PROBE: Final = 2**16  # bytes of a record that is written and deleted to prove that it can be
+PROBE: Final = 2**16  # bytes of a record that is written and deleted as a check
 PASSING: Final = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_FULL", "SQLITE_IOERR")
 BUSY_TIMEOUT: Final = 1.0  # seconds that SQLite waits for a lock
 
-# An item names its record by number, so that reading both in order, as resuming a run does, reads
-# neighbours and searches no keys. What is large is kept apart, in `answers`.
+# An item refers to its record by number. So resuming a run reads both tables in order and searches
+# no keys. Large contents are in `answers`.
 _SCHEMA: Final = f"""
 PRAGMA journal_mode = DELETE;
 PRAGMA synchronous = FULL;
@@ -68,12 +68,12 @@ def _name_error(error: BaseException | None) -> str:
 
 
 def may_pass(error: LedgerError) -> bool:
-    """Whether writing again may succeed soon: the file was locked, or the disk full or failing."""
+    """Whether another write may succeed soon: the file was locked, or the disk full or failing."""
     return _name_error(error.__cause__).startswith(PASSING)
 
 
 def explain(error: Exception, path: Path) -> LedgerError:
-    """Return the sentences for an error of SQLite or the file system."""
+    """Return the message for an error of SQLite or the file system."""
     name = _name_error(error)
     kept = "Existing records are intact."
     if name == "SQLITE_FULL":
@@ -96,7 +96,7 @@ def explain(error: Exception, path: Path) -> LedgerError:
 
 @contextlib.contextmanager
 def explaining(path: Path) -> Iterator[None]:
-    """Raise what SQLite or the file system raises as a `LedgerError`."""
+    """Convert errors of SQLite and the file system to `LedgerError`."""
     try:
         yield
     except (sqlite3.Error, OSError) as error:
@@ -104,7 +104,7 @@ def explaining(path: Path) -> Iterator[None]:
 
 
 def find_companion(path: Path, suffix: str) -> Path:
-    """Return the path of a file that SQLite or we keep next to the ledger, links resolved."""
+    """Return the path of a file next to the ledger, with links resolved."""
     path = Path(os.path.realpath(path))
     return path.with_name(path.name + suffix)
 
@@ -120,14 +120,14 @@ def _connect(path: Path, options: str, *, any_thread: bool = False) -> sqlite3.C
 
 
 def connect_for_reading(path: Path, *, any_thread: bool = False) -> sqlite3.Connection:
-    """Open a ledger to read it, while it is being written to or not.
+    """Open a ledger for reading, also while it is written.
 
     Args:
         path: The ledger.
         any_thread: Whether threads may use the connection one after the other.
 
     Raises:
-        LedgerError: There is none, or it cannot be read.
+        LedgerError: The ledger does not exist or cannot be read.
     """
     with explaining(path):
         if not path.exists():
@@ -165,13 +165,13 @@ def _is_new(path: Path) -> bool:
 
 
 def verify(path: Path, base_url: str, cloud_name: str) -> bool:
-    """Look at a file without changing a byte of it.
+    """Check a file without changing it.
 
     Returns:
-        Whether it is a ledger of this host and cloud; ``False`` if there is none yet.
+        Whether it is a ledger of this host and cloud. ``False`` if it does not exist yet.
 
     Raises:
-        LedgerError: It is something else, damaged, or of another host or cloud.
+        LedgerError: It is not a ledger, damaged, or of another host or cloud.
     """
     with explaining(path):
         if _is_new(path):
@@ -180,7 +180,7 @@ def verify(path: Path, base_url: str, cloud_name: str) -> bool:
         if not path.is_file():
             raise LedgerError(f"{path} is not a file. Choose another path for the ledger.")
         settled = _is_new(find_companion(path, "-wal"))
-        # with a log, the file alone may be half-way through taking in what the log holds
+        # with a log, the file alone may be in the middle of a checkpoint
         options = "mode=ro&immutable=1" if settled else "mode=ro"
         with contextlib.closing(_connect(path, options)) as connection:
             _check_kind(connection, path)
@@ -224,7 +224,7 @@ def _check_pages(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def lock(path: Path) -> sqlite3.Connection:
-    """Become the only writer, for as long as the connection is open.
+    """Become the only writer while the connection is open.
 
     This is a SQLite lock on a separate file. It works everywhere and ends with the process.
 
@@ -252,9 +252,9 @@ def _create_private(path: Path) -> None:
 
 
 def create(path: Path, base_url: str, cloud_name: str) -> None:
-    """Create an empty ledger, in one step. Only its owner may read it.
+    """Create an empty ledger, atomically. Only its owner can read it.
 
-    An empty file at the path keeps its permissions; a link keeps leading there.
+    An empty file at the path keeps its permissions. A link stays a link.
 
     Raises:
         LedgerError: It cannot be created.
@@ -286,7 +286,7 @@ def _sync_directory(directory: Path) -> None:
 
 
 def connect_for_writing(path: Path) -> sqlite3.Connection:
-    """Open a verified ledger to write to it, and prove it. Each commit is durable.
+    """Open a verified ledger for writing, and check that it can be written. Each commit is durable.
 
     Raises:
         LedgerError: It cannot be written to.
@@ -301,7 +301,7 @@ def connect_for_writing(path: Path) -> sqlite3.Connection:
                     "network disk. Keep it on a local disk."
                 )
             connection.execute("PRAGMA synchronous = FULL")
-            # a full disk or a read-only file shows here, before anything is sent and paid for
+            # finds a full disk or a read-only file before anything is sent and paid for
             connection.execute("INSERT OR REPLACE INTO answers VALUES (-1, zeroblob(?))", (PROBE,))
             connection.execute("DELETE FROM answers WHERE record = -1")
             connection.execute("UPDATE owner SET begun = ?", (SYSTEM_CLOCK.wall(),))
@@ -313,7 +313,7 @@ def connect_for_writing(path: Path) -> sqlite3.Connection:
 
 
 class Witness:
-    """Notices when the file at a path is not the open one any more."""
+    """Detects that the file at a path is no longer the open file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

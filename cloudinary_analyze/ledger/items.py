@@ -1,6 +1,6 @@
-"""The items of a run in a SQLite ledger: what the input holds, apart from what was answered.
+"""The items of a run in a SQLite ledger: the input, separate from the responses.
 
-A run of the command line replaces the items by those of its input, so that an export holds rows of
+A run of the command line replaces the items with those of its input, so an export contains rows of
 that input only, however the run ends. A stream of the library adds its items to the others.
 """
 
@@ -30,13 +30,13 @@ from cloudinary_analyze.ledger.file import (
 )
 from cloudinary_analyze.responses import JSONObject
 
-READ_BATCH: Final = 500  # rows; no read lasts longer, as the log cannot be emptied meanwhile
-OPEN_BATCH: Final = 5000  # rows that are searched for open ones at once
-BLOCK_BITS: Final = 16  # the numbers of a block of a `RecordSet`, as a power of two
+READ_BATCH: Final = 500  # rows per read; a long one would keep the log from being emptied
+OPEN_BATCH: Final = 5000  # rows that one search for open items covers
+BLOCK_BITS: Final = 16  # numbers per block of a `RecordSet`, as a power of two
 LARGEST: Final = 2**63 - 1  # of SQLite's integers
 _DONE: Final = frozenset({ANSWERED, FAILED})
 _NONE: Final = type(None)
-# what each column may hold; a damaged page can say anything else
+# the types of each column; a damaged page may contain others
 _KINDS: Final[dict[str, frozenset[type[Any]]]] = {
     "position": frozenset({int}),
     "source": frozenset({str}),
@@ -51,7 +51,7 @@ COMPARED: Final = ("line", "source", "model", "key", "file", "name", "columns", 
 ItemRow: TypeAlias = tuple[
     int | None, str, str | None, bytes | None, str | None, str | None, bytes | None, bytes | None
 ]
-"""What is noted of an item, in the order of `COMPARED`."""
+"""The row of an item, in the order of `COMPARED`."""
 
 
 @attrs.frozen(kw_only=True)
@@ -69,7 +69,7 @@ class LedgerItem:
         columns: The other columns of its row in the input, if they were kept.
         task_id: The task that was submitted for it, if any.
         response: The response's JSON as received, if any.
-        error: The final error, if any: the request's, or why none could be built.
+        error: The final error, if any: of the request, or of building it.
         seconds: How long its attempts took, if it has a response or a final error.
         restored: Whether its response or error was not charged for it by the latest run: an
             earlier run recorded it, or an earlier item of the same request received it.
@@ -93,13 +93,13 @@ class LedgerItem:
 
     @property
     def done(self) -> bool:
-        """Whether it has its response or its final error."""
+        """Whether it has a response or a final error."""
         return self.response is not None or self.error is not None
 
 
 @attrs.define(kw_only=True, eq=False)
 class Inventory:
-    """What an input holds, compared with what a ledger knows.
+    """The counts of an input, compared with a ledger.
 
     Attributes:
         items: Items in all.
@@ -135,7 +135,7 @@ class RecordSet:
         self.blocks: dict[int, bytearray] = {}
 
     def add(self, number: int) -> bool:
-        """Add a number; return whether it was not there."""
+        """Add a number. Return whether it is new."""
         block = self.blocks.get(number >> BLOCK_BITS)
         if block is None:
             block = self.blocks[number >> BLOCK_BITS] = bytearray(1 << BLOCK_BITS - 3)
@@ -145,7 +145,7 @@ class RecordSet:
         return bool(new)
 
     def is_within(self, other: RecordSet) -> bool:
-        """Whether the other set has all of these."""
+        """Whether the other set contains all numbers of this one."""
         for number, block in self.blocks.items():
             mine = int.from_bytes(block, "little")
             if mine & ~int.from_bytes(other.blocks.get(number, b""), "little"):
@@ -154,7 +154,7 @@ class RecordSet:
 
 
 def take_record(connection: sqlite3.Connection, key: bytes) -> tuple[int, int]:
-    """Return the number and the state of a key's record, which is made if there is none."""
+    """Return the number and the state of a key's record, which is created if necessary."""
     query = "SELECT id, state FROM records WHERE key = ?"
     known: tuple[int, int] | None = connection.execute(query, (key,)).fetchone()
     if known is not None:
@@ -166,7 +166,7 @@ def take_record(connection: sqlite3.Connection, key: bytes) -> tuple[int, int]:
 
 
 def write_item(connection: sqlite3.Connection, position: int, row: ItemRow) -> tuple[int, int]:
-    """Note an item of a run; return the number and the state of its record, or zeros."""
+    """Note an item of a run. Return the number and the state of its record, or zeros."""
     line, source, model, key, file, name, columns, error = row
     record, state = (0, OPEN) if key is None else take_record(connection, key)
     connection.execute(
@@ -179,10 +179,10 @@ def write_item(connection: sqlite3.Connection, position: int, row: ItemRow) -> t
 def write_stream_item(
     connection: sqlite3.Connection, key: bytes, *, position: int, source: str, model: str
 ) -> None:
-    """Note an item of a stream: at its index, or after all others if that belongs to another.
+    """Note an item of a stream at its index, or after all others if the index is taken.
 
-    Streams that share a ledger all count from 0. A record is noted once after the others, so that
-    repeating a run adds nothing.
+    Streams that share a ledger all count from 0. A record is appended only once, so repeating a run
+    adds nothing.
     """
     record = take_record(connection, key)[0]
     found = connection.execute(
@@ -202,7 +202,7 @@ def write_stream_item(
 
 
 def write_items(connection: sqlite3.Connection, rows: Iterable[ItemRow], path: Path) -> Inventory:
-    """Replace the items by others; those that are the same already are only read."""
+    """Replace the items. Those that are unchanged are only read."""
     inventory, seen, answered_before = Inventory(), RecordSet(), RecordSet()
     earlier = _read_in_order(
         connection,
@@ -251,7 +251,7 @@ def write_items(connection: sqlite3.Connection, rows: Iterable[ItemRow], path: P
 
 
 def _check_name(connection: sqlite3.Connection, row: ItemRow) -> ItemRow:
-    """Return a row; without its request, if the ledger knows its name as another source."""
+    """Return a row. It has no request if the ledger knows its name as another source."""
     line, source, _, key, file, name, columns, _ = row
     if name is None or key is None:
         return row
@@ -267,7 +267,7 @@ def _check_name(connection: sqlite3.Connection, row: ItemRow) -> ItemRow:
 
 
 def _is_same(known: Sequence[Any], row: ItemRow) -> bool:
-    """Whether the same was noted; why an earlier attempt failed does not matter."""
+    """Whether the same item is already noted. The error of an earlier attempt does not matter."""
     return known[1:8] == row[:7] and (row[3] is not None or known[8] == row[7])
 
 
@@ -287,7 +287,7 @@ def read_answered(path: Path) -> RecordSet:
 
 
 def _count_other(connection: sqlite3.Connection) -> int:
-    """Count the records that have their answer, but no item."""
+    """Count the records that have a response or final error, but no item."""
     ((count,),) = connection.execute(
         "SELECT count(*) FROM records WHERE state IN (?, ?) "
         "AND id NOT IN (SELECT record FROM items WHERE record IS NOT NULL)",
@@ -297,7 +297,7 @@ def _count_other(connection: sqlite3.Connection) -> int:
 
 
 def read_items(path: Path) -> Iterator[LedgerItem]:
-    """Yield every item once, in order, with what is durable of its answer.
+    """Yield every item once, in order, with its durable response or error.
 
     Raises:
         LedgerError: The ledger does not exist or cannot be read.
@@ -338,7 +338,7 @@ def read_newest_responses(path: Path) -> Iterator[tuple[JSONObject, float]]:
 
 
 def copy_states(connection: sqlite3.Connection, path: Path) -> None:
-    """Copy what another ledger knows about its keys, without the responses."""
+    """Copy the state of every key of another ledger, without the responses."""
     add = (
         "INSERT INTO records (key, state, task_id) VALUES (?, ?, ?) "
         "ON CONFLICT (key) DO UPDATE SET state = max(state, excluded.state)"
@@ -351,7 +351,7 @@ def copy_states(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def read_columns(path: Path) -> Iterator[JSONObject]:
-    """Yield the columns of the input that were kept of each item.
+    """Yield the columns of the input that were kept for each item.
 
     Raises:
         LedgerError: The ledger does not exist or cannot be read.
@@ -405,7 +405,7 @@ def load_answer(
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raise what a damaged record raises as a `LedgerError`."""
+    """Convert errors of a damaged record to `LedgerError`."""
     try:
         yield
     except (ValueError, RecursionError) as error:
@@ -425,10 +425,10 @@ def _read_object(content: bytes) -> JSONObject:
 def fetch(
     connection: sqlite3.Connection, path: Path, query: str, *parameters: Any
 ) -> Sequence[Sequence[Any]]:
-    """Return the rows of a query. SQLite keeps no types, so they are checked.
+    """Return the rows of a query. Their types are checked, because SQLite does not enforce them.
 
     Raises:
-        LedgerError: It cannot be read, or a column holds what it never holds.
+        LedgerError: It cannot be read, or a column contains an unexpected type.
     """
     with explaining(path):
         cursor = connection.execute(query, parameters)
@@ -443,15 +443,15 @@ def fetch(
 
 
 def read_noted(path: Path, *, open_only: bool) -> Iterator[LedgerItem]:
-    """Yield the items without the answers to their requests. For one thread.
+    """Yield the items without their responses. For one thread.
 
-    They come in order. Of those that are open, the first of each model comes before all others:
-    if one model is refused, a stream knows from the beginning that there are others.
+    Items come in order, but the first open item of each model comes before all others. So if one
+    model is refused, a stream knows from the beginning that there are others.
 
     Args:
         path: The ledger.
-        open_only: Whether to leave out those that make no request, and those that have a response
-            or a final error.
+        open_only: Whether to leave out items without a request, and items that have a response or a
+            final error.
 
     Raises:
         LedgerError: The ledger does not exist or cannot be read.
@@ -481,7 +481,7 @@ def read_noted(path: Path, *, open_only: bool) -> Iterator[LedgerItem]:
             for item in read(following, end):
                 if item.index not in first:
                     yield item
-            # not simply the end: positions of a damaged file may be far apart
+            # may not be the end: positions in a damaged file may be far apart
             later = "SELECT position FROM items WHERE position >= ? ORDER BY position LIMIT 1"
             following = next((row[0] for row in fetch(connection, path, later, end)), LARGEST)
 

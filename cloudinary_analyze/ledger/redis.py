@@ -81,11 +81,11 @@ class RedisLedger(Ledger):
             ...
     ```
 
-    It is a value until it is opened: it pickles, without the password, and each copy that is
-    opened is a worker. Workers read the password from ``REDIS_URL``, if that names the same server,
-    or from the variable that the URL names: ``redis://host/0?password_env=NAME``.
+    Before it is opened it can be pickled, and each copy that is opened is a worker. The pickle does
+    not contain the password. Workers read it from ``REDIS_URL``, if that is the URL of the same
+    server, or from the variable that the URL names: ``redis://host/0?password_env=NAME``.
 
-    Workers may run the same items or parts of them in any order. Each request is sent once, and the
+    Workers can run the same items or parts of them in any order. Each request is sent once, and the
     other workers get its response from the ledger. Running the same code again resumes the job.
 
     While Redis cannot be reached, nothing is sent, and responses wait to be recorded.
@@ -95,8 +95,8 @@ class RedisLedger(Ledger):
             ``unix://``. Default: ``REDIS_URL``.
         namespace: The prefix of all keys. A namespace belongs to one host and cloud name.
         keep: Seconds that a record is kept. Default: without a limit.
-        lease: Seconds after which a worker that stopped renewing its lease counts as dead. Longer
-            than any pause of the process or its event loop.
+        lease: Seconds after which a worker that stopped renewing its lease counts as dead. It must
+            be longer than any pause of the process or its event loop.
         patience: Seconds to wait for Redis before the ledger raises `LedgerError`.
         clock: For tests.
 
@@ -440,7 +440,7 @@ def _read_stats(value: bytes | None) -> dict[str, Any] | None:
 
 
 def _quote(prefix: bytes) -> bytes:
-    """Return a pattern that matches a text itself."""
+    """Return a pattern that matches a text literally."""
     return b"".join(
         b"\\" + bytes((byte,)) if byte in b"*?[]^\\" else bytes((byte,)) for byte in prefix
     )

@@ -1,8 +1,8 @@
-"""One worker of a Redis ledger: its lease, its claims, and what it repeats after Redis restarted.
+"""One worker of a Redis ledger: its lease, its claims, and its writes after a restart of Redis.
 
-A worker shows by one lease key that it is alive; that costs nothing per request key. A worker is
-*dead* if its lease is missing in two checks that are at least half a lease apart, without a break
-of the connection in between. So a restart of Redis kills no worker.
+A worker has one lease key, independent of the number of request keys. A worker is *dead* if its
+lease is missing in two checks that are at least half a lease apart, without a break of the
+connection in between. So a restart of Redis does not make workers dead.
 
 After a restart each worker writes its last seconds and its claims again. Claims wait until the
 others have done the same.
@@ -38,11 +38,11 @@ from cloudinary_analyze.protocols import Claim
 logger: logging.Logger = logging.getLogger("cloudinary_analyze.ledger")
 
 QUIET: Final = 4.0  # seconds without claims after a restart of Redis
-REPLAY_SECONDS: Final = 10.0  # of writes that are repeated then
+REPLAY_SECONDS: Final = 10.0  # seconds of writes that are repeated after a restart
 REPLAY_BYTES: Final = 2**26
 BEATS: Final = 3  # renewals per lease, at least
 LONGEST_BEAT: Final = 1.0  # seconds; well below QUIET, since a beat notices a restart
-FIRST_LOOK: Final = 0.05  # seconds between two looks at a key that another worker holds; grows
+FIRST_LOOK: Final = 0.05  # seconds between two checks of a key that another worker holds; grows
 LONGEST_LOOK: Final = 1.0
 FORGET_WORKERS: Final = 86_400  # seconds until a dead worker is no longer listed
 
@@ -126,7 +126,7 @@ class Worker:
         ]
 
     async def prepare(self, link: Link) -> None:
-        """Check the server of a new connection, and repeat what it may have lost.
+        """Check the server of a new connection, and repeat writes that it may have lost.
 
         Raises:
             LinkFailedError: It evicts keys, or the ledger belongs to another host or cloud.
@@ -204,7 +204,7 @@ class Worker:
             self._recent_bytes -= self._recent.popleft()[1]
 
     async def claim(self, key: bytes) -> Claim | None:
-        """Claim a key; ``None`` if it is held or final. Cancelling is safe."""
+        """Claim a key. ``None`` if it is held or final. Cancelling is safe."""
         token = f"{self.id}#{next(self._numbers)}"
         dead = ""
         try:
@@ -215,7 +215,7 @@ class Worker:
                 try:
                     reply = await self.link.ask(*command, repeat=False)
                 except LinkBrokenError:
-                    continue  # Redis may have lost others' claims, so this one waits for them
+                    continue  # Redis may have lost claims of other workers, so wait for them
                 if reply[0] == b"granted":
                     self.tokens[key] = token
                     return Claim(task_id=decode_task(reply[2]), ambiguous=int(reply[1]) > 0)
@@ -263,7 +263,7 @@ class Worker:
         await self.link.ask(*command)
 
     def release(self, key: bytes, *, ambiguous: bool) -> None:
-        """Give a claim up."""
+        """Release a claim."""
         token = self.tokens.pop(key, None)
         if token is None:
             return
@@ -303,7 +303,7 @@ class Names:
 
     @property
     def prefix(self) -> bytes:
-        """What the names of all request keys begin with."""
+        """The prefix of the names of all request keys."""
         return f"{self.namespace}:key:".encode()
 
     def find_key(self, key: bytes) -> bytes:

@@ -9,7 +9,7 @@ The states of a `Writer`:
 | blocked | yes     | set       | None      | wait in memory; writing is tried until `patience` |
 | failed  | any     | any       | set       | stay in memory, for `rescue`                      |
 
-A closed writer writes what waits first, and is patient for that, too.
+A closed writer first writes what waits, for up to `patience`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ Step = Callable[[sqlite3.Connection], object]
 
 
 def write_task(connection: sqlite3.Connection, key: bytes, task_id: str | None) -> None:
-    """Note a task, or that there is none any more, unless the key has its final answer."""
+    """Note or remove the task of a key, unless the key has a final response or error."""
     record, state = take_record(connection, key)
     if state <= SUBMITTED:
         connection.execute(
@@ -73,7 +73,7 @@ def write_answer(
     seconds: float,
     recorded: float,
 ) -> None:
-    """Note a final response or error; an error never replaces a response."""
+    """Note a final response or error. An error never replaces a response."""
     record, known = take_record(connection, key)
     if known == ANSWERED and state == FAILED:
         return
@@ -135,7 +135,7 @@ class Entry:
 
 @attrs.define(eq=False)
 class Writer:
-    """The writing part of a ledger. Holds no reference to it, so a dropped ledger can stop it.
+    """The writing part of a ledger. It does not refer to the ledger, so dropping a ledger stops it.
 
     `run` and what it calls belong to the thread, everything else to the loop. See the module's
     docstring for the states.
@@ -148,9 +148,9 @@ class Writer:
         ready: Done once the file is open, or cannot be.
         ended: Done once the file is closed.
         begun: Whether the file was opened.
-        unwritten: Keys to their latest entry that is not durable yet.
-        trouble: Why nothing can be written at the moment.
-        failure: Why nothing can be written any more.
+        unwritten: The latest entry of each key that is not durable yet.
+        trouble: The error because of which nothing can be written at the moment.
+        failure: The error because of which nothing can be written any more.
         raised: Whether `failure` was raised.
     """
 
@@ -176,7 +176,7 @@ class Writer:
 
     @property
     def backlog(self) -> int:
-        """How many steps wait to be written."""
+        """The number of steps that wait to be written."""
         return len(self._waiting)
 
     def check(self) -> None:
@@ -193,10 +193,10 @@ class Writer:
         return error
 
     def put(self, entry: Entry) -> None:
-        """Have a step performed with the next commit.
+        """Queue a step for the next commit.
 
         Raises:
-            LedgerError: It will not be. It is kept for `rescue`.
+            LedgerError: The writer has failed. The step is kept for `rescue`.
         """
         self._waiting.append(entry)
         self.check()
@@ -206,7 +206,7 @@ class Writer:
             self._wanted.set()
 
     async def perform(self, step: Step, *, key: bytes | None = None) -> None:
-        """Return once a step is durable; cancelling the wait does not cancel the step."""
+        """Return once a step is durable. Cancelling the wait does not cancel the step."""
         future: asyncio.Future[LedgerError | None] = self.loop.create_future()
         self.put(Entry(step, key, future))
         if await future is not None:
@@ -251,7 +251,7 @@ class Writer:
         return Witness(self.path)
 
     def _write(self, connection: sqlite3.Connection, witness: Witness) -> bool:
-        """Perform all waiting steps; return whether that succeeded, or must be tried again."""
+        """Perform all waiting steps. Return ``False`` if that must be tried again."""
         entries = [self._waiting.popleft() for _ in range(len(self._waiting))]
         if not entries:
             return True
@@ -290,10 +290,10 @@ class Writer:
         return now - self._troubled_since < self.patience
 
     def rescue(self, path: Path) -> int:
-        """Perform the steps that failed on another ledger, which is created if need be.
+        """Perform the failed steps on another ledger, which is created if necessary.
 
         Returns:
-            How many of them were tasks, responses and final errors. Without any, no file is made.
+            The number of tasks, responses and final errors. If it is 0, no file is created.
 
         Raises:
             LedgerError: It cannot be written either.

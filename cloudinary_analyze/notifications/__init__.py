@@ -1,4 +1,4 @@
-'''Where deliveries come from and go to: the in-process queue here, the others in separate modules.
+'''Sources and sinks of deliveries: the in-process queue here, others in separate modules.
 
 Receivers (`asgi`, `aiohttp`) accept webhooks and put them into a sink; a session reads a source.
 `redis` is both, and `forwarding` copies from any source to any sink.
@@ -73,7 +73,7 @@ __all__ = ["decode_delivery", "encode_delivery"]
 
 @attrs.define(eq=False, repr=False)
 class QueueSource(NotPicklable):
-    """A plain ``asyncio.Queue[Delivery]`` as a source; sessions wrap the queue they are given.
+    """An ``asyncio.Queue[Delivery]`` as a source. A session wraps a queue that you pass in it.
 
     Attributes:
         queue: Filled by a receiver in this process. One session reads it.
@@ -90,7 +90,7 @@ class QueueSource(NotPicklable):
 
 
 def encode_delivery(delivery: Delivery) -> bytes:
-    """Return what to store of a delivery: a line of JSON, then the body byte for byte."""
+    """Return the stored form of a delivery: a line of JSON, then the body byte for byte."""
     headers = {
         name: value
         for name in SIGNATURE_HEADERS
@@ -104,7 +104,7 @@ def decode_delivery(stored: bytes) -> Delivery:
     """Return a stored delivery, with the time of its first receipt.
 
     Raises:
-        ValueError: It is not a stored delivery.
+        ValueError: The value is not a stored delivery.
     """
     line, newline, body = stored.partition(b"\n")
     try:

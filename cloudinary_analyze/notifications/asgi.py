@@ -1,6 +1,6 @@
-"""The receiver for ASGI applications: FastAPI, Starlette, or none at all. Needs no library.
+"""The receiver for ASGI: FastAPI, Starlette, or an application without a framework.
 
-Give it a separate route, so that the printed URL itself answers:
+Give it a separate route, so that the exact URL responds:
 
 ```python
 receiver = WebhookReceiver(sink, credentials)
@@ -43,17 +43,18 @@ _GONE: Final = "http.disconnect"
 
 
 class WebhookReceiver(NotPicklable):
-    """An ASGI application that takes Cloudinary's webhooks in and puts them into a sink.
+    """An ASGI application that receives Cloudinary's webhooks and puts them into a sink.
 
-    Answers 200 only once a delivery is stored. Refuses what is not signed with the credentials'
-    notification secret (401), garbled (400), longer than 1 MiB (413), or slower than 10 s (408);
-    where the sink fails or takes longer than 20 s, the sender gets 503 and tries again. A
-    signed notification that names no task is taken (200) and dropped.
+    Responds 200 only once a delivery is stored. Responds 401 if it is not signed with the
+    credentials' notification secret, 400 if it is malformed, 413 if it is longer than 1 MiB, and
+    408 if it takes longer than 10 s to arrive. If the sink fails or takes longer than 20 s, the
+    sender gets 503 and tries again. A signed notification that names no task gets 200 and is
+    dropped.
 
     Args:
         sink: Where verified deliveries go: an ``asyncio.Queue[Delivery]`` that the session of this
             process reads, or a `NotificationSink` such as `RedisNotifications`.
-        credentials: Whose notifications are taken.
+        credentials: The credentials whose notifications are accepted.
         clock: Stamps deliveries, and bounds the waits; for tests.
 
     Raises:
@@ -66,7 +67,7 @@ class WebhookReceiver(NotPicklable):
         self._intake = Intake(sink, credentials, clock=clock)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """Serve one ASGI scope: a request, or the lifespan where this is the whole application."""
+        """Serve one ASGI scope: a request, or the lifespan if this is the whole application."""
         if scope["type"] == "lifespan":
             await _serve_lifespan(receive, send)
         elif scope["type"] == "websocket":
@@ -91,13 +92,13 @@ class WebhookReceiver(NotPicklable):
             reply = await self._intake.take(body, headers)
         except RefusedError as refused:
             reply = refused.reply
-        # a refused body is not waited for, so the connection must not be used again
+        # the rest of a refused body is not read, so the connection must not be used again
         close = not whole and scope.get("http_version", "1.1").startswith("1")
-        with contextlib.suppress(OSError):  # the sender went away, which changes nothing
+        with contextlib.suppress(OSError):  # the sender has disconnected; the delivery is stored
             await _send_reply(send, reply, close=close)
 
     async def _read_body(self, receive: Receive) -> bytes | None:
-        """Return the body, or ``None`` if the sender went away."""
+        """Return the body, or ``None`` if the sender has disconnected."""
         clock = self._intake.clock
         body = bytearray()
         try:

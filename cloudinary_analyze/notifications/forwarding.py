@@ -29,14 +29,14 @@ async def forward(
     """Copy deliveries from a source to a sink, until the source ends.
 
     Each notification that names a task is verified, stored, and only then acknowledged to the
-    source. What is forged or malformed, or names no task, is left with the source. A source that
-    breaks is read again after growing pauses, and a delivery that the sink refuses is put again.
-    Cancel it to stop it. Cancelling is safe.
+    source. Forged and malformed deliveries, and those that name no task, are left with the source.
+    A source that breaks is read again after growing pauses, and a delivery that the sink refuses is
+    put again. Cancel it to stop it. Cancelling is safe.
 
     Args:
         source: Where deliveries come from. No session may read it meanwhile.
-        sink: Where they go.
-        credentials: Whose notifications are let through.
+        sink: Where deliveries go.
+        credentials: The credentials whose notifications are forwarded.
         clock: For tests.
 
     Raises:

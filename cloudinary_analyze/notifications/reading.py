@@ -1,4 +1,4 @@
-"""How a source is read: by one reader at a time, and again after it breaks."""
+"""Reading a source: by one reader at a time, and again after it breaks."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Claim:
     """The exclusive right to read a source. It ends with `release`, or when it is dropped.
 
     Attributes:
-        source: What is read, so that its ``id`` stays its own; ``None`` once released.
+        source: The source, kept so that its ``id`` is not reused. ``None`` once released.
     """
 
     source: object
 
     def release(self) -> None:
-        """Let another reader have the source. Idempotent."""
+        """Release the source for another reader. Idempotent."""
         if self.source is not None:
             del _claims[id(self.source)]
             self.source = None
@@ -64,7 +64,7 @@ def claim_source(source: NotificationSource) -> Claim:
 
 @asynccontextmanager
 async def open_deliveries(source: NotificationSource) -> AsyncIterator[AsyncIterator[Delivery]]:
-    """Listen to a source, and close what it returned at the end.
+    """Listen to a source, and close its iterator at the end.
 
     A queue that was shut down ends the block as the end of the deliveries does.
     """
@@ -74,14 +74,14 @@ async def open_deliveries(source: NotificationSource) -> AsyncIterator[AsyncIter
     except _SHUT_DOWN:
         return
     finally:
-        close = getattr(deliveries, "aclose", None)  # generators have one
+        close = getattr(deliveries, "aclose", None)  # generators have `aclose`
         if close is not None:
             await close()
 
 
 @attrs.define(eq=False)
 class Retries:
-    """The growing pauses between the attempts of the task that makes it.
+    """The growing pauses between the attempts of one task.
 
     Attributes:
         clock: Measures the pauses.
@@ -93,9 +93,9 @@ class Retries:
     _cancelling: int = attrs.field(factory=count_cancellations, init=False)
 
     async def rest(self, what: str, error: BaseException) -> None:
-        """Warn of a failed attempt and pause; re-raise the error if it is a cancellation of ours.
+        """Log a failed attempt and pause. Re-raise the error if it is a cancellation of this task.
 
-        A `CancelledError` that code below raised by itself is a failure like any other.
+        A `CancelledError` that user code raised is a failure like any other.
         """
         if is_own_cancellation(error, self._cancelling):
             raise error
@@ -104,5 +104,5 @@ class Retries:
         self.pause = min(2 * self.pause, LONGEST_PAUSE)
 
     def reset(self) -> None:
-        """Begin with the shortest pause again, since an attempt made progress."""
+        """Reset to the shortest pause, because an attempt made progress."""
         self.pause = FIRST_PAUSE

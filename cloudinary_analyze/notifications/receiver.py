@@ -1,6 +1,6 @@
-"""What both receivers decide: which webhooks are accepted, and how they are answered.
+"""The decisions of both receivers: which webhooks are accepted, and the responses to them.
 
-The decisions are pure. The one thing that is awaited here is the sink.
+The decisions are pure. Only the sink is awaited.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Reply:
     """The response to the sender.
 
     Attributes:
-        status: HTTP status; anything but 200 makes the service try again.
+        status: The HTTP status. If it is not 200, the service tries again.
         text: A sentence for the person who investigates.
     """
 
@@ -60,7 +60,7 @@ class Reply:
 
 
 class RefusedError(Exception):
-    """A webhook that is not taken, with the reply that says why."""
+    """A webhook that is refused, with the reply to its sender."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -118,10 +118,10 @@ def _check_headers(headers: Mapping[str, str]) -> None:
 
 
 def check_secrets(credentials: Credentials) -> None:
-    """Refuse credentials that notifications cannot be verified with.
+    """Raise if notifications cannot be verified with some credentials.
 
     Raises:
-        ConfigurationError: They hold no secret.
+        ConfigurationError: They contain no secret.
     """
     if not credentials.signing_secrets:
         raise ConfigurationError(
@@ -132,14 +132,14 @@ def check_secrets(credentials: Credentials) -> None:
 
 @attrs.define(eq=False)
 class Intake(NotPicklable):
-    """Takes in webhooks whose body was read, whatever the web framework.
+    """Verifies and stores webhooks, for any web framework.
 
-    Whatever is signed and names a task is stored, whatever its shape: the session that awaits the
-    task decides what it means.
+    A signed webhook that names a task is stored, whatever its shape. The session that awaits the
+    task interprets it.
 
     Attributes:
         sink: Where verified deliveries go.
-        credentials: Whose notifications are taken.
+        credentials: The credentials whose notifications are accepted.
         clock: Stamps deliveries, and bounds the waits.
     """
 
@@ -151,7 +151,7 @@ class Intake(NotPicklable):
         check_secrets(self.credentials)
 
     async def take(self, body: bytes, headers: Mapping[str, str]) -> Reply:
-        """Verify and store one webhook; return the response to its sender.
+        """Verify and store one webhook. Return the response to its sender.
 
         Cancelling is safe: the delivery is stored or not, and its sender tries again.
         """
@@ -174,7 +174,7 @@ class Intake(NotPicklable):
         except (Exception, asyncio.CancelledError) as error:
             if is_own_cancellation(error, before):
                 raise
-            # any other status than 200 makes the sender try again
+            # with any status but 200, the sender tries again
             logger.warning(
                 "The notification of the task %s could not be stored (%s). The "
                 "receiver answers 503, and the sender tries again.",

@@ -2,8 +2,8 @@
 
 Receivers put each delivery into a mailbox of its task (``SET PX``) and add the task's id to a
 stream, in one ``MULTI``. The stream only wakes: every process reads all of it from a cursor of its
-own, and fetches the mailboxes of the tasks that it waits for. So a delivery is found by whichever
-process waits for it, before or after it arrived, as long as the mailbox is kept.
+own, and fetches the mailboxes of the tasks that it waits for. So the process that waits for a
+delivery finds it, whether it arrives before or after, while the mailbox is kept.
 
 A receiver answers 200 once Redis has stored the delivery. One writer stores everything that waits
 in one round trip, so a burst needs few of them. How durable that is depends on Redis: with
@@ -12,9 +12,9 @@ machine; with ``appendfsync everysec`` the last second may be lost; without pers
 ``maxmemory-policy`` that evicts, or on a failover to a replica that lags, results can be lost.
 A lost result ends as `ResultNotDeliveredError`.
 
-With `cloudinary_analyze.telemetry`, a session that submits a task keeps its trace context beside the
-mailbox (``{namespace}:trace:{task id}``), for the receiver and the session that get the notification.
-A task without one is handled the same, untraced.
+With `cloudinary_analyze.telemetry`, a session that submits a task keeps its trace context beside
+the mailbox (``{namespace}:trace:{task id}``), for the receiver and the session that get the
+notification. A task without a trace context is handled the same, but not traced.
 
 One server, not a cluster. Use ``rediss://`` for TLS.
 """
@@ -51,12 +51,12 @@ logger: logging.Logger = logging.getLogger("cloudinary_analyze.notifications")
 
 CONNECTIONS: Final = 16
 BLOCK_SECONDS: Final = 5.0
-ANSWER_SECONDS: Final = 10.0  # over BLOCK_SECONDS, so that only a dead server exceeds it
+ANSWER_SECONDS: Final = 10.0  # more than BLOCK_SECONDS, so that only a dead server exceeds it
 WRITE_BATCH: Final = 256  # deliveries in one round trip
 WRITE_BYTES: Final = 2**22
 WAKE_UPS: Final = 20_000
 BATCH: Final = 500
-AWAITED_SECONDS: Final = 120.0  # several of the listener's rounds, which renew it
+AWAITED_SECONDS: Final = 120.0  # several rounds of the listener, each of which renews it
 EXPIRE_BATCH: Final = 2_000  # ids that one fetch forgets, more than it adds
 
 _BEGINNING: Final = b"0-0"
@@ -95,13 +95,13 @@ class RedisNotifications:
             ...
     ```
 
-    It is a value until it is used: it pickles, without the password. Workers read that from
-    ``REDIS_URL``, if it is of the same server and user, or from the variable that the URL names:
-    ``redis://host/0?password_env=NAME``. A worker that finds no password raises an error and does not
-    connect without one.
+    Before its first use it can be pickled. The pickle does not contain the password. Workers read
+    it from ``REDIS_URL``, if that has the same server and user, or from the variable that the URL
+    names: ``redis://host/0?password_env=NAME``. A worker that finds no password raises an error and
+    does not connect without one.
 
-    Connects when it is first used. Close it after the session, with `aclose` or ``async with``.
-    Belongs to one event loop, and to one session at a time.
+    It connects at its first use. Close it after the session, with `aclose` or ``async with``. It
+    belongs to one event loop, and to one session at a time.
 
     Attributes:
         location: The server. The argument is ``url``: ``redis://``, ``rediss://`` (TLS) or
@@ -109,12 +109,12 @@ class RedisNotifications:
             ``client_name``, the credentials, ``password_env`` (the variable that holds the
             password), and options of sockets and TLS, such as ``?ssl_ca_certs=…``. Default:
             ``REDIS_URL``.
-        namespace: What all keys begin with. Receivers and sessions must agree on it.
+        namespace: The prefix of all keys. Receivers and sessions must use the same one.
         keep: Seconds that a delivery is kept. Until then any process can resume the task.
         keep_resolved: Seconds that a delivery is kept once a session has resolved its task with it,
             for the handles of other processes. `keep` if that is shorter.
         clock: For tests.
-        unreadable: How many mailboxes held something else than a delivery, and were skipped.
+        unreadable: The number of mailboxes that did not contain a delivery and were skipped.
 
     Raises:
         ConfigurationError: The URL, the namespace or a time is invalid.
@@ -217,12 +217,12 @@ class RedisNotifications:
 
     def _start_writer(self) -> None:
         if self._writer is None or self._writer.done():
-            # for all who wait, so not in the context of the first
+            # it serves all waiters, so it does not run in the context of the first
             self._writer = Context().run(asyncio.create_task, self._write())
             self._writer.add_done_callback(self._end_writer)
 
     def _end_writer(self, writer: asyncio.Task[None]) -> None:
-        """Fail what a writer left that was cancelled, maybe before its first step."""
+        """Fail the deliveries that a cancelled writer left, even if it never started."""
         if self._writer is writer:
             self._fail_waiting(RedisConnectionError("The connection to Redis was closed."))
 
@@ -233,7 +233,7 @@ class RedisNotifications:
         self._traces.clear()
 
     async def _write(self) -> None:
-        """Store what waits, batch by batch, until nothing does."""
+        """Store the waiting deliveries, batch by batch, until none is left."""
         while self._waiting or self._resolved or self._traces:
             batch = self._take_batch()
             resolved = [self._resolved.popleft() for _ in range(min(BATCH, len(self._resolved)))]
@@ -242,7 +242,7 @@ class RedisNotifications:
                 await self._write_batch(batch, resolved, traces)
             except (RedisConnectionError, TimeoutError) as error:
                 _fail(batch, error)
-                self._fail_waiting(error)  # it would only wait for the same again
+                self._fail_waiting(error)  # the next batch would fail in the same way
             except Exception as error:
                 _fail(batch, error)
             finally:  # a cancellation
@@ -306,7 +306,7 @@ class RedisNotifications:
             await _close(reader)
 
     async def _read_wake_ups(self, reader: Any) -> list[str]:
-        """Wait for wake-ups; return the tasks among them that are awaited here."""
+        """Wait for wake-ups. Return the tasks among them that are awaited here."""
         cursor = await self._fix_cursor()
         reply = await self._ask(
             reader.xread({self._stream: cursor}, count=BATCH, block=round(1000 * BLOCK_SECONDS))
@@ -333,7 +333,7 @@ class RedisNotifications:
         return not oldest or _read_entry_id(oldest[0][0]) >= _read_entry_id(first)
 
     async def _fix_cursor(self) -> bytes:
-        """Return where to read on. It is fixed before the first fetch, so nothing is missed."""
+        """Return the position to read from, fixed before the first fetch to miss nothing."""
         async with self._fixing:
             cursor = self._cursor
             if cursor is None:
@@ -358,7 +358,7 @@ class RedisNotifications:
         return await self._collect(task_ids)
 
     def _await(self, task_ids: Sequence[str]) -> None:
-        """Add to what `listen` yields, and forget a bounded number of ids not asked for lately."""
+        """Add ids that `listen` yields, and remove a bounded number of ids not fetched lately."""
         now = self.clock.monotonic()
         for task_id in task_ids:
             self._awaited[task_id] = now
@@ -440,7 +440,7 @@ def _fail(puts: Iterable[_Put], error: Exception) -> None:
 
 
 async def _close(client: Any) -> None:
-    """Close a client; if cancelled, in the background: redis would leave its connections open."""
+    """Close a client, in the background if cancelled, because redis would leave connections open."""
     await asyncio.shield(client.aclose())
 
 
