@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
 
 import attrs
@@ -44,8 +45,7 @@ from cloudinary_analyze.webhooks import parse_delivery
 if TYPE_CHECKING:
     from aiohttp import web
 
-if TYPE_CHECKING:
-    from aiohttp import web
+    from cloudinary_analyze.cli.connections import Limits
 
 WAYS: Final = (
     "--receive HOST:PORT --public-url URL (webhooks come to this process) or --redis URL "
@@ -53,7 +53,6 @@ WAYS: Final = (
 )
 PARKED_SECONDS: Final = 1.0
 STOP_SECONDS: Final = 0.1
-IDLE_SECONDS: Final = 5.0  # seconds before a connection without a request is closed
 
 Handle: TypeAlias = "Callable[[web.Request], Awaitable[web.StreamResponse]]"
 
@@ -278,35 +277,38 @@ def open_redis(url: str) -> AbstractAsyncContextManager[Any]:
 
 @asynccontextmanager
 async def serve(
-    handle: Handle, host: str, port: int, path: str | None = None
+    handle: Handle, host: str, port: int, limits: Limits | None = None
 ) -> AsyncIterator[str]:
-    """Serve requests for every path or one path, and yield the origin.
+    """Serve requests for every path, and yield the origin.
 
     Raises:
         CommandError: The port cannot be listened on.
     """
     from aiohttp import web
 
-    app = web.Application()
-    where = "/{path:.*}" if path is None else path
-    app.router.add_route("*", where, handle, expect_handler=_handle_expect)
+    from cloudinary_analyze.cli.connections import LIMITS, Connections
+
+    connections = Connections(LIMITS if limits is None else limits)
+    app = web.Application(middlewares=[connections.track])
+    app.router.add_route("*", "/{path:.*}", handle, expect_handler=_handle_expect)
     runner = web.AppRunner(
         app,
         access_log=None,
         auto_decompress=False,  # a signature is of the bytes as sent
-        keepalive_timeout=IDLE_SECONDS,
         shutdown_timeout=STOP_SECONDS,
     )
     await runner.setup()
-    try:
+    assert runner.server is not None
+    accept = partial(connections.accept, runner.server)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(runner.cleanup)
         try:
-            await web.TCPSite(runner, host, port).start()
+            server = await asyncio.get_running_loop().create_server(accept, host, port)
         except (OSError, OverflowError) as error:
             raise CommandError(f"Webhooks cannot be received on {host}:{port}: {error}.") from None
+        stack.callback(server.close)
         shown = f"[{host}]" if ":" in host else host
-        yield f"http://{shown}:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
+        yield f"http://{shown}:{server.sockets[0].getsockname()[1]}"
 
 
 async def _handle_expect(request: web.Request) -> None:
