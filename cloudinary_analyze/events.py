@@ -4,36 +4,6 @@ Pass ``on_event`` to `AnalyzeSession`: any function of one event. It runs on the
 must return quickly. Its exceptions are logged and never break a call. Without a hook, no events are
 built. Events contain no secrets and no source URLs. ``error`` may quote text of the service.
 
-event               when                                         fields
-==================  ===========================================  ===================================
-`CallStarted`       an analyze call begins to queue              ``call``, ``model``, ``as_task``,
-                                                                 ``repeats``
-`AttemptFinished`   an HTTP request of a call or poll ended      ``call``, ``model``, ``attempt``,
-                                                                 ``seconds``, ``permit_wait``,
-                                                                 ``status``, ``ambiguous``,
-                                                                 ``probe``, ``error``
-`AttemptRetried`    the attempt failed and will be repeated      ``call``, ``model``, ``attempt``,
-                                                                 ``wait``, ``ambiguous``, ``error``
-`CallFinished`      the call has its response, its task or its   ``call``, ``model``, ``attempts``,
-                    error; exactly one for each `CallStarted`    ``seconds``, ``permit_wait``,
-                                                                 ``status``, ``request_id``,
-                                                                 ``task_id``, ``limits``,
-                                                                 ``denied``, ``error``
-`TaskAccepted`      the service made a task of a call            ``task_id``, ``model``
-`PollFinished`      a status poll ended                          ``call``, ``task_id``, ``attempts``,
-                                                                 ``seconds``, ``permit_wait``,
-                                                                 ``state``, ``error``
-`NotificationSeen`  a delivery was read and judged               ``verdict``, ``task_id``,
-                                                                 ``queued``, ``trace``
-`TaskAnswered`      a task has its result or its error           ``task_id``, ``by``, ``model``,
-                                                                 ``seconds``, ``limits``, ``error``
-`ItemRestored`      a stream read an item from its ledger        ``key``, ``model``, ``seconds``,
-                                                                 ``error``
-`SessionPaused`     no new attempt starts for a while            ``seconds``, ``permits``,
-                                                                 ``polls``, ``cause``
-`PaceChanged`       the session learned a limit of the service   ``pace``, ``permits``
-==================  ===========================================  ===================================
-=======
 | event | when | fields |
 |---|---|---|
 | `CallStarted` | an analyze call begins to queue | ``call``, ``model``, ``as_task``, ``repeats`` |
