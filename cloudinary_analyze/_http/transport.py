@@ -46,7 +46,9 @@ class Body(aiohttp.BytesPayload):
 
     async def write_with_length(self, writer: Any, content_length: int | None) -> None:
         """Write the body to the connection; called by aiohttp."""
-        self.sent = True
+        # on a connection that is closing, aiohttp raises and writes nothing
+        transport = writer.transport
+        self.sent |= transport is not None and not transport.is_closing()
         await super().write_with_length(writer, content_length)
 
 

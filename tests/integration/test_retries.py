@@ -8,7 +8,9 @@ from email.utils import format_datetime
 from typing import Any
 
 import pytest
-from aiohttp import web
+from aiohttp import ClientConnectionResetError, web
+from aiohttp.base_protocol import BaseProtocol
+from aiohttp.http import StreamWriter
 from scripted import (
     CAPTION,
     URL,
@@ -29,6 +31,7 @@ from cloudinary_analyze import (
     ServerError,
     TransportError,
 )
+from cloudinary_analyze._http.transport import Body
 from cloudinary_analyze.events import AttemptRetried, CallFinished
 from cloudinary_analyze.testing import ManualClock
 
@@ -225,3 +228,23 @@ async def test_a_pacer_is_asked_once_for_each_attempt() -> None:
     async with ScriptedServer(handler) as server, server.session(pacer=Pacer()) as session:
         await session.analyze(Captioning(URL))
     assert asked == [1, 1, 1]
+
+
+@pytest.mark.parametrize("closes", [False, True])
+async def test_a_body_is_unsent_on_a_closing_connection(closes: bool) -> None:
+    """An idle connection may begin to close between its choice and the request."""
+    loop = asyncio.get_running_loop()
+    async with ScriptedServer(CAPTION) as server:
+        port = int(server.url.rpartition(":")[2])
+        transport, protocol = await loop.create_connection(
+            lambda: BaseProtocol(loop), "127.0.0.1", port
+        )
+        body = Body(b"{}")
+        if closes:
+            transport.close()
+            with pytest.raises(ClientConnectionResetError):
+                await body.write_with_length(StreamWriter(protocol, loop), 2)
+        else:
+            await body.write_with_length(StreamWriter(protocol, loop), 2)
+            transport.close()
+        assert body.sent is not closes
