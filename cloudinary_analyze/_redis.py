@@ -21,9 +21,11 @@ from cloudinary_analyze.errors import ConfigurationError, shorten
 
 try:
     from redis import Redis as BlockingRedis
+    from redis import __version__ as redis_version
     from redis.asyncio import BlockingConnectionPool, Redis
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
+    from redis.driver_info import DriverInfo
     from redis.exceptions import (
         AuthenticationError,
         AuthorizationError,
@@ -263,6 +265,8 @@ def _build_client(url: str, connections: int, *, retries: int = 0) -> Any:
         "socket_timeout": None,
         "retry": Retry(NoBackoff(), retries),
         "protocol": 2,
+        # without it, each connection reads the installed package's version from the disk
+        "driver_info": DriverInfo(lib_version=redis_version),
     }
     try:
         pool: Any = BlockingConnectionPool.from_url(url, **options)
