@@ -10,6 +10,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from blocking import forbid_blocking, take_blocked
 from secret_search import SecretSearch
 
 from cloudinary_analyze.testing import ManualClock
@@ -53,6 +54,21 @@ def _no_secret_is_logged() -> Iterator[None]:
     root.removeHandler(search)
     root.setLevel(level)
     assert not search.leaks
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _blocking_calls_raise() -> Iterator[None]:
+    with forbid_blocking():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _nothing_blocks_the_loop() -> Iterator[None]:
+    """Fail a test in which our code blocked a running event loop."""
+    take_blocked()
+    yield
+    blocked = take_blocked()
+    assert not blocked, blocked[0]
 
 
 @pytest.fixture

@@ -1,0 +1,82 @@
+"""Finds calls in our code that block a running event loop, with blockbuster.
+
+A blocking call raises, and fails the test even where the code under test handles the error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import blockbuster.blockbuster
+import pytest
+
+import cloudinary_analyze
+
+PACKAGE: Final = Path(cloudinary_analyze.__file__).parent
+
+# (end of the file's name, functions): what may block, anywhere in the stack, and why
+ALLOWED: Final = (
+    # imports and logging: the interpreter's, and the application's choice of handlers
+    ("<frozen importlib._bootstrap>", {"_find_and_load"}),
+    ("logging/__init__.py", {"handle"}),
+    # finalizers of anybody's objects, which the collector runs anywhere
+    ("weakref.py", {"__call__"}),
+    # local reads of some microseconds by key; handing each to a thread would cost ten times more
+    ("ledger/sqlite.py", {"find"}),
+    # synchronous by contract: documented as such, and called by the tests on their loop
+    ("ledger/sqlite.py", {"__init__", "absorb", "counts", "copy_states", "iter_records"}),
+    ("ledger/items.py", {"read", "read_items", "read_noted", "read_newest_responses"}),
+    ("ledger/redis.py", {"iter_records", "worker_stats", "_batch"}),
+    ("results/export.py", {"export_results"}),
+    ("results/report/__init__.py", {"write_report"}),
+    ("cloudinary_analyze/stage.py", {"__call__", "close_sessions"}),
+    # once, when a session opens with a user's `trust_env`, as aiohttp itself does per request
+    ("_http/transport.py", {"has_netrc_login"}),
+    # a user's synchronous iterator, and a user's hook
+    ("cloudinary_analyze/_stream.py", {"_pull"}),
+    ("cloudinary_analyze/events.py", {"_call"}),
+    # a test reads a setting of a connection that is closed
+    ("unit/test_durability.py", {"close"}),
+)
+
+_blocked: list[str] = []
+
+
+class _EveryFunction:
+    """What contains every name."""
+
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
+class _BlockingError(blockbuster.BlockingError):
+    def __init__(self, function: str) -> None:
+        super().__init__(function)
+        _blocked.append("".join(traceback.format_stack(limit=20)))
+
+
+@contextlib.contextmanager
+def forbid_blocking() -> Iterator[None]:
+    """Let a blocking call in a coroutine or callback of ours raise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blockbuster.blockbuster, "BlockingError", _BlockingError)
+        with blockbuster.blockbuster_ctx(cloudinary_analyze) as detector:
+            for function in detector.functions.values():
+                function.can_block_functions += ALLOWED
+                # the command line reads and writes its files between streams, alone on its loop
+                function.can_block_functions += [
+                    (f"cloudinary_analyze/cli/{path.name}", _EveryFunction())
+                    for path in PACKAGE.glob("cli/*.py")
+                ]
+            yield
+
+
+def take_blocked() -> list[str]:
+    """Return the stacks of the blocking calls since the last time."""
+    found = _blocked.copy()
+    _blocked.clear()
+    return found
