@@ -30,7 +30,7 @@ def _copy_units(units: Any) -> Any:
     return dict(units) if isinstance(units, Mapping) else units
 
 
-@attrs.frozen(kw_only=True, repr=False)
+@attrs.frozen(kw_only=True, repr=False, eq=False)
 class Budget(Jsonable):
     """The limits of what one stream may spend. Responses restored from a ledger do not count.
 
@@ -76,7 +76,7 @@ class Budget(Jsonable):
                 )
 
 
-@attrs.frozen(kw_only=True, repr=False)
+@attrs.frozen(kw_only=True, repr=False, eq=False)
 class Spent(Jsonable):
     """What a stream has spent so far.
 

@@ -50,7 +50,7 @@ class Stop(Enum):
     MODEL = "model"
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, repr=False, eq=False)
 class Rule:
     """The meaning of an HTTP status, of a response to a call or of a failed task.
 

@@ -74,7 +74,7 @@ class BoundingBox(NamedTuple):
     height: float
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class AttributeValue(Jsonable):
     """One value of a garment's attribute, such as ``midi`` for ``skirt length``.
 
@@ -89,7 +89,7 @@ class AttributeValue(Jsonable):
     score: float | None = None
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class Detection(Jsonable):
     """One instance of a label in an image.
 
@@ -228,7 +228,7 @@ class DetectedTags(Mapping[str, tuple[Detection, ...]]):
         return DetectedTags, (self.raw,)
 
 
-@attrs.frozen(kw_only=True, repr=False)
+@attrs.frozen(kw_only=True, repr=False, eq=False)
 class Analysis(Jsonable):
     """The base class of all analyses.
 
@@ -241,7 +241,7 @@ class Analysis(Jsonable):
     model_version: ModelVersion = None
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class DetectionAnalysis(Analysis):
     """The base class of analyses that detect objects or classify images.
 
@@ -324,7 +324,7 @@ class UnidetAnalysis(DetectionAnalysis):
     __slots__ = ()
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class VisionAnswer(Jsonable):
     """The answer to one prompt.
 
@@ -337,7 +337,7 @@ class VisionAnswer(Jsonable):
     value: str = ""
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class AIVisionGeneralAnalysis(Analysis):
     """The answers to the prompts of a request.
 
@@ -355,7 +355,7 @@ class AIVisionGeneralAnalysis(Analysis):
         return tuple([response.value for response in self.responses])
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class ModerationAnswer(Jsonable):
     """The answer to one rejection question.
 
@@ -370,7 +370,7 @@ class ModerationAnswer(Jsonable):
     prompt: str | None = None
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class AIVisionModerationAnalysis(Analysis):
     """The answers to the rejection questions of a request.
 
@@ -388,7 +388,7 @@ class AIVisionModerationAnalysis(Analysis):
         return any(response.value.strip().lower() == "yes" for response in self.responses)
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class VisionTag(Jsonable):
     """A tag whose description fits the image.
 
@@ -401,7 +401,7 @@ class VisionTag(Jsonable):
     name: str = ""
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class AIVisionTaggingAnalysis(Analysis):
     """The tags of the request that fit the image.
 
@@ -419,7 +419,7 @@ class AIVisionTaggingAnalysis(Analysis):
         return tuple([tag.name for tag in self.tags])
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class CaptioningAnalysis(Analysis):
     """A caption.
 
@@ -432,7 +432,7 @@ class CaptioningAnalysis(Analysis):
     caption: str
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class LogoVertex(Jsonable):
     """A corner of the polygon around a logo, in pixels of the image.
 
@@ -447,7 +447,7 @@ class LogoVertex(Jsonable):
     y: int = 0
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class Logo(Jsonable):
     """A logo in an image.
 
@@ -466,7 +466,7 @@ class Logo(Jsonable):
     mid: str | None = None
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class GoogleLogoDetectionAnalysis(Analysis):
     """The logos in an image.
 
@@ -479,7 +479,7 @@ class GoogleLogoDetectionAnalysis(Analysis):
     logos: tuple[Logo, ...]
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class GoogleLabel(Jsonable):
     """A label that fits the image.
 
@@ -494,7 +494,7 @@ class GoogleLabel(Jsonable):
     score: float | None = None
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class GoogleTaggingAnalysis(Analysis):
     """The labels of Google's tagging service.
 
@@ -507,7 +507,7 @@ class GoogleTaggingAnalysis(Analysis):
     labels: tuple[GoogleLabel, ...] = ()
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class ImageQualityAnalysis(Analysis):
     """The technical quality of an image.
 
@@ -524,7 +524,7 @@ class ImageQualityAnalysis(Analysis):
     confidence: float | None = None
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class Watermark(Jsonable):
     """A watermark, a banner, or the finding that there is none.
 
@@ -540,7 +540,7 @@ class Watermark(Jsonable):
     confidence: float | None = None
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class WatermarkDetectionAnalysis(Analysis):
     """The watermarks and banners in an image.
 
@@ -553,7 +553,7 @@ class WatermarkDetectionAnalysis(Analysis):
     detections: tuple[Watermark, ...] = ()
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class OtherAnalysis(Analysis):
     """The analysis of a model that this package does not know, as received.
 

@@ -40,7 +40,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import attrs
 
 from cloudinary_analyze._proxy import ProxyURL, find_proxy, read_proxy
-from cloudinary_analyze._values import URLObject, quote, read_url
+from cloudinary_analyze._values import Described, URLObject, quote, read_url
 from cloudinary_analyze.errors import ConfigurationError
 
 __all__ = ["Credentials", "Pacer", "Settings", "proxy_from_environment"]
@@ -241,8 +241,8 @@ def _read_digests(value: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
 C = TypeVar("C", bound="Credentials")
 
 
-@attrs.frozen
-class Credentials:
+@attrs.frozen(repr=False, eq=False)
+class Credentials(Described):
     """Who calls: a cloud, and either an API key with its secret or an OAuth token.
 
     Explicit arguments come first, then ``CLOUDINARY_URL`` alone, then the separate variables. An
@@ -531,8 +531,8 @@ def _one_of(*names: str) -> Any:
     )
 
 
-@attrs.frozen(kw_only=True)
-class Settings:
+@attrs.frozen(kw_only=True, repr=False, eq=False)
+class Settings(Described):
     """How a session calls. All times are seconds.
 
     Raises:

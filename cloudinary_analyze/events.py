@@ -83,7 +83,7 @@ __all__ = [
 logger: logging.Logger = logging.getLogger("cloudinary_analyze.events")
 
 
-@attrs.frozen(kw_only=True, repr=False)
+@attrs.frozen(kw_only=True, repr=False, eq=False)
 class CallStarted(Described):
     """An analyze call begins to queue for a permit.
 
@@ -100,7 +100,7 @@ class CallStarted(Described):
     repeats: str | None = None
 
 
-@attrs.frozen(kw_only=True, repr=False)
+@attrs.frozen(kw_only=True, repr=False, eq=False)
 class AttemptFinished(Described):
     """An HTTP request ended, with a response, an error or a cancellation.
 
@@ -127,7 +127,7 @@ class AttemptFinished(Described):
     error: BaseException | None = None
 
 
-@attrs.frozen(kw_only=True, repr=False)
+@attrs.frozen(kw_only=True, repr=False, eq=False)
 class AttemptRetried(Described):
     """An attempt failed and will be repeated.
 
@@ -148,7 +148,7 @@ class AttemptRetried(Described):
     error: BaseException
 
 
-@attrs.frozen(kw_only=True, repr=False)
+@attrs.frozen(kw_only=True, repr=False, eq=False)
 class CallFinished(Described):
     """An analyze call ended, with a response, a task or an error.
 
@@ -180,7 +180,7 @@ class CallFinished(Described):
     error: BaseException | None = None
 
 
-@attrs.frozen(kw_only=True, repr=False)
+@attrs.frozen(kw_only=True, repr=False, eq=False)
 class TaskAccepted(Described):
     """The service accepted a task (202).
 
@@ -193,7 +193,7 @@ class TaskAccepted(Described):
     model: str
 
 
-@attrs.frozen(kw_only=True, repr=False)
+@attrs.frozen(kw_only=True, repr=False, eq=False)
 class PollFinished(Described):
     """A request for a task's status ended.
 
@@ -216,7 +216,7 @@ class PollFinished(Described):
     error: BaseException | None = None
 
 
-@attrs.frozen(kw_only=True, repr=False)
+@attrs.frozen(kw_only=True, repr=False, eq=False)
 class NotificationSeen(Described):
     """A delivery was read and verified.
 
@@ -237,7 +237,7 @@ class NotificationSeen(Described):
     trace: str | None = None
 
 
-@attrs.frozen(kw_only=True, repr=False)
+@attrs.frozen(kw_only=True, repr=False, eq=False)
 class TaskAnswered(Described):
     """A task has its result or its error.
 
@@ -260,7 +260,7 @@ class TaskAnswered(Described):
     error: BaseException | None = None
 
 
-@attrs.frozen(kw_only=True, repr=False)
+@attrs.frozen(kw_only=True, repr=False, eq=False)
 class ItemRestored(Described):
     """An item of a stream was restored from the ledger. Nothing was sent.
 
@@ -277,7 +277,7 @@ class ItemRestored(Described):
     error: BaseException | None = None
 
 
-@attrs.frozen(kw_only=True, repr=False)
+@attrs.frozen(kw_only=True, repr=False, eq=False)
 class SessionPaused(Described):
     """No new attempt starts for a while. Then single attempts test if the service has recovered.
 
@@ -296,8 +296,8 @@ class SessionPaused(Described):
     cause: str = "throttled"
 
 
-@attrs.frozen(kw_only=True)
-class PaceChanged:
+@attrs.frozen(kw_only=True, repr=False, eq=False)
+class PaceChanged(Described):
     """The session learned a rate or a concurrency that the service allows.
 
     Attributes:
@@ -329,7 +329,7 @@ def _copy_counts(counts: Mapping[str, int]) -> Mapping[str, int]:
     return dict(counts)
 
 
-@attrs.frozen(kw_only=True, repr=False)
+@attrs.frozen(kw_only=True, repr=False, eq=False)
 class SessionStats(Jsonable):
     """A snapshot of a session's statistics since it was created.
 

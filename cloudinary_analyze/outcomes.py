@@ -20,7 +20,7 @@ Item_co = TypeVar("Item_co", covariant=True)
 A_co = TypeVar("A_co", covariant=True)
 
 
-@attrs.frozen(kw_only=True, repr=False)
+@attrs.frozen(kw_only=True, repr=False, eq=False)
 class Answered(Jsonable, Generic[Item_co, A_co]):
     """The outcome of an item that has a response.
 
@@ -54,7 +54,7 @@ class Answered(Jsonable, Generic[Item_co, A_co]):
         return self.response
 
 
-@attrs.frozen(kw_only=True, repr=False)
+@attrs.frozen(kw_only=True, repr=False, eq=False)
 class Failed(Jsonable, Generic[Item_co, A_co]):
     """The outcome of an item that has no response.
 

@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
 
 import attrs
 
+from cloudinary_analyze._values import Described
 from cloudinary_analyze.errors import AnalyzeError
 from cloudinary_analyze.responses import Delivery, JSONObject, Response
 
@@ -123,8 +124,8 @@ class TraceCarrier(Protocol):
         ...
 
 
-@attrs.frozen(kw_only=True)
-class LedgerRecord:
+@attrs.frozen(kw_only=True, repr=False, eq=False)
+class LedgerRecord(Described):
     """What a ledger knows about one request key.
 
     Attributes:
@@ -149,8 +150,8 @@ class LedgerRecord:
         return self.response is not None or self.error is not None
 
 
-@attrs.frozen(kw_only=True)
-class Claim:
+@attrs.frozen(kw_only=True, repr=False, eq=False)
+class Claim(Described):
     """The exclusive right of one worker to send a request for a key.
 
     Attributes:

@@ -78,7 +78,7 @@ _MODEL_NAME = r"[0-9A-Za-z][0-9A-Za-z_.-]*"
 _TAG_NAME = r"[a-z0-9-]+"
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class Uri(Described):
     """A publicly reachable http(s) URL of an image, on Cloudinary or anywhere else.
 
@@ -105,7 +105,7 @@ class Uri(Described):
         return self.uri
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class Asset(Described):
     """An asset of the same product environment, by its immutable asset id.
 
@@ -225,7 +225,7 @@ def _check_text(value: str, noun: str) -> None:
         )
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class AnalyzeRequest(Described, Generic[A_co]):
     """The base class of all requests. Not created directly: use the class of a model.
 
@@ -301,7 +301,7 @@ class KeyBuilder:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class AIVisionGeneral(AnalyzeRequest[AIVisionGeneralAnalysis]):
     """Ask free questions about an image. Costs AI Vision tokens.
 
@@ -323,7 +323,7 @@ class AIVisionGeneral(AnalyzeRequest[AIVisionGeneralAnalysis]):
         return {"prompts": list(self.prompts)}
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class AIVisionModeration(AnalyzeRequest[AIVisionModerationAnalysis]):
     """Ask yes/no questions about an image. Costs AI Vision tokens.
 
@@ -345,7 +345,7 @@ class AIVisionModeration(AnalyzeRequest[AIVisionModerationAnalysis]):
         return {"rejection_questions": list(self.rejection_questions)}
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class TagDefinition(Described):
     """The name of a tag, and the description of the images that it fits.
 
@@ -388,7 +388,7 @@ def _read_definitions(
     return definitions
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class AIVisionTagging(AnalyzeRequest[AIVisionTaggingAnalysis]):
     """Find which of your own tags fit an image. Costs AI Vision tokens.
 
@@ -643,7 +643,7 @@ def _check_model_name(name: str) -> str:
     return read_model_name(str.__str__(name))
 
 
-@attrs.frozen(init=False, repr=False)
+@attrs.frozen(init=False, repr=False, eq=False)
 class OtherModel(AnalyzeRequest[OtherAnalysis]):
     """A request for a model that this package does not know. Its analysis is an `OtherAnalysis`.
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import attrs
 
-from cloudinary_analyze._values import Jsonable
+from cloudinary_analyze._values import Described, Jsonable
 
 if TYPE_CHECKING:
     from cloudinary_analyze.requests import AnalyzeRequest
@@ -37,7 +37,7 @@ A_co = TypeVar("A_co", covariant=True)
 JSONObject = Mapping[str, Any]
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class Limit(Jsonable):
     """How much of an add-on's quota is left.
 
@@ -149,7 +149,7 @@ def _read_integer(value: Any) -> int | None:
     return None
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class Response(Jsonable, Generic[A_co]):
     """The response to one analysis: the typed analysis, and the JSON as received.
 
@@ -205,7 +205,7 @@ class Response(Jsonable, Generic[A_co]):
         )
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(repr=False, eq=False)
 class TaskStatus(Jsonable):
     """The status of a task. It never carries the result.
 
@@ -230,8 +230,8 @@ class TaskStatus(Jsonable):
         return self.state in {"completed", "failed"}
 
 
-@attrs.frozen
-class Delivery:
+@attrs.frozen(repr=False, eq=False)
+class Delivery(Described):
     """The raw bytes and headers of a webhook, with the time of its first receipt.
 
     A delivery is not trusted. It becomes a `Notification` once its signature is verified.
@@ -251,8 +251,8 @@ class Delivery:
     received_at: float | None = attrs.field(factory=time.time, kw_only=True)
 
 
-@attrs.frozen
-class Notification:
+@attrs.frozen(repr=False, eq=False)
+class Notification(Described):
     """The parsed body of a webhook.
 
     Source: the webhook. The schema requires none of its fields.

@@ -14,6 +14,7 @@ from urllib.parse import quote
 import attrs
 
 from cloudinary_analyze._policy import find_rule, is_exhausted
+from cloudinary_analyze._values import Described
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze.analyses import OtherAnalysis
 from cloudinary_analyze.errors import (
@@ -60,8 +61,8 @@ _RUNNING: Final = frozenset(
 )
 
 
-@attrs.frozen
-class Accepted:
+@attrs.frozen(repr=False, eq=False)
+class Accepted(Described):
     """A 202: the analysis was accepted as a task.
 
     Attributes:

@@ -7,16 +7,19 @@ import pickle
 from collections.abc import Iterator
 from typing import Any
 
+import attrs
 import pytest
 
 from cloudinary_analyze import (
     MODELS,
     AIVisionTagging,
     AnalyzeRequest,
+    Answered,
     AttributeValue,
     BoundingBox,
     Captioning,
     CldFashion,
+    CldTextAnalysis,
     Coco,
     CocoAnalysis,
     Detection,
@@ -510,3 +513,20 @@ def test_a_response_for_tests_takes_a_request_and_an_analysis() -> None:
 )
 def test_a_repr_shows_every_field_that_is_not_hidden(value: Any, text: str):
     assert repr(value) == f"{type(value).__name__}({text})"
+
+
+def test_values_are_equal_if_their_compared_fields_are() -> None:
+    request = Coco(URL)
+    response = Response(CocoAnalysis(), model="coco", raw={"a": 1})
+    outcome = Answered(item=1, index=0, request=request, response=response)
+    assert outcome == attrs.evolve(outcome, seconds=5.0, queued=1.0)  # times are not compared
+    assert hash(outcome) == hash(attrs.evolve(outcome, seconds=5.0))
+    for changes in ({"item": 2}, {"index": 1}, {"request": Coco(f"{URL}?2")}, {"restored": True}):
+        assert outcome != attrs.evolve(outcome, **changes)
+    other = attrs.evolve(response, raw={"a": 2})
+    assert response != other
+    assert hash(response) == hash(other)  # JSON has no hash
+    assert CocoAnalysis() != CldTextAnalysis()
+    assert Coco(URL) != Captioning(URL)
+    assert len({Coco(URL), Coco(URL), Captioning(URL)}) == 2
+    assert Coco(URL) != URL
