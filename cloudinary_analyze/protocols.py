@@ -101,8 +101,9 @@ FollowPut: TypeAlias = Callable[[str, Awaitable[str | None]], Awaitable[None]]
 class TraceCarrier(Protocol):
     """A source or sink that carries trace contexts; used by `cloudinary_analyze.telemetry`.
 
-    A context is the value of a ``traceparent`` header (W3C). The deliveries that it yields have
-    that header if the context of their task is known.
+    A context is the value of a ``traceparent`` header (W3C), followed by a space and the value of
+    ``tracestate`` if there is one. The deliveries that it yields have it as their header
+    ``traceparent`` if the context of their task is known.
     """
 
     def note_trace(self, task_id: str, trace: str) -> None:
@@ -110,7 +111,7 @@ class TraceCarrier(Protocol):
 
         Args:
             task_id: The task.
-            trace: The value of a ``traceparent`` header.
+            trace: The context.
         """
         ...
 

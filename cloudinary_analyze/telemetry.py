@@ -24,8 +24,8 @@ child of the submission, with a link |
 
 Several processes share one trace if their notifications go through `RedisNotifications`: the
 context of a submission is stored beside the mailbox of its task. A process that receives webhooks
-and has no session passes the `RedisNotifications` to `instrument`. Sampling decisions are kept;
-``tracestate`` is not carried.
+and has no session passes the `RedisNotifications` to `instrument`. Sampling decisions are kept.
+``tracestate`` is carried too, up to 512 characters.
 
 | metric | unit | meaning, and its attributes |
 |---|---|---|
@@ -97,6 +97,9 @@ except ImportError as _missing:
 SCOPE: Final = "cloudinary_analyze"
 TASKS: Final = 100_000  # tasks whose submissions are remembered; the oldest are dropped first
 SHOWN: Final = 100  # characters of text from the service
+STATE_HEADER: Final = "tracestate"
+LONGEST_STATE: Final = 512  # characters, as W3C asks of every participant
+LONGEST_ENTRY: Final = 128
 
 Attributes = dict[str, str | bool | int | float]
 
@@ -198,15 +201,33 @@ def _link(*contexts: SpanContext) -> list[Link]:
 
 
 def _read_context(text: str | None) -> SpanContext:
-    """Return the span of a ``traceparent``, or an invalid span if there is none."""
-    carrier = {} if text is None else {TRACE_HEADER: text}
+    """Return the span that a carried context names; an invalid one if there is none."""
+    parent, _, state = (text or "").partition(" ")
+    carrier = {TRACE_HEADER: parent}
+    if 0 < len(state) <= LONGEST_STATE:
+        carrier[STATE_HEADER] = state
     return trace.get_current_span(_W3C.extract(carrier, Context())).get_span_context()
 
 
 def _write_context(context: SpanContext) -> str | None:
+    """Return a context as one string, see `TraceCarrier`; ``None`` if there is no trace."""
     carrier: dict[str, str] = {}
     _W3C.inject(carrier, _enter(context))
-    return carrier.get(TRACE_HEADER)
+    parent, state = carrier.get(TRACE_HEADER), _bound_state(carrier.get(STATE_HEADER, ""))
+    return f"{parent} {state}" if parent and state else parent
+
+
+def _bound_state(state: str) -> str:
+    """Return the newest entries of a ``tracestate`` that fit into `LONGEST_STATE` characters.
+
+    As W3C says, long entries are dropped first, and then the oldest, which come last.
+    """
+    entries = state.split(",")
+    if len(state) > LONGEST_STATE:
+        entries = [entry for entry in entries if len(entry) <= LONGEST_ENTRY]
+    while len(",".join(entries)) > LONGEST_STATE:
+        entries.pop()
+    return ",".join(entries)
 
 
 def _enter(context: SpanContext) -> Context:

@@ -35,13 +35,17 @@ from cloudinary_analyze.notifications.redis import RedisNotifications
 
 pytest.importorskip("opentelemetry.sdk")
 
+from hypothesis import given
+from hypothesis import strategies as st
 from opentelemetry import trace
+from opentelemetry.context import attach, detach
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from cloudinary_analyze import telemetry
 from cloudinary_analyze.telemetry import instrument
@@ -414,6 +418,68 @@ async def test_submit_in_a_and_webhook_at_b_are_one_trace(
     for text in (at_a.everything(), at_b.everything()):
         assert "pLanted" not in text
         assert "?" not in text
+
+
+@pytest.mark.parametrize(
+    ("state", "carried"),
+    [
+        ("vendor=abc, other=1:2", {"vendor": "abc", "other": "1:2"}),
+        ("", {}),
+        (
+            ",".join(
+                [f"new=a{'n' * 50}", f"long={'l' * 200}", *(f"k{n}={'v' * 90}" for n in range(8))]
+            ),
+            {"new": f"a{'n' * 50}"} | {f"k{n}": "v" * 90 for n in range(4)},
+        ),
+    ],
+    ids=["two", "none", "too long"],
+)
+async def test_tracestate_is_carried_with_the_trace(
+    redis: Any,
+    exported: Exported,
+    request: pytest.FixtureRequest,
+    state: str,
+    carried: dict[str, str],
+) -> None:
+    """It goes from the submission through Redis to the webhook and to the answer, bounded."""
+    at_b, namespace = Exported(), f"state-{len(state)}"
+    parent = f"00-{'1' * 32}-{'2' * 16}-01"
+    outer = TraceContextTextMapPropagator().extract({"traceparent": parent, "tracestate": state})
+    async with (
+        open_mailboxes(redis, namespace) as mailboxes_a,
+        open_mailboxes(redis, namespace) as mailboxes_b,
+        serve_asgi(WebhookReceiver(mailboxes_b, CREDENTIALS)) as origin,
+        Emulator(task_seconds=0.2) as emulator,
+        AnalyzeSession(
+            Credentials.from_url(emulator.cloudinary_url),
+            notifications=mailboxes_a,
+            notification_url=f"{origin}/hook",
+        ) as session,
+    ):
+        exported.instrument(session)
+        at_b.instrument(mailboxes_b)
+        token = attach(outer)
+        try:
+            await session.submit(Captioning(URL), timeout=20)
+        finally:
+            detach(token)
+        await until(lambda: exported.named("process notification"))
+        await until(lambda: at_b.named("receive notification"))
+    received, processed = at_b.only("receive notification"), exported.only("process notification")
+    assert dict(received.context.trace_state) == carried
+    assert carried.items() <= dict(processed.context.trace_state).items()
+    assert {trace_of(received), trace_of(processed)} == {
+        trace_of(exported.only("analyze captioning"))
+    }
+
+
+@given(st.text(max_size=3000))
+def test_any_carried_context_is_read(text: str) -> None:
+    """Redis and a user's own source may hold anything."""
+    for carried in (text, f"00-{'1' * 32}-{'2' * 16}-01 {text}"):
+        context = telemetry._read_context(carried)
+        assert len(context.trace_state.to_header()) <= 512
+        assert len(telemetry._write_context(context) or "") <= 55 + 1 + 512
 
 
 async def test_a_third_worker_links_to_the_submission(
