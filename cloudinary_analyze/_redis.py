@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
@@ -60,6 +61,7 @@ CONNECT_SECONDS: Final = 5.0
 ANSWER_SECONDS: Final = 10.0  # for a whole batch
 BATCH: Final = 256  # commands
 BATCH_BYTES: Final = 2**22
+UNANSWERED: Final = 4 * BATCH  # commands that are sent ahead of their replies
 FIRST_PAUSE: Final = 0.05  # seconds before another attempt to connect; doubles
 LONGEST_PAUSE: Final = 1.0
 
@@ -320,19 +322,28 @@ Command = Sequence[bytes | str | int | float]
 
 @attrs.define(eq=False, repr=False)
 class _Pending:
-    command: Command
+    """A command that has no reply yet.
+
+    Attributes:
+        content: The command in the protocol of Redis.
+        reply: Receives the reply; ``None`` if it does not matter.
+        repeat: Whether it is sent again if its reply is lost.
+    """
+
+    content: bytes
     reply: asyncio.Future[Any] | None
     repeat: bool
 
 
 @attrs.define(eq=False, repr=False)
 class Link:
-    """One connection of one event loop. Commands queue, and go out many to a round trip.
+    """One connection of one event loop. Commands go out in order, without waiting for replies.
 
     A command whose reply was lost is sent again, so it must be idempotent. Replies keep the order
-    of the commands.
+    of the commands. Each command is either queued or sent; a broken connection queues what was
+    sent again, before the rest.
 
-    States: *down* (no connection; the next command connects), *up*, *failed* (everything raises
+    States: *down* (no connection, or it is not prepared; the next command connects), *up*, *failed* (everything raises
     `LinkFailedError`), *closed*. Down → up when `prepare` returned; up → down when the connection
     breaks; down → failed when `patience` is over, or Redis refuses the credentials.
 
@@ -354,8 +365,11 @@ class Link:
     failure: str | None = attrs.field(default=None, init=False)
     _digests: dict[str, str] = attrs.field(init=False)
     _connection: Any = attrs.field(default=None, init=False)
+    _up: bool = attrs.field(default=False, init=False)
     _queue: deque[_Pending] = attrs.field(factory=deque, init=False)
-    _server: asyncio.Task[None] | None = attrs.field(default=None, init=False)
+    _sent: deque[_Pending] = attrs.field(factory=deque, init=False)
+    _reader: asyncio.Task[None] | None = attrs.field(default=None, init=False)
+    _writer: asyncio.Task[None] | None = attrs.field(default=None, init=False)
     _troubled_at: float | None = attrs.field(default=None, init=False)
     _closed: bool = attrs.field(default=False, init=False)
 
@@ -378,13 +392,13 @@ class Link:
         """
         self._check()
         reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._put(_Pending(command, reply, repeat))
+        self._put(_Pending(_pack([command]), reply, repeat))
         return await reply
 
     def send_later(self, *command: bytes | str | float) -> None:
         """Send a command whose reply does not matter. Does nothing once the link has failed."""
         if self.failure is None and not self._closed:
-            self._put(_Pending(command, None, repeat=True))
+            self._put(_Pending(_pack([command]), None, repeat=True))
 
     def build_call(self, name: str, key: bytes, *arguments: bytes | str | float) -> Command:
         """Return the command that runs a script on one key."""
@@ -398,44 +412,66 @@ class Link:
 
     def _put(self, pending: _Pending) -> None:
         self._queue.append(pending)
-        if self._server is None or self._server.done():
-            self._server = asyncio.get_running_loop().create_task(self._serve())
+        self._start_writing()
+        if self._reader is None or self._reader.done():
+            self._reader = asyncio.get_running_loop().create_task(self._serve())
+
+    def _start_writing(self) -> None:
+        if self._up and self._queue and (self._writer is None or self._writer.done()):
+            self._writer = asyncio.get_running_loop().create_task(self._write(self._connection))
+
+    async def _write(self, connection: Any) -> None:
+        """Send what is queued. The reader notices if the connection breaks."""
+        while self._queue and len(self._sent) < UNANSWERED:
+            if not connection.is_connected:  # redis-py would connect without `prepare`
+                return
+            batch = self._take_batch()
+            self._sent.extend(batch)
+            content = b"".join([pending.content for pending in batch])
+            with suppress(Exception):  # the connection is closed then
+                await connection.send_packed_command(content, check_health=False)
 
     async def _serve(self) -> None:
-        """Send what waits until nothing does."""
+        """Connect, and read replies until nothing waits for one."""
         pause = FIRST_PAUSE
-        while self._queue:
-            batch: list[_Pending] = []
+        while self._queue or self._sent:
             try:
-                if self._connection is None:
+                if not self._up:
                     await self._connect()
-                batch = self._take_batch()
-                replies = await self.exchange([pending.command for pending in batch])
+                self._start_writing()
+                await self._read()
+                self._troubled_at, pause = None, FIRST_PAUSE
             except REFUSED as error:
-                self._fail(batch, f"Redis refused the credentials ({shorten(str(error))})")
+                self._fail(f"Redis refused the credentials or a command ({shorten(str(error))})")
             except (*BROKEN, ResponseError) as error:
+                # another server may have taken over; a new connection loads the scripts
                 await self._disconnect()
-                self._put_back(batch)
-                if not await self._wait_after(error, pause):
+                self._put_back()
+                if not isinstance(error, NoScriptError) and not await self._wait_after(
+                    error, pause
+                ):
                     return
                 pause = min(2 * pause, LONGEST_PAUSE)
             except LinkFailedError as error:
-                self._fail(batch, str(error))
+                self._fail(str(error))
             except BaseException as error:
-                self._fail(batch, f"{type(error).__name__}: {shorten(str(error))}")
+                self._fail(f"{type(error).__name__}: {shorten(str(error))}")
                 if not isinstance(error, Exception):
                     raise
-            else:
-                refusal = self._settle(batch, replies)
-                if refusal is None:
-                    self._troubled_at, pause = None, FIRST_PAUSE
-                elif isinstance(refusal, REFUSED):
-                    self._fail([], f"Redis refused a command ({refusal})")
-                else:  # another server may have taken over; a new connection loads the scripts
-                    await self._disconnect()
-                    self._put_back([])
-                    if isinstance(refusal, NoScriptError) or await self._wait_after(refusal, pause):
-                        pause = min(2 * pause, LONGEST_PAUSE)
+
+    async def _read(self) -> None:
+        """Hand over the replies to what was sent until now.
+
+        Raises:
+            ResponseError: Redis refused a command. It counts as unanswered, as all after it.
+        """
+        connection, sent = self._connection, self._sent
+        async with self.clock.timeout_at(self.clock.monotonic() + ANSWER_SECONDS):
+            for _ in range(len(sent) or 1):
+                reply = await connection.read_response()
+                pending = sent.popleft()
+                if pending.reply is not None and not pending.reply.done():
+                    pending.reply.set_result(reply)
 
     def _take_batch(self) -> list[_Pending]:
         batch: list[_Pending] = []
@@ -443,7 +479,7 @@ class Link:
         while self._queue and len(batch) < BATCH and size < BATCH_BYTES:
             pending = self._queue.popleft()
             batch.append(pending)
-            size += measure_command(pending.command)
+            size += len(pending.content)
         return batch
 
     async def _connect(self) -> None:
@@ -458,6 +494,7 @@ class Link:
                 if isinstance(reply, Exception):
                     raise reply
             await self.prepare(self)
+            self._up = True
         except BaseException:
             self._connection = None
             await connection.disconnect(nowait=True)
@@ -480,14 +517,17 @@ class Link:
         return replies
 
     async def _disconnect(self, *, nowait: bool = True) -> None:
-        connection, self._connection = self._connection, None
+        if self._writer is not None:
+            self._writer.cancel()
+        connection, self._connection, self._up = self._connection, None, False
+        self._writer = None
         if connection is not None:
             await connection.disconnect(nowait=nowait)
 
-    def _put_back(self, batch: list[_Pending]) -> None:
-        """Queue a batch again, first, and end what is not to be repeated."""
-        self._queue.extendleft(reversed(batch))
-        waiting = list(self._queue)
+    def _put_back(self) -> None:
+        """Queue what has no reply again, first, and end what is not to be repeated."""
+        waiting = [*self._sent, *self._queue]
+        self._sent.clear()
         self._queue.clear()
         for pending in waiting:
             if pending.repeat:
@@ -495,49 +535,37 @@ class Link:
             else:
                 _end(pending, LinkBrokenError())
 
-    def _settle(self, batch: list[_Pending], replies: list[Any]) -> ResponseError | None:
-        """Hand replies over; queue again what Redis refused, and return the refusal."""
-        refusal: ResponseError | None = None
-        refused = []
-        for pending, reply in zip(batch, replies, strict=True):
-            if isinstance(reply, ResponseError):
-                refusal = reply
-                refused.append(pending)
-            elif pending.reply is not None and not pending.reply.done():
-                pending.reply.set_result(reply)
-        self._queue.extendleft(reversed(refused))
-        return refusal
-
     async def _wait_after(self, error: Exception, pause: float) -> bool:
         """Wait before another attempt; once the patience is over, fail and return ``False``."""
         now = self.clock.monotonic()
         if self._troubled_at is None:
             self._troubled_at = now
         if now - self._troubled_at >= self.patience:
-            self._fail(
-                [], f"Redis was not available for {self.patience:g} s ({shorten(str(error))})"
-            )
+            self._fail(f"Redis was not available for {self.patience:g} s ({shorten(str(error))})")
             return False
         await self.clock.sleep(pause)
         return True
 
-    def _fail(self, batch: list[_Pending], why: str) -> None:
+    def _fail(self, why: str) -> None:
         self.failure = why
-        while batch or self._queue:
-            _end(batch.pop() if batch else self._queue.popleft(), LinkFailedError(why))
+        self._end_all(why)
+
+    def _end_all(self, why: str) -> None:
+        for waiting in (self._sent, self._queue):
+            while waiting:
+                _end(waiting.popleft(), LinkFailedError(why))
 
     async def aclose(self, *, patience: float = ANSWER_SECONDS) -> None:
         """Send what waits, for a limited time, and disconnect. Idempotent."""
         self._closed = True
-        server, self._server = self._server, None
+        reader, self._reader = self._reader, None
         try:
-            if server is not None and not server.done():
-                await asyncio.wait({server}, timeout=patience)
+            if reader is not None and not reader.done():
+                await asyncio.wait({reader}, timeout=patience)
         finally:
-            if server is not None:
-                server.cancel()
-            while self._queue:
-                _end(self._queue.popleft(), LinkFailedError("it was closed"))
+            if reader is not None:
+                reader.cancel()
+            self._end_all("it was closed")
             await asyncio.shield(self._disconnect(nowait=False))
 
 

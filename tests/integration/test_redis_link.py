@@ -1,0 +1,114 @@
+"""The connection that sends commands ahead of their replies, against a scripted server."""
+
+import asyncio
+import contextlib
+
+import pytest
+
+from cloudinary_analyze._clock import SYSTEM_CLOCK
+from cloudinary_analyze._redis import Link, LinkBrokenError, RedisLocation, read_location
+from tests.scripted import until
+
+
+class Server:
+    """Speaks enough of the protocol of Redis. Echoes of a number wait for `allowed` of them."""
+
+    def __init__(self):
+        self.allowed = asyncio.Event()
+        self.connections = []  # the echoes that each received
+        self.break_after = None
+
+    async def serve(self, reader, writer):
+        echoes = []
+        self.connections.append(echoes)
+        pending = None
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while count := int((await reader.readline())[1:] or 0):
+                parts = []
+                for _ in range(count):
+                    size = int((await reader.readline())[1:])
+                    parts.append((await reader.readexactly(size + 2))[:-2])
+                if parts[0] != b"ECHO":
+                    writer.write(b"+OK\r\n")
+                    continue
+                echoes.append(parts[1])
+                if pending is None:
+                    pending = asyncio.ensure_future(self.reply(writer, echoes))
+        writer.close()
+        if pending is not None:
+            await pending
+
+    async def reply(self, writer, echoes):
+        await self.allowed.wait()
+        for number in range(10_000):
+            if number == self.break_after:
+                self.break_after = None
+                writer.close()
+                return
+            while number >= len(echoes):
+                if writer.is_closing():
+                    return
+                await asyncio.sleep(0.001)
+            writer.write(b"$%d\r\n%b\r\n" % (len(echoes[number]), echoes[number]))
+
+
+@pytest.fixture
+async def scripted():
+    server = Server()
+    listener = await asyncio.start_server(server.serve, "127.0.0.1", 0)
+    host, port = listener.sockets[0].getsockname()
+    prepared = []
+
+    async def prepare(link):
+        prepared.append(await link.exchange([("PING",)]))
+        await asyncio.sleep(0.01)  # what is queued meanwhile must wait
+
+    location: RedisLocation = read_location(f"redis://{host}:{port}/0")
+    link = Link(location, 5.0, SYSTEM_CLOCK, prepare, {})
+    yield server, link, prepared
+    server.allowed.set()
+    await link.aclose()
+    listener.close()
+
+
+async def test_commands_do_not_wait_for_earlier_replies(scripted):
+    server, link, _ = scripted
+    first = asyncio.ensure_future(link.ask("ECHO", "1"))
+    await until(lambda: server.connections and server.connections[0] == [b"1"])
+    second = asyncio.ensure_future(link.ask("ECHO", "2"))
+    await until(lambda: server.connections[0] == [b"1", b"2"])
+    server.allowed.set()
+    assert await first == b"1"
+    assert await second == b"2"
+
+
+async def test_a_broken_connection_repeats_what_has_no_reply(scripted):
+    server, link, prepared = scripted
+    server.break_after = 1
+    asks = [asyncio.ensure_future(link.ask("ECHO", n, repeat=n != 2)) for n in range(4)]
+    await until(lambda: server.connections and len(server.connections[0]) == 4)
+    server.allowed.set()
+    replies = await asyncio.gather(*asks, return_exceptions=True)
+    assert replies[:2] + replies[3:] == [b"0", b"1", b"3"]
+    assert isinstance(replies[2], LinkBrokenError)
+    assert server.connections == [[b"0", b"1", b"2", b"3"], [b"1", b"3"]]
+    assert prepared == [[b"OK"], [b"OK"]]
+
+
+async def test_more_commands_than_may_be_unanswered_all_arrive(scripted):
+    server, link, _ = scripted
+    asks = [asyncio.ensure_future(link.ask("ECHO", number)) for number in range(3000)]
+    await until(lambda: server.connections and len(server.connections[0]) >= 1024)
+    await asyncio.sleep(0)
+    assert len(server.connections[0]) < 2048
+    server.allowed.set()
+    assert await asyncio.gather(*asks) == [b"%d" % number for number in range(3000)]
+
+
+async def test_closing_ends_what_has_no_reply(scripted):
+    server, link, _ = scripted
+    asks = [asyncio.ensure_future(link.ask("ECHO", number)) for number in range(3)]
+    await until(lambda: server.connections and len(server.connections[0]) == 3)
+    await link.aclose(patience=0.01)
+    replies = await asyncio.gather(*asks, return_exceptions=True)
+    assert [str(reply) for reply in replies] == ["it was closed"] * 3
