@@ -310,7 +310,7 @@ def _build_netloc(netloc: str, username: str | None, password: str | None) -> st
 
 
 class LinkBrokenError(Exception):
-    """The connection was lost before the reply to a command that is not repeated by itself."""
+    """The connection changed before the reply to a command that is not repeated by itself."""
 
 
 class LinkFailedError(Exception):
@@ -384,10 +384,11 @@ class Link:
 
         Args:
             command: Its parts.
-            repeat: Whether to send it again if its reply is lost.
+            repeat: Whether to send it again if its reply is lost, and to send it at all on a
+                connection that is newer than this call.
 
         Raises:
-            LinkBrokenError: Its reply was lost, and it is not repeated.
+            LinkBrokenError: The connection changed before its reply, and it is not repeated.
             LinkFailedError: Redis is out of reach, or refuses it.
         """
         self._check()
@@ -438,6 +439,7 @@ class Link:
             try:
                 if not self._up:
                     await self._connect()
+                    self._put_back()  # `prepare` may have changed what these commands rely on
                 self._start_writing()
                 await self._read()
                 self._troubled_at, pause = None, FIRST_PAUSE

@@ -36,6 +36,7 @@ from cloudinary_analyze.cli.screen import DEFAULT_DISPLAY, build_console
 from cloudinary_analyze.cli.service import DEFAULT_CALLS, Service
 from cloudinary_analyze.emulator import Emulator, FaultPlan, WebhookPolicy
 from cloudinary_analyze.events import NotificationSeen
+from cloudinary_analyze.ledger import SQLiteLedger
 
 cli_folder, start_emulator = cli_support.cli_folder, cli_support.start_emulator
 pytestmark = pytest.mark.usefixtures("cli_folder")
@@ -112,8 +113,10 @@ async def test_pending_tasks_are_resumed_and_not_submitted_again(tmp_path: Path)
     async with Emulator(task_seconds=300, webhooks=policy) as emulator:
         async with start(*RUN, *receive, folder=tmp_path, emulator=emulator) as process:
             await until(lambda: len(emulator.tasks) == 30)
+            ledger = SQLiteLedger(tmp_path / "results.jsonl.ledger")
+            await until(lambda: ledger.counts().submitted == 30)
             process.send_signal(signal.SIGINT)
-            await see(process, "in flight will be")  # fewer than 30 if 202s are still on their way
+            await see(process, "in flight will be")
             process.send_signal(signal.SIGINT)
             code, _, err = await end(process)
         assert code == 130

@@ -26,6 +26,7 @@ from cloudinary_analyze.ledger import worker as room
 from cloudinary_analyze.ledger.redis import RedisLedger
 from cloudinary_analyze.protocols import Claim
 from cloudinary_analyze.responses import Response
+from cloudinary_analyze.testing import ManualClock
 from tests.scripted import CAPTION, ScriptedServer, answer, until
 
 URLS = [f"https://example.com/{number}.jpg" for number in range(12)]
@@ -297,11 +298,11 @@ async def test_a_response_replaces_an_error_and_is_not_replaced(build):
         assert (record.response, record.error, record.seconds) == (RAW, None, 2)
 
 
-async def test_writes_that_redis_lost_are_repeated(build, tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "QUIET", 1.0)
+async def test_writes_that_redis_lost_are_repeated(build, tmp_path):
     forgetful = start_redis(tmp_path, fsync="no", options=("--appendonly", "no"))
+    clock = ManualClock()
     try:
-        one, other = (build(forgetful.url, lease=0.5) for _ in range(2))
+        one, other = build(forgetful.url, lease=0.5), build(forgetful.url, clock=clock)
         async with opened(one), opened(other):
             keys = [Captioning(url).key for url in URLS[:4]]
             await one.claim(keys[0])
@@ -314,7 +315,15 @@ async def test_writes_that_redis_lost_are_repeated(build, tmp_path, monkeypatch)
             await one.find(keys[3])
             forgetful.kill()
             forgetful.start()
-            claims = await asyncio.gather(*(other.claim(key) for key in keys))
+            asked = asyncio.gather(*(other.claim(key) for key in keys))
+            finding = asyncio.create_task(other.find(keys[3]))
+            while not finding.done():
+                await clock.advance(0.05)
+                await asyncio.sleep(0.005)
+            assert not asked.done(), "a claim did not wait for the writes of others"
+            await one.find(keys[3])
+            await clock.advance(room.QUIET)
+            claims = await asked
             assert claims == [None, None, None, Claim(ambiguous=True)]
             assert (await other.find(keys[0])).response == RAW
             assert (await one.find(keys[2])).task_id == "task"

@@ -85,6 +85,7 @@ async def test_commands_do_not_wait_for_earlier_replies(scripted):
 async def test_a_broken_connection_repeats_what_has_no_reply(scripted):
     server, link, prepared = scripted
     server.break_after = 1
+    await link.ask("PING")
     asks = [asyncio.ensure_future(link.ask("ECHO", n, repeat=n != 2)) for n in range(4)]
     await until(lambda: server.connections and len(server.connections[0]) == 4)
     server.allowed.set()
