@@ -1,7 +1,7 @@
 """A local stand-in for the Analyze API: develop and test without an account, at no cost.
 
-All fifteen models, Basic and Bearer authentication, the documented errors, quotas, tasks, signed
-webhooks, and a gallery of generated pictures with real shapes, so that detections lie on what is drawn.
+It has all fifteen models, Basic and Bearer authentication, the documented errors, quotas, tasks,
+signed webhooks, and a gallery of generated images, whose detections match the shapes drawn in them.
 **Its analyses are synthetic:** deterministic per source, but made up. Its cloud names begin with
 ``emulator-``, and its ``Server`` header names it.
 

@@ -1,7 +1,7 @@
 """Synthetic analyses: a pure function of model, source and parameters for every model.
 
-For gallery pictures they describe what is drawn; for everything else they are made
-up from the hash of the source, in the very shape that the service answers in.
+For gallery images they describe the drawing. For other sources they are made up from the hash of
+the source, in the shape of the service's responses.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ _CLOSED_QUESTION: Final = re.compile(
 
 
 def build_analysis(request: AnalyzeRequest) -> Analysis | None:
-    """Return ``data.analysis`` for a request; ``None`` if its source cannot be fetched.
+    """Return ``data.analysis`` for a request. ``None`` if its source cannot be fetched.
 
-    The only sources that cannot be fetched are gallery addresses that name no picture.
+    Only gallery URLs without an image cannot be fetched.
     """
     scene = find_scene(request.source)
     if scene is None:
@@ -107,7 +107,7 @@ def build_analysis(request: AnalyzeRequest) -> Analysis | None:
 
 
 def compute_cost(request: AnalyzeRequest) -> int:
-    """Return the units of quota that a request uses: tokens for AI Vision, else one."""
+    """Return the units of quota that a request uses: tokens for AI Vision, otherwise 1."""
     if request.model.feature != AI_VISION:
         return 1
     count = len(request.items)
@@ -118,7 +118,7 @@ def compute_cost(request: AnalyzeRequest) -> int:
 
 
 def compute_latency(request: AnalyzeRequest) -> float:
-    """Return the seconds that the service would take; AI Vision answers its prompts in turn."""
+    """Return the seconds that the service would take. AI Vision answers prompts one by one."""
     spread = 0.8 + 0.4 * Entropy("latency", request.model.name, request.source).fraction()
     if request.model.feature != AI_VISION:
         return 0.8 * spread
@@ -174,7 +174,7 @@ def _build_tagging(request: AnalyzeRequest, scene: Scene) -> Analysis:
 
 
 def _judge(source: str, scene: Scene, text: str, likelihood: float) -> bool:
-    """Say whether a text is true of a scene: for drawn shapes and colours really, else by hash."""
+    """Return whether a text is true of a scene: by its shapes and colors, otherwise by hash."""
     if scene.drawn:
         words = {word.removesuffix("s") for word in _WORD.findall(text.lower())}
         kinds = {kind for word, kind in _SYNONYMS.items() if word in words}

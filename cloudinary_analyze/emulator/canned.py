@@ -1,4 +1,4 @@
-"""Results that a test wrote in advance, by model and source, in place of the synthetic ones."""
+"""Results that a test sets, by model and source, instead of the synthetic ones."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _CATEGORIES: Final = {401: "auth_error", 403: "auth_error", 429: "rate_limit_err
 
 @attrs.define(eq=False)
 class CannedResult:
-    """What a model finds, or the error that it ends with.
+    """The result of a model, or the error that it ends with.
 
     Attributes:
-        analysis: ``data.analysis``; ``None``: the synthetic one.
+        analysis: The ``data.analysis`` object. ``None``: the synthetic one.
         status: 200, or the status of the error.
-        left: How many requests it still serves; ``None``: any number.
+        left: The number of requests that it still serves. ``None``: any number.
     """
 
     analysis: Mapping[str, Any] | None
@@ -37,7 +37,7 @@ class CannedResults:
     _rules: dict[tuple[str, str | None], list[CannedResult]] = attrs.field(factory=dict, init=False)
 
     def add(self, model: str, source: str | None, result: CannedResult) -> None:
-        """Add a rule, used after those of the same target; one without a limit is replaced."""
+        """Add a rule, used after those of the same target. It replaces a rule without a limit."""
         rules = self._rules.setdefault((model, source), [])
         if rules and rules[-1].left is None:
             rules.pop()
@@ -58,7 +58,7 @@ class CannedResults:
 
 
 def find_refusal(request: AnalyzeRequest, canned: CannedResult | None) -> Refusal | None:
-    """Return the error that a request ends with; ``None``: it has a result."""
+    """Return the error that a request ends with. ``None``: it has a result."""
     if canned is not None and canned.status != 200:
         default = "server_error" if canned.status >= 500 else "user_error"
         category = _CATEGORIES.get(canned.status, default)

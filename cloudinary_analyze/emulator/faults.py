@@ -172,12 +172,12 @@ class FaultDesk:
 
     @property
     def plan(self) -> FaultPlan | None:
-        """The plan of this moment."""
+        """The current plan."""
         return self.find_plan()
 
     @property
     def delay_seconds(self) -> float:
-        """By how much a delayed notification is late."""
+        """The delay of a delayed notification, in seconds."""
         plan = self.plan
         return 0.0 if plan is None else plan.delay_seconds
 

@@ -1,7 +1,7 @@
-"""The picture gallery: scenes of plain shapes, and the PNG files that show them.
+"""The image gallery: scenes of plain shapes, and their PNG files.
 
-A scene is a pure function of its key. The analyses describe the scene and the renderer draws it,
-so what is detected in a gallery picture is really there, to the pixel.
+A scene is a pure function of its key. The analyses describe the scene and the renderer draws it, so
+detections in a gallery image are exact to the pixel.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _PICTURE_NAME: Final = re.compile(r"([0-9]{1,9})\.png")
 
 
 class Entropy:
-    """Numbers drawn from the hash of some texts: the same texts, the same numbers."""
+    """Numbers from the hash of some texts. The same texts give the same numbers."""
 
     __slots__ = ("_value",)
 
@@ -64,7 +64,7 @@ class Entropy:
         self._value = int.from_bytes(blake2b(key, digest_size=64).digest(), "big")
 
     def pick(self, count: int) -> int:
-        """Return a number in ``range(count)``; about 500 bits can be picked in all."""
+        """Return a number in ``range(count)``. About 500 bits are available in total."""
         self._value, choice = divmod(self._value, count)
         return choice
 
@@ -158,9 +158,9 @@ def build_gallery_scene(number: int) -> Scene:
 
 
 def find_scene(source: str) -> Scene | None:
-    """Return the scene of a source, or ``None`` for a gallery address that names no picture.
+    """Return the scene of a source, or ``None`` for a gallery URL without an image.
 
-    A gallery picture is known by its path, whatever the host and the port.
+    A gallery image is recognized by its path, with any host and port.
     """
     # The plain search spares most sources the regular expression.
     if "/samples/" in source and (path := _GALLERY_PATH.match(source)):
@@ -170,7 +170,7 @@ def find_scene(source: str) -> Scene | None:
 
 
 def read_picture_number(name: str) -> int | None:
-    """Return the number in a file name such as ``7.png``; ``None`` if it names no picture."""
+    """Return the number in a file name such as ``7.png``. ``None`` if it names no image."""
     match = _PICTURE_NAME.fullmatch(name)
     return int(match[1]) if match else None
 

@@ -1,4 +1,4 @@
-"""What the emulator knows of each model: its quota feature and the list that it requires."""
+"""The models of the emulator: their quota features and required lists."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Model:
         name: The name in the path.
         feature: The add-on feature whose quota a call uses.
         list_field: The list of 1 to 10 items that the body must have, if any.
-        version: ``model_version`` of the answers; the Google models have none.
+        version: ``model_version`` of the responses. The Google models have none.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Tasks, and what their notifications say: the genuine ones and all the others."""
+"""Tasks, and the bodies of their notifications, genuine and faulty."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ UNKNOWN_STATUS: Final = "queued_for_gpu"
 
 @attrs.define(eq=False)
 class EmulatedTask:
-    """One accepted task. Its result is made when it is asked for, so a task stays small.
+    """One accepted task. Its result is built when it is needed, so a task stays small.
 
     Attributes:
-        task_id: The id that was handed out.
-        request: What is to be done.
+        task_id: The id that was returned to the client.
+        request: The request.
         request_id: The id of the request that was accepted.
-        charge: What it cost; ``None`` if it ends with an error that the plan did not ask for.
+        charge: Its cost. ``None`` if it ends with an error that the fault plan did not cause.
         accepted_at: When it was accepted, on the loop's clock.
         seconds: How long it works.
-        faults: The names of the plan's faults that hit it.
+        faults: The names of the faults of this task.
         canned: The result that was written in advance, if any.
         outcome: ``"completed"`` or ``"failed"`` once it is over.
         notified: Whether a genuine notification was answered 200.
@@ -74,7 +74,7 @@ def compose_notification(task: EmulatedTask, kind: str, quota_book: QuotaBook) -
     Args:
         task: A task that is over.
         kind: ``"genuine"``, ``"duplicate"``, or one of the plan's extra kinds.
-        quota_book: Knows how ``limits`` are shown.
+        quota_book: Builds ``limits``.
     """
     match kind:
         case "malformed":
@@ -113,7 +113,7 @@ def _compose_genuine(task: EmulatedTask, quota_book: QuotaBook) -> dict[str, Any
 
 
 def _compose_wrong(task: EmulatedTask, task_id: str, kind: str) -> dict[str, Any]:
-    """Return a success for another source, so that a client that takes it is found out."""
+    """Return a success for another source, to detect a client that accepts it."""
     source = f"https://{kind}.invalid/{task_id[:16]}.jpg"
     content = _compose_head(task_id, token_hex(16))
     content["http_status"] = 200

@@ -1,4 +1,4 @@
-"""Quotas of add-on features, and what ``limits`` says of them."""
+"""Quotas of add-on features, and the ``limits`` that report them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cloudinary_analyze.emulator.validation import QUOTA_EXCEEDED, Refusal
 
 @attrs.frozen
 class Charge:
-    """What one call used of a feature's quota, and what was left then."""
+    """The units that one call used of a feature's quota, and the remainder."""
 
     feature: str
     used: int
@@ -23,7 +23,7 @@ class Charge:
 
 
 class QuotaExhausted(Refusal):
-    """The 429 of a feature whose quota is used up; it carries the limits."""
+    """The 429 of a feature whose quota is used up, with the limits."""
 
     def __init__(self, charge: Charge) -> None:
         super().__init__(
@@ -40,11 +40,11 @@ class QuotaExhausted(Refusal):
 class QuotaBook:
     """Charges calls to quotas.
 
-    Without quotas nothing runs down: every answer shows the free plan with only itself charged.
+    Without quotas nothing runs out. Every response shows the free plan with only its own charge.
 
     Attributes:
-        quotas: Units per feature; features left out have no quota. ``None``: no quotas at all.
-        reset_time: What ``limits`` names as the end of the period; ``None``: nothing, as live.
+        quotas: Units per feature. Other features have no quota. ``None``: no quotas at all.
+        reset_time: The end of the period in ``limits``. ``None``: left out, as by the live service.
     """
 
     quotas: Mapping[str, int] | None
@@ -62,10 +62,11 @@ class QuotaBook:
     def charge(self, feature: str, cost: int) -> Charge:
         """Charge a call.
 
-        The cost of a call is known only afterwards, so the last one may cost more than is left.
+        The cost of a call is known only afterwards, so the last call may cost more than the
+        remainder.
 
         Raises:
-            QuotaExhausted: Nothing is left; nothing was charged.
+            QuotaExhausted: The quota is used up. Nothing was charged.
         """
         if feature not in self._remaining or self.quotas is None:
             limit = FREE_PLAN[feature]

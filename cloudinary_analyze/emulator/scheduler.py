@@ -1,4 +1,4 @@
-"""One heap and one timer for everything that happens later: no asyncio task waits for it."""
+"""One heap and one timer for all later events, without an asyncio task per event."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Scheduler:
     _closed: bool = attrs.field(default=False, init=False)
 
     def push(self, delay: float, callback: Callable[..., None], *arguments: Any) -> None:
-        """Call ``callback(*arguments)`` in ``delay`` seconds; it must not raise or take long."""
+        """Call ``callback(*arguments)`` in ``delay`` seconds. It must be quick and must not raise."""
         due = self.loop.time() + delay
         heapq.heappush(self._heap, (due, next(self._order), callback, arguments))
         if self._heap[0][0] == due:
             self._arm()
 
     def close(self) -> None:
-        """Forget everything that is still to come."""
+        """Drop all scheduled calls."""
         self._closed = True
         self._heap.clear()
         self._arm()

@@ -1,7 +1,7 @@
-"""The emulator itself: an aiohttp server that replaces the Analyze API on this machine.
+"""The emulator: an aiohttp server that replaces the Analyze API on this machine.
 
-It owns the routes, the authentication and the lifecycle; the other modules of the package decide
-what is answered.
+It has the routes, the authentication and the lifecycle. The other modules of the package decide the
+responses.
 """
 
 from __future__ import annotations
@@ -93,13 +93,12 @@ def _check_seconds(_emulator: Any, attribute: attrs.Attribute[Any], value: Any) 
 
 @attrs.define(eq=False, kw_only=True)
 class Emulator:
-    """A local stand-in for the Analyze API.
+    """A local emulator of the Analyze API.
 
-    ``async with Emulator() as emulator:`` serves on a free port of this machine until the block
-    is left. Its analyses are synthetic: the same source and parameters always give the same
-    answer, gallery pictures (:meth:`sample_url`) are described truly, and nothing is fetched.
-
-    Calls of another cloud name are answered 404, bad credentials 401.
+    ``async with Emulator() as emulator:`` serves on a free port of this machine until the end of the
+    block. Its analyses are synthetic: the same source and parameters always give the same analysis.
+    Gallery images (`sample_url`) are described accurately. No URLs are fetched. Calls with another
+    cloud name get 404, and bad credentials get 401.
 
     ``unsubscribed``, ``quotas``, ``latency``, ``task_seconds``, ``results_in_status``,
     ``on_delivery`` and ``faults`` can be set while it runs.
@@ -107,26 +106,26 @@ class Emulator:
     Attributes:
         host: The address to listen on.
         port: The port to listen on; 0 takes a free one.
-        cloud_name: The one cloud name that exists; it begins with ``emulator-``.
+        cloud_name: The only cloud name that exists. It begins with ``emulator-``.
         api_key: The key of Basic authentication.
-        api_secret: The secret of Basic authentication; it signs notifications too.
+        api_secret: The secret of Basic authentication. It also signs notifications.
         oauth_token: The token of Bearer authentication.
-        unsubscribed: Features whose add-on is not subscribed: their calls are answered 403.
-        quotas: Units per feature, which run down to 429s. ``None``: they never do.
-        reset_time: What ``limits`` names as the end of the period (aware); live names none.
-        latency: Seconds that an analysis takes; ``"realistic"`` for what the service takes.
-        task_seconds: Seconds that a task works; ``"realistic"`` as above.
+        unsubscribed: Features whose add-on is not subscribed. Their calls get 403.
+        quotas: Units per feature. A feature whose units are used up gets 429. ``None``: no quotas.
+        reset_time: The end of the period in ``limits`` (aware). The live service sends none.
+        latency: Seconds that an analysis takes. ``"realistic"``: as long as the service takes.
+        task_seconds: Seconds that a task takes, or ``"realistic"``.
         results_in_status: Whether the status of a completed task carries its result, as the
             service's sibling APIs do. The Analyze API itself does not.
         webhooks: How notifications are delivered.
-        on_delivery: Called with every notification, instead of a POST, on the emulator's loop; it
-            must not block. A notification counts as not answered 200 if the function raises, or
-            if an async function returns ``False``.
-        faults: What goes wrong, and how often.
-        seed: Decides which sources the faults hit.
-        count_sources: Whether :attr:`counts` are kept per source and per task, and the last
-            requests are kept.
-        counts: What the server saw so far.
+        on_delivery: Called with every notification, instead of a POST, on the emulator's loop. It
+            must not block. A notification counts as refused if the function raises, or if an async
+            function returns ``False``.
+        faults: The faults to inject. Default: none.
+        seed: Determines which sources have faults.
+        count_sources: Whether `counts` are kept per source and per task, and the last requests are
+            kept.
+        counts: The counters of the server.
         tasks: Every task that was accepted, by id.
     """
 
@@ -379,7 +378,7 @@ class Emulator:
             )
 
     def _build_fault(self, fault: str) -> web.Response | None:
-        """Return the answer of a fault that comes before the work, if it is one."""
+        """Return the response of a fault that occurs before the work, if it is one."""
         match fault:
             case "error_500":
                 return self._build_refusal(
@@ -408,7 +407,7 @@ class Emulator:
     async def _spoil(
         self, http: web.Request, response: web.Response, fault: str | None
     ) -> web.StreamResponse:
-        """Act out a fault that comes after the work."""
+        """Apply a fault that occurs after the work."""
         if fault == "drop_response":
             return self._cut(http, reset=False)
         if fault == "slow" and self.faults is not None:
@@ -419,7 +418,7 @@ class Emulator:
         return response
 
     def _cut(self, http: web.Request, *, reset: bool) -> web.StreamResponse:
-        """Close a connection without an answer."""
+        """Close a connection without a response."""
         transport = http.transport
         if transport is not None:
             if reset:

@@ -1,4 +1,4 @@
-"""The desk of asynchronous tasks: accepts them, finishes them in time, has them notified."""
+"""Asynchronous tasks: accept them, finish them in time, and send their notifications."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _EXTRAS: Final = ("forged", "stale", "malformed", "foreign", "unrelated")
 
 @attrs.define(eq=False)
 class TaskDesk:
-    """Accepts tasks, finishes them in time, and has their notifications sent.
+    """Accepts tasks, finishes them in time, and sends their notifications.
 
     Attributes:
         scheduler: Finishes tasks when they are due.
         sender: Delivers their notifications.
-        fault_desk: Knows by how much a delayed notification is late.
-        tasks: All tasks by id, kept until the emulator is gone.
+        fault_desk: Determines the delay of a delayed notification.
+        tasks: All tasks by id, kept until the emulator ends.
     """
 
     scheduler: Scheduler
@@ -44,7 +44,7 @@ class TaskDesk:
         faults: tuple[str, ...],
         canned: CannedResult | None,
     ) -> EmulatedTask:
-        """Take a request on; unless its notification comes early, it is finished when due."""
+        """Accept a request. Its task is finished when due, or now if its notification comes early."""
         task = EmulatedTask(
             token_hex(80),
             request,
@@ -61,7 +61,7 @@ class TaskDesk:
         return task
 
     async def finish_early(self, task: EmulatedTask) -> None:
-        """Finish a task and return when its notifications were delivered."""
+        """Finish a task. Return once its notifications are delivered."""
         self._settle(task)
         kinds = self._list_extras(task) + self._list_genuine(task)
         await asyncio.gather(
@@ -92,7 +92,7 @@ class TaskDesk:
 
     @staticmethod
     def _list_extras(task: EmulatedTask) -> tuple[str, ...]:
-        # Forged and garbled ones come first: a client that takes them shows it.
+        # Forged and malformed ones come first, to detect a client that accepts them.
         return tuple(kind for kind in _EXTRAS if kind in task.faults)
 
     @staticmethod
@@ -102,7 +102,7 @@ class TaskDesk:
         return ("genuine", "duplicate") if "duplicated" in task.faults else ("genuine",)
 
     def _list_places(self, task: EmulatedTask) -> list[str | None]:
-        """Return where notifications go: a URL, ``None`` for the hook, or nowhere."""
+        """Return the places of notifications: a URL, ``None`` for the hook, or nothing."""
         if self.sender.find_hook() is not None:
             return [None]
         url = task.request.notification_url or self.sender.policy.default_notification_url

@@ -1,6 +1,7 @@
 """The emulator's own reading of requests, and the error bodies of the service.
 
-Nothing here is shared with the client: a bug there must meet a server that does not have it.
+Nothing here is shared with the client, so that a bug in the client is not hidden by the same bug in
+the server.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ _HTTP_URL: Final = re.compile(r"https?://[^\s/?#]+(?:[/?#]\S*)?", re.IGNORECASE)
 
 
 class Refusal(Exception):
-    """A request that is answered with an error.
+    """A request whose response is an error.
 
     Attributes:
         status: The HTTP status.
         category: The service's category of errors.
         code: The service's code.
         message: What happened, in the service's words.
-        details: What else there is to say.
+        details: Further information.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Refusal(Exception):
         self.details: dict[str, Any] = details or {}
 
     def build_error(self, request_id: str) -> dict[str, Any]:
-        """Return the ``error`` object of the answer."""
+        """Return the ``error`` object of the response."""
         return {
             "category": self.category,
             "code": self.code,
@@ -65,13 +66,13 @@ class Refusal(Exception):
 
 @attrs.frozen
 class AnalyzeRequest:
-    """A request that was found good.
+    """A valid request.
 
     Attributes:
-        model: The model asked for.
+        model: The model.
         source: The URI or the asset id.
         items: The prompts, the questions, or the (name, description) pairs of tags.
-        asynchronous: Whether a task is asked for.
+        asynchronous: Whether it asks for a task.
         notification_url: Where its notification is sent, if given.
     """
 
@@ -83,7 +84,7 @@ class AnalyzeRequest:
 
 
 def refuse_invalid(message: str) -> Refusal:
-    """Return the refusal of a request that breaks a rule; ``message`` is a sentence."""
+    """Return the refusal of a request that breaks a rule. ``message`` is a sentence."""
     return Refusal(400, "invalid request", code=INVALID_REQUEST, details={"message": message})
 
 

@@ -1,4 +1,4 @@
-"""Sending notifications: signing, delivering, and delivering again."""
+"""Send notifications: sign, deliver, and deliver again."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ Hook = Callable[[Delivery], object]
 
 @attrs.frozen(kw_only=True)
 class WebhookPolicy:
-    """How the emulated account has its notifications delivered.
+    """The settings of the emulated account for notifications.
 
     Attributes:
         default_notification_url: The account's own URL, for requests that name none.
         digest: The digest of the signatures.
-        retry_scale: A delivery that is not answered 200 is repeated after 180, 360 and 540
-            seconds times this.
-        concurrency: How many deliveries are under way at the same time.
+        retry_scale: A delivery whose response is not 200 is repeated after 180, 360 and 540
+            seconds, multiplied by this.
+        concurrency: The maximum number of deliveries at the same time.
     """
 
     default_notification_url: str | None = None
@@ -53,13 +53,13 @@ class WebhookPolicy:
 class Envelope:
     """Notifications about one task, to be delivered to one place one after the other.
 
-    The bodies are composed when they are sent, so that waiting costs little memory.
+    The bodies are built when they are sent, so that waiting ones need little memory.
 
     Attributes:
         task: The task.
         place: A URL, or ``None`` for the hook.
-        kinds: What to send, in order.
-        attempt: How often it was tried before.
+        kinds: The kinds to send, in order.
+        attempt: The number of earlier attempts.
     """
 
     task: EmulatedTask
@@ -84,7 +84,7 @@ class WebhookSender:
     _closed: bool = attrs.field(default=False, init=False)
 
     def send(self, envelope: Envelope) -> None:
-        """Have an envelope delivered; returns at once."""
+        """Begin to deliver an envelope. Returns at once."""
         if self._closed:
             return
         if envelope.place is None and not inspect.iscoroutinefunction(self.find_hook()):
@@ -98,7 +98,7 @@ class WebhookSender:
             worker.add_done_callback(self._workers.discard)
 
     async def deliver(self, envelope: Envelope) -> None:
-        """Deliver an envelope; returns when every notification in it was answered or failed."""
+        """Deliver an envelope. Return when every notification in it has its response or has failed."""
         for kind in envelope.kinds:
             if envelope.place is None:
                 taken = await self._hand_over_and_wait(envelope, kind)
@@ -107,7 +107,7 @@ class WebhookSender:
             self._settle(envelope, kind, taken)
 
     async def close(self) -> None:
-        """Drop what waits, cut off what is under way. Idempotent."""
+        """Drop waiting deliveries, and cut off those in progress. Idempotent."""
         self._closed = True
         self._waiting.clear()
         workers = list(self._workers)
@@ -133,7 +133,7 @@ class WebhookSender:
             self.scheduler.push(delay, self.send, again)
 
     def _hand_over(self, envelope: Envelope, kind: str) -> object:
-        """Pass a notification to the hook; return what it returned, or ``False``."""
+        """Pass a notification to the hook. Return its result, or ``False``."""
         body, headers = self._prepare(envelope, kind)
         hook = self.find_hook()
         if hook is None:
@@ -164,7 +164,7 @@ class WebhookSender:
             async with http.post(
                 envelope.place, data=body, headers=headers, allow_redirects=False
             ) as response:
-                # Reading the answer lets the connection be used again.
+                # Reading the response lets the connection be used again.
                 await response.content.read(1 << 16)
                 return response.status == 200
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:

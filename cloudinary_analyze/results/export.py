@@ -63,20 +63,20 @@ COLUMNS: Final[Mapping[str, type[Any]]] = {
 MOST_OWN_COLUMNS: Final = 1000
 SEPARATOR: Final = "; "  # between the labels of one cell
 
-# What a spreadsheet takes for the start of a formula. Tab and carriage return are skipped by some.
+# Characters that begin a formula in a spreadsheet. Some skip tabs and carriage returns.
 _FORMULA_STARTS: Final = tuple("=+-@\t\r\n＝＋－＠")
 _GROUP_ROWS: Final = 10_000
-_GROUP_CHARACTERS: Final = 16 * 2**20  # of analyses; whichever comes first ends a Parquet row group
+_GROUP_CHARACTERS: Final = 16 * 2**20  # bytes of analyses; a Parquet row group ends at either limit
 _LARGEST_INTEGER: Final = 2**63 - 1
 
 
 @attrs.frozen
 class OwnColumns:
-    """The columns of the input, as they are in a table.
+    """The columns of the input in a table.
 
     Attributes:
-        names: The name of a column in the input to its name in the table.
-        kinds: The name in the table to the type of its cells.
+        names: The names of the columns in the input, mapped to those in the table.
+        kinds: The types of the cells, by the names in the table.
     """
 
     names: Mapping[str, str] = attrs.field(factory=dict)
@@ -87,10 +87,10 @@ NO_COLUMNS: Final = OwnColumns()
 
 
 def find_own_columns(rows: Iterable[Mapping[str, Any]]) -> OwnColumns:
-    """Return the columns of the rows of an input, the first `MOST_OWN_COLUMNS` of them.
+    """Return the first `MOST_OWN_COLUMNS` columns of the rows of an input.
 
-    A column is of one type if all of its values are, otherwise a text. One that has the name of a
-    column of `COLUMNS` gets the prefix ``input_``.
+    A column has a type if all of its values have it, otherwise it is text. A column with a name in
+    `COLUMNS` gets the prefix ``input_``.
     """
     found: dict[str, type[Any] | None] = {}
     for row in rows:
@@ -130,22 +130,22 @@ def export_results(
     """Write records as a table.
 
     JSON Lines keeps every field. CSV and Parquet have the columns of the input and those of
-    `COLUMNS`; ``labels`` are the different ones, surest first; ``answers`` are lines of
-    ``question: answer``; ``units_used`` is the cost of the response; ``limits`` and ``analysis``
-    are JSON. In CSV, a text that a spreadsheet would take for a formula is preceded by an
-    apostrophe.
+    `COLUMNS`. ``labels`` contains each label once, highest score first. ``answers`` has lines of
+    ``question: answer``. ``units_used`` is the cost of the response. ``limits`` and ``analysis``
+    are JSON. In CSV, an apostrophe precedes text that a spreadsheet would interpret as a formula.
 
     Args:
-        records: As `read_records` gives them; read lazily, so that memory stays flat.
-        path: The file; it is replaced only once the new one is complete.
-        format: The format.
-        own: The columns of the input, for a table; see `find_own_columns`.
+        records: The records, for example from `read_records`. They are read lazily, in bounded
+            memory.
+        path: The file. It is replaced only once the new file is complete.
+        format: ``"jsonl"``, ``"csv"`` or ``"parquet"``.
+        own: The columns of the input, for a table; see `find_own_columns`. Default: none.
 
     Returns:
-        How many rows were written.
+        The number of rows.
 
     Raises:
-        ConfigurationError: The format is not known, or the [parquet] extra is missing.
+        ConfigurationError: The format is unknown, or the [parquet] extra is missing.
         OSError: The file cannot be written.
     """
     write = _choose_writer(format)
@@ -237,7 +237,7 @@ def build_row(record: Mapping[str, Any], own: OwnColumns = NO_COLUMNS) -> dict[s
 
 
 def _add_units(limits: Any) -> int | None:
-    """Return the cost of a response; ``None`` if it did not say."""
+    """Return the cost of a response. ``None`` if not sent."""
     used = [
         limit["used_by_request"]
         for limit in (limits if isinstance(limits, list) else ())
@@ -247,7 +247,7 @@ def _add_units(limits: Any) -> int | None:
 
 
 def _read_own(value: Any, kind: type[Any]) -> Any:
-    """Return a value of the input for a column; a text holds what is not a text as JSON."""
+    """Return a value of the input for a column. In a text column, other values become JSON."""
     if value is None or kind is not str or isinstance(value, str):
         return value
     return _dump_json(value)
@@ -258,11 +258,11 @@ def _dump_json(value: Any) -> str | None:
 
 
 def _read_cell(value: Any, kind: type[Any]) -> Any:
-    """Return a value of the column's type; ``None`` for what cannot stand there."""
+    """Return a value with the column's type. ``None`` for a value that does not fit."""
     if kind is float:
         return read_number(value)
     if kind is str:
-        # half a surrogate pair, which JSON can hold, has no UTF-8
+        # JSON can contain an unpaired surrogate, which UTF-8 cannot encode
         return None if value is None else str(value).encode(errors="replace").decode()
     if kind is int and (isinstance(value, bool) or not _fits(value)):
         return None
@@ -283,7 +283,7 @@ def _write_jsonl(records: Iterable[Mapping[str, Any]], stream: BinaryIO, _own: O
 
 def _write_csv(records: Iterable[Mapping[str, Any]], stream: BinaryIO, own: OwnColumns) -> int:
     text = TextIOWrapper(stream, encoding="utf-8", newline="")
-    # texts are quoted all: a spreadsheet that splits at semicolons must not find a cell in one
+    # all texts are quoted, because a spreadsheet may split cells at semicolons
     writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
     writer.writerow([*map(_guard, own.kinds), *COLUMNS])
     count = 0
@@ -304,7 +304,7 @@ def _guard(value: Any) -> Any:
 
 def _write_parquet(records: Iterable[Mapping[str, Any]], stream: BinaryIO, own: OwnColumns) -> int:
     try:
-        # by name: the library has no types
+        # imported by name, because the library has no types
         arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
     except ModuleNotFoundError as error:
         raise ConfigurationError(

@@ -1,4 +1,4 @@
-"""Files of results: reading records back, and writing what is made of them all or not at all."""
+"""Files of results: read records back, and write files atomically."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def read_records(
     """Read the records of ``results.jsonl``, lazily. Blank lines are skipped.
 
     Args:
-        lines: The lines, such as a file opened in binary mode.
-        on_bad_line: Given the number, from 1, of a line that is not a record, which is then passed
-            over. A process that was killed leaves such a line at the end. Default: raise.
+        lines: The lines, for example of a file opened in binary mode.
+        on_bad_line: Called with the number, from 1, of a line that is not a record, which is then
+            skipped. A process that was killed leaves such a line at the end. Default: raise.
 
     Raises:
         ConfigurationError: A line is not a record.
@@ -45,7 +45,7 @@ def read_records(
 
 
 def _read_json(raw: bytes) -> Any:
-    """Return the value of a line, ``None`` if it is not JSON."""
+    """Return the value of a line. ``None`` if it is not JSON."""
     try:
         return codec.loads(raw)
     except (ValueError, RecursionError):
@@ -54,11 +54,11 @@ def _read_json(raw: bytes) -> Any:
 
 @contextmanager
 def open_replacement(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a file that takes the place of another once it is complete.
+    """Open a file that replaces another once it is complete.
 
-    Until then the old one stays; if the block raises it is unchanged. A symbolic link is followed,
-    and a pipe or a device is written directly. The new file has the old one's permissions; without
-    an old one, only its owner can read it. What a killed process left unfinished is replaced.
+    If the block raises, the old file is unchanged. A symbolic link is followed, and a pipe or a
+    device is written directly. The new file has the permissions of the old one. If there was none,
+    only its owner can read it. An unfinished file of a killed process is replaced.
 
     Raises:
         OSError: It cannot be written, or another process is writing it.
@@ -75,7 +75,7 @@ def open_replacement(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             stream.flush()
             os.fsync(stream.fileno())
             _copy_permissions(target, part)
-            if os.name == "nt":  # it renames no open file
+            if os.name == "nt":  # Windows does not rename open files
                 stream.close()
             part.replace(target)
         except BaseException:

@@ -1,7 +1,7 @@
-"""What an analysis says, in the few forms that a page or a table can show.
+"""The findings of an analysis, in the forms that a page or a table can show.
 
-Pure. Goes by the shape of the raw ``data.analysis`` and not by the model, so that a model that
-does not exist yet is shown as well as possible; nothing raises, whatever was recorded.
+Pure. The shape of the raw ``data.analysis`` decides, not the model, so that future models are shown
+as well as possible. Nothing here raises, whatever was recorded.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _VERSION: Final = "model_version"
 
 @attrs.frozen
 class Mark:
-    """A label that was found, with or without a place.
+    """A label in an image, with or without a position.
 
     Attributes:
-        label: What it is.
-        score: How sure the model is, 0 to 1.
-        box: Left, top, width, height in pixels of the analysed image.
-        note: What else was said of it, for people.
+        label: The label.
+        score: The model's confidence, 0 to 1.
+        box: Left, top, width and height, in pixels of the analyzed image.
+        note: Further information, as text.
     """
 
     label: str
@@ -44,7 +44,7 @@ class Answer:
 
     Attributes:
         value: The answer.
-        question: The rejection question; ``None`` for free prompts, which are not echoed.
+        question: The rejection question. ``None`` for free prompts, which responses do not repeat.
     """
 
     value: str
@@ -52,7 +52,7 @@ class Answer:
 
     @property
     def verdict(self) -> str | None:
-        """``yes``, ``no`` or ``unknown`` to a rejection question; ``None`` for a free prompt."""
+        """``yes``, ``no`` or ``unknown`` for a rejection question. ``None`` for a free prompt."""
         if self.question is None:
             return None
         value = self.value.strip().lower()
@@ -61,7 +61,7 @@ class Answer:
 
 @attrs.frozen
 class Quality:
-    """How good the picture is, technically."""
+    """The technical quality of an image."""
 
     level: str
     score: float | None = None
@@ -69,13 +69,13 @@ class Quality:
 
 @attrs.frozen
 class Findings:
-    """What one analysis says.
+    """The findings of one analysis.
 
     Attributes:
-        caption: A sentence on the picture.
-        marks: Labels, the surest first.
-        answers: In the order of the prompts.
-        quality: The picture's quality.
+        caption: The caption.
+        marks: The labels, highest score first.
+        answers: The answers, in the order of the prompts.
+        quality: The quality of the image.
         rest: The analysis as JSON, if it has none of the known forms.
     """
 
@@ -87,12 +87,12 @@ class Findings:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The different labels, the surest first."""
+        """Each label once, highest score first."""
         return tuple(dict.fromkeys(mark.label for mark in self.marks))
 
     @property
     def rejected(self) -> bool | None:
-        """Whether a rejection question was answered with yes; ``None`` if none was asked."""
+        """Whether a rejection question was answered with yes. ``None`` if there was none."""
         verdicts = [answer.verdict for answer in self.answers if answer.verdict]
         return "yes" in verdicts if verdicts else None
 
@@ -101,10 +101,10 @@ NOTHING: Final = Findings()
 
 
 def read_findings(analysis: Any) -> Findings:
-    """Return what an analysis says.
+    """Return the findings of an analysis.
 
     Args:
-        analysis: ``data.analysis`` as recorded; ``None`` says nothing.
+        analysis: The recorded ``data.analysis``. ``None``: there are no findings.
     """
     if analysis is None:
         return NOTHING
@@ -124,7 +124,7 @@ def read_findings(analysis: Any) -> Findings:
 
 
 def read_number(value: Any) -> float | None:
-    """Return a finite number as a float; ``None`` for everything else."""
+    """Return a finite number as a float. ``None`` for every other value."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -164,7 +164,7 @@ def _read_named(entries: Any, name: str, score: str) -> Iterator[Mark]:
 
 
 def _surround(vertices: Any) -> Box | None:
-    """Return the box around a polygon; a coordinate that is not sent is 0."""
+    """Return the box around a polygon. A missing coordinate is 0."""
     if not isinstance(vertices, list) or len(vertices) < 2:
         return None
     across = [read_number(_get(vertex, "x")) or 0.0 for vertex in vertices]

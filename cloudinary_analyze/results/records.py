@@ -1,7 +1,7 @@
 """The record of an outcome: one line of ``results.jsonl``. Only this module decides its format.
 
-Pure. A record holds the request, the response and the error, and no secret. It contains source URLs
-in full, query strings included.
+Pure. A record contains the request, the response and the error, and no secrets. It contains source
+URLs in full, query strings included.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from cloudinary_analyze.responses import JSONObject, Limit, find_limits, find_st
 
 @attrs.frozen
 class InputLine:
-    """One line or record of the input: a source, or the reason why it has none.
+    """One line or record of the input: a source, or the error of an invalid line.
 
     Attributes:
         number: The line in the file where it begins, from 1.
-        text: The text of the source; the beginning of the line, if it is invalid.
-        source: What to analyze; ``None`` if the line is invalid.
+        text: The text of the source. For an invalid line, its beginning.
+        source: What to analyze. ``None`` if the line is invalid.
         error: Why the line is invalid.
-        name: What identifies the item instead of its source, where the input names it.
-        file: The file, where there are several.
+        name: The text that identifies the item instead of its source, if the input has one.
+        file: The file, if there are several.
         columns: The columns of its row that are kept for the output.
     """
 
@@ -49,9 +49,9 @@ class InputItem:
 
     Attributes:
         line: The line.
-        model: The model's name; ``None`` for an invalid line, which no model sees.
-        index: Its place among the items of the run, from 0, where that is counted.
-        key: The key of its request, if it is certain that nothing is recorded for it yet.
+        model: The model's name. ``None`` for an invalid line.
+        index: Its position among the items of the run, from 0, if that is counted.
+        key: The key of its request, if nothing can be recorded for it yet.
     """
 
     line: InputLine
@@ -61,7 +61,7 @@ class InputItem:
 
 
 def build_record(outcome: AnyOutcome) -> dict[str, Any]:
-    """Return the record of an outcome, ready for JSON.
+    """Return the record of an outcome, as a mapping for JSON.
 
     Every record has every field. Unknown values are ``None``.
 
@@ -109,7 +109,7 @@ def build_record(outcome: AnyOutcome) -> dict[str, Any]:
 
 
 def build_line_record(item: InputItem) -> dict[str, Any]:
-    """Return the record of an invalid line, for which nothing is sent."""
+    """Return the record of an invalid line, for which no request is sent."""
     return _build(
         index=item.index,
         line=item.line,
@@ -124,7 +124,7 @@ def build_line_record(item: InputItem) -> dict[str, Any]:
 
 
 def build_ledger_record(item: LedgerItem) -> dict[str, Any]:
-    """Return the record of a ledger's item that is done: as `build_record`, from what is kept."""
+    """Return the record of a finished item of a ledger, as `build_record` does for an outcome."""
     return _build(
         index=item.index,
         line=item,

@@ -1,7 +1,7 @@
 """Distributions over all results of a run, of any number of lines, in bounded memory.
 
-Pure. Counts by name stop taking new names at a number and then count the rest as one; durations
-are kept in a logarithmic histogram, so that their quantiles are right to about 1 %.
+Pure. Counts by name have a maximum number of names; further names are counted together. Durations
+are kept in a logarithmic histogram, so their quantiles are accurate to about 1 %.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cloudinary_analyze.results.findings import NOTHING, Findings, read_number
 
 SCORE_COLUMNS: Final = 20
 MOST_COLUMNS: Final = 40  # of the durations
-TICK_WIDTH: Final = 0.16  # of an axis: what a text needs that another must not overprint
+TICK_WIDTH: Final = 0.16  # share of an axis that a text needs, so that texts do not overlap
 BAD_LINES: Final = "bad input lines"
 _OTHERS: Final = "(others)"
 _MOST_MODELS: Final = 100
@@ -31,7 +31,7 @@ _SHORTEST, _LONGEST = 1e-3, 1e5  # seconds; beyond them the histogram does not d
 
 
 def choose_name(name: str, taken: Mapping[str, Any], most: int) -> str:
-    """Return the name to count under: itself, shortened, or the one for all that came late."""
+    """Return the name to count under: the shortened name, or the common one for further names."""
     name = name[:_LONGEST_NAME]
     return name if name in taken or len(taken) < most else _OTHERS
 
@@ -49,7 +49,7 @@ class Scores:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """The number of values."""
         return sum(self.columns)
 
 
@@ -58,7 +58,7 @@ class Durations:
     """Seconds, from a millisecond to a day, on a logarithmic scale.
 
     Attributes:
-        steps: How many durations are in which step of the scale.
+        steps: The number of durations in each step of the scale.
     """
 
     steps: Counter[int] = attrs.field(factory=Counter, init=False)
@@ -69,11 +69,11 @@ class Durations:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """The number of values."""
         return self.steps.total()
 
     def compute_quantile(self, quantile: float) -> float | None:
-        """Return the seconds that this share did not exceed; ``None`` without any."""
+        """Return the seconds that this share did not exceed. ``None`` without durations."""
         rank = max(1, math.ceil(quantile * self.count))
         for step, count in sorted(self.steps.items()):
             rank -= count
@@ -90,7 +90,7 @@ class Durations:
         return merged
 
     def span(self) -> tuple[int, int]:
-        """Return the first and the last step that there is. There must be one."""
+        """Return the first and the last step. There must be at least one."""
         return min(self.steps), max(self.steps)
 
     def spread(self, axis: Axis) -> list[int]:
@@ -112,7 +112,7 @@ class Axis:
     Attributes:
         first: Its first step.
         last: Its last step.
-        columns: How many columns are drawn over it.
+        columns: The number of columns to draw.
     """
 
     first: int
@@ -120,12 +120,12 @@ class Axis:
     columns: int
 
     def place(self, seconds: float) -> float:
-        """Return where a duration lies on it, 0 to 1."""
+        """Return the position of a duration, 0 to 1."""
         where = (_STEPS * math.log(seconds) - self.first) / (self.last + 1 - self.first)
         return min(max(where, 0.0), 1.0)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Return places and texts for round durations."""
+        """Return positions and texts for round durations."""
         low, high = math.exp(self.first / _STEPS), math.exp((self.last + 1) / _STEPS)
         for bases in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8)):
             rounds = [base * 10.0**power for power in range(-3, 6) for base in bases]
@@ -143,20 +143,20 @@ class Axis:
 
 
 def build_axis(durations: Iterable[Durations]) -> Axis | None:
-    """Return the axis that holds all durations; ``None`` without any."""
+    """Return the axis for all durations. ``None`` without durations."""
     spans = [each.span() for each in durations if each.count]
     if not spans:
         return None
     first, last = min(span[0] for span in spans), max(span[1] for span in spans)
     margin = max(0, _STEPS - (last - first)) // 2  # at least a factor of e is shown
     first, steps = first - margin, last - first + 1 + 2 * margin
-    wide = -(-steps // MOST_COLUMNS)  # every column holds as many steps as the next
+    wide = -(-steps // MOST_COLUMNS)  # all columns have the same number of steps
     columns = -(-steps // wide)
     return Axis(first, first + wide * columns - 1, columns)
 
 
 def format_seconds(seconds: float | None) -> str:
-    """Return a duration for people, with two or three digits that count."""
+    """Return a duration as text, with two or three significant digits."""
     if seconds is None:
         return "–"
     if seconds < 0.9995:
@@ -166,7 +166,7 @@ def format_seconds(seconds: float | None) -> str:
 
 @attrs.define(eq=False)
 class ModelStatistics:
-    """What became of one model's items, and how its scores and durations lie."""
+    """The outcomes of one model's items, and the distributions of its scores and durations."""
 
     ok: int = 0
     failed: int = 0
@@ -176,13 +176,13 @@ class ModelStatistics:
 
 @attrs.define(eq=False)
 class Cause:
-    """What failures have in common.
+    """Failures with the same cause.
 
     Attributes:
-        message: The first one's.
-        count: How many failed.
+        message: The message of the first failure.
+        count: The number of failures.
         ambiguous: How many of them may have been charged.
-        models: How many of which model.
+        models: The number of failures of each model.
         lines: The first input lines that failed.
     """
 
@@ -200,12 +200,12 @@ class Cause:
 
 @attrs.define(eq=False)
 class QuotaUse:
-    """What the responses say of one add-on's quota.
+    """The quota of one add-on, from the responses.
 
     Attributes:
-        used: Units that the run used, restored responses left out.
-        remaining: The least that was left.
-        limit: Of how many.
+        used: Units that the run used, without restored responses.
+        remaining: The smallest remainder.
+        limit: The limit of the period.
         reset_time: When it resets, as recorded.
     """
 
@@ -217,16 +217,16 @@ class QuotaUse:
 
 @attrs.define(eq=False)
 class Statistics:
-    """What became of the items of a run: for its summary, and with findings for its report.
+    """The results of a run: for its summary and, with findings, for its report.
 
     Attributes:
-        models: By wire name; `BAD_LINES` for input that no model saw.
-        labels: In how many results each label is.
-        label_total: In how many results any label is, counted per label.
+        models: The counts by model name. `BAD_LINES` stands in for invalid input.
+        labels: The number of results with each label.
+        label_total: The sum over all labels of the results with the label.
         questions: Verdicts by rejection question.
-        qualities: How many pictures of each quality.
-        causes: Failures by what they have in common.
-        quotas: By add-on.
+        qualities: The number of images of each quality.
+        causes: The failures by cause.
+        quotas: The quotas by add-on.
     """
 
     models: dict[str, ModelStatistics] = attrs.field(factory=dict)
@@ -249,7 +249,7 @@ class Statistics:
         return Durations.merge(model.durations for model in self.models.values())
 
     def find_used(self, feature: str) -> int:
-        """Return how many units of an add-on the run used."""
+        """Return the units of an add-on that the run used."""
         quota = self.quotas.get(feature)
         return 0 if quota is None else quota.used
 
@@ -257,8 +257,8 @@ class Statistics:
         """Count a result.
 
         Args:
-            record: Its record, which may be of any content.
-            findings: What its analysis says.
+            record: Its record, with any content.
+            findings: The findings of its analysis.
         """
         name = choose_name(name_model(record), self.models, _MOST_MODELS)
         model = self.models.setdefault(name, ModelStatistics())
@@ -328,7 +328,7 @@ def name_model(record: Mapping[str, Any]) -> str:
 
 
 def name_cause(record: Mapping[str, Any]) -> str:
-    """Return what failures of the same cause have in common; never the source itself."""
+    """Return the text that failures with the same cause share, without the source."""
     if record.get("model") is None:
         return "bad input line"
     error = get_error(record)
@@ -337,6 +337,6 @@ def name_cause(record: Mapping[str, Any]) -> str:
 
 
 def get_error(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the error of a record; empty if there is none."""
+    """Return the error of a record. Empty if there is none."""
     error = record.get("error")
     return error if isinstance(error, dict) else {}

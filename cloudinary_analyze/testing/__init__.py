@@ -1,11 +1,11 @@
-"""For tests of applications: a local service, signed webhooks, a clock, and pytest fixtures.
+"""Tools for testing applications: a local service, signed webhooks, a clock, pytest fixtures.
 
 Put ``pytest_plugins = ["cloudinary_analyze.testing"]`` into the ``conftest.py`` of your root
 directory. Each test then has these fixtures:
 
-* ``cloudinary_emulator``: a running `ScriptedEmulator`. While the test runs, ``CLOUDINARY_URL``
-  leads to it, so ``AnalyzeSession()`` does too. It has a separate thread and loop, and serves
-  synchronous tests as well.
+* ``cloudinary_emulator``: a running `ScriptedEmulator`. During the test, ``CLOUDINARY_URL`` is its
+  URL, so ``AnalyzeSession()`` calls it. It has a separate thread and loop, so it also works in
+  synchronous tests.
 * ``analyze_session``: an `AnalyzeSession` to that emulator, for ``async with``.
 * ``manual_clock``: a `ManualClock`, for ``AnalyzeSession(…, clock=manual_clock)``.
 
@@ -74,17 +74,17 @@ headers = sign_notification(body, cloudinary_emulator.credentials)
 assert client.post("/hooks/cloudinary", content=body, headers=headers).status_code == 200
 ```
 
-Modules that read the credentials while they are imported need ``CLOUDINARY_URL`` then: import
-them in a fixture or a test that uses ``cloudinary_emulator``, whose port stays the same.
+Modules that read the credentials on import need ``CLOUDINARY_URL`` by then. Import them in a
+fixture or a test that uses ``cloudinary_emulator``, whose port stays the same.
 
-For an emulator of another scope, write a fixture with `run_emulator` and call
-`ScriptedEmulator.reset` between tests. Instead of ``pytest_plugins``, ``-p
-cloudinary_analyze.testing`` in ``addopts`` works, too.
+For an emulator with another scope, write a fixture with `run_emulator` and call
+`ScriptedEmulator.reset` between tests. Instead of ``pytest_plugins`` you can put ``-p
+cloudinary_analyze.testing`` into ``addopts``.
 
-`build_response` makes a response for code that receives one. A `ManualClock` takes the place of
-time: every wait and deadline of the session follows it, and only the timeouts of sockets are real.
-``await manual_clock.run(session.analyze(…))`` moves it until the call is done;
-`ManualClock.advance` moves it by some seconds.
+`build_response` builds a response for code that receives one. A `ManualClock` replaces time: every
+wait and deadline of the session follows it. Only the timeouts of sockets are real. ``await
+manual_clock.run(session.analyze(…))`` moves it until the call is done; `ManualClock.advance` moves
+it by some seconds.
 """
 
 from cloudinary_analyze.testing.clock import ManualClock

@@ -1,4 +1,4 @@
-"""The emulator for tests: its results are written by the test, which can assert on the requests."""
+"""The emulator for tests: a test sets its results and checks the requests that it received."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ E = TypeVar("E", bound=Emulator)
 
 
 class ScriptedEmulator(Emulator):
-    """An `Emulator` with results that a test writes, and the requests that it received.
+    """An `Emulator` whose results a test sets. It records the requests that it receives.
 
-    What `respond` does not cover is answered with synthetic results, as by any emulator. For
-    faults, set ``faults`` to a `FaultPlan`, also while the emulator runs.
+    Requests that `respond` does not cover get synthetic results, as from any emulator. For faults,
+    set ``faults`` to a `FaultPlan`, also while the emulator runs.
     """
 
     def respond(
@@ -43,7 +43,8 @@ class ScriptedEmulator(Emulator):
         were set; a rule without ``times`` lasts until another is set for its target.
 
         Args:
-            request: A request class or a model's name (every source), or a request (its source).
+            request: A request class or a model's name, for every source, or a request, for its
+                source.
             analysis: The ``data.analysis`` object, such as ``{"data": {"caption": "A cat"}}``; for
                 another model, look at ``build_response(Coco).raw["data"]["analysis"]``. Default:
                 the synthetic one.
@@ -52,7 +53,7 @@ class ScriptedEmulator(Emulator):
 
         Raises:
             InvalidRequestError: The emulator does not have the model, or an argument is invalid.
-            ResponseDecodeError: The analysis is not of the model's shape.
+            ResponseDecodeError: The analysis does not have the model's shape.
         """
         kind = find_request_type(request) if isinstance(request, str) else request
         model = kind.model_name if isinstance(kind, type) else kind.model
@@ -70,20 +71,21 @@ class ScriptedEmulator(Emulator):
         self._canned.add(model, source, CannedResult(analysis, status, times))
 
     def reset(self) -> None:
-        """Forget all rules and requests, faults and quotas, for an emulator of several tests."""
+        """Remove all rules, requests, faults and quotas, between tests that share an emulator."""
         self._canned = CannedResults()
         self._received.clear()
-        options: Emulator = self  # for type checkers: assigned here, they would be of this class
+        # for type checkers: assigned to `self`, they would become attributes of this class
+        options: Emulator = self
         options.faults = options.quotas = None
 
     @property
     def credentials(self) -> Credentials:
-        """The credentials that lead to the running server, and sign as it does."""
+        """The credentials for the running server, which also sign its notifications."""
         return Credentials.from_url(self.cloudinary_url)
 
     @property
     def requests(self) -> list[AnalyzeRequest[Any]]:
-        """The last 10,000 requests that were received, retries included, oldest first."""
+        """The last 10,000 received requests, retries included, oldest first."""
         return [_read_received(received) for received in tuple(self._received)]
 
 
@@ -109,7 +111,7 @@ def run_emulator(emulator: E) -> Iterator[E]:
     """Run an emulator on a separate loop and thread, for code that brings its own loop.
 
     Args:
-        emulator: Not started yet. Its counts may be read from the outside.
+        emulator: An emulator that is not started. Any thread can read its counts.
     """
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="emulator")

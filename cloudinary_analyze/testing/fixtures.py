@@ -18,7 +18,7 @@ from cloudinary_analyze.testing.emulator import ScriptedEmulator, run_emulator
 def _cloudinary_ports() -> list[int]:
     """Return the port of the last emulator, which the next one uses if it is free.
 
-    So modules that read their credentials while they are imported reach the emulator of each test.
+    So modules that read their credentials on import reach the emulator of each test.
     """
     return [0]
 
@@ -49,5 +49,5 @@ def analyze_session(cloudinary_emulator: ScriptedEmulator) -> AnalyzeSession:
 
 @pytest.fixture
 def manual_clock() -> ManualClock:
-    """Return a clock that stands still until it is moved."""
+    """Return a clock that moves only on request."""
     return ManualClock()

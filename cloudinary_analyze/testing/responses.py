@@ -1,4 +1,4 @@
-"""Responses as the service sends them, for tests of code that receives one."""
+"""Build responses of the service, for tests of code that receives one."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def build_response(
     request: type[AnalyzeRequest[Any]] | AnalyzeRequest[Any] | str,
     analysis: JSONObject | None = None,
 ) -> Response[Any]:
-    """Build a response as the service sends it; the same request gives the same response.
+    """Build a response as the service sends it. The same request gives the same response.
 
     Args:
         request: A request, its class (``Coco``), or a model's name.
-        analysis: The ``data.analysis`` object, such as ``{"data": {"caption": "a cat"}}``.
-            Default: what the emulator answers to the request.
+        analysis: The ``data.analysis`` object, such as ``{"data": {"caption": "a cat"}}``. Default:
+            the emulator's analysis for the request.
 
     Raises:
         InvalidRequestError: The model is unknown, the emulator has no result for the request, or

@@ -37,14 +37,14 @@ _Send = Callable[[bytes, Mapping[str, str]], Coroutine[Any, Any, "WebhookReply"]
 
 
 class Client(Protocol):
-    """A client of an application, such as the ``TestClient`` of FastAPI and Starlette."""
+    """A client of an application, for example the ``TestClient`` of FastAPI and Starlette."""
 
     def post(self, url: Any, /, *, content: Any, headers: Any) -> Any:
         """Post, and return a response with a ``status_code`` and a ``text``."""
 
 
 class Server(Protocol):
-    """A server that runs, such as the ``TestServer`` of aiohttp."""
+    """A running server, for example the ``TestServer`` of aiohttp."""
 
     def make_url(self, path: Any, /) -> URLObject:
         """Return the URL of a path."""
@@ -58,7 +58,7 @@ def sign_notification(
 
     Args:
         body: The exact bytes that are posted.
-        credentials: Their first notification secret signs, with the first of their digests.
+        credentials: Their first notification secret signs, with their first digest.
         at: Unix seconds of the signature. Default: now.
 
     Raises:
@@ -91,11 +91,11 @@ def build_notification(
     Args:
         task_id: The task.
         request: The request, its class (``Coco``), or a model's name.
-        analysis: The ``data.analysis`` object, such as ``{"data": {"caption": "A cat"}}``.
-            Default: what the emulator answers to the request.
-        status: Of a failed task, the HTTP status of its error.
-        code: Of a failed task, the service's code of its error.
-        message: Of a failed task, the message of its error.
+        analysis: The ``data.analysis`` object, such as ``{"data": {"caption": "A cat"}}``. Default:
+            the emulator's analysis for the request.
+        status: The HTTP status of the error of a failed task.
+        code: The service's code of the error of a failed task.
+        message: The message of the error of a failed task.
 
     Raises:
         InvalidRequestError: The model is unknown, or the emulator has no result for the request.
@@ -121,7 +121,7 @@ class WebhookReply:
     """The response of an application to a notification.
 
     Attributes:
-        status: The HTTP status; 200: the notification was accepted.
+        status: The HTTP status. 200: the application accepted the notification.
         text: The body.
     """
 
@@ -140,10 +140,10 @@ class WebhookSimulator(NotPicklable):
             ``TestClient``, or an async client of httpx); the ``TestServer`` or ``TestClient`` of an
             aiohttp application; or the origin of a server, such as ``http://127.0.0.1:8000``.
         path: The path of the receiver, such as ``/hooks/cloudinary``.
-        credentials: They sign. Default: `Credentials.from_environment`.
+        credentials: The credentials that sign. Default: `Credentials.from_environment`.
 
     Attributes:
-        replies: What the application replied, in order. The code that awaits a result may get it
+        replies: The replies of the application, in order. Code that awaits a result may get it
             before the reply is recorded.
 
     Raises:
@@ -163,7 +163,7 @@ class WebhookSimulator(NotPicklable):
         self._loop: asyncio.AbstractEventLoop | None = None
         if isinstance(target, type):  # FastAPI instead of FastAPI()
             raise _build_target_error(target)
-        make_url = getattr(target, "make_url", None)  # of aiohttp's TestServer and TestClient
+        make_url = getattr(target, "make_url", None)  # aiohttp's TestServer and TestClient
         origin = read_url(make_url("/") if callable(make_url) else target)
         post = getattr(target, "post", None)
         if not path.startswith("/"):
@@ -197,9 +197,9 @@ class WebhookSimulator(NotPicklable):
         return await self._post(body, headers)
 
     def connect(self, emulator: Emulator) -> None:
-        """Post the notifications of an emulator, whatever URL the tasks name.
+        """Post all notifications of an emulator, for any URL of the tasks.
 
-        The emulator signs them, and repeats those that are not answered 200.
+        The emulator signs them, and repeats those whose reply is not 200.
         """
         emulator.on_delivery = self._take
 
@@ -256,7 +256,7 @@ async def _post_to_server(url: str, body: bytes, headers: Mapping[str, str]) -> 
 async def _post_by_client(
     client: Any, path: str, body: bytes, headers: Mapping[str, str]
 ) -> WebhookReply:
-    entered = getattr(client, "portal", None)  # of a TestClient: in its `with` block
+    entered = getattr(client, "portal", None)  # a TestClient: set inside its `with` block
     try:
         response = await asyncio.to_thread(client.post, path, content=body, headers=headers)
     except Exception as error:

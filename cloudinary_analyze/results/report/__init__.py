@@ -1,6 +1,6 @@
-"""The HTML report of a run: one file with the pictures, what was found on them, and the numbers.
+"""The HTML report of a run: one file with the images, the findings and the statistics.
 
-The page holds its data, style and script. It fetches only the pictures, and its content security
+The page contains its data, style and script. It fetches only the images, and its content security
 policy forbids everything else. Needs the [report] extra.
 """
 
@@ -33,12 +33,13 @@ _TONES: Final = {"low": "bad", "medium": "soft", "high": "good"}
 
 @attrs.frozen
 class WrittenReport:
-    """What a report contains.
+    """The contents of a report.
 
     Attributes:
-        results: How many results its numbers cover.
-        pictures: How many pictures it shows.
-        bad_lines: How many lines were not records and were skipped; the page says so, too.
+        results: The number of results that its statistics cover.
+        pictures: The number of images that it shows.
+        bad_lines: The number of lines that were not records and were skipped. The page shows it,
+            too.
     """
 
     results: int
@@ -56,20 +57,20 @@ def write_report(
 ) -> WrittenReport:
     """Write the HTML report of a run.
 
-    The numbers cover all lines. The gallery shows the first `MOST_PICTURES` pictures, fewer if
-    their results are long, and all failures; the page says what it leaves out. Memory is bounded
-    for any number of lines. The page contains source URLs in full, query strings included.
-    Pictures of a local emulator's gallery are embedded.
+    The statistics cover all lines. The gallery shows the first `MOST_PICTURES` images, fewer if
+    their results are long, and all failures. The page states what it leaves out. Memory is bounded
+    for any number of lines. The page contains source URLs in full, query strings included. Images
+    of a local emulator's gallery are embedded.
 
     Args:
         lines: The lines of ``results.jsonl``, such as a file opened in binary mode.
-        output: The HTML file; it is replaced only once the new one is complete.
+        output: The HTML file. It is replaced only once the new file is complete.
         title: The heading of the page.
         source: The origin of the items, such as the name of the input file. Default: not shown.
         made: The date of the page. Default: now.
 
     Returns:
-        What was written.
+        The counts of what was written.
 
     Raises:
         ConfigurationError: The [report] extra is missing.
@@ -130,7 +131,7 @@ def _build_context(statistics: Statistics, gallery: Gallery, bad_lines: int) -> 
         "complete_failures": gallery.complete_failures,
         "shortened": gallery.shortened,
         "bad_lines": bad_lines,
-        # marked safe in the template: our own files, and JSON that was escaped for its place
+        # marked as safe in the template: our own files, and escaped JSON
         "style": style,
         "script": script,
         "style_hash": _hash(style),
@@ -144,5 +145,5 @@ def _read_asset(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """Return what a content security policy calls an inline element by."""
+    """Return the hash of an inline element for the content security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

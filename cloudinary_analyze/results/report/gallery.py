@@ -1,7 +1,7 @@
-"""The pictures that the page shows, each with all that was found on it, ready to be embedded.
+"""The images that the page shows, each with its findings, ready to be embedded.
 
-Pure. Bounded: pictures are taken in the order of their first result until the gallery is full.
-Failures have reserved space, so that those at the end of a long run are shown, too.
+Pure. Bounded: images are added in the order of their first result until the gallery is full.
+Failures have reserved space, so that those at the end of a long run are also shown.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LOCAL_GALLERY: Final = re.compile(
 
 @attrs.define(eq=False)
 class Picture:
-    """A source, and its results by request key: their places in the run, and their JSON."""
+    """A source, and its results by request key: their positions in the run, and their JSON."""
 
     head: str
     results: dict[str, tuple[int, str]] = attrs.field(factory=dict)
@@ -47,10 +47,10 @@ class Gallery:
     """The pictures, in the order of the input.
 
     Attributes:
-        most_pictures: No more than these are taken, besides those of failures.
-        left_out: How many results are not shown.
+        most_pictures: The maximum number of images, without those of failures.
+        left_out: The number of results that are not shown.
         complete_failures: Whether every failure is shown.
-        shortened: Whether results are shown in part.
+        shortened: Whether results are shortened.
     """
 
     most_pictures: int = MOST_PICTURES
@@ -66,7 +66,7 @@ class Gallery:
         return len(self._pictures)
 
     def add(self, record: Mapping[str, Any], findings: Findings) -> None:
-        """Take a result, if there is space. A request's later answer replaces its failure."""
+        """Add a result, if there is space. A later response to a request replaces its failure."""
         source = str(record.get("source") or "")
         picture = self._pictures.get(source)
         failed = record["status"] != "ok"
@@ -107,7 +107,7 @@ class Gallery:
         )
 
     def _draw(self, source: str) -> str | None:
-        """Return a picture of an emulator's gallery on this machine, whose address may be gone."""
+        """Return an image of an emulator's gallery on this machine, whose URL may no longer work."""
         known = _LOCAL_GALLERY.fullmatch(source)
         if known is None:
             return None
@@ -129,7 +129,7 @@ class Gallery:
 
 
 def find_address(source: str) -> str | None:
-    """Return the address of a picture that a browser may open; ``None`` for all but http(s)."""
+    """Return the URL of an image that a browser may open. ``None`` unless it is http(s)."""
     scheme, separator, rest = source.partition("://")
     if separator and rest and scheme.lower() in {"http", "https"} and len(source) <= _LONGEST_URL:
         return source
@@ -183,7 +183,7 @@ def _build_result(record: Mapping[str, Any], findings: Findings, *, short: bool)
 
 
 def _build_mark(mark: Mark) -> list[Any]:
-    """Return label, score, box and note, without what is missing at the end."""
+    """Return label, score, box and note, without missing values at the end."""
     score = None if mark.score is None else round(mark.score, 4)
     box = None if mark.box is None else [round(number, 2) for number in mark.box]
     entry = [_cut(mark.label), score, box, _cut(mark.note) or None]
