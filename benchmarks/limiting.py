@@ -23,7 +23,7 @@ from benchmarks.payloads import ANSWERS
 from benchmarks.server import ROOT
 from benchmarks.services import OK, REFUSED, SCENARIOS, THROTTLED, Outage, Scenario, Service
 
-# The type is what botocore recognises; the message is what ours reads.
+# The type is what botocore recognizes; the message is what ours reads.
 _ERRORS: Final = {
     THROTTLED: b'{"error":{"message":"slow down"},"__type":"ThrottlingException"}',
     500: b'{"error":{"message":"internal error"},"__type":"InternalFailure"}',

@@ -251,7 +251,7 @@ class VerifiedDelivery(Delivery):
     """A delivery that was verified and parsed in this process. Only `seal_delivery` makes one.
 
     Its copies and pickles are plain deliveries, which are verified again. The seal is an object
-    that is compared by identity, so nothing that was deserialised can hold it. It holds no secret.
+    that is compared by identity, so nothing that was deserialized can hold it. It holds no secret.
 
     Attributes:
         seal: Identifies the credentials it was verified with.

@@ -66,7 +66,7 @@ def emulate_in_environment(monkeypatch, **options):
 
 
 def count_statuses(stage, items):
-    """Analyse items in a worker; return the statuses, who did it, and its repeated attempts."""
+    """Analyze items in a worker; return the statuses, who did it, and its repeated attempts."""
     statuses = Counter(outcome_columns(stage(items))["status"])
     repeated = sum(shown["ambiguous_retries"] for shown in worker_stats())
     return statuses, os.getpid(), repeated

@@ -452,7 +452,7 @@ def _build_quota_error(
     what = f"add-on feature '{shorten(feature)}'" if feature else "model's add-on"
     resets = f" It resets at {reset_time:%Y-%m-%d %H:%M:%S} UTC." if reset_time else ""
     return QuotaExceededError(
-        f"The quota of the {what} is used up: {said}.{resets} Nothing was analysed. Buy more, or "
+        f"The quota of the {what} is used up: {said}.{resets} Nothing was analyzed. Buy more, or "
         "continue after the reset.",
         feature=feature,
         # whole seconds: rounded up, the end of the calendar is not a datetime any more

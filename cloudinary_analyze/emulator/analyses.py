@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from cloudinary_analyze.emulator.gallery import (
-    COLOURS,
+    COLORS,
     KINDS,
     Entropy,
     Scene,
@@ -24,7 +24,7 @@ from cloudinary_analyze.emulator.validation import AnalyzeRequest
 
 Analysis = dict[str, Any]
 
-# Per model and kind of shape: (label, category) pairs, chosen by the shape's colour.
+# Per model and kind of shape: (label, category) pairs, chosen by the shape's color.
 _LABELS: Final[Mapping[str, Mapping[str, tuple[tuple[str, str], ...]]]] = MappingProxyType(
     {
         "coco": {
@@ -75,7 +75,7 @@ _SETTINGS: Final = (
 )  # fmt: skip
 _MOODS: Final = (
     "in soft morning light", "seen from above", "with shallow depth of field", "at dusk",
-    "in bright daylight", "seen from the side", "in warm colours", "in muted colours",
+    "in bright daylight", "seen from the side", "in warm colors", "in muted colors",
 )  # fmt: skip
 _SYNONYMS: Final = MappingProxyType(
     {
@@ -178,26 +178,26 @@ def _judge(source: str, scene: Scene, text: str, likelihood: float) -> bool:
     if scene.drawn:
         words = {word.removesuffix("s") for word in _WORD.findall(text.lower())}
         kinds = {kind for word, kind in _SYNONYMS.items() if word in words}
-        colours = {colour for colour in COLOURS if colour in words}
-        if kinds or colours:
+        colors = {color for color in COLORS if color in words}
+        if kinds or colors:
             return any(
-                (not kinds or shape.kind in kinds) and (not colours or shape.colour in colours)
+                (not kinds or shape.kind in kinds) and (not colors or shape.color in colors)
                 for shape in scene.shapes
             )
     return Entropy("judge", source, text).fraction() < likelihood
 
 
 def _label(model: str, shapes: Iterable[Shape]) -> list[tuple[str, str, Shape]]:
-    labelled = []
+    labeled = []
     for shape in shapes:
         choices = _LABELS[model].get(shape.kind)
         if choices:
-            label, category = choices[_COLOUR_INDEX[shape.colour] % len(choices)]
-            labelled.append((label, category, shape))
-    return labelled
+            label, category = choices[_COLOR_INDEX[shape.color] % len(choices)]
+            labeled.append((label, category, shape))
+    return labeled
 
 
-_COLOUR_INDEX: Final = {colour: index for index, colour in enumerate(COLOURS)}
+_COLOR_INDEX: Final = {color: index for index, color in enumerate(COLORS)}
 
 
 def _build_detection(request: AnalyzeRequest, scene: Scene) -> Analysis:
@@ -232,7 +232,7 @@ def _build_logos(_request: AnalyzeRequest, scene: Scene) -> Analysis:
     for shape in scene.shapes:
         if shape.kind != "triangle":
             continue
-        mid, description = _LOGOS[_COLOUR_INDEX[shape.colour] % len(_LOGOS)]
+        mid, description = _LOGOS[_COLOR_INDEX[shape.color] % len(_LOGOS)]
         left, top = shape.x, shape.y
         right, bottom = left + shape.width, top + shape.height
         corners = ((left, top), (right, top), (right, bottom), (left, bottom))
@@ -247,7 +247,7 @@ def _build_logos(_request: AnalyzeRequest, scene: Scene) -> Analysis:
 def _build_labels(_request: AnalyzeRequest, scene: Scene) -> Analysis:
     scores: dict[str, float] = {}
     for shape in scene.shapes:
-        for label in (shape.kind, shape.colour):
+        for label in (shape.kind, shape.color):
             scores[label] = max(scores.get(label, 0.0), shape.confidence)
     ranked = sorted(scores.items(), key=lambda pair: -pair[1])
     return {"label_annotations": {"labels": [{"label": k, "score": v} for k, v in ranked]}}

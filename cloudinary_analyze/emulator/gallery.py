@@ -26,7 +26,7 @@ _MARGIN: Final = 4
 _SMALLEST, _LARGEST = 48, 144
 
 KINDS: Final = ("rectangle", "ellipse", "triangle")
-COLOURS: Final[Mapping[str, tuple[int, int, int]]] = MappingProxyType(
+COLORS: Final[Mapping[str, tuple[int, int, int]]] = MappingProxyType(
     {
         "red": (214, 40, 40),
         "orange": (247, 127, 0),
@@ -75,10 +75,10 @@ class Entropy:
 
 @attrs.frozen
 class Shape:
-    """One shape: its kind and colour, and the box of pixels that it fills from edge to edge."""
+    """One shape: its kind and color, and the box of pixels that it fills from edge to edge."""
 
     kind: str
-    colour: str
+    color: str
     x: int
     y: int
     width: int
@@ -100,7 +100,7 @@ class Shape:
 
 @attrs.frozen
 class Scene:
-    """A background and the shapes on it; no two have the same colour and none overlap.
+    """A background and the shapes on it; no two have the same color and none overlap.
 
     Attributes:
         key: What the scene is derived from.
@@ -112,7 +112,7 @@ class Scene:
 
     @cached_property
     def background(self) -> str:
-        """The name of the background's colour."""
+        """The name of the background's color."""
         return _BACKGROUND_NAMES[Entropy("background", self.key).pick(len(_BACKGROUND_NAMES))]
 
     @cached_property
@@ -122,7 +122,7 @@ class Scene:
 
     def describe(self) -> str:
         """Return a sentence that names every shape."""
-        names = [f"{_article(shape.colour)} {shape.colour} {shape.kind}" for shape in self.shapes]
+        names = [f"{_article(shape.color)} {shape.color} {shape.kind}" for shape in self.shapes]
         listed = ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
         return f"{listed[0].upper()}{listed[1:]} on a {self.background} background."
 
@@ -134,7 +134,7 @@ def _article(word: str) -> str:
 def _place_shapes(key: str, *, drawn: bool) -> Iterator[Shape]:
     entropy = Entropy("shapes", key)
     count = len(KINDS) + entropy.pick(4) if drawn else 1 + entropy.pick(6)
-    cells, colours = list(range(_CELLS)), list(COLOURS)
+    cells, colors = list(range(_CELLS)), list(COLORS)
     for index in range(count):
         kind = KINDS[index] if drawn and index < len(KINDS) else KINDS[entropy.pick(len(KINDS))]
         row, column = divmod(cells.pop(entropy.pick(len(cells))), WIDTH // _CELL)
@@ -142,7 +142,7 @@ def _place_shapes(key: str, *, drawn: bool) -> Iterator[Shape]:
         height = _SMALLEST + entropy.pick(_LARGEST - _SMALLEST)
         yield Shape(
             kind,
-            colours.pop(entropy.pick(len(colours))),
+            colors.pop(entropy.pick(len(colors))),
             column * _CELL + _MARGIN + entropy.pick(_CELL - 2 * _MARGIN - width + 1),
             row * _CELL + _MARGIN + entropy.pick(_CELL - 2 * _MARGIN - height + 1),
             width,
@@ -181,9 +181,9 @@ def render_picture(number: int) -> bytes:
     scene = build_gallery_scene(number)
     rows = [b"\0" * WIDTH] * HEIGHT
     palette = [BACKGROUNDS[scene.background]]
-    for colour, shape in enumerate(scene.shapes, start=1):
-        palette.append(COLOURS[shape.colour])
-        pixel = bytes((colour,))
+    for color, shape in enumerate(scene.shapes, start=1):
+        palette.append(COLORS[shape.color])
+        pixel = bytes((color,))
         for offset in range(shape.height):
             start, stop = shape.find_span(offset)
             row = rows[shape.y + offset]

@@ -36,7 +36,7 @@ async def emulate():
 
 
 async def run(mode, cloudinary_url, ledger_path, log_path, port):
-    """Analyse everything, and note each outcome that was handed over."""
+    """Analyze everything, and note each outcome that was handed over."""
     deliveries = asyncio.Queue()
 
     async def receive(request):

@@ -84,7 +84,7 @@ async def test_receivers_sources_and_ledgers_refuse(tmp_path: Any) -> None:
 
 
 async def test_whatever_holds_credentials_refuses() -> None:
-    """Serialisers of task queues also follow `__reduce_ex__` of what a session is made of."""
+    """Serializers of task queues also follow `__reduce_ex__` of what a session is made of."""
     async with ScriptedServer(CAPTION) as server, server.session() as session:
         seen: set[int] = set()
         holders: list[object] = []

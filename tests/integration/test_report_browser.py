@@ -16,7 +16,7 @@ pytest.importorskip("jinja2")
 
 from cloudinary_analyze import AnalyzeSession, Captioning, Coco, Credentials
 from cloudinary_analyze.emulator import Emulator
-from cloudinary_analyze.emulator.gallery import COLOURS, build_gallery_scene, render_picture
+from cloudinary_analyze.emulator.gallery import COLORS, build_gallery_scene, render_picture
 from cloudinary_analyze.results.records import build_record, dump_record
 from cloudinary_analyze.results.report import write_report
 
@@ -202,17 +202,17 @@ def read_png(data):
     return rows
 
 
-def near(pixel, colour, tolerance=40):
-    return all(abs(a - b) <= tolerance for a, b in zip(pixel, colour, strict=True))
+def near(pixel, color, tolerance=40):
+    return all(abs(a - b) <= tolerance for a, b in zip(pixel, color, strict=True))
 
 
-def find_extent(rows, colour):
-    """Return left, top, right, bottom of the pixels of a colour."""
+def find_extent(rows, color):
+    """Return left, top, right, bottom of the pixels of a color."""
     places = [
         (x, y)
         for y, row in enumerate(rows)
         for x, pixel in enumerate(row)
-        if near(pixel, colour, 12)
+        if near(pixel, color, 12)
     ]
     across, down = [x for x, _ in places], [y for _, y in places]
     return min(across), min(down), max(across), max(down)
@@ -281,7 +281,7 @@ async def check_boxes(page, image, source):
     scene = build_gallery_scene(number)
     assert len(marks) == len(scene.shapes)
     for shape in scene.shapes:
-        left, top, right, bottom = find_extent(plain, COLOURS[shape.colour])
+        left, top, right, bottom = find_extent(plain, COLORS[shape.color])
         middle, centre = (left + right) // 2, (top + bottom) // 2
         edges = {
             "left": [(left + step, centre) for step in range(-3, 4)],

@@ -154,7 +154,7 @@ class TestWhateverTheServiceAnswers:
                 assert busy(session.stats) == (0, 0, 0)
 
     async def test_two_202s_with_one_id_share_one_task(self):
-        """Should the service recognise a repetition, both handles have the result."""
+        """Should the service recognize a repetition, both handles have the result."""
         queue = asyncio.Queue()
         async with ScriptedServer(ACCEPTED) as server:
             async with server.session(notifications=queue) as session:

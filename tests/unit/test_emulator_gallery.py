@@ -10,14 +10,14 @@ from cloudinary_analyze.emulator.analyses import build_analysis, compute_latency
 from cloudinary_analyze.emulator.faults import HTTP_FAULTS, TASK_FAULTS
 from cloudinary_analyze.emulator.gallery import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     build_gallery_scene,
     render_picture,
 )
 from cloudinary_analyze.emulator.models import MODELS
 from cloudinary_analyze.emulator.validation import AnalyzeRequest
 
-COLOUR_NAMES = {rgb: name for name, rgb in {**COLOURS, **BACKGROUNDS}.items()}
+COLOR_NAMES = {rgb: name for name, rgb in {**COLORS, **BACKGROUNDS}.items()}
 ITEMS = {
     "prompts": ("Describe this image",),
     "rejection_questions": ("Is there alcohol?", "Is there nudity?"),
@@ -26,7 +26,7 @@ ITEMS = {
 
 
 def read_png(content):
-    """Return width, height, and the box of pixels (x, y, width, height) of every colour."""
+    """Return width, height, and the box of pixels (x, y, width, height) of every color."""
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
     position, chunks = 8, {}
     while position < len(content):
@@ -49,7 +49,7 @@ def read_png(content):
         ]
         left, right = min(hit[1] for hit in hits), max(hit[2] for hit in hits)
         top, bottom = hits[0][0], hits[-1][0]
-        boxes[COLOUR_NAMES[rgb]] = (left, top, right - left + 1, bottom - top + 1)
+        boxes[COLOR_NAMES[rgb]] = (left, top, right - left + 1, bottom - top + 1)
     return width, height, boxes
 
 
@@ -67,11 +67,11 @@ def test_every_box_bounds_exactly_what_the_picture_shows(number):
     source = f"http://127.0.0.1:1/samples/{number}.png"
 
     assert (width, height) == (640, 480)
-    assert {colour: drawn[colour] for colour in drawn if colour in COLOURS} == {
-        shape.colour: (shape.x, shape.y, shape.width, shape.height) for shape in shapes
+    assert {color: drawn[color] for color in drawn if color in COLORS} == {
+        shape.color: (shape.x, shape.y, shape.width, shape.height) for shape in shapes
     }
     by_kind = {
-        kind: {drawn[shape.colour] for shape in shapes if shape.kind == kind}
+        kind: {drawn[shape.color] for shape in shapes if shape.kind == kind}
         for kind in ("rectangle", "ellipse", "triangle")
     }
     everything = set().union(*by_kind.values())
@@ -94,13 +94,13 @@ def test_every_box_bounds_exactly_what_the_picture_shows(number):
         sorted(by_kind["triangle"])
     )
     caption = analyze("captioning", source)["data"]["caption"]
-    assert all(f"{shape.colour} {shape.kind}" in caption for shape in shapes)
+    assert all(f"{shape.color} {shape.kind}" in caption for shape in shapes)
 
 
 def test_a_question_about_drawn_shapes_is_answered_truly():
     shape = build_gallery_scene(5).shapes[0]
-    absent = next(c for c in COLOURS if c not in {s.colour for s in build_gallery_scene(5).shapes})
-    questions = (f"Is there a {shape.colour} {shape.kind}?", f"Is anything {absent}?")
+    absent = next(c for c in COLORS if c not in {s.color for s in build_gallery_scene(5).shapes})
+    questions = (f"Is there a {shape.color} {shape.kind}?", f"Is anything {absent}?")
     request = AnalyzeRequest(MODELS["ai_vision_moderation"], "http://h/samples/5.png", questions)
     analysis = build_analysis(request)
     assert [answer["value"] for answer in analysis["responses"]] == ["yes", "no"]

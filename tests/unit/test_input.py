@@ -82,7 +82,7 @@ def test_csv_finds_its_column_and_counts_physical_lines():
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
-def test_csv_recognises_delimiters_by_the_header(delimiter: str):
+def test_csv_recognizes_delimiters_by_the_header(delimiter: str):
     content = f"name{delimiter}image\nx{delimiter}{A}\n"
     assert show(read(content, "csv", "image")) == [(2, A)]
 

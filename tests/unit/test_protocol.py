@@ -443,7 +443,7 @@ def exhausted(status: int = 429, *, code: str | None = None, feature: str | None
         (exhausted(status=503), False),
     ],
 )
-def test_an_exhausted_quota_is_recognised_by_its_limits(error: ApiError, is_quota: bool) -> None:
+def test_an_exhausted_quota_is_recognized_by_its_limits(error: ApiError, is_quota: bool) -> None:
     assert isinstance(error, QuotaExceededError) is is_quota
     if isinstance(error, QuotaExceededError):
         assert error.feature in {"object_detection", None}

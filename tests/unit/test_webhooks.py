@@ -110,7 +110,7 @@ OURS: dict[str, tuple[dict[str, Any], type[Exception] | None]] = {
 
 
 def test_every_case_of_the_vendors_verifier_has_an_answer_here(vectors: dict[str, Any]) -> None:
-    cases = {case["name"]: case["result"] for case in vectors["verifier_behaviour"]}
+    cases = {case["name"]: case["result"] for case in vectors["verifier_behavior"]}
     assert cases.keys() == OURS.keys()
     for name, (_, expected) in OURS.items():
         if expected is None:
@@ -329,7 +329,7 @@ class TestVerifiedDelivery:
         assert ("compute_signature" in counted) is ("headers" not in changes)
 
     def test_a_seal_that_was_restored_is_worth_nothing(self) -> None:
-        """As a serialiser leaves it that sets attributes one by one."""
+        """As a serializer leaves it that sets attributes one by one."""
         sealed, forged = self.seal(), VerifiedDelivery(b'{"task_id":"forged"}', {})
         for name in ("seal", "notification"):
             object.__setattr__(forged, name, copy.deepcopy(getattr(sealed, name)))

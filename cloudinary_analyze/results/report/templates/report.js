@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  const COLOURS = [
+  const COLORS = [
     "#ff5c8a", "#2ec4ff", "#ffc233", "#a58bff", "#4fd67c", "#ff8f5a",
     "#f07be0", "#8fb4ff", "#c8d94a", "#3fd6c0", "#ffa8a0", "#d3b48c",
   ];
@@ -27,13 +27,13 @@
   const format = (number) => number.toLocaleString("en");
   const seconds = (value) => (value < 0.9995 ? `${Math.round(value * 1000)} ms` : `${value.toPrecision(3)} s`);
 
-  // The commonest labels get colours first, so that neighbours seldom share one.
-  const colours = new Map();
-  function colour(label) {
-    if (!colours.has(label)) colours.set(label, COLOURS[colours.size % COLOURS.length]);
-    return colours.get(label);
+  // The commonest labels get colors first, so that neighbours seldom share one.
+  const colors = new Map();
+  function color(label) {
+    if (!colors.has(label)) colors.set(label, COLORS[colors.size % COLORS.length]);
+    return colors.get(label);
   }
-  for (const row of document.querySelectorAll(".pick")) colour(row.dataset.label);
+  for (const row of document.querySelectorAll(".pick")) color(row.dataset.label);
   const known = new Set();
   for (const picture of pictures)
     for (const result of picture.results)
@@ -116,7 +116,7 @@
       const place = { x, y, width, height };
       boxes.append(draw("g", { class: dim, "data-label": label },
         draw("rect", { class: "halo", ...place }),
-        draw("rect", { class: "box", stroke: colour(label), ...place })));
+        draw("rect", { class: "box", stroke: color(label), ...place })));
       if (dim || (!large && index >= MOST_TABS)) return;
       const text = large ? `${label} ${percent(score)}`.trim() : label;
       const room = (ruler.measureText(text).width + 10) * scale;
@@ -124,7 +124,7 @@
       const free = (top) => top >= 0 && top + tall <= high && !tabs.some((tab) =>
         left < tab.left + tab.room && tab.left < left + room && top < tab.top + tall && tab.top < top + tall);
       const top = [y - tall, y + height, y, y + height - tall].find(free) ?? Math.max(0, y - tall);
-      tabs.push({ left, top, room, text, fill: colour(label) });
+      tabs.push({ left, top, room, text, fill: color(label) });
     });
     for (const { left, top, room, text, fill } of tabs)
       boxes.append(
@@ -134,7 +134,7 @@
 
   // ---- the words under it --------------------------------------------------------------------
   const dot = (label) => draw("svg", { viewBox: "0 0 8 8", "aria-hidden": "true" },
-    draw("circle", { cx: 4, cy: 4, r: 4, fill: colour(label) }));
+    draw("circle", { cx: 4, cy: 4, r: 4, fill: color(label) }));
 
   // Every card is as tall as the next, so that the place of each is known without drawing it:
   // tall enough for the words of nearly all pictures shown; the viewer has the rest.
