@@ -220,7 +220,7 @@ class Statistics:
     """The results of a run: for its summary and, with findings, for its report.
 
     Attributes:
-        models: The counts by model name. `BAD_LINES` stands in for invalid input.
+        models: The counts by model name. `BAD_LINES` counts invalid input.
         labels: The number of results with each label.
         label_total: The sum over all labels of the results with the label.
         questions: Verdicts by rejection question.
