@@ -65,7 +65,7 @@ from cloudinary_analyze.errors import (
 from cloudinary_analyze.ledger.items import Inventory, RecordSet
 from cloudinary_analyze.outcomes import AnyOutcome
 from cloudinary_analyze.progress import ProgressReporter, Reading
-from cloudinary_analyze.requests import AnalyzeRequest
+from cloudinary_analyze.requests import MODELS, AnalyzeRequest
 from cloudinary_analyze.responses import Limit
 from cloudinary_analyze.results.records import (
     InputItem,
@@ -190,6 +190,8 @@ class _Run:
             key=_read_name if self.plan.named else None,
             budget=self.plan.spending.build_budget(self.plan.models),
         ) as self.outcomes:
+            # a refusal of the first model must not end the stream before the others are read
+            self.outcomes._pump.stops.seen.update(self._find_features())  # noqa: SLF001
             try:
                 async for outcome in self.outcomes:
                     await self._take(outcome)
@@ -220,6 +222,13 @@ class _Run:
             name for name in self.plan.models if {name, find_feature(name), ""} & {*self.stops}
         }
         return model in stopped and len(stopped) < len(self.plan.models)
+
+    def _find_features(self) -> dict[str, str | None]:
+        """Return the models that have something left to do, and their features."""
+        models = set(self.plan.models)
+        if self.inventory is not None and not self.inventory.submitted:
+            models &= {*self.inventory.calls}
+        return {model: MODELS[model].feature for model in models}
 
     def _choose_window(self) -> int | None:
         """Return a window with room for each model. ``None``: the default window has it."""

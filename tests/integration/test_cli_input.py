@@ -8,6 +8,8 @@ import io
 import json
 import random
 import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,9 @@ from cli_support import (
 )
 
 from cloudinary_analyze.cli import main
+from cloudinary_analyze.cli.ledger import Book
 from cloudinary_analyze.emulator import Emulator
+from cloudinary_analyze.results.records import InputItem
 
 cli_folder, start_emulator = cli_support.cli_folder, cli_support.start_emulator
 pytestmark = pytest.mark.usefixtures("cli_folder")
@@ -373,6 +377,29 @@ async def test_interrupted_runs_over_an_edited_input_end_in_its_rows(tmp_path: P
     assert all(r["input"]["note"] == f"n, {r['input']['sku']}" for r in records)
     assert set(done.values()) == {1}  # over all runs
     assert {(row[2], row[1]) for row in found} <= set(done)
+
+
+@pytest.mark.parametrize("first", ["ai_vision_general", "captioning"])
+def test_a_refusal_before_the_other_models_are_read_stops_only_its_model(
+    start_emulator: StartEmulator, monkeypatch: pytest.MonkeyPatch, first: str
+):
+    """The service refuses the first item while the input is still being read."""
+    read = Book.read_items
+
+    def read_slowly(book: Book, **options: Any) -> Iterator[InputItem]:
+        for number, item in enumerate(read(book, **options)):
+            if number in {1, 2}:
+                time.sleep(0.3)
+            yield item
+
+    monkeypatch.setattr(Book, "read_items", read_slowly)
+    models = [first, *{"ai_vision_general", "captioning", "google_tagging"} - {first}]
+    emulator = start_emulator(quotas={"ai_vision": 0})
+    write_urls(Path(), 30)
+    assert main(["run", *models, "--prompt", "x", "--input", "urls.txt"]) == 3
+    answered = [record["model"] for record in read_records() if record["status"] == "ok"]
+    assert answered.count("captioning") == answered.count("google_tagging") == 30
+    assert set(emulator.counts.done.values()) == {1}
 
 
 @pytest.mark.parametrize("permits", ["1", "16"])
