@@ -338,6 +338,8 @@ class SessionStats(Jsonable):
         attempts: HTTP attempts of analyze calls.
         retries: Attempts that were repeated.
         ambiguous_retries: Repeated attempts that may have been charged already.
+        ambiguous_failures: Calls that ended without a response, and whose last attempt may have
+            been charged. A cancelled call is one if its attempt was in flight.
         pauses: How often all attempts had to wait, because the service refused or failed everything
             or asked for a pause.
         probes: Attempts that tested whether a pause can end.
@@ -359,6 +361,7 @@ class SessionStats(Jsonable):
     attempts: int = 0
     retries: int = 0
     ambiguous_retries: int = 0
+    ambiguous_failures: int = 0
     pauses: int = 0
     probes: int = 0
     in_flight: int = 0
@@ -386,6 +389,7 @@ class Meter:
     attempts: int = 0
     retries: int = 0
     ambiguous_retries: int = 0
+    ambiguous_failures: int = 0
     pauses: int = 0
     in_flight: int = 0
     polls: int = 0

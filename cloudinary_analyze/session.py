@@ -734,6 +734,7 @@ class AnalyzeSession(NotPicklable):
             attempts=meter.attempts,
             retries=meter.retries,
             ambiguous_retries=meter.ambiguous_retries,
+            ambiguous_failures=meter.ambiguous_failures,
             pauses=meter.pauses,
             in_flight=meter.in_flight,
             permits_in_use=admission.in_use if admission else 0,

@@ -29,6 +29,7 @@ from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
     AnalyzeError,
     InvalidRequestError,
+    ResponseDecodeError,
 )
 from cloudinary_analyze.events import Meter
 from cloudinary_analyze.requests import AnalyzeRequest
@@ -123,6 +124,7 @@ class Caller(NotPicklable):
             return result
         except BaseException as raised:
             error = raised
+            meter.ambiguous_failures += _may_be_charged(call, raised)
             if isinstance(raised, AnalyzeError):
                 raised.ambiguous |= call.ambiguous
             raise
@@ -204,3 +206,12 @@ class Caller(NotPicklable):
         if status == 200:
             return read_task_status(task_id, body)
         raise read_error(status, headers, body, now=self.clock.wall(), model=None, feature=None)
+
+
+def _may_be_charged(call: Call, error: BaseException) -> bool:
+    """Whether the last attempt of a call that ended with an error may have been charged."""
+    if call.sending is not None:
+        return call.sending.sent  # the call was cut off while the attempt was in flight
+    if isinstance(error, ResponseDecodeError):
+        return error.ambiguous
+    return call.error is not None and call.error.ambiguous

@@ -70,6 +70,13 @@ def print_summary(
             f"{twice} may have been charged twice: the response was lost, and the call repeated.",
             style="yellow",
         )
+    if stats.ambiguous_failures:
+        lost = _count(stats.ambiguous_failures, "call", "calls")
+        say(
+            console,
+            f"{lost} may have been charged without a result. The next run makes them again.",
+            style="yellow",
+        )
     if skipped:
         say(console, f"{skipped:,} of these were done in an earlier run and skipped.")
     if place:
@@ -112,6 +119,7 @@ def build_summary(
         "calls": stats.calls,
         "retries": stats.retries,
         "may_be_charged_twice": stats.ambiguous_retries,
+        "failed_may_be_charged": stats.ambiguous_failures,
     }
 
 

@@ -24,6 +24,7 @@ from scripted import (
 )
 
 from cloudinary_analyze import (
+    AnalyzeError,
     BadRequestError,
     CallTimeoutError,
     Captioning,
@@ -248,3 +249,40 @@ async def test_a_body_is_unsent_on_a_closing_connection(closes: bool) -> None:
             await body.write_with_length(StreamWriter(protocol, loop), 2)
             transport.close()
         assert body.sent is not closes
+
+
+@pytest.mark.parametrize(
+    ("handler", "attempts", "lost"),
+    [
+        (hang_up(), 1, 1),
+        (hang_up(), 3, 1),  # the two before it were repeated
+        (answer(500), 2, 1),
+        (answer(503), 2, 0),
+        (answer(400), 1, 0),
+        (one_after_the_other(hang_up(), answer(400)), 3, 0),
+        (one_after_the_other(answer(503), hang_up()), 2, 1),
+        (answer(200, body=b"{"), 1, 1),
+    ],
+)
+async def test_calls_that_may_have_been_charged_are_counted(
+    handler: Any, attempts: int, lost: int
+) -> None:
+    async with ScriptedServer(handler) as server, server.session(attempts=attempts) as session:
+        with pytest.raises(AnalyzeError):
+            await session.analyze(Captioning(URL))
+        stats = session.stats
+    assert stats.ambiguous_failures == lost
+    assert stats.ambiguous_retries + lost <= len(server.seen)
+
+
+async def test_a_call_that_is_cancelled_in_flight_may_have_been_charged() -> None:
+    async def hang(_: Any) -> Any:
+        await asyncio.sleep(60)
+
+    async with ScriptedServer(hang) as server, server.session(permits=1) as session:
+        calls = [asyncio.create_task(session.analyze(Captioning(f"{URL}?{n}"))) for n in range(3)]
+        await until(lambda: server.in_flight == 1 and session.stats.waiting == 2)
+        for call in calls:
+            call.cancel()
+        await asyncio.wait(calls)
+        assert session.stats.ambiguous_failures == 1
