@@ -9,6 +9,7 @@ from typing import Final
 
 from benchmarks import (
     calling,
+    commanding,
     decoding,
     delivering,
     importing,
@@ -33,6 +34,7 @@ FAMILIES: Final = (
     pending,
     queueing,
     resuming,
+    commanding,
     sharing,
 )
 CELLS: Final[dict[str, Cell]] = {cell.name: cell for family in FAMILIES for cell in family.CELLS}

@@ -282,7 +282,9 @@ class KeyBuilder:
     """
 
     def __init__(self, example: AnalyzeRequest[Any]) -> None:
-        parameters = json.dumps(example.parameters, sort_keys=True, separators=(",", ":"))
+        parameters = "{}"
+        if example.parameters:
+            parameters = json.dumps(example.parameters, sort_keys=True, separators=(",", ":"))
         self._head = f"[{_encode_string(KEY_VERSION)},{_encode_string(example.model)},["
         self._tail = f"],{parameters}]"
 
