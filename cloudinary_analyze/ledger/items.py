@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -359,9 +359,7 @@ def read_columns(path: Path) -> Iterator[JSONObject]:
     with closing(connect_for_reading(path)) as connection:
         for _, columns in _read_in_order(connection, "SELECT position, columns FROM items ", path):
             if columns is not None:
-                with reading(path):
-                    kept = _read_object(columns)
-                yield kept
+                yield _read_object(columns, path)
 
 
 def _build_item(row: Sequence[Any], path: Path, *, answered_before: bool) -> LedgerItem:
@@ -370,8 +368,6 @@ def _build_item(row: Sequence[Any], path: Path, *, answered_before: bool) -> Led
     response, error = load_answer(state, content, path)
     if own_error is not None and response is None:
         _, error = load_answer(FAILED, own_error, path)
-    with reading(path):
-        kept = None if columns is None else _read_object(columns)
     return LedgerItem(
         index=index,
         line=line,
@@ -380,7 +376,7 @@ def _build_item(row: Sequence[Any], path: Path, *, answered_before: bool) -> Led
         key=None if key is None else key.hex(),
         file=file,
         name=name,
-        columns=kept,
+        columns=None if columns is None else _read_object(columns, path),
         task_id=task_id,
         response=response,
         error=error,
@@ -399,26 +395,28 @@ def load_answer(
     """
     if content is None:
         return None, None
-    with reading(path):
-        return (None, load_error(content)) if state == FAILED else (_read_object(content), None)
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Convert errors of a damaged record to `LedgerError`."""
+    if state != FAILED:
+        return _read_object(content, path), None
     try:
-        yield
+        return None, load_error(content)
+    except ValueError as error:
+        raise _build_damage(path, str(error)) from error
+
+
+def _build_damage(path: Path, reason: str) -> LedgerError:
+    return LedgerError(
+        f"A record in the ledger {path} cannot be read ({shorten(reason)}). Restore the file "
+        "from a copy, or move it away."
+    )
+
+
+def _read_object(content: bytes, path: Path) -> JSONObject:
+    try:
+        value = codec.loads(content)
     except (ValueError, RecursionError) as error:
-        raise LedgerError(
-            f"A record in the ledger {path} cannot be read ({shorten(str(error))}). Restore the "
-            "file from a copy, or move it away."
-        ) from error
-
-
-def _read_object(content: bytes) -> JSONObject:
-    value = codec.loads(content)
-    if not isinstance(value, dict):
-        raise ValueError("not an object")  # noqa: TRY004 -- as for other text that is not JSON
+        raise _build_damage(path, str(error)) from error
+    if type(value) is not dict:
+        raise _build_damage(path, "it is not a JSON object")
     return value
 
 
@@ -433,13 +431,18 @@ def fetch(
     with explaining(path):
         cursor = connection.execute(query, parameters)
         rows = cursor.fetchall()
-    names = [column[0] for column in cursor.description]
-    for kinds in {tuple(map(type, row)) for row in rows}:  # of few different ones
-        for name, kind in zip(names, kinds, strict=True):
-            if kind not in _KINDS[name]:
-                with reading(path):
-                    raise ValueError(f"{name} is {kind.__name__}")
+    shape = (query, *map(type, rows[0])) if len(rows) == 1 else None
+    if shape in _accepted:
+        return rows  # nearly always, if there is one
+    for (name, *_), column in zip(cursor.description, zip(*rows, strict=True), strict=False):
+        if wrong := set(map(type, column)) - _KINDS[name]:
+            raise _build_damage(path, f"{name} is {wrong.pop().__name__}")
+    if shape is not None:
+        _accepted.add(shape)
     return rows
+
+
+_accepted: Final[set[tuple[Any, ...] | None]] = set()  # queries, with the types of single rows
 
 
 def read_noted(path: Path, *, open_only: bool) -> Iterator[LedgerItem]:
