@@ -19,6 +19,8 @@ except ImportError:  # the [speed] extra
 _SAME_DIGIT: Final = bytes.maketrans(b"123456789", b"0" * 9)
 _LONG_NUMBER: Final = b"0" * 19
 
+DEEPEST: Final = 1024  # levels of nesting, as orjson reads them
+
 
 def loads(text: bytes) -> Any:
     """Return the value of JSON. Integers of any size stay integers.
@@ -34,11 +36,14 @@ def loads(text: bytes) -> Any:
         except ValueError:
             pass  # orjson is stricter (NaN, an unpaired surrogate), but paid responses must be read
     try:
-        return json.loads(text, parse_int=_parse_integer)
+        value = json.loads(text, parse_int=_parse_integer)
     except RecursionError:
         if orjson is None:
             raise
-        return orjson.loads(text)  # the standard library reads deeper nesting
+        return orjson.loads(text)  # orjson reads deeper nesting, up to Python 3.11
+    if is_deep(value, DEEPEST):  # newer Pythons read what others could not read back
+        raise ValueError(f"nested in more than {DEEPEST} levels")
+    return value
 
 
 def _parse_integer(digits: str) -> int | str:

@@ -224,7 +224,7 @@ def read_constants(name: str) -> str:
     return "\0".join(text for text in found if isinstance(text, str))
 
 
-STATIC = read_constants("config.py") + f"\0 {URL_FORM}."
+STATIC = read_constants("config.py") + f"\0 {URL_FORM}.\0CLOUDINARY_URL={URL_FORM}"
 
 
 def fuzz_cloudinary_url(data: bytes) -> None:

@@ -168,6 +168,14 @@ def test_nesting_is_the_same_without_the_speed_extra(monkeypatch: pytest.MonkeyP
     assert codec.dumps(codec.loads(body)) == body
 
 
+@pytest.mark.parametrize("odd", [b"NaN", b"1" * 30])
+def test_the_bound_of_nesting_is_the_same_everywhere(odd: bytes) -> None:
+    with pytest.raises((ValueError, RecursionError)):
+        codec.loads(b"[" * 1100 + odd + b"]" * 1100)
+    assert codec.is_deep(json.loads("[" * 500 + "1" + "]" * 500), 499)
+    assert not codec.is_deep(json.loads("[" * 500 + "1" + "]" * 500), 500)
+
+
 @given(JSON)
 def test_deep_values_are_written_as_others_are(value: Any) -> None:
     assert codec.dump_deep(value) == json.dumps(value, ensure_ascii=False, separators=(",", ":"))
