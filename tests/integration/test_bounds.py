@@ -49,11 +49,11 @@ async def open_ledger(kind: str, folder: Path) -> Any:
     if kind == "sqlite":
         yield lambda: SQLiteLedger(folder / "run.ledger")
         return
-    server = start_redis(folder)
+    server = await asyncio.to_thread(start_redis, folder)
     try:
         yield lambda: RedisLedger(server.url)
     finally:
-        server.kill()
+        await asyncio.to_thread(server.kill)
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "redis"])
@@ -81,6 +81,10 @@ async def test_deep_responses_are_stored_and_read_back(
         read = ledger.iter_items if kind == "sqlite" else ledger.iter_records
         records = [build_ledger_record(item) for item in await asyncio.to_thread(list, read())]
     records += map(build_record, outcomes)
+    await asyncio.to_thread(check_outputs, records, depth, tmp_path)
+
+
+def check_outputs(records: list[Any], depth: int, tmp_path: Path) -> None:
     assert len(records) == 6
     lines = [dump_record(record) for record in records]
     for record in read_records(lines):
