@@ -13,6 +13,9 @@ export CLOUDINARY_URL='cloudinary://…'
 
 With an account, `CLOUDINARY_URL` is on the dashboard of the Cloudinary Console.
 
+Examples without `import asyncio` are parts of a program: put them into a coroutine like `main` below. In
+them, `session` is an open `AnalyzeSession`, and `urls` is a list of URLs.
+
 **Analyze one image.** A request names a model and an image. The type of `response.analysis` follows
 from the request:
 

@@ -1,7 +1,7 @@
-"""Who calls (`Credentials`) and how (`Settings`): frozen, validated when they are made.
+"""The configuration of a session: `Credentials` and `Settings`. Frozen and validated.
 
-An invalid value raises `ConfigurationError` here, before any request is sent. No message quotes a
-credential, a host or any part of a Cloudinary URL: after a typo, each may hold the secret.
+An invalid value raises `ConfigurationError` before any request is sent. No message quotes a
+credential, a host or a part of a Cloudinary URL, because after a typo each may contain the secret.
 
 # Credentials
 
@@ -243,7 +243,7 @@ C = TypeVar("C", bound="Credentials")
 
 @attrs.frozen(repr=False, eq=False)
 class Credentials(Described):
-    """Who calls: a cloud, and either an API key with its secret or an OAuth token.
+    """The cloud name, and either an API key with its secret or an OAuth token.
 
     Explicit arguments come first, then ``CLOUDINARY_URL`` alone, then the separate variables. An
     invalid variable is an error; it is never skipped.
@@ -256,10 +256,11 @@ class Credentials(Described):
             an async function without arguments that returns one. A session calls the function when
             it opens, and once more for each call that is answered 401; calls that wait share it.
             Used instead of key and secret if both are given.
-        notification_secrets: The secrets that may sign notifications, several while one is
+        notification_secrets: The secrets that may sign notifications. Pass several while one is
             rotated. Default: the API secret.
-        digests: The digests that a notification's signature may use. Accounts sign with SHA-1
-            unless support switched them to SHA-256; naming one alone refuses the other.
+        digests: The digests that are accepted in signatures of notifications. Default: ``sha1`` and
+            ``sha256``. Accounts sign with SHA-1 unless Cloudinary's support has switched them to
+            SHA-256.
         host: Host or origin of the API, from ``upload_prefix``; `Settings.host` overrides it. A URL
             object is accepted.
 
@@ -330,7 +331,7 @@ class Credentials(Described):
 
     @cached_property
     def signing_secrets(self) -> tuple[str, ...]:
-        """The secrets that a notification may be signed with; empty if there is none."""
+        """The secrets that a notification may be signed with. Empty if there are none."""
         if self.notification_secrets:
             return self.notification_secrets
         return (self.api_secret,) if self.api_secret else ()
@@ -533,7 +534,7 @@ def _one_of(*names: str) -> Any:
 
 @attrs.frozen(kw_only=True, repr=False, eq=False)
 class Settings(Described):
-    """How a session calls. All times are seconds.
+    """The settings of a session. All times are seconds.
 
     Raises:
         ConfigurationError: A value is invalid.
@@ -547,28 +548,30 @@ class Settings(Described):
     service (429) do not count, because they cost nothing."""
 
     connect_timeout: float = attrs.field(default=10, validator=_positive)
-    """For one attempt: until the connection is established, name lookup included (real time)."""
+    """The limit for connecting in one attempt, name lookup included (real time)."""
 
     read_timeout: float = attrs.field(default=120, validator=_positive)
-    """For one attempt: until the whole response is read, connecting included (real time)."""
+    """The limit for one attempt until the whole response is read, connecting included (real time).
+    """
 
     call_timeout: float | None = attrs.field(default=None, validator=_maybe_positive)
-    """For a whole `analyze`, queueing and retries included, where the call names no ``timeout``.
-    ``None``: no limit but the attempts'."""
+    """The limit for a whole `analyze`, queueing and retries included, unless the call has a
+    ``timeout``. ``None``: only the limits of its attempts."""
 
     outage_timeout: float | None = attrs.field(default=120, validator=_maybe_positive)
     """How long bulk work waits while the service fails or refuses everything. Then the stream stops
     with `OutageError`. ``None``: without a limit. Meanwhile single requests test whether it is over."""
 
     backoff_first: float = attrs.field(default=0.5, validator=_positive)
-    """The wait before the second attempt; doubles with each, jittered down to a half."""
+    """The wait before the second attempt. It doubles with each attempt. Jitter shortens it by up to
+    half."""
 
     backoff_max: float = attrs.field(default=30, validator=_positive)
-    """The longest wait of our own choosing."""
+    """The longest wait between attempts that the server did not ask for."""
 
     max_server_wait: float = attrs.field(default=120, validator=_positive)
-    """The longest wait that the server may ask for. When it asks for more, the call raises, and so
-    do later calls, unsent, until that time is over."""
+    """The longest wait that the server may ask for. If it asks for more, the call raises. Later
+    calls raise without being sent until that time has passed."""
 
     retry_ambiguous: bool = attrs.field(default=True, validator=_truth)
     """Whether attempts that may have been charged (sent and unanswered; 500, 502, 504) are
@@ -588,55 +591,55 @@ class Settings(Described):
     """The longest body that is read, after decompression."""
 
     poll_first: float | None = attrs.field(default=None, validator=_maybe_positive)
-    """From a task's acceptance to its first status poll; grows from there. ``None``: 5 with a
-    notification source, 1 without."""
+    """The time from a task's acceptance to its first status poll. Intervals grow from there.
+    ``None``: 5 with a notification source, 1 without."""
 
     poll_longest: float | None = attrs.field(default=None, validator=_maybe_positive)
     """The longest interval between polls of a task. ``None``: 300 with a source, 30 without."""
 
     poll_permits: int = attrs.field(default=4, validator=_count)
-    """Status polls in flight at once, beside the permits."""
+    """Status polls in flight at once, in addition to the permits."""
 
     polls_per_second: float = attrs.field(default=20, validator=_positive)
-    """Status polls begun in a second, over all tasks. With many tasks, polls are late instead."""
+    """Status polls per second, over all tasks. With many tasks, polls are late."""
 
     result_grace: float = attrs.field(default=1200, validator=_not_negative)
-    """After a poll said ``completed``: how long the notification may still arrive. The service
-    re-delivers after about 3, 6 and 9 minutes."""
+    """How long to wait for the notification after a poll said ``completed``. The service delivers
+    again after about 3, 6 and 9 minutes."""
 
     failure_grace: float = attrs.field(default=15, validator=_not_negative)
-    """After a poll said ``failed``: how long the notification with the reason may still arrive."""
+    """How long to wait for the notification with the reason after a poll said ``failed``."""
 
     on_missing_result: Literal["raise", "analyze"] = attrs.field(
         default="raise", validator=_one_of("raise", "analyze")
     )
-    """What to do when a task is completed and no result arrives: ``"raise"``
-    `ResultNotDeliveredError`, or ``"analyze"``: repeat it as a call, which spends quota again."""
+    """What to do if a task is completed and no result arrives. ``"raise"``: raise
+    `ResultNotDeliveredError`. ``"analyze"``: repeat it as a call, which spends quota again."""
 
     task_timeout: float | None = attrs.field(default=3600.0, validator=_maybe_positive)
-    """How long a task handle waits where it names no ``timeout``. ``None``: without a limit."""
+    """How long a task handle waits, unless it has a ``timeout``. ``None``: without a limit."""
 
     answered_seconds: float = attrs.field(default=3600, validator=_not_negative)
-    """How long an answered task can be attached to again by its id."""
+    """How long `AnalyzeSession.task` can return the result of an answered task."""
 
     answered_count: int = attrs.field(default=10_000, validator=_count)
-    """How many answered tasks are kept for that."""
+    """How many answered tasks are kept for this."""
 
     answered_bytes: int = attrs.field(default=52 * 2**20, validator=_count)
     """How many bytes of their results are kept. The oldest are dropped first."""
 
     parked_seconds: float = attrs.field(default=600, validator=_not_negative)
-    """How long a notification waits for its task to become known here."""
+    """How long a notification is kept until its task is known here."""
 
     parked_bytes: int = attrs.field(default=16 * 2**20, validator=_count)
-    """How many bytes of such notifications are kept; the oldest are dropped first."""
+    """How many bytes of such notifications are kept. The oldest are dropped first."""
 
     rate: float | None = attrs.field(default=None, validator=_maybe_positive)
-    """Attempts of analyze calls per second at most, evenly spaced, in this session. ``None``: no
-    limit but what the service turns out to allow."""
+    """The maximum rate of this session: attempts of analyze calls per second, evenly spaced.
+    ``None``: only the limits of the service, which the session learns."""
 
     burst: int = attrs.field(default=1, validator=_count)
-    """How many attempts may begin at once under `rate`, after a time with fewer."""
+    """How many attempts may begin at once under `rate`, after a time with fewer attempts."""
 
     pacer: Pacer | None = None
     """Instead of `rate`, an object with ``async acquire()`` of your own, for example one that all

@@ -9,7 +9,7 @@ directory. Each test then has these fixtures:
 * ``analyze_session``: an `AnalyzeSession` to that emulator, for ``async with``.
 * ``manual_clock``: a `ManualClock`, for ``AnalyzeSession(…, clock=manual_clock)``.
 
-A FastAPI application ``app.py``:
+For example, with ``pip install pytest fastapi httpx``, a FastAPI application ``app.py``:
 
 ```python
 from collections.abc import AsyncGenerator
