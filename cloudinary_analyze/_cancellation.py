@@ -21,13 +21,13 @@ class InterruptedSectionError(Exception):
     """A section was interrupted."""
 
 
-def get_task() -> asyncio.Task[object]:
-    """Return the running task.
+def get_task(loop: asyncio.AbstractEventLoop | None = None) -> asyncio.Task[object]:
+    """Return the running task. A caller that knows the running loop saves the search for it.
 
     Raises:
         RuntimeError: No task is running, so asyncio can neither time out nor cancel the code.
     """
-    task = asyncio.current_task()
+    task = asyncio.current_task(loop)
     if task is None:
         raise RuntimeError("This coroutine must run in an asyncio task.")
     return task

@@ -70,7 +70,9 @@ A_co = TypeVar("A_co", covariant=True)
 
 KEY_VERSION: Final = "1"
 MOST_PARAMETERS: Final = 10
-_ASCII_URL = re.compile(r"[Hh][Tt][Tt][Pp][Ss]?://[!\"$-.0->@-~][!-~]*")  # as nearly all are
+_is_ascii_url: Final = re.compile(  # as nearly all are
+    r"[Hh][Tt][Tt][Pp][Ss]?://[!\"$-.0->@-~][!-~]*"
+).fullmatch
 # seldom used, so compiled by the first use
 _URL = r"[Hh][Tt][Tt][Pp][Ss]?://(?![/?#])[^\s\x00-\x1f\x7f]+"
 _ASSET_ID = r"[0-9A-Za-z_-]+"
@@ -95,10 +97,12 @@ class Uri(Described):
 
     def __attrs_post_init__(self) -> None:
         uri = self.uri
+        if type(uri) is str and _is_ascii_url(uri):
+            return
         if type(uri) is not str:
             uri = read_url(uri)
             object.__setattr__(self, "uri", uri)  # frozen, and not yet seen by anyone
-        if not isinstance(uri, str) or not (_ASCII_URL.fullmatch(uri) or _is_url(uri)):
+        if not isinstance(uri, str) or not _is_url(uri):
             raise _build_source_error(uri)
 
     def __str__(self) -> str:
@@ -169,7 +173,10 @@ def _build_source_error(source: object) -> InvalidRequestError:
 
 
 def _read_source(source: str | URLObject | Uri | Asset) -> Uri | Asset:
-    return source if isinstance(source, (Uri, Asset)) else Uri(cast("str", source))
+    if isinstance(source, (Uri, Asset)):
+        return source
+    uri: Any = source
+    return Uri(uri)
 
 
 def _read_list(values: Any, noun: str) -> tuple[Any, ...]:

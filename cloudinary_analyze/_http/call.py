@@ -92,9 +92,10 @@ class Caller(NotPicklable):
             Exception: The error of `claim` or `owner`. Nothing was sent.
         """
         model = request.model
+        url = self._urls.get(model)  # a URL has no quick truth value
         begun = self.clock.monotonic()
         call = Call(
-            self._urls.get(model) or self._build_url(model),
+            self._build_url(model) if url is None else url,
             self.attempts.queue,
             self.settings.attempts,
             begun,

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import aiohttp
 import attrs
+from aiohttp import hdrs
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
@@ -44,12 +45,12 @@ class Body(aiohttp.BytesPayload):
 
     sent: bool = False
 
-    async def write_with_length(self, writer: Any, content_length: int | None) -> None:
+    def write_with_length(self, writer: Any, content_length: int | None) -> Any:
         """Write the body to the connection; called by aiohttp."""
         # on a connection that is closing, aiohttp raises and writes nothing
         transport = writer.transport
         self.sent |= transport is not None and not transport.is_closing()
-        await super().write_with_length(writer, content_length)
+        return super().write_with_length(writer, content_length)
 
 
 @attrs.define(eq=False, repr=False)
@@ -153,7 +154,7 @@ class Transport(NotPicklable):
             ResponseDecodeError: The body is longer than the settings allow.
             ConfigurationError: The aiohttp session that was passed in is closed.
         """
-        task = get_task()
+        task = get_task(self._loop)
         cancelling = task.cancelling()
         deadline = self._loop.time() + self.settings.read_timeout
         self._attempts.inside[task] = deadline
@@ -228,7 +229,7 @@ class Transport(NotPicklable):
 
     def _add_token(self, token: Token) -> CIMultiDict[str]:
         headers = CIMultiDict(self._headers or ())
-        headers["Authorization"] = f"Bearer {token.value}"
+        headers[hdrs.AUTHORIZATION] = f"Bearer {token.value}"
         return headers
 
     def _end_overdue(self) -> None:
@@ -350,10 +351,10 @@ def build_headers(credentials: Credentials, *, version: str) -> CIMultiDict[str]
         authorization = f"Basic {base64.b64encode(pair).decode()}"
     return CIMultiDict(
         {
-            **({"Authorization": authorization} if authorization else {}),
-            "Accept": "application/json",
-            "Content-Type": "application/json",
-            "User-Agent": f"cloudinary-analyze/{version} "
+            **({hdrs.AUTHORIZATION: authorization} if authorization else {}),
+            hdrs.ACCEPT: "application/json",
+            hdrs.CONTENT_TYPE: "application/json",
+            hdrs.USER_AGENT: f"cloudinary-analyze/{version} "
             f"(Python/{platform.python_version()}; aiohttp/{aiohttp.__version__})",
         }
     )

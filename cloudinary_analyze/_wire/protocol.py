@@ -149,8 +149,9 @@ def read_response(request: AnalyzeRequest[A], body: bytes) -> Response[A]:
     Raises:
         ResponseDecodeError: It holds no analysis of the request's model.
     """
-    raw = read_object(body, status=200, model=request.model, ambiguous=True)
-    return read_result(request.model, request.analysis_type, raw, body=body)
+    model = request.model
+    raw = read_object(body, status=200, model=model, ambiguous=True)
+    return read_result(model, request.analysis_type, raw, body=body)
 
 
 def read_result(
