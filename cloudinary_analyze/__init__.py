@@ -161,9 +161,11 @@ asyncio.run(main())
 .. include:: docs/security.md
 """
 
+import importlib
 import logging
+from typing import TYPE_CHECKING, Any, Final
 
-from cloudinary_analyze._budget import Budget, Spent
+from cloudinary_analyze._meter import SessionStats
 from cloudinary_analyze._stream import OutcomeStream
 from cloudinary_analyze._tasks.handle import AnalysisTask
 from cloudinary_analyze._version import __version__
@@ -237,7 +239,6 @@ from cloudinary_analyze.errors import (
     TransportError,
     WrongEventLoopError,
 )
-from cloudinary_analyze.events import SessionStats
 from cloudinary_analyze.outcomes import Answered, Failed, Outcome
 from cloudinary_analyze.protocols import NotificationSink, NotificationSource
 from cloudinary_analyze.requests import (
@@ -265,7 +266,6 @@ from cloudinary_analyze.requests import (
     find_request_type,
 )
 from cloudinary_analyze.responses import Delivery, Limit, Notification, Response, TaskStatus
-from cloudinary_analyze.serialization import to_dict, to_json
 from cloudinary_analyze.session import AnalyzeSession
 from cloudinary_analyze.webhooks import parse_notification, verify_signature
 
@@ -385,3 +385,23 @@ __all__ = [
 
 # silent until the application configures logging; see `cloudinary_analyze.events`
 logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+if TYPE_CHECKING:
+    from cloudinary_analyze._budget import Budget, Spent
+    from cloudinary_analyze.serialization import to_dict, to_json
+
+# imported by their first use, because few programs need them
+_MODULES: Final = {
+    "Budget": "_budget",
+    "Spent": "_budget",
+    "to_dict": "serialization",
+    "to_json": "serialization",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    value = globals()[name] = getattr(module, name)
+    return value

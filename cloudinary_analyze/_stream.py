@@ -27,13 +27,12 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Never, Self, TypeVar
 
 import attrs
 
-from cloudinary_analyze._budget import Budget, Spending, Spent
 from cloudinary_analyze._cancellation import count_cancellations
 from cloudinary_analyze._clock import Clock
 from cloudinary_analyze._policy import Stop, find_stop, may_be_charged
-from cloudinary_analyze._recording import Work, wrap_cancellation
 from cloudinary_analyze._stops import Stops
 from cloudinary_analyze._values import NotPicklable
+from cloudinary_analyze._work import Work, wrap_cancellation
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
     BudgetReachedError,
@@ -45,6 +44,9 @@ from cloudinary_analyze.errors import (
 from cloudinary_analyze.outcomes import Answered, Failed, Outcome
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import Response
+
+if TYPE_CHECKING:
+    from cloudinary_analyze._budget import Budget, Spending, Spent
 
 Item = TypeVar("Item")
 A = TypeVar("A")
@@ -373,8 +375,13 @@ class OutcomeStream(NotPicklable, Generic[Item_co, A_co]):
             raise ConfigurationError(f"`key` must be a function of one item, not {name!r:.80}.")
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
             raise ConfigurationError(f"The window must be a whole number from 1, not {window!r}.")
-        if budget is not None and not isinstance(budget, Budget):
-            raise ConfigurationError(f"`budget` must be a Budget, not {budget!r:.80}.")
+        spending = None
+        if budget is not None:
+            from cloudinary_analyze._budget import Budget, Spending
+
+            if not isinstance(budget, Budget):
+                raise ConfigurationError(f"`budget` must be a Budget, not {budget!r:.80}.")
+            spending = Spending(budget)
         self._pump = _Pump(
             source,
             asynchronous,
@@ -386,7 +393,7 @@ class OutcomeStream(NotPicklable, Generic[Item_co, A_co]):
             clock,
             window,
             ordered,
-            None if budget is None else Spending(budget),
+            spending,
         )
         self._started = False
         # a stage before this one would otherwise stay open until it is collected

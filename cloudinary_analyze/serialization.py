@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, Union, get_args, get_orig
 import attrs
 
 from cloudinary_analyze._budget import Budget, Spent
+from cloudinary_analyze._meter import SessionStats
 from cloudinary_analyze._values import quote
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze.analyses import (
@@ -51,7 +52,6 @@ from cloudinary_analyze.analyses import (
     Watermark,
 )
 from cloudinary_analyze.errors import AnalyzeError, ConfigurationError
-from cloudinary_analyze.events import SessionStats
 from cloudinary_analyze.outcomes import Answered, Failed
 from cloudinary_analyze.requests import AnalyzeRequest, Asset, Uri
 from cloudinary_analyze.responses import Limit, Response, TaskStatus

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Self, TypeVar, 
 import attrs
 
 from cloudinary_analyze import _policy
-from cloudinary_analyze._budget import Budget
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
 from cloudinary_analyze._http.quota import Quota
-from cloudinary_analyze._recording import Leader, Recording, Sender
+from cloudinary_analyze._meter import Meter, SessionStats
 from cloudinary_analyze._stream import OutcomeStream
 from cloudinary_analyze._tasks.handle import AnalysisTask, follow
 from cloudinary_analyze._tasks.tracker import Tracker
@@ -27,6 +26,7 @@ from cloudinary_analyze._values import NotPicklable, URLObject, read_url
 from cloudinary_analyze._version import __version__
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze._wire.protocol import Accepted
+from cloudinary_analyze._work import Sender
 from cloudinary_analyze.config import (
     DEFAULT_HOST,
     Credentials,
@@ -43,7 +43,6 @@ from cloudinary_analyze.errors import (
     SessionNotOpenError,
     WrongEventLoopError,
 )
-from cloudinary_analyze.events import EventHook, Meter, SessionStats
 from cloudinary_analyze.notifications import QueueSource
 from cloudinary_analyze.notifications.reading import Claim, claim_source
 from cloudinary_analyze.outcomes import Failed, Outcome
@@ -54,8 +53,11 @@ from cloudinary_analyze.responses import Delivery, Limit, Response, TaskStatus
 if TYPE_CHECKING:
     import aiohttp
 
+    from cloudinary_analyze._budget import Budget
     from cloudinary_analyze._http.call import Caller
     from cloudinary_analyze._http.token import Token
+    from cloudinary_analyze._recording import Leader, Recording
+    from cloudinary_analyze.events import EventHook
 
 __all__ = ["AnalyzeSession"]
 
@@ -71,13 +73,16 @@ _NOTIFICATION_URL: Final = r"(?ai:https?)://[^\s/?#][^\s]*"
 Mode = Literal["auto", "task", "call"]
 
 
-def _import_what_sessions_need() -> None:
+def _import_what_sessions_need(*, watched: bool) -> None:
     """Import aiohttp, cattrs and backoff: with the first session, not with the package or a call.
 
     Many programs take only names from the package, and these imports take twice as long as all
     the rest. During a call they would stop the loop, or fail where files are short.
     """
     from cloudinary_analyze._http import call, transport  # noqa: F401
+
+    if watched:
+        from cloudinary_analyze._http import watch  # noqa: F401
 
     codec.prepare()
     _policy.prepare()
@@ -216,7 +221,7 @@ class AnalyzeSession(NotPicklable):
             )
         if notification_url is not None:
             notification_url = _read_notification_url(notification_url)
-        _import_what_sessions_need()
+        _import_what_sessions_need(watched=on_event is not None)
         self._source = notifications
         self._notification_url = notification_url
         self._credentials = credentials
@@ -681,6 +686,8 @@ class AnalyzeSession(NotPicklable):
             raise ConfigurationError(
                 f"`ledger` must be a Ledger, such as SQLiteLedger(path); not {ledger!r:.80}."
             )
+        from cloudinary_analyze._recording import Recording
+
         return Recording(ledger=ledger, sender=sender, leaders=self._leaders)
 
     async def analyze_all(

@@ -143,6 +143,8 @@ def instrument(
             carrier,
         )
         _observe_pending(target, meter_provider)
+        from cloudinary_analyze._http import watch  # noqa: F401 -- as a session with a hook does
+
         target._meter.add_hook(telemetry.take)  # noqa: SLF001
     elif isinstance(target, TraceCarrier):
         carrier = target

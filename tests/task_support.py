@@ -20,10 +20,10 @@ from cloudinary_analyze import (
     Settings,
 )
 from cloudinary_analyze._http.quota import Quota
+from cloudinary_analyze._meter import Meter
 from cloudinary_analyze._tasks.tracker import Tracker
 from cloudinary_analyze._wire.protocol import Accepted
 from cloudinary_analyze.emulator import Emulator
-from cloudinary_analyze.events import Meter
 from cloudinary_analyze.notifications import QueueSource
 from cloudinary_analyze.responses import TaskStatus
 from cloudinary_analyze.testing import ManualClock, build_notification, sign_notification

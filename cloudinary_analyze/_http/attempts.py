@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from copy import copy
 from functools import partial
 from math import inf
-from typing import Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import attrs
 from yarl import URL
@@ -25,7 +25,7 @@ from cloudinary_analyze._http.limits import CATCH_UP, Turnstile
 from cloudinary_analyze._http.quota import Quota
 from cloudinary_analyze._http.transport import Answer, Body, Transport
 from cloudinary_analyze._http.waiting import AdmissionQueue
-from cloudinary_analyze._http.watch import Watch
+from cloudinary_analyze._meter import Meter
 from cloudinary_analyze._policy import (
     asks_for_more,
     build_waits,
@@ -49,7 +49,9 @@ from cloudinary_analyze.errors import (
     build_unsent,
     shorten,
 )
-from cloudinary_analyze.events import Meter, PaceChanged, SessionPaused
+
+if TYPE_CHECKING:
+    from cloudinary_analyze._http.watch import Watch
 
 T = TypeVar("T")
 
@@ -525,17 +527,25 @@ class Attempts(NotPicklable):
             queue.succeed(attempt)
         if queue.admission.generation > generation:
             self.meter.pauses += 1
-            now = self.clock.monotonic()
-            self.meter.emit(
-                SessionPaused(
-                    seconds=queue.admission.find_start(now) - now,
-                    permits=queue.admission.cap.limit,
-                    polls=queue is self.poll_queue,
-                    cause="throttled" if is_throttle(error) else "failing",
-                )
+            if self.meter.hook is not None:
+                self._emit_pause(queue, "throttled" if is_throttle(error) else "failing")
+
+    def _emit_pause(self, queue: AdmissionQueue, cause: str) -> None:
+        from cloudinary_analyze.events import SessionPaused
+
+        now = self.clock.monotonic()
+        self.meter.emit(
+            SessionPaused(
+                seconds=queue.admission.find_start(now) - now,
+                permits=queue.admission.cap.limit,
+                polls=queue is self.poll_queue,
+                cause=cause,
             )
+        )
 
     def _emit_pace(self, admission: Admission) -> None:
+        from cloudinary_analyze.events import PaceChanged
+
         limits = (admission.pace.rate, admission.cap.limit)
         if limits != self._limits:
             self._limits = limits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import attrs
 from yarl import URL
@@ -13,7 +13,7 @@ from cloudinary_analyze._clock import Clock
 from cloudinary_analyze._http.attempts import Attempts, Call, Owner
 from cloudinary_analyze._http.quota import Quota
 from cloudinary_analyze._http.transport import Answer, Transport
-from cloudinary_analyze._http.watch import Watch
+from cloudinary_analyze._meter import Meter
 from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze._wire.protocol import (
     Accepted,
@@ -31,9 +31,11 @@ from cloudinary_analyze.errors import (
     InvalidRequestError,
     ResponseDecodeError,
 )
-from cloudinary_analyze.events import Meter
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import Response, TaskStatus
+
+if TYPE_CHECKING:
+    from cloudinary_analyze._http.watch import Watch
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -115,7 +117,7 @@ class Caller(NotPicklable):
         error: BaseException | None = None
         try:
             if meter.hook is not None:
-                call.watch = Watch(meter, self.clock, model)
+                call.watch = self._watch(model)
                 call.watch.start_call(model, as_task=as_task, repeats=repeats)
             read = partial(self._read_analysis, request)
             if deadline is None:
@@ -158,8 +160,13 @@ class Caller(NotPicklable):
         polling = self.attempts.repeat(call, partial(self._read_status, task_id))
         if self.meter.hook is None:
             return await polling
-        call.watch = Watch(self.meter, self.clock)
+        call.watch = self._watch()
         return await call.watch.poll(task_id, polling)
+
+    def _watch(self, model: str | None = None) -> Watch:
+        from cloudinary_analyze._http.watch import Watch
+
+        return Watch(self.meter, self.clock, model)
 
     def _build_url(self, model: str) -> URL:
         if not model:

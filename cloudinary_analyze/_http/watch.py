@@ -9,6 +9,7 @@ import attrs
 
 from cloudinary_analyze._clock import Clock
 from cloudinary_analyze._http.transport import Answer, Body
+from cloudinary_analyze._meter import Meter
 from cloudinary_analyze._wire.protocol import Accepted
 from cloudinary_analyze.errors import AnalyzeError, RemoteError
 from cloudinary_analyze.events import (
@@ -16,7 +17,6 @@ from cloudinary_analyze.events import (
     AttemptRetried,
     CallFinished,
     CallStarted,
-    Meter,
     PollFinished,
 )
 from cloudinary_analyze.responses import Limit, Response, TaskStatus

@@ -30,12 +30,12 @@ from cloudinary_analyze.errors import (
     RemoteError,
     TaskFailedError,
 )
-from cloudinary_analyze.events import TaskAnswered
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import Limit, Response, find_limits
 
 if TYPE_CHECKING:
     from cloudinary_analyze._http.attempts import Owner
+    from cloudinary_analyze.events import TaskAnswered
 
 MISSES: Final = 2
 LEFT: Final = -1  # the index of a wait that is no longer in its entry
@@ -233,6 +233,8 @@ def build_event(ended: Ended, task_id: str, entry: Entry, seconds: float) -> Tas
         limits = find_limits(ended.raw)
     elif isinstance(answer.error, RemoteError) and answer.by != "analyze":
         limits = answer.error.limits
+    from cloudinary_analyze.events import TaskAnswered
+
     return TaskAnswered(
         task_id=task_id,
         by=answer.by,

@@ -17,6 +17,7 @@ from typing import Final
 import attrs
 
 from cloudinary_analyze._clock import Clock, wake
+from cloudinary_analyze._meter import Meter
 from cloudinary_analyze._tasks.timers import SLICE
 from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze.config import Credentials
@@ -27,7 +28,6 @@ from cloudinary_analyze.errors import (
     NotificationSourceError,
     StaleNotificationError,
 )
-from cloudinary_analyze.events import Meter
 from cloudinary_analyze.notifications.reading import Retries, open_deliveries
 from cloudinary_analyze.protocols import (
     TRACE_HEADER,

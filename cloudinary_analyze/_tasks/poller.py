@@ -25,7 +25,6 @@ from cloudinary_analyze._tasks.table import REFUSALS
 from cloudinary_analyze._tasks.timers import DueHeap
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import AnalyzeError, describe
-from cloudinary_analyze.events import SessionPaused
 from cloudinary_analyze.responses import TaskStatus
 
 if TYPE_CHECKING:
@@ -147,6 +146,8 @@ class Poller:
             self._paused_at = self.clock.monotonic()
             self._next_start = self._paused_at + self._pause
             if self.caller.meter.hook is not None:
+                from cloudinary_analyze.events import SessionPaused
+
                 self.caller.meter.emit(
                     SessionPaused(
                         seconds=self._pause,

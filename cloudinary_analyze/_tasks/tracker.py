@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import attrs
 
 from cloudinary_analyze._clock import Clock, TimerHandle, wake
+from cloudinary_analyze._meter import Meter
 from cloudinary_analyze._tasks.answers import build_closed
 from cloudinary_analyze._tasks.entries import (
     Answer,
@@ -44,7 +45,6 @@ from cloudinary_analyze.errors import (
     SessionClosedError,
     TaskTimeoutError,
 )
-from cloudinary_analyze.events import Meter, TaskAccepted
 from cloudinary_analyze.protocols import NotificationSource
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import (
@@ -238,6 +238,8 @@ class Tracker(NotPicklable):
     def _emit_accepted(self, task_id: str, model: str) -> None:
         self.meter.accepted += 1
         if self.meter.hook is not None:
+            from cloudinary_analyze.events import TaskAccepted
+
             self.meter.emit(TaskAccepted(task_id=task_id, model=model))
 
     def abandon(self, wait: Wait) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cloudinary_analyze._meter import SessionStats
 from cloudinary_analyze.cli.screen import CommandError, ExitCode, say
 from cloudinary_analyze.errors import (
     AnalyzeError,
@@ -21,7 +22,6 @@ from cloudinary_analyze.errors import (
     BulkStoppedError,
     QuotaExceededError,
 )
-from cloudinary_analyze.events import SessionStats
 from cloudinary_analyze.responses import Limit
 from cloudinary_analyze.results.statistics import Durations, Statistics, format_seconds
 
