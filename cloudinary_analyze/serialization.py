@@ -115,7 +115,13 @@ def to_dict(value: Any, *, raw: bool = False) -> dict[str, Any]:
         ConfigurationError: The value has another type, or an outcome's item cannot be converted to
             JSON.
     """
-    result: dict[str, Any] = codec.loads(to_json(value, raw=raw).encode())
+    text = to_json(value, raw=raw)
+    try:
+        result: dict[str, Any] = codec.loads(text.encode())
+    except (ValueError, RecursionError):
+        raise ConfigurationError(
+            f"The {type(value).__name__} is nested too deeply for a dictionary. Use to_json."
+        ) from None
     return result
 
 

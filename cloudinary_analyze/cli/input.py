@@ -27,6 +27,7 @@ InputFormat = Literal["text", "csv", "jsonl", "parquet"]
 
 LONGEST_LINE: Final = 64 * 2**20  # bytes
 LONGEST_RECORD: Final = 100  # lines of a CSV record
+DEEPEST: Final = 1000  # levels of a line, so that the record of its output can be read, too
 SHOWN_TEXT: Final = 500  # characters that are kept of an invalid line
 USUAL_COLUMNS: Final = ("url", "uri", "source")
 ASSET_PREFIX: Final = "asset:"
@@ -251,11 +252,15 @@ class _Reader:
             except (ValueError, RecursionError):
                 yield self._build_bad_line(number, text, "The line is not valid JSON.")
                 continue
-            if isinstance(record, dict):
-                yield self._build_object_line(number, record, text)
-            else:
+            reason = None
+            if not isinstance(record, dict):
                 reason = "The line is JSON, but not an object."
+            elif text.count("{") + text.count("[") > DEEPEST and codec.is_deep(record, DEEPEST):
+                reason = f"The line is nested in more than {DEEPEST} levels."
+            if reason is not None:
                 yield self._build_bad_line(number, text, reason)
+            else:
+                yield self._build_object_line(number, record, text)
 
     def read_parquet(self, stream: BinaryIO) -> Iterator[InputLine]:
         try:

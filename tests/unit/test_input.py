@@ -403,6 +403,13 @@ def test_an_unknown_extension_is_refused_with_the_known_ones():
             detect_format(name)
 
 
+@pytest.mark.parametrize(("depth", "good"), [(999, True), (1001, False), (100_000, False)])
+def test_a_line_nested_too_deeply_is_a_bad_line(depth: int, good: bool):
+    content = f'{{"url":"{A}","x":{"[" * depth}{"]" * depth}}}\n{{"url":"{B}"}}\n'
+    lines = read(content, "jsonl")
+    assert [line.error is None for line in lines] == [good, True]
+
+
 def test_a_csv_record_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("cloudinary_analyze.cli.input.LONGEST_LINE", 2**20)
     for content in ('url,n\n"' + ("x" * 2**19 + "\n") * 3, 'url,"' + ("x" * 2**19 + "\n") * 3):

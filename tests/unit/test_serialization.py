@@ -129,6 +129,8 @@ def test_nesting_of_any_depth_is_written() -> None:
     for _ in range(100_000):
         deep = [deep]
     assert to_json(read_caption("a", deep=deep), raw=True).count("[") >= 100_600
+    with pytest.raises(ConfigurationError, match="nested too deeply"):
+        to_dict(read_caption("a", deep=deep), raw=True)
     while deep:  # so that its deallocation does not recurse either
         deep = deep[0]
 
