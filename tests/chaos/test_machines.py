@@ -30,8 +30,9 @@ def redis_server(tmp_path):
 
 
 @pytest.fixture
-def emulator(monkeypatch):
-    with emulate_in_environment(monkeypatch, latency=0.05) as emulator:
+def emulator(monkeypatch, request):
+    latency = getattr(request, "param", 0.05)
+    with emulate_in_environment(monkeypatch, latency=latency) as emulator:
         yield emulator
 
 
@@ -106,12 +107,12 @@ def test_a_killed_pool_is_resumed_by_the_next(emulator, build_stage):
 def test_a_suspended_worker_is_harmless(emulator, build_stage):
     urls = build_urls(1500)
     with open_pool(1) as one, open_pool(1) as other:
-        jobs = run(one, build_stage(), [urls])
+        jobs = run(one, build_stage(lease=1.0), [urls])
         wait_for(emulator, 200)
         (suspended,) = one._processes
         os.kill(suspended, signal.SIGSTOP)
-        jobs += run(other, build_stage(), [urls])
-        time.sleep(3 * 2.0)
+        jobs += run(other, build_stage(lease=1.0), [urls])
+        time.sleep(3 * 1.0)
         os.kill(suspended, signal.SIGCONT)
         statuses, repeated = add_up(jobs)
     assert statuses == {"answered": 3000}
@@ -125,13 +126,14 @@ def test_redis_killed_twice_costs_nothing(emulator, build_stage, redis_server):
         for count in (400, 1200):
             wait_for(emulator, count)
             redis_server.kill()
-            time.sleep(1)
+            time.sleep(0.3)
             redis_server.start()
         statuses, repeated = add_up(jobs)
     assert (statuses, repeated) == ({"answered": 2000}, 0)
     assert emulator.counts.total_received == 2000
 
 
+@pytest.mark.parametrize("emulator", [0.02], indirect=True)
 def test_redis_that_lost_its_last_writes_costs_nothing(emulator, build_stage, redis_server):
     urls = build_urls(4000)
     with open_pool() as pool:

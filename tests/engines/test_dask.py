@@ -8,9 +8,9 @@ import pytest
 from machines_support import build_urls, count_statuses, emulate_in_environment, split
 from notification_support import start_redis
 
-from cloudinary_analyze import Captioning, Settings
+from cloudinary_analyze import Captioning, Credentials, Settings
 from cloudinary_analyze.ledger.redis import RedisLedger
-from cloudinary_analyze.stage import AnalyzeStage, worker_stats
+from cloudinary_analyze.stage import AnalyzeStage, close_sessions, worker_stats
 
 distributed = pytest.importorskip("distributed")
 from cloudinary_analyze.dask import AnalyzePlugin  # noqa: E402
@@ -18,6 +18,18 @@ from cloudinary_analyze.dask import AnalyzePlugin  # noqa: E402
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 PERMITS = 16
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    with distributed.Client(
+        n_workers=2,
+        threads_per_worker=1,
+        dashboard_address=None,
+        local_directory=str(tmp_path_factory.mktemp("dask")),
+        silence_logs=50,
+    ) as client:
+        yield client
 
 
 @pytest.fixture
@@ -28,23 +40,19 @@ def redis_server(tmp_path):
 
 
 @pytest.fixture
-def stage(redis_server):
-    ledger = RedisLedger(redis_server.url, lease=2.0)
-    return AnalyzeStage(Captioning, settings=Settings(permits=PERMITS), ledger=ledger)
-
-
-@pytest.fixture
-def open_client(tmp_path):
-    def open_client():
-        return distributed.Client(
-            n_workers=2,
-            threads_per_worker=1,
-            dashboard_address=None,
-            local_directory=str(tmp_path),
-            silence_logs=50,
+def build_stage(redis_server, client):
+    def build_stage(emulator):
+        return AnalyzeStage(
+            Captioning,
+            settings=Settings(permits=PERMITS),
+            ledger=RedisLedger(redis_server.url, lease=2.0),
+            # the environment of the workers is that of the first test
+            credentials=Credentials.from_url(emulator.cloudinary_url),
+            pickle_credentials=True,
         )
 
-    return open_client
+    yield build_stage
+    client.run(close_sessions)
 
 
 def add_up(results):
@@ -56,10 +64,11 @@ def add_up(results):
     return answered, stopped, sum(repeated.values())
 
 
-def test_a_quota_in_the_middle_loses_no_response(monkeypatch, stage, open_client):
+def test_a_quota_in_the_middle_loses_no_response(monkeypatch, build_stage, client):
     parts = split(build_urls(4000), 16)
     options = {"latency": 0.02, "quotas": {"object_detection": 1000}}
-    with emulate_in_environment(monkeypatch, **options) as emulator, open_client() as client:
+    with emulate_in_environment(monkeypatch, **options) as emulator:
+        stage = build_stage(emulator)
         results = client.gather(client.map(lambda part: count_statuses(stage, part), parts))
         assert add_up(results)[:2] == (1000, 3000)
         received = emulator.counts.total_received
@@ -72,9 +81,10 @@ def test_a_quota_in_the_middle_loses_no_response(monkeypatch, stage, open_client
         assert emulator.counts.total_received - received <= 16 * PERMITS
 
 
-def test_a_killed_worker_costs_no_row(monkeypatch, stage, open_client):
+def test_a_killed_worker_costs_no_row(monkeypatch, build_stage, client):
     parts = split(build_urls(2000), 8)
-    with emulate_in_environment(monkeypatch, latency=0.05) as emulator, open_client() as client:
+    with emulate_in_environment(monkeypatch, latency=0.05) as emulator:
+        stage = build_stage(emulator)
         client.register_plugin(AnalyzePlugin())
         jobs = client.map(lambda part: count_statuses(stage, part), parts)
         while emulator.counts.total_done < 600:
@@ -87,8 +97,9 @@ def test_a_killed_worker_costs_no_row(monkeypatch, stage, open_client):
         assert len(worker_stats(stage.ledger)) >= 1
 
 
-def test_the_plugin_closes_the_sessions_of_workers(monkeypatch, stage, open_client):
-    with emulate_in_environment(monkeypatch), open_client() as client:
+def test_the_plugin_closes_the_sessions_of_workers(monkeypatch, build_stage, client):
+    with emulate_in_environment(monkeypatch) as emulator:
+        stage = build_stage(emulator)
         client.register_plugin(AnalyzePlugin())
         parts = split(build_urls(40), 4)
         client.gather(client.map(lambda part: count_statuses(stage, part), parts))
