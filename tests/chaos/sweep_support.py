@@ -24,9 +24,11 @@ from typing import Any
 
 import attrs
 
+sys.path.insert(0, str(Path(__file__).parent))
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from faulty_proxy import AFTER, BEFORE, HARMLESS, OF_CONNECTIONS, FaultyProxy, ProxyPlan
 from task_support import SECRET, build_failure, build_result, library_tasks, sign
 
 from cloudinary_analyze import (
@@ -416,11 +418,14 @@ async def live(seed: int, folder: Path, complaints: list[str]) -> None:
         random.Random(seed + 1), chance.choice((0, 0.1, 0.4, 0.4, 1)), queue.put_nowait
     )
     listening = await loop.create_server(lambda: Peer(server), "127.0.0.1", 0)
-    port = listening.sockets[0].getsockname()[1]
+    # of half of the sessions, connections break, too
+    faults = dict.fromkeys((*BEFORE, *AFTER, *HARMLESS, *OF_CONNECTIONS), 0.03 * (seed // 2 % 2))
+    proxy = FaultyProxy(listening.sockets[0].getsockname()[1], ProxyPlan(seed=seed, faults=faults))
+    await proxy.__aenter__()
     with_source = chance.random() < 0.8
     session = AnalyzeSession(
         Credentials("demo", "key", SECRET),
-        settings=build_settings(chance, f"http://127.0.0.1:{port}"),
+        settings=build_settings(chance, f"http://127.0.0.1:{proxy.port}"),
         notifications=queue if with_source else None,
         on_event=lambda event: users.see(event),  # noqa: PLW0108 -- made below
     )
@@ -443,6 +448,7 @@ async def live(seed: int, folder: Path, complaints: list[str]) -> None:
             users.handles.clear()
             users.futures.clear()
     finally:
+        await proxy.__aexit__()
         server.close()
         listening.close()
         await listening.wait_closed()
