@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from benchmarks import machines, throttling
+from benchmarks import machines, soak, throttling
 from benchmarks.cells import CELLS
 from benchmarks.model import Cell
 from benchmarks.report import build_document, describe_target, find_caveats, format_result, is_kept
@@ -27,7 +27,8 @@ def _read_arguments() -> argparse.Namespace:
         prog="python -m benchmarks",
         description=__doc__,
         epilog="python -m benchmarks throttling --help: how much of a limit clients use; "
-        "python -m benchmarks machines --help: process pools and engines with a shared ledger",
+        "python -m benchmarks machines --help: process pools and engines with a shared ledger; "
+        "python -m benchmarks soak --help: memory and descriptors over ten minutes of faults",
     )
     parser.add_argument(
         "cells", nargs="*", help="names or patterns such as 'captioning-*'; default: all"
@@ -87,6 +88,8 @@ def main() -> int:
         return throttling.main(sys.argv[2:])
     if sys.argv[1:2] == ["machines"]:
         return machines.main(sys.argv[2:])
+    if sys.argv[1:2] == ["soak"]:
+        return soak.main(sys.argv[2:])
     arguments = _read_arguments()
     if arguments.list:
         for cell in CELLS.values():

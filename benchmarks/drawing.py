@@ -1,4 +1,4 @@
-"""Draws rates over time as SVG: a panel for each scenario, a line for each contender."""
+"""Draws figures over time as SVG: throttling scenarios with their contenders, or small panels."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ GAP: Final = 52
 LEFT: Final = 52
 RIGHT: Final = 24
 TOP: Final = 56
+SMALL_TOP: Final = 64
 STYLE: Final = """
   svg { --ink: #1f2328; --quiet: #59636e; --grid: #d8dee4; --paper: #ffffff;
         --c0: #0969da; --c1: #bc4c00; --c2: #8250df; font: 12px system-ui, sans-serif; }
@@ -59,6 +60,22 @@ class Panel:
     title: str
     limit: Sequence[float]
     curves: Sequence[Curve]
+
+
+@attrs.frozen(kw_only=True)
+class Line:
+    """What was measured in each second."""
+
+    name: str
+    values: Sequence[float]
+
+
+@attrs.frozen(kw_only=True)
+class Series:
+    """A small panel: lines of one unit."""
+
+    title: str
+    lines: Sequence[Line]
 
 
 def draw(panels: Sequence[Panel]) -> str:
@@ -133,4 +150,52 @@ def _draw_panel(panel: Panel, top: float, names: Sequence[str]) -> list[str]:
 
 
 def _find_step(most: float) -> int:
-    return next(step for step in (5, 10, 20, 50, 100, 200, 500, 1000) if most / step <= 5)
+    return next(step for step in (5, 10, 20, 50, 100, 200, 500, 1000, 5000) if most / step <= 5)
+
+
+def draw_series(title: str, series: Sequence[Series]) -> str:
+    """Return the SVG of small panels, two in a row."""
+    height = SMALL_TOP + (len(series) + 1) // 2 * (PANEL + GAP)
+    lines = [
+        f'<svg xmlns="{NAMESPACE}" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{title}">',
+        f"<style>{STYLE}</style>",
+        f'<rect class="paper" width="{WIDTH}" height="{height}"/>',
+        f'<text class="title" x="{LEFT}" y="24">{escape(title)}</text>',
+    ]
+    width = WIDTH / 2
+    for number, panel in enumerate(series):
+        left, top = number % 2 * width + LEFT, SMALL_TOP + number // 2 * (PANEL + GAP)
+        lines += _draw_series(panel, left, top, width - LEFT - RIGHT)
+    return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+def _draw_series(panel: Series, left: float, top: float, width: float) -> list[str]:
+    seconds = max(1, *(len(line.values) - 1 for line in panel.lines))
+    most = 1.1 * max(1, *(max(line.values, default=0) for line in panel.lines))
+    down = PANEL / most
+    lines = [f'<text class="title" x="{left}" y="{top - 8}">{escape(panel.title)}</text>']
+    for value in range(0, int(most) + 1, _find_step(most)):
+        y = top + PANEL - value * down
+        lines.append(f'<path class="grid" d="M{left} {y:.1f}h{width}"/>')
+        lines.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value}</text>')
+    step = next(step for step in (5, 10, 30, 60, 120, 300, 900, 3600) if seconds / step <= 6)
+    for second in range(0, seconds + 1, step):
+        x = left + second * width / seconds
+        label = f"{second} s" if step < 60 else f"{second // 60} min"
+        lines.append(
+            f'<text x="{x:.1f}" y="{top + PANEL + 15}" text-anchor="middle">{label}</text>'
+        )
+    x = left + width
+    for number, line in reversed([*enumerate(panel.lines)]):
+        points = " ".join(
+            f"{left + second * width / seconds:.1f},{top + PANEL - value * down:.1f}"
+            for second, value in enumerate(line.values)
+        )
+        lines.append(f'<polyline class="c{number}" points="{points}"/>')
+        if len(panel.lines) > 1:
+            lines.append(f'<path class="c{number}" d="M{x - 26} {top - 12}h26"/>')
+            lines.append(
+                f'<text x="{x - 32}" y="{top - 8}" text-anchor="end">{escape(line.name)}</text>'
+            )
+            x -= 46 + 7 * len(line.name)
+    return lines
