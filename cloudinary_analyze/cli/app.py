@@ -14,7 +14,6 @@ from rich.console import Console
 from cloudinary_analyze._version import __version__
 from cloudinary_analyze.cli.feed import NO_INPUT, InputOptions, open_source
 from cloudinary_analyze.cli.files import check_conflicts, check_output
-from cloudinary_analyze.cli.input import read_source
 from cloudinary_analyze.cli.models import NO_PARAMETERS, Parameters, choose_models, print_models
 from cloudinary_analyze.cli.money import NO_LIMITS, SpendingOptions, perform_dry_run
 from cloudinary_analyze.cli.notifications import (
@@ -59,6 +58,7 @@ from cloudinary_analyze.cli.service import (
 )
 from cloudinary_analyze.cli.shared import is_shared, shard_source
 from cloudinary_analyze.cli.single import SinglePlan, perform_analyze, perform_status
+from cloudinary_analyze.cli.text import read_source
 from cloudinary_analyze.errors import AnalyzeError
 from cloudinary_analyze.results.report import DEFAULT_TITLE
 

@@ -309,6 +309,11 @@ def describe_line(number: int, file: str | None) -> str:
     return f"line {number}" if file is None else f"line {number} of {file}"
 
 
+def describe_bad_line(line: InputLine) -> str:
+    """Return the sentence for an invalid line."""
+    return f"{describe_line(line.number, line.file)}: {line.error}"
+
+
 def read_items(
     source: LineSource, models: Sequence[str], limit: int | None
 ) -> Generator[InputItem, None, None]:

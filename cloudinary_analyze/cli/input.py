@@ -7,10 +7,7 @@ raises.
 
 from __future__ import annotations
 
-import csv
-import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import date, time
 from importlib import import_module
 from pathlib import PurePath
@@ -19,18 +16,28 @@ from typing import Any, BinaryIO, Final, Literal
 import attrs
 
 from cloudinary_analyze._wire import codec
+from cloudinary_analyze.cli.table import (
+    USUAL_COLUMNS,
+    find_column,
+    name_columns,
+    read_header,
+    read_records,
+)
+from cloudinary_analyze.cli.text import (
+    UNDECODED,
+    explain_text,
+    list_names,
+    make_encodable,
+    read_lines,
+    read_source,
+)
 from cloudinary_analyze.errors import ConfigurationError, InvalidRequestError, shorten
-from cloudinary_analyze.requests import Asset, Uri
 from cloudinary_analyze.results.records import InputLine
 
 InputFormat = Literal["text", "csv", "jsonl", "parquet"]
 
-LONGEST_LINE: Final = 64 * 2**20  # bytes
-LONGEST_RECORD: Final = 100  # lines of a CSV record
 DEEPEST: Final = 1000  # levels of a line, so that the record of its output can be read, too
 SHOWN_TEXT: Final = 500  # characters that are kept of an invalid line
-USUAL_COLUMNS: Final = ("url", "uri", "source")
-ASSET_PREFIX: Final = "asset:"
 FORMATS: Final[Mapping[str, InputFormat]] = {
     "": "text",
     ".txt": "text",
@@ -43,26 +50,7 @@ FORMATS: Final[Mapping[str, InputFormat]] = {
     ".pq": "parquet",
 }
 
-_DELIMITERS: Final = (",", ";", "\t", "|")
-_SEPARATOR_LINE: Final = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
-_BOM: Final = b"\xef\xbb\xbf"
-_BINARY_STARTS: Final = (
-    b"\xff\xfe",  # UTF-16
-    b"\xfe\xff",
-    b"\x1f\x8b",  # gzip
-    b"BZh",
-    b"\xfd7zXZ",
-    b"\x28\xb5\x2f\xfd",  # zstd
-    b"PK\x03\x04",  # zip, and so the spreadsheets
-    b"\x89PNG",
-    b"\xff\xd8\xff",  # JPEG
-    b"PAR1",
-)
-_CUT: Final = "\0"  # ends a line that was cut short; no URL, id or JSON can hold it
-_UNDECODED = re.compile("[\ud800-\udfff]")
 _ROWS_AT_ONCE: Final = 1000
-
-csv.field_size_limit(2**31 - 1 if sys.platform == "win32" else sys.maxsize)  # of the process
 
 
 @attrs.frozen(kw_only=True)
@@ -100,18 +88,6 @@ def detect_format(name: str) -> InputFormat:
     return found
 
 
-def read_source(text: str) -> Uri | Asset:
-    """Return the source that a text names: an http(s) URL or ``asset:ID``.
-
-    Raises:
-        InvalidRequestError: It is neither.
-    """
-    text = text.strip()
-    if text[: len(ASSET_PREFIX)].lower() == ASSET_PREFIX:
-        return Asset(text[len(ASSET_PREFIX) :].strip())
-    return Uri(text)
-
-
 def read_input(
     stream: BinaryIO,
     *,
@@ -143,40 +119,12 @@ def read_input(
     reader = _Reader(columns or Columns(), file)
     if input_format == "parquet":
         return reader.read_parquet(stream)
-    lines = _read_lines(stream)
+    lines = read_lines(stream)
     if input_format == "csv":
         return reader.read_csv(lines)
     if input_format == "jsonl":
         return reader.read_jsonl(lines)
     return reader.read_text(lines)
-
-
-def _read_lines(stream: BinaryIO) -> Iterator[tuple[int, str]]:
-    number = 0
-    while raw := stream.readline(LONGEST_LINE):
-        number += 1
-        if number == 1:
-            _check_text(raw)
-            raw = raw.removeprefix(_BOM)
-        cut = len(raw) == LONGEST_LINE and not raw.endswith(b"\n")
-        try:
-            text = raw.decode()
-        except UnicodeDecodeError:
-            text = raw.decode(errors="surrogateescape")
-        if cut:
-            text += f"{_CUT}\n"
-            while raw and not raw.endswith(b"\n"):
-                raw = stream.readline(LONGEST_LINE)
-        yield number, text
-
-
-def _check_text(start: bytes) -> None:
-    if start.startswith(_BINARY_STARTS) or b"\0" in start:
-        raise ConfigurationError(
-            "The input is not a text file. Pass plain text, CSV or JSON Lines in UTF-8, also "
-            "compressed with gzip, or Parquet. Convert a spreadsheet, another archive or UTF-16 "
-            "first."
-        )
 
 
 @attrs.frozen
@@ -193,19 +141,19 @@ class _Reader:
                 yield self._build_line(number, text)
 
     def read_csv(self, lines: Iterator[tuple[int, str]]) -> Iterator[InputLine]:
-        start = _read_header(lines, self.columns.source)
+        start = read_header(lines, self.columns.source)
         if start is None:
             return
         header, delimiter, _ = start
-        place = _find_column(header, self.columns.source, "--column")
+        place = find_column(header, self.columns.source, "--column")
         name_place = None
         if self.columns.name is not None:
-            name_place = _find_column(header, self.columns.name, "--key-column")
-        kept = list(enumerate(_name_columns(header)))
+            name_place = find_column(header, self.columns.name, "--key-column")
+        kept = list(enumerate(name_columns(header)))
         if self.columns.keep is not None:
-            places = {_find_column(header, name, "--keep") for name in self.columns.keep}
+            places = {find_column(header, name, "--keep") for name in self.columns.keep}
             kept = [(index, name) for index, name in kept if index in places]
-        for number, row in _read_records(lines, delimiter, place):
+        for number, row in read_records(lines, delimiter, place):
             if isinstance(row, str):
                 yield self._build_bad_line(number, "", row)
                 continue
@@ -220,9 +168,9 @@ class _Reader:
                 )
             elif not text:
                 reason = f"The column {header[place]!r} is empty."
-            elif any(map(_UNDECODED.search, row)):
+            elif any(map(UNDECODED.search, row)):
                 reason = "The record is not UTF-8."
-            columns = {name: _make_encodable(row[i]) for i, name in kept if i < len(row)}
+            columns = {name: make_encodable(row[i]) for i, name in kept if i < len(row)}
             if reason is not None:
                 yield self._build_bad_line(number, delimiter.join(row), reason, columns)
                 continue
@@ -244,7 +192,7 @@ class _Reader:
                     "convert it first, with `jq -c '.[]'` for example."
                 )
             begun = True
-            if reason := _explain_text(text):
+            if reason := explain_text(text):
                 yield self._build_bad_line(number, text, reason)
                 continue
             try:
@@ -301,7 +249,9 @@ class _Reader:
             found = {name: _find_field(record, name) for name in self.columns.keep}
             columns = {name: value for name, value in found.items() if value is not None}
         if name is None:
-            reason = f"The field {names[0]!r} is missing; the fields are {_list(list(record))}."
+            reason = (
+                f"The field {names[0]!r} is missing; the fields are {list_names(list(record))}."
+            )
             return self._build_bad_line(number, text, reason, columns)
         value = _find_field(record, name)
         if not isinstance(value, str) or not value.strip():
@@ -330,161 +280,16 @@ class _Reader:
         try:
             source = read_source(text)
         except InvalidRequestError as error:
-            reason = _explain_text(text) or error.message
+            reason = explain_text(text) or error.message
             return self._build_bad_line(number, text, reason, columns)
         return InputLine(number, text, source, None, None, self.file, columns or None)
 
     def _build_bad_line(
         self, number: int, text: str, reason: str, columns: dict[str, Any] | None = None
     ) -> InputLine:
-        shown = _make_encodable(text[:SHOWN_TEXT])
+        shown = make_encodable(text[:SHOWN_TEXT])
         error = InvalidRequestError(reason)
         return InputLine(number, shown, error=error, file=self.file, columns=columns or None)
-
-
-def _read_header(
-    lines: Iterator[tuple[int, str]], column: str | None
-) -> tuple[list[str], str, int] | None:
-    """Return the header of a CSV, its delimiter and its last line. ``None`` if there is no header."""
-    delimiters: Sequence[str] = _DELIMITERS
-    text, quoted = "", False
-    for number, line in lines:
-        if not quoted and not line.strip():
-            continue
-        if number == 1 and (separator := _SEPARATOR_LINE.fullmatch(line)):
-            delimiters = separator[1]
-            continue
-        text += line
-        quoted = text.count('"') % 2 == 1
-        if not quoted:
-            break
-        if number > LONGEST_RECORD or len(text) > LONGEST_LINE:
-            raise ConfigurationError("The CSV header has an open quote.")
-    else:
-        if not text:
-            return None
-        raise ConfigurationError("The CSV header has an open quote.")
-    headers: list[tuple[bool, int, list[str], str]] = []
-    reason = ""
-    for delimiter in delimiters:
-        try:
-            header = next(_build_csv_reader(text.splitlines(keepends=True), delimiter))
-        except csv.Error as error:
-            reason = str(error)
-            continue
-        header = [name.strip() for name in header]
-        folded = {name.casefold() for name in header}
-        wanted = set(USUAL_COLUMNS) if column is None else {column.strip().casefold()}
-        headers.append((bool(folded & wanted), len(header), header, delimiter))
-    if not headers:
-        raise ConfigurationError(f"The CSV header cannot be read: {reason}.")
-    _, _, header, delimiter = max(headers, key=lambda entry: entry[:2])
-    return header, delimiter, number
-
-
-def _build_csv_reader(lines: Any, delimiter: str) -> Iterator[list[str]]:
-    return csv.reader(lines, delimiter=delimiter, skipinitialspace=delimiter != "\t", strict=True)
-
-
-def _read_records(
-    lines: Iterator[tuple[int, str]], delimiter: str, place: int
-) -> Iterator[tuple[int, list[str] | str]]:
-    """Yield the first line of each CSV record, with its cells or its error.
-
-    Raises:
-        ConfigurationError: It is in doubt where records begin and end.
-    """
-    record: list[tuple[int, str]] = []
-    length = 0
-
-    def pull() -> Iterator[str]:
-        nonlocal length
-        for number, text in lines:
-            record.append((number, text))
-            length += len(text)
-            if text.endswith(f"{_CUT}\n"):
-                limit = LONGEST_LINE // 2**20
-                raise ConfigurationError(f"Line {number} of the CSV is longer than {limit} MiB.")
-            if len(record) > LONGEST_RECORD or length > LONGEST_LINE:
-                first = record[0][0]
-                bound = f"{LONGEST_RECORD} lines or {LONGEST_LINE // 2**20} MiB"
-                raise _refuse_record(
-                    record, f"is longer than {bound}. Is a quote open in line {first}?"
-                )
-            yield text
-
-    reader = _build_csv_reader(pull(), delimiter)
-    while True:
-        record.clear()
-        length = 0
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            quotes = sum(text.count('"') for _, text in record)
-            if len(record) == 1 and quotes % 2 == 0:
-                yield record[0][0], f"The record is not valid CSV: {error}."
-                continue
-            first = record[0][0]
-            raise _refuse_record(
-                record, f"is not valid CSV: {error}. Is a quote open in line {first}?"
-            ) from None
-        for number, text in record[1:]:
-            cells = text.partition('"')[0].split(delimiter)
-            if place < len(cells) and _is_source(cells[place]):
-                raise _refuse_record(
-                    record,
-                    f"seems to contain another record in line {number}. Is a quote open in line "
-                    f"{record[0][0]}?",
-                )
-        yield record[0][0], row
-
-
-def _refuse_record(record: Sequence[tuple[int, str]], reason: str) -> ConfigurationError:
-    first, last = record[0][0], record[-1][0]
-    where = f"line {first}" if first == last else f"lines {first} to {last}"
-    return ConfigurationError(f"The CSV record in {where} {reason} Nothing was sent.")
-
-
-def _is_source(text: str) -> bool:
-    try:
-        read_source(text)
-    except InvalidRequestError:
-        return False
-    return True
-
-
-def _name_columns(header: Sequence[str]) -> list[str]:
-    """Return a different name for each column."""
-    names: list[str] = []
-    for number, name in enumerate(header, start=1):
-        base = _make_encodable(name) or f"column_{number}"
-        unique, count = base, 2
-        while unique in names:
-            unique = f"{base}_{count}"
-            count += 1
-        names.append(unique)
-    return names
-
-
-def _find_column(header: list[str], column: str | None, option: str) -> int:
-    folded = [name.casefold() for name in header]
-    for name in USUAL_COLUMNS if column is None else (column.strip().casefold(),):
-        if name in folded:
-            return folded.index(name)
-    if column is None and len(header) == 1 and "://" not in header[0]:
-        return 0
-    if any("://" in name for name in header):
-        raise ConfigurationError(
-            "The CSV input has no header: its first line must name the columns. "
-            "If it has one URL per line and nothing else, read it with --input-format text."
-        )
-    wanted = "url" if column is None else column
-    raise ConfigurationError(
-        f"The CSV input has no column {wanted!r}; its columns are {_list(header)}. "
-        f"Pass the right name with {option}."
-    )
 
 
 def _find_field(record: Any, name: str) -> Any:
@@ -512,18 +317,3 @@ def _make_json(value: Any) -> Any:
     if isinstance(value, bytes):
         return None
     return value.isoformat() if isinstance(value, date | time) else str(value)
-
-
-def _explain_text(text: str) -> str | None:
-    if text.endswith(_CUT):
-        return f"The line is longer than {LONGEST_LINE // 2**20} MiB."
-    return "The line is not UTF-8." if _UNDECODED.search(text) else None
-
-
-def _make_encodable(text: str) -> str:
-    return text if text.isascii() else text.encode(errors="replace").decode()
-
-
-def _list(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:10])
-    return f"{shown}, …" if len(names) > 10 else shown or "none"

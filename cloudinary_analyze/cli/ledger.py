@@ -18,10 +18,10 @@ from rich.console import Console
 from cloudinary_analyze._policy import is_final, stops_the_stream
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze.cli.feed import LineSource, read_items
-from cloudinary_analyze.cli.input import read_source
 from cloudinary_analyze.cli.models import BuildRequest
 from cloudinary_analyze.cli.screen import CommandError, say
 from cloudinary_analyze.cli.service import Service
+from cloudinary_analyze.cli.text import read_source
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import AnalyzeError, InvalidRequestError, LedgerError
 from cloudinary_analyze.ledger.file import (

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cloudinary_analyze._budget import Budget, Spent
-from cloudinary_analyze.cli.feed import describe_line
+from cloudinary_analyze.cli.feed import describe_bad_line
 from cloudinary_analyze.cli.ledger import Book, RunLedger, build_makers, find_rescued
 from cloudinary_analyze.cli.output import write_summary
 from cloudinary_analyze.cli.screen import CommandError, ExitCode, MessageConsole, say
@@ -277,7 +277,7 @@ async def perform_dry_run(plan: RunPlan, console: Console) -> ExitCode:
             inventory, rows=book.rows, with_ledger=ledger is not None, ledger=known
         )
     for line in book.bad_lines:
-        say(console, f"{describe_line(line.number, line.file)}: {line.error}", style="yellow")
+        say(console, describe_bad_line(line), style="yellow")
     if isinstance(console, MessageConsole) and console.as_json:
         record = forecast.build_record()
         console.log_event("Dry run: nothing was sent.", event="dry_run", forecast=record)

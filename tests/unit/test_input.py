@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze.cli.input import (
-    LONGEST_LINE,
     Columns,
     InputFormat,
     InputLine,
     detect_format,
     read_input,
-    read_source,
 )
+from cloudinary_analyze.cli.text import LONGEST_LINE, read_source
 from cloudinary_analyze.errors import ConfigurationError, InvalidRequestError
 from cloudinary_analyze.requests import Asset, Uri
 
@@ -411,7 +410,8 @@ def test_a_line_nested_too_deeply_is_a_bad_line(depth: int, good: bool):
 
 
 def test_a_csv_record_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("cloudinary_analyze.cli.input.LONGEST_LINE", 2**20)
+    for module in ("table", "text"):
+        monkeypatch.setattr(f"cloudinary_analyze.cli.{module}.LONGEST_LINE", 2**20)
     for content in ('url,n\n"' + ("x" * 2**19 + "\n") * 3, 'url,"' + ("x" * 2**19 + "\n") * 3):
         with pytest.raises(ConfigurationError, match=r"or 1 MiB|open quote"):
             read(content, "csv")
