@@ -59,6 +59,7 @@ __all__ = [
 ]
 
 SHOWN_BODY: Final = 200  # characters of external text that a message shows
+LONGEST_MESSAGE: Final = 2000  # characters
 LONGEST_LOGGED: Final = 4000  # characters of an error that a log line is built from
 # a query string, or what precedes the host
 _CREDENTIALS: Final = re.compile(r"\?[^\s'\"<>)]+|(?<=//)[^\s/@]*@")
@@ -74,6 +75,9 @@ class AnalyzeError(Exception):
     """
 
     def __init__(self, message: str, *, ambiguous: bool = False) -> None:
+        if len(message) > LONGEST_MESSAGE or not message.isprintable():
+            # ids, paths and hosts from outside must not forge log lines or control a terminal
+            message = shorten(message, LONGEST_MESSAGE)
         super().__init__(message)
         self.message = message
         self.ambiguous = ambiguous

@@ -24,7 +24,7 @@ from cloudinary_analyze._tasks.entries import Entry
 from cloudinary_analyze._tasks.table import REFUSALS
 from cloudinary_analyze._tasks.timers import DueHeap
 from cloudinary_analyze.config import Settings
-from cloudinary_analyze.errors import AnalyzeError, describe
+from cloudinary_analyze.errors import AnalyzeError, describe, shorten
 from cloudinary_analyze.responses import TaskStatus
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ URGENT: Final = 1e9  # seconds that a requested poll is ahead of the backlog
 FIRST_PAUSE: Final = 2.0  # seconds, after a poll was refused (401, 403)
 LONGEST_PAUSE: Final = 300.0
 PAUSE_GROWTH: Final = 8.0
+MOST_WARNINGS: Final = 100  # of unknown states
 
 
 def compute_interval(previous: float, settings: Settings, *, with_source: bool) -> float:
@@ -127,11 +128,11 @@ class Poller:
         """Log unexpected outcomes, and pause all polls while they are refused."""
         if isinstance(outcome, TaskStatus):
             self._pause = 0.0
-            if outcome.state not in KNOWN_STATES and outcome.state not in self._warned:
-                self._warned.add(outcome.state)
-                logger.warning(
-                    "Unknown task state %.40r. The task counts as still running.", outcome.state
-                )
+            if outcome.state in KNOWN_STATES or len(self._warned) >= MOST_WARNINGS:
+                return
+            if (shown := shorten(outcome.state, 40)) not in self._warned:
+                self._warned.add(shown)
+                logger.warning("Unknown task state %r. The task counts as still running.", shown)
         elif isinstance(outcome, REFUSALS) and self.with_source:
             if begun < self._paused_at:
                 return  # sent before the pause that another poll began

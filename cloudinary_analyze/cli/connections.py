@@ -15,6 +15,7 @@ from typing import Final, cast
 
 import attrs
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 logger: logging.Logger = logging.getLogger("cloudinary_analyze.notifications")
 
@@ -33,6 +34,20 @@ class Limits:
 
 
 LIMITS: Final = Limits()
+
+
+def build_server_logger() -> logging.Logger:
+    """Return aiohttp's logger without the tracebacks of requests that are not valid HTTP.
+
+    Anyone can send these, and each would be a page of text.
+    """
+    quiet = logging.getLogger("aiohttp.server.receiver")
+    quiet.addFilter(_is_fault)
+    return quiet
+
+
+def _is_fault(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 @attrs.define(eq=False)

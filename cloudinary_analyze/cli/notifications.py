@@ -286,7 +286,7 @@ async def serve(
     """
     from aiohttp import web
 
-    from cloudinary_analyze.cli.connections import LIMITS, Connections
+    from cloudinary_analyze.cli.connections import LIMITS, Connections, build_server_logger
 
     connections = Connections(LIMITS if limits is None else limits)
     app = web.Application(middlewares=[connections.track])
@@ -294,6 +294,7 @@ async def serve(
     runner = web.AppRunner(
         app,
         access_log=None,
+        logger=build_server_logger(),
         auto_decompress=False,  # a signature is of the bytes as sent
         shutdown_timeout=STOP_SECONDS,
     )

@@ -28,7 +28,7 @@ from typing import Any, Final
 import attrs
 
 from cloudinary_analyze._clock import wake
-from cloudinary_analyze.errors import LedgerError
+from cloudinary_analyze.errors import LONGEST_MESSAGE, LedgerError, shorten
 from cloudinary_analyze.ledger.file import (
     ANSWERED,
     FAILED,
@@ -271,7 +271,9 @@ class Writer:
             raise
         if self.trouble is not None:
             self.trouble = None
-            logger.warning("The ledger %s can be written again.", self.path)
+            logger.warning(
+                "The ledger %s can be written again.", shorten(str(self.path), LONGEST_MESSAGE)
+            )
         self._call_back(self._acknowledge, entries, None)
         return True
 

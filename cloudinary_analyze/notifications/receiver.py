@@ -22,6 +22,7 @@ from cloudinary_analyze.errors import (
     MalformedNotificationError,
     NotificationError,
     describe,
+    shorten,
 )
 from cloudinary_analyze.protocols import NotificationSink
 from cloudinary_analyze.responses import Delivery
@@ -178,7 +179,7 @@ class Intake(NotPicklable):
             logger.warning(
                 "The notification of the task %s could not be stored (%s). The "
                 "receiver answers 503, and the sender tries again.",
-                task_id,
+                shorten(task_id),
                 describe(error),
             )
             return NOT_STORED

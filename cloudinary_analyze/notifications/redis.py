@@ -39,6 +39,7 @@ from cloudinary_analyze.errors import (
     ConfigurationError,
     MalformedNotificationError,
     NotificationSourceError,
+    shorten,
 )
 from cloudinary_analyze.notifications import decode_delivery, encode_delivery
 from cloudinary_analyze.protocols import TRACE_HEADER, FollowPut
@@ -384,7 +385,9 @@ class RedisNotifications:
                 stored = decode_delivery(value)
             except ValueError:
                 self.unreadable += 1
-                logger.warning("The mailbox of the task %s does not hold a delivery.", task_id)
+                logger.warning(
+                    "The mailbox of the task %s does not hold a delivery.", shorten(task_id)
+                )
                 continue
             self._awaited.pop(task_id, None)
             headers = stored.headers
