@@ -1,1 +1,1 @@
-"""What the client costs, against what one would write by hand. Run with ``python -m benchmarks``."""
+"""Benchmarks of the client against hand-written code. Run with ``python -m benchmarks``."""

@@ -1,4 +1,4 @@
-"""The registry: every cell there is, in the order of the table.
+"""The registry of all cells, in the order of the table.
 
 A new family of cells is a module with a ``CELLS`` tuple, added here.
 """

@@ -1,4 +1,4 @@
-"""The contenders that call over the network: ours, and what one would use instead.
+"""The contenders that call over the network: this package and its alternatives.
 
 Each opens its client once and gives a function that makes one call, from the image's URL to the
 value the caller works with. Libraries are imported inside, so that a process holds but its own.

@@ -3,7 +3,7 @@
 Of ours the names that every program needs are imported, not the bare package, so that imports put
 off until a name is used still count. What is put off until there is a session, aiohttp itself and
 cattrs, counts in ``import-and-open``, which has a separate limit: nothing hides between the two.
-Bytecode is compiled beforehand, as pip does it.
+Bytecode is compiled in advance, as pip does.
 """
 
 from __future__ import annotations

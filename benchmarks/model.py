@@ -1,4 +1,4 @@
-"""The words of the suite: cells, contenders, samples, targets. Values only."""
+"""The value classes of the suite: cells, contenders, samples, targets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OURS: Final = "ours"
 
 @attrs.frozen(kw_only=True)
 class Place:
-    """What a cell's workers find ready.
+    """The environment of a cell's workers.
 
     Attributes:
         url: Origin of the benchmark server, if there is one.
@@ -57,7 +57,7 @@ class Sample:
 Samples = Generator[Sample, None, None]
 
 Measure = Callable[[Job], Samples]
-"""Gets ready, then measures whenever the next sample is asked for, and only then."""
+"""Prepares once, then measures only when the next sample is requested."""
 
 Prepare = Callable[[int], AbstractContextManager[Place]]
 """Makes a cell's place ready, for that many items."""

@@ -1,4 +1,4 @@
-"""Cells of a notification's way: from its bytes to a resolved task, against the least by hand.
+"""Cells of a notification: from its bytes to a resolved task, against minimal hand-written code.
 
 Ours is what the session's listener does with each delivery: verify the signature in constant time
 and against every secret, judge its age, read it, find the task and answer it. By hand: one SHA-1,

@@ -130,7 +130,7 @@ async def _measure_deliveries(job: Job) -> Sample:
 
 
 async def _answer(queue: asyncio.Queue[Delivery], session: AnalyzeSession, numbers: range) -> None:
-    """Have tasks answered; keep neither handles nor deliveries."""
+    """Let tasks be answered, and keep neither handles nor deliveries."""
     tasks = []
     for number in numbers:
         tasks.append(session.task(build_task_id(number), Coco))

@@ -63,12 +63,12 @@ def _describe_notes(result: Result, contender: str) -> str:
 
 
 def is_kept(result: Result, target: Target) -> bool:
-    """Whether a target was kept."""
+    """Whether a target was met."""
     return result.compute_figure(target) <= target.most
 
 
 def describe_target(result: Result, target: Target) -> str:
-    """Say in a line whether a target was kept."""
+    """Return a line that states whether a target was met."""
     figure = result.compute_figure(target)
     unit = {
         "ratio": "x",
@@ -84,7 +84,7 @@ def describe_target(result: Result, target: Target) -> str:
 
 
 def find_caveats(results: list[Result]) -> list[str]:
-    """Return what a reader of these results has to know of this environment."""
+    """Return the facts about this environment that a reader of the results needs."""
     on_httpx = {"httpx + orjson", "vendor's SDK"}
     if _find_version("sniffio") is None and any(
         on_httpx & set(result.samples) for result in results

@@ -40,12 +40,12 @@ class Effort:
 
 
 class WorkerEndedError(RuntimeError):
-    """A worker ended without a sample; its stderr says why."""
+    """A worker ended without a sample. Its stderr has the reason."""
 
 
 @attrs.define(slots=False)
 class Result:
-    """What a cell's samples say.
+    """The results of a cell.
 
     Attributes:
         cell: What was measured.

@@ -1,4 +1,4 @@
-"""Services that limit their clients, and the scenarios that clients are put through.
+"""Services that limit their clients, and the scenarios of the benchmark.
 
 A service decides on a request when it arrives. Times are seconds since the first request.
 """
@@ -40,7 +40,7 @@ class Service:
         return THROTTLED if self.chance() < self.share else OK
 
     def end(self) -> None:
-        """Take note that an accepted request is answered."""
+        """Record the response to an accepted request."""
 
 
 class Bucket(Service):
@@ -124,7 +124,7 @@ class Outage(Service):
 
 @attrs.frozen(kw_only=True)
 class Scenario:
-    """What clients are put through.
+    """A scenario.
 
     Attributes:
         title: What the service does.

@@ -25,7 +25,7 @@ Perform = Callable[[], Awaitable[object]]
 
 
 async def _call_at_a_rate(perform: Perform, seconds: float) -> list[float]:
-    """Return how long each call took, in order, whatever the others took."""
+    """Return how long each call took, in order."""
 
     async def measure() -> float:
         begun = time.perf_counter()

@@ -1,6 +1,6 @@
 """A Redis server: its URL without secrets, and one connection that sends commands in batches.
 
-Shared by the ledger, the pacer and the notifications. Knows nothing of requests or records.
+Shared by the ledger, the pacer and the notifications. It is independent of requests and records.
 """
 
 from __future__ import annotations

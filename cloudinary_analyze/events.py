@@ -86,7 +86,7 @@ class CallStarted(Described):
 
     Attributes:
         call: The number of the call.
-        model: The model's wire name.
+        model: The model's name in URLs.
         as_task: Whether it asks for a task.
         repeats: The task that it repeats (`Settings.on_missing_result`), if any.
     """
@@ -103,7 +103,7 @@ class AttemptFinished(Described):
 
     Attributes:
         call: The call or poll that it belongs to.
-        model: The model's wire name; ``None`` for a status poll.
+        model: The model's name in URLs; ``None`` for a status poll.
         attempt: Its number in the call, from 1.
         seconds: Seconds from sending to the decoded response (monotonic).
         permit_wait: Seconds that it queued before: for a permit, a pause, a pace or a claim.
@@ -130,7 +130,7 @@ class AttemptRetried(Described):
 
     Attributes:
         call: The call or poll that it belongs to.
-        model: The model's wire name; ``None`` for a status poll.
+        model: The model's name in URLs; ``None`` for a status poll.
         attempt: Number of the attempt that failed, from 1.
         wait: Seconds until the next one begins to queue.
         ambiguous: Whether the failed attempt may have been charged.
@@ -151,7 +151,7 @@ class CallFinished(Described):
 
     Attributes:
         call: The number of the call.
-        model: The model's wire name.
+        model: The model's name in URLs.
         attempts: HTTP attempts made.
         seconds: Seconds from the call to its end, queueing and retries included (monotonic).
         permit_wait: The part of ``seconds`` that its attempts queued.
@@ -183,7 +183,7 @@ class TaskAccepted(Described):
 
     Attributes:
         task_id: The task.
-        model: The model's wire name.
+        model: The model's name in URLs.
     """
 
     task_id: str
@@ -243,7 +243,7 @@ class TaskAnswered(Described):
     Attributes:
         task_id: The task.
         by: ``"notification"``, ``"poll"``, ``"analyze"`` (repeated as a call), or ``"session"``.
-        model: The model's wire name, if a handle or the request is known.
+        model: The model's name in URLs, if a handle or the request is known.
         seconds: Seconds since the session learned the task's id (monotonic). ``None`` if unknown.
         limits: The quotas that came with the notification or poll.
         error: ``None`` on success.
@@ -263,7 +263,7 @@ class ItemRestored(Described):
 
     Attributes:
         key: The request's key in the ledger, a hash.
-        model: The model's wire name.
+        model: The model's name in URLs.
         seconds: How long the recorded attempts took.
         error: The recorded error; ``None`` if a response is recorded.
     """

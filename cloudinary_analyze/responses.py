@@ -298,7 +298,7 @@ class Notification(Described):
     @property
     def failed(self) -> bool:
         """Whether the HTTP status, the error object or the task status reports a failure."""
-        raw = self.raw  # read directly, because this is asked of every notification
+        raw = self.raw  # read directly, because every notification is checked
         status = raw.get("http_status")
         if raw.get("error") or (status != 200 and (_read_integer(status) or 0) >= 400):
             return True

@@ -776,7 +776,7 @@ class AnalyzeSession(NotPicklable):
             self._closed = True
             return
         if connection.closed.done():
-            await connection.tracker.wait_ended()  # it goes on after a cancelled close
+            await connection.tracker.wait_ended()  # it continues after a cancelled close
             return
         if asyncio.get_running_loop() is not connection.loop:
             raise WrongEventLoopError(

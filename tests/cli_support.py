@@ -1,4 +1,4 @@
-"""What the tests of the command line share: it as a process, an emulator beside it, its files."""
+"""Tools for the tests of the command line: its process, an emulator, its files."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ async def see(process: Process, sentence: str) -> str:
 
 
 async def end(process: Process) -> tuple[int, str, str]:
-    """Return exit code, stdout and stderr of a process that ends by itself."""
+    """Return exit code, stdout and stderr of a process once it ends."""
     async with asyncio.timeout(PATIENCE):
         out, err = await process.communicate()
     assert process.returncode is not None
@@ -107,7 +107,7 @@ async def end(process: Process) -> tuple[int, str, str]:
 
 
 async def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
-    """Wait for what happens elsewhere."""
+    """Wait until a condition holds elsewhere."""
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.005)

@@ -1,4 +1,4 @@
-"""What all tests share: no credentials from outside, no secret in a log, a deterministic hypothesis."""
+"""Fixtures for all tests: no outside credentials, no secrets in logs, fixed hypothesis seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of notifications share: signed webhooks, an ASGI server, a Redis server."""
+"""Tools for the tests of notifications: signed webhooks, an ASGI server, a Redis server."""
 
 import asyncio
 import contextlib

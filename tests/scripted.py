@@ -1,4 +1,4 @@
-"""A real server whose every answer a test writes, and small tools to drive a session against it."""
+"""A real server with responses that a test sets, and tools for sessions that call it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SAMPLES = Path(__file__).parent / "samples"
 
 @attrs.frozen
 class Seen:
-    """A request as the server got it."""
+    """A request as the server received it."""
 
     method: str
     path: str
@@ -139,7 +139,7 @@ CAPTION = answer(sample="captioning")
 
 
 async def until(condition: Callable[[], object], *, seconds: float = 10.0) -> None:
-    """Wait for something that real I/O brings about; fail if it does not come."""
+    """Wait for a condition that real I/O causes. Fail if it does not occur."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
@@ -152,7 +152,7 @@ async def wind(clock: ManualClock, awaitable: Awaitable[Any], *, seconds: float 
 
 
 def busy(stats: SessionStats) -> tuple[int, int, int]:
-    """Return what must be zero when nothing is going on."""
+    """Return the counts that must be zero when the session is idle."""
     return stats.in_flight, stats.permits_in_use, stats.waiting
 
 

@@ -1,4 +1,4 @@
-"""Looks through everything that the suite logs, at DEBUG, for the secrets that its tests use."""
+"""Searches everything that the suite logs, at DEBUG, for the secrets of its tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tools of the task tests: an emulator with a line to a session, signed deliveries, quick settings."""
+"""Tools for the task tests: an emulator connected to a session, deliveries, quick settings."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ async def unconnected(
 
 
 def idle(session: AnalyzeSession) -> tuple[int, int, int, int]:
-    """Return what must be zero when nothing is going on."""
+    """Return the counts that must be zero when the session is idle."""
     stats = session.stats
     return stats.in_flight, stats.permits_in_use, stats.waiting, stats.pending
 

@@ -236,8 +236,8 @@ class Admission:
     def pause(self, now: float, seconds: float) -> None:
         """Start nothing for a time that the service asked for, then probe.
 
-        A pause shows no rate. If the probe succeeds, the state before it goes on, unless most of
-        what was in flight failed, too.
+        A pause shows no rate. If the probe succeeds, the earlier state continues, unless most
+        attempts in flight failed, too.
         """
         if self.stalled_at is not None:
             self._delay_probe(now, seconds)

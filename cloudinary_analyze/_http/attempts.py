@@ -97,7 +97,7 @@ class Call:
         queue: Admits its attempts.
         limit: The maximum number of attempts, without those that do not count.
         begun: Monotonic instant of the call.
-        model: The model's wire name; ``None`` for a status poll.
+        model: The model's name in URLs; ``None`` for a status poll.
         feature: The add-on feature that it is charged to.
         content: The JSON to POST. ``None``: a GET.
         patience: The remaining seconds of our own waits of an interactive call. Waiting for the end

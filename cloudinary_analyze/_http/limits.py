@@ -276,7 +276,7 @@ class Pace:
         self.throttled += not explained and number > self._round_from
 
     def remember_ceiling(self, now: float, *, throttled: bool) -> None:
-        """Take note of a stall. If nothing was accepted, or in an outage, the rate stays unknown.
+        """Record a stall. If nothing was accepted, or in an outage, the rate stays unknown.
 
         The mean since the climb began is low if that was long ago, so that it has a floor.
         """

@@ -31,7 +31,7 @@ class Watch:
     Attributes:
         meter: Calls the hook.
         clock: For the times.
-        model: The model's wire name; ``None`` for a status poll.
+        model: The model's name in URLs; ``None`` for a status poll.
         number: The number that identifies its events.
         begun: Monotonic instant when it began.
         queued_at: Monotonic instant when it began to queue. ``None`` while it does not queue.

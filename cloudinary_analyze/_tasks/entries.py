@@ -99,7 +99,7 @@ class Wait:
 
     Attributes:
         entry: The entry that it waits for. It changes if two entries turn out to be one task.
-        model: The model's wire name.
+        model: The model's name in URLs.
         analysis_type: How to decode the result.
         answer: The answer that ended the wait.
         due: The monotonic instant when it ends without an answer.
@@ -158,7 +158,7 @@ class Entry:
 
     @property
     def model(self) -> str:
-        """The model's wire name, for messages."""
+        """The model's name in URLs, for messages."""
         if self.request is not None:
             return self.request.model
         return self.waits[0].model if self.waits else "model unknown"

@@ -115,7 +115,7 @@ class Table:
 
         Args:
             task_id: The task.
-            model: The model's wire name.
+            model: The model's name in URLs.
             analysis_type: How to decode the result.
             now: Monotonic instant.
             request: The request, if it is known.

@@ -202,7 +202,7 @@ class Tracker(NotPicklable):
 
         Args:
             task_id: The task.
-            model: The model's wire name, for messages.
+            model: The model's name in URLs, for messages.
             analysis_type: How to decode the result.
             request: The request, if it is known: for messages, and to repeat it if the settings ask
                 for that.

@@ -97,7 +97,7 @@ def dump_deep(value: Any) -> str:
 
 
 def is_deep(value: Any, levels: int) -> bool:
-    """Whether a value is nested in more than so many levels of objects and arrays."""
+    """Whether a value is nested in more than a number of levels of objects and arrays."""
     level = [value]
     for _ in range(levels + 1):
         inner: list[Any] = []

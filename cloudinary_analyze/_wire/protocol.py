@@ -160,7 +160,7 @@ def read_result(
     """Build the response from the envelope of a 200, a notification, a status or a ledger.
 
     Args:
-        model: The model's wire name.
+        model: The model's name in URLs.
         analysis_type: Its typed analysis.
         raw: The envelope, in any of the shapes of `find_result`.
         body: The bytes that it was read from, for errors. Default: ``raw`` is encoded again.
@@ -290,7 +290,7 @@ def read_retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
         now: Unix seconds, for the form that is a date.
 
     Returns:
-        Seconds above 0. ``None`` if the header is missing, negative, past or garbled.
+        Seconds above 0. ``None`` if the header is missing, negative, past or malformed.
     """
     value = headers.get("Retry-After")
     if value is None:
@@ -470,7 +470,7 @@ def build_task_failure(
 
     Args:
         task_id: The task.
-        model: The model's wire name.
+        model: The model's name in URLs.
         notification: The service's notification of the failure.
         body: The notification's body.
     """

@@ -204,7 +204,7 @@ async def open_service(
         raise CommandError("--host has no meaning with --emulator; pass one of them.")
     from cloudinary_analyze.emulator import Emulator, WebhookPolicy
 
-    # its webhooks are answered only once their results are kept, so many must be under way
+    # its webhooks get responses only once their results are recorded, so many are in progress
     policy = WebhookPolicy(concurrency=WEBHOOKS)
     async with Emulator(count_sources=False, webhooks=policy) as emulator:
         say(console, emulator.banner(), style="dim")

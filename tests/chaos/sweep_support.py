@@ -1,4 +1,4 @@
-"""One session of the sweep: a server that misbehaves by chance, and users who leave by chance.
+"""One session of the sweep: a server with random faults, and users who leave at random.
 
 A seed decides everything but the exact timing. Reproduce a session with::
 
@@ -409,7 +409,7 @@ def note_complaint(context: dict[str, Any], complaints: list[str]) -> None:
 
 
 async def live(seed: int, folder: Path, complaints: list[str]) -> None:
-    """Open a session, let users loose on it, close it, and see that nothing is left."""
+    """Open a session, run users on it, close it, and check that nothing is left."""
     chance = random.Random(seed)
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _, context: note_complaint(context, complaints))

@@ -1,4 +1,4 @@
-"""The command line is killed with no warning, again and again, and goes on each time."""
+"""The command line is killed without warning, repeatedly, and resumes each time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run is killed twenty times with no warning: it loses nothing and pays for nothing twice."""
+"""A run is killed twenty times without warning. It loses nothing and pays for nothing twice."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Sessions under cancellation, throttling, failure and closing by chance: nothing hangs or leaks."""
+"""Sessions with random cancellations, throttles, failures and closes: nothing hangs or leaks."""
 
 from __future__ import annotations
 

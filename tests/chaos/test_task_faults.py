@@ -52,7 +52,7 @@ class Witness:
 
 
 async def submit_all(session, count, *, mode="task"):
-    """Submit so many tasks and return their handles, in order."""
+    """Submit a number of tasks and return their handles, in order."""
     handles = []
     for index in range(count):
         handles.append(session.submit(Captioning(source(index)), mode=mode))
@@ -209,7 +209,7 @@ class TestEverythingAtOnce:
 
     @pytest.mark.parametrize("ways", ["raise", "analyze", "results_in_status"])
     async def test_with_polls_alone(self, count, ways):
-        """Without a source, a poll's word is final, and the settings say what then."""
+        """Without a source, the poll decides, and the settings determine the outcome."""
         settings = quick(
             permits=256,
             poll_permits=32,

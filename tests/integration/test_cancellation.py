@@ -1,4 +1,4 @@
-"""Cancelled at any suspension, whatever was going on, a call leaves everything where it was."""
+"""A call that is cancelled at any suspension leaves no trace, whatever its state."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ async def test_analyze_all_can_be_cancelled_everywhere() -> None:
 
 @pytest.mark.parametrize("late", [False, True])
 async def test_closing_can_be_cancelled_everywhere(late: bool) -> None:
-    """However the close ends, nothing stays open behind it (a leak would be a warning)."""
+    """However the close ends, nothing stays open (a leak would be a warning)."""
     for number in range(1, 60):
         async with ScriptedServer(Troubled()) as server:
             session = await server.session(permits=2).__aenter__()

@@ -105,7 +105,7 @@ def nothing_is_left(session: AnalyzeSession) -> Callable[[], bool]:
 async def test_a_submission_can_be_cancelled_everywhere(
     mode: Any, troubled: bool, late: bool
 ) -> None:
-    """The submission itself goes on, because its handle was not cancelled; it ends, too."""
+    """The submission continues, because its handle was not cancelled, and it ends, too."""
     handles = []
     async with serve(troubled=troubled) as (_, session):
 

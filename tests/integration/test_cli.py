@@ -1,4 +1,4 @@
-"""The command line inside of this process: results, sentences and exit codes."""
+"""The command line inside this process: results, messages and exit codes."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def build_items(count: int, models: Sequence[str] = ("coco", "lvis")) -> Iterato
 
 
 async def test_the_feed_reads_ahead_no_further_than_it_may():
-    """Memory stays flat, whatever the length of the input."""
+    """Memory does not depend on the length of the input."""
     read = 0
 
     def read_forever() -> Generator[InputItem, None, None]:

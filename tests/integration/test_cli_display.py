@@ -1,4 +1,4 @@
-"""What a run says: summaries, JSON messages, quiet runs, and the command for the report."""
+"""The messages of a run: summaries, JSON messages, quiet runs, and the command for the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No command destroys a file of the user, whatever its options name, and links are followed."""
+"""No command overwrites a file of the user, for any options, and links are followed."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ Files = dict[str, bytes | str]
 
 
 def snapshot() -> Files:
-    """Return what each path of the folder is, and holds."""
+    """Return the kind and content of each path in the folder."""
     found: Files = {}
     for path in sorted(Path().rglob("*")):
         if path.is_symlink():

@@ -1,4 +1,4 @@
-"""What a run may spend: dry runs, samples, limits, and what it says of the cost."""
+"""The spending of a run: dry runs, samples, limits, and reports of the cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same command goes on where it was: nothing is lost, nothing is asked twice."""
+"""The same command resumes: nothing is lost, and nothing is requested twice."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_results_that_a_changed_command_leaves_out_are_kept_aside(
     assert [record["model"] for record in read_records()] == ["captioning"] * 3
     assert "results.jsonl.1" in capfd.readouterr().err
     assert read_results("results.jsonl.1") == coco
-    assert main(RUN) == 0  # they are known, all the same
+    assert main(RUN) == 0  # they are still known
     assert read_results() == coco
     assert main([*RUN, "--limit", "2"]) == 0
     assert read_results() == coco[:2]

@@ -1,4 +1,4 @@
-"""Trouble with a terminal or a pipe never stops the work, and nothing from outside controls one."""
+"""A faulty terminal or pipe never stops the work, and outside text never controls a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of tasks, whatever way their results come in by, and the status of a task."""
+"""Runs of tasks, with every way to receive results, and the status of a task."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def _environment(
 
 
 def test_the_fastapi_application_is_the_one_that_is_tested() -> None:
-    """What the guide prints is run with uvicorn elsewhere, letter by letter."""
+    """Another test runs the exact text of the guide with uvicorn."""
     tested = README.parent / "tests/apps/fastapi_app.py"
     assert tested.read_text(encoding="utf-8") == EXAMPLES["workers-1"][1]
 

@@ -1,4 +1,4 @@
-"""Tasks of the emulator: their life, their notifications, and everything that goes wrong there."""
+"""Tasks of the emulator: their states, their notifications, and their faults."""
 
 import asyncio
 import contextlib

@@ -61,7 +61,7 @@ def build_session(source: Source) -> AnalyzeSession:
 
 
 def accept(session: AnalyzeSession, count: int) -> list[AnalysisTask[CaptioningAnalysis]]:
-    """Return handles on so many tasks, as if the service had accepted them."""
+    """Return handles on a number of tasks, as if the service had accepted them."""
     tracker = session._opened().tracker
     deadline = tracker.clock.monotonic() + 3600
     return [

@@ -1,4 +1,4 @@
-"""Every error of the contract arrives as its class, with all that the service said."""
+"""Every error of the contract arrives as its class, with every field that the service sent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A ledger that cannot be written: locked, on a full disk, or gone, while answers are paid for."""
+"""A ledger that cannot be written, because it is locked, its disk is full, or it is gone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`map` with a ledger, over real sockets: nothing is asked twice, nothing is yielded unrecorded."""
+"""`map` with a ledger: nothing is requested twice, and nothing is yielded unrecorded."""
 
 import asyncio
 import json
@@ -375,7 +375,7 @@ async def test_leaving_the_stream_records_submissions_in_flight(path):
 
 @pytest.mark.parametrize("with_source", [False, True])
 async def test_a_task_that_the_service_forgot_is_submitted_again(path, with_source):
-    """Else it would be waited for, to the last, in each run to come."""
+    """Otherwise every later run would wait for it until its timeout."""
     service = TaskService()
     service.known = False
     clock = ManualClock()

@@ -1,4 +1,4 @@
-"""Whatever a server or a gateway answers, the caller gets an error of the tree with the raw body."""
+"""For every odd response of a server or gateway, the caller gets an error with the raw body."""
 
 from __future__ import annotations
 

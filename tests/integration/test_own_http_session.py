@@ -1,4 +1,4 @@
-"""A user's aiohttp session works, or is refused when our session opens; every error is ours."""
+"""A user's aiohttp session works, or is refused when our session opens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values pickle and copy; what holds credentials or belongs to a loop refuses, and shows no secret."""
+"""Values pickle and copy. Objects with credentials or a loop refuse both, and show no secret."""
 
 import asyncio
 import copy

@@ -1,4 +1,4 @@
-"""Both receivers over real sockets, behind every framework that the documentation names."""
+"""Both receivers over real sockets, with every framework in the documentation."""
 
 import asyncio
 import contextlib

@@ -45,7 +45,7 @@ def namespace(request):
 
 @pytest.fixture
 async def emulator():
-    """An emulator whose tasks never end by themselves: the tests deliver."""
+    """An emulator whose tasks never end, so that the tests deliver their results."""
     async with Emulator(task_seconds=3600) as emulator:
         yield emulator
 

@@ -30,7 +30,7 @@ def client(server):
 class Walk:
     """One key, four workers, and what must be true of them.
 
-    A worker that is judged dead may only be suspended: it goes on with its old token.
+    A worker that counts as dead may only be suspended. It continues with its old token.
     """
 
     def __init__(self, client, seed):

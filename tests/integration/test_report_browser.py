@@ -1,4 +1,4 @@
-"""The report in a real browser: what a person sees of it, checked on the page and its pixels."""
+"""The report in a real browser, checked by the page and its pixels."""
 
 import asyncio
 import base64
@@ -113,7 +113,7 @@ class Page:
         ]
 
     def complaints(self):
-        """What the console holds against the page: errors of scripts and of its policy."""
+        """The errors in the console: of scripts and of the content security policy."""
         return [
             event
             for event in self.events

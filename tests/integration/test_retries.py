@@ -1,4 +1,4 @@
-"""What is sent again over a real socket, how often, and what the caller gets."""
+"""Retries over a real socket: which, how often, and with which result."""
 
 from __future__ import annotations
 

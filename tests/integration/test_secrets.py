@@ -1,4 +1,4 @@
-"""No secret gets out: not by a log, a repr, a traceback, a pickle, an event or an error."""
+"""No secret appears in a log, a repr, a traceback, a pickle, an event or an error."""
 
 from __future__ import annotations
 

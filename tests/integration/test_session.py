@@ -1,4 +1,4 @@
-"""The session over a real socket: what it sends, what it gives back, and its typed front."""
+"""The session over a real socket: its requests, its responses, and their types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two maps in a row, the second fed by the first: backpressure, failure and cancellation go through."""
+"""Two chained maps: backpressure, failures and cancellations pass from one to the other."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Cancelled at every suspension: permits, table and asyncio tasks are back where they were."""
+"""Cancelled at every suspension: permits, table and asyncio tasks are as before."""
 
 import asyncio
 from types import SimpleNamespace
@@ -37,7 +37,7 @@ async def cancel_everywhere(act, check, *, late):
 @pytest.mark.parametrize("late", [False, True])
 class TestEverySuspension:
     async def test_of_waiting_for_a_submitted_task(self, late):
-        """The handle's waiter goes; the task itself is submitted and answered all the same."""
+        """The handle's waiter leaves. The task is still submitted and answered."""
         async with connected(quick(poll_first=0.01), task_seconds=0.01) as (emulator, session):
 
             async def act():
@@ -126,7 +126,7 @@ class TestEverySuspension:
                 assert await cancel_everywhere(act, check, late=late) > 2
 
     async def test_of_polls(self, late):
-        """Waiting by polls alone and cancelled, the next one polls as if nothing had been."""
+        """After a cancelled wait without a source, the next wait polls as usual."""
         async with connected(quick(poll_first=0.01), task_seconds=0.02) as (_, session):
 
             async def act():
@@ -170,7 +170,7 @@ class TestEverySuspension:
             assert await cancel_everywhere(act, check, late=late) > 3
 
     async def test_of_closing(self, late):
-        """A close that is cancelled still closes: handles fail, no task of ours goes on."""
+        """A close that is cancelled still closes: handles fail, and our asyncio tasks end."""
         async with Emulator(task_seconds=NEVER) as emulator:
             credentials = Credentials.from_url(emulator.cloudinary_url)
             tasks = []

@@ -1,4 +1,4 @@
-"""Which way an analysis goes: as a call, as a task, or as a call that becomes a task."""
+"""The modes of an analysis: a call, a task, or a call that becomes a task."""
 
 import asyncio
 import warnings
@@ -214,7 +214,7 @@ class TestMap:
             assert not emulator.tasks
 
     async def test_leaving_it_sends_nothing_more(self):
-        """What only queued for a permit is never paid for."""
+        """A request that only queued for a permit is never charged."""
         release = asyncio.Event()
 
         async def hold(http):

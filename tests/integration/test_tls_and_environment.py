@@ -1,4 +1,4 @@
-"""Which server a session trusts, and what it takes from the environment: nothing."""
+"""A session trusts verified servers only, and reads nothing from the environment."""
 
 from __future__ import annotations
 

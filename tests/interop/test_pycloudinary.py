@@ -1,4 +1,4 @@
-"""pycloudinary, the vendor's general client, takes the emulator's notifications for genuine."""
+"""pycloudinary, the vendor's general client, accepts the emulator's notifications as genuine."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""Whatever JSON comes, the codec gives a typed value or one error with a path."""
+"""For any JSON, the codec returns a typed value or raises one error with a path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Credentials are right or refused with a sentence, never silently something else."""
+"""Credentials are read correctly or refused with a message, and never misread."""
 
 from __future__ import annotations
 

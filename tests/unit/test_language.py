@@ -1,4 +1,4 @@
-"""The language of the project is plain English: phrases that are not, stay out of everything people read."""
+"""The language of the project is plain English, without phrases of another language."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def list_files() -> Iterator[Path]:
 
 
 def list_texts(path: Path) -> Iterator[tuple[int, str]]:
-    """Return what people read in a file: its lines, or the texts, comments and names of code."""
+    """Return the text of a file: its lines or, of code, its strings, comments and names."""
     source = path.read_text(encoding="utf-8")
     if path.suffix != ".py":
         yield from enumerate(source.splitlines(), 1)

@@ -1,4 +1,4 @@
-"""The front door: which names it has, what it costs to open, and that no import is circular."""
+"""The package: its names, the cost of its import, and no circular imports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Leading a source into a sink, and the worked example of a broker of one's own."""
+"""Forwarding from a source to a sink, and the example of a custom broker."""
 
 import asyncio
 import sys

@@ -1,4 +1,4 @@
-"""`to_dict` and `to_json` write every value, whatever the service sent, as JSON that anyone reads."""
+"""`to_dict` and `to_json` write every value as standard JSON, for any response of the service."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from cloudinary_analyze.results.report import MOST_PICTURES, WrittenReport, writ
 
 
 class MemoryLedger(Ledger):
-    """A ledger of one's own, which several streams of this process share."""
+    """A custom ledger, which several streams of this process share."""
 
     def __init__(self) -> None:
         """Begin empty."""

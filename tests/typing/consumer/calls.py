@@ -70,7 +70,7 @@ URL = "https://example.com/a.jpg"
 
 
 class Limiter:
-    """A pacer of one's own."""
+    """A custom pacer."""
 
     async def acquire(self) -> None:
         """Wait."""

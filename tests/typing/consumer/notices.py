@@ -1,4 +1,4 @@
-"""Notifications: receivers, brokers, sources of one's own; events and telemetry."""
+"""Notifications: receivers, brokers, custom sources; events and telemetry."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -30,7 +30,7 @@ from cloudinary_analyze.telemetry import instrument
 
 
 class Mailbox:
-    """A source and sink of one's own, with everything that either may have."""
+    """A custom source and sink, with all optional methods."""
 
     def __init__(self) -> None:
         """Begin empty."""
