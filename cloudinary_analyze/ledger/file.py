@@ -79,7 +79,7 @@ def explain(error: Exception, path: Path) -> LedgerError:
     if name == "SQLITE_FULL":
         what = f"cannot grow: the disk is full, or a limit on its size is reached. {kept} "
         what += "Free some space and run again."
-    elif name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+    elif name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB", "UnicodeDecodeError")):
         what = "is damaged, or not a ledger. Restore it from a copy, or move it away."
     elif name.startswith(("SQLITE_READONLY", "SQLITE_PERM", "PermissionError")):
         what = "is not writable. Check the permissions of the file and its directory."
@@ -99,7 +99,7 @@ def explaining(path: Path) -> Iterator[None]:
     """Convert errors of SQLite and the file system to `LedgerError`."""
     try:
         yield
-    except (sqlite3.Error, OSError) as error:
+    except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
         raise explain(error, path) from error
 
 

@@ -10,6 +10,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from operator import ge
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -487,6 +488,8 @@ def read_noted(path: Path, *, open_only: bool) -> Iterator[LedgerItem]:
             # may not be the end: positions in a damaged file may be far apart
             later = "SELECT position FROM items WHERE position >= ? ORDER BY position LIMIT 1"
             following = next((row[0] for row in fetch(connection, path, later, end)), LARGEST)
+            if following < end:
+                raise _build_damage(path, "the positions of items are not in order")
 
 
 def _find_first_open(connection: sqlite3.Connection, path: Path) -> Sequence[int]:
@@ -504,5 +507,8 @@ def _read_in_order(
     last = -1
     query += "WHERE position > ? ORDER BY position LIMIT ?"
     while rows := fetch(connection, path, query, last, READ_BATCH):
+        positions = [last, *(row[0] for row in rows)]
+        if any(map(ge, positions, positions[1:])):  # pages of a damaged file can form a circle
+            raise _build_damage(path, "the positions of items are not in order")
         yield from rows
-        last = rows[-1][0]
+        last = positions[-1]

@@ -780,3 +780,42 @@ def test_a_stored_error_with_other_types_is_refused(fields):
         load_error(json.dumps(content).encode())
     with pytest.raises(ValueError, match="unexpected shape"):
         load_error(b'{"type": "AnalyzeError", "message": 5, "fields": {}}')
+
+
+def flip(path, places):
+    content = bytearray(path.read_bytes())
+    for place, mask in places:
+        content[place] ^= mask
+    path.write_bytes(content)
+
+
+async def test_rows_out_of_order_are_an_error_and_no_circle(tmp_path):
+    path = tmp_path / "run.ledger"
+    await fill_items(path)
+    content = path.read_bytes()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        root = "SELECT rootpage FROM sqlite_master WHERE name = 'items'"
+        ((page,),) = connection.execute(root)
+        ((size,),) = connection.execute("PRAGMA page_size")
+    assert content[(page - 1) * size] == 13  # a leaf: its cells are listed from byte 8 on
+    cells = (page - 1) * size + 8
+    for first, second in ((0, 2), (1, 3), (0, 3)):  # exchanged
+        swapped = bytearray(content)
+        one, other = (slice(cells + 2 * n, cells + 2 * n + 2) for n in (first, second))
+        swapped[one], swapped[other] = content[other], content[one]
+        path.write_bytes(swapped)
+        said = await asyncio.to_thread(list, read_everything(path))
+        assert any("not in order" in text for text in said), said
+
+
+async def test_a_broken_schema_text_is_an_error_of_the_ledger(tmp_path):
+    path = tmp_path / "run.ledger"
+    await fill_items(path)
+    content = path.read_bytes()
+    place = content.index(b"TABLE records")
+    for offset in (0, 2, 5):
+        path.write_bytes(content)
+        flip(path, [(place + offset, 0xB0)])
+        said = await asyncio.to_thread(list, read_everything(path))
+        assert len(said) == 6, offset
+        assert all(text.isprintable() for text in said)
