@@ -285,8 +285,8 @@ class Credentials(Described):
     def __attrs_post_init__(self) -> None:
         if not self.cloud_name:
             raise ConfigurationError(
-                "Missing cloud name. The Console's dashboard shows it; "
-                f"pass Credentials(cloud_name, …) or set {URL_VARIABLE}={URL_FORM}."
+                "Missing cloud name. You can find it on the Cloudinary Console dashboard. "
+                f"Pass Credentials(cloud_name, …) or set {URL_VARIABLE}={URL_FORM}."
             )
         if not re.fullmatch(_CLOUD_NAME, self.cloud_name):
             raise ConfigurationError(

@@ -114,7 +114,7 @@ def showing_results() -> Iterator[None]:
 def explain_stdout(error: OSError) -> str:
     """Return the sentence for an error of stdout."""
     if isinstance(error, BrokenPipeError):
-        return "Standard output was closed by its reader."
+        return "Standard output was closed by the reader."
     return f"Standard output could not be written: {error.strerror}."
 
 
