@@ -90,8 +90,13 @@ class SharedRunLedger(RunLedger):
         if record is not None and record.final:
             return record
         theirs = await self._shared.find(key)
-        if theirs is None or not theirs.final:
-            return theirs or record
+        if theirs is None:
+            return record
+        if not theirs.final:
+            if record is None:
+                return theirs
+            source = theirs.source or record.source
+            return attrs.evolve(record if theirs.task_id is None else theirs, source=source)
         packed = bytes.fromhex(key)
         if theirs.error is not None:
             state, content = FAILED, dump_error(theirs.error)
@@ -120,6 +125,11 @@ class SharedRunLedger(RunLedger):
     def release(self, key: str, *, ambiguous: bool) -> None:
         """Release the claim."""
         self._shared.release(key, ambiguous=ambiguous)
+
+    async def note_source(self, key: str, source: str) -> None:
+        """Note it in both."""
+        await self._shared.note_source(key, source)
+        await super().note_source(key, source)
 
     async def note_item(self, key: str, *, source: str, model: str, index: int) -> None:
         """Note the item in Redis. The file already has it; see `Book.register`."""

@@ -3,12 +3,12 @@
     value                        | state
     -----------------------------+---------------------------------------------------------------
     (absent)                     | nothing is known
-    ``O|lost|task|``             | open: released; maybe charged `lost` times, maybe a task
-    ``C|token|lost|task|``       | claimed by the worker in the token, ``worker#number``
+    ``O|lost|task|source``       | open: released; maybe charged `lost` times, maybe a task
+    ``C|token|lost|task|source`` | claimed by the worker in the token, ``worker#number``
     ``F|lost|task|secs|payload`` | failed permanently
     ``A|lost|task|secs|payload`` | answered
 
-``lost`` counts the requests that may have been charged without a response. Each step is idempotent
+``source`` is that of the first claim of a named item. ``lost`` counts the requests that may have been charged without a response. Each step is idempotent
 for the same token, so it can be sent again when its reply is lost.
 
     step      | rule
@@ -31,22 +31,24 @@ import attrs
 
 # ARGV: step, milliseconds to keep an answer (0: no limit), token, and what the step needs. Claims do
 # not expire by time, because a task may take longer than that.
-# A reply to a claim is {"granted", lost, task}, {"held", worker} or {"final"}.
+# A reply to a claim is {"granted", lost, task, source}, {"held", worker} or {"final"}.
 SCRIPT: Final = """
 local key, step, keep, own = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
 local state = redis.call('GETRANGE', key, 0, 0)
-local token, lost, task = '', 0, ''
+local token, lost, task, source = '', 0, '', ''
 if state == 'C' then
-  token, lost, task = string.match(redis.call('GET', key), '^C|([^|]*)|(%d+)|([^|]*)|')
+  token, lost, task, source =
+    string.match(redis.call('GET', key), '^C|([^|]*)|(%d+)|([^|]*)|(.*)$')
 elseif state == 'O' or (state == 'F' and step == 'A') then
-  lost, task = string.match(redis.call('GET', key), '^.|(%d+)|([^|]*)|')
+  lost, task, source = string.match(redis.call('GET', key), '^.|(%d+)|([^|]*)|(.*)$')
 end
 local final = state == 'A' or state == 'F'
 local mine = state == 'C' and token == own
 local function put(value) redis.call('SET', key, value) end
+local function hold(owner) put('C|' .. owner .. '|' .. lost .. '|' .. task .. '|' .. source) end
 local function open()
-  if tonumber(lost) == 0 and task == '' then redis.call('DEL', key)
-  else put('O|' .. lost .. '|' .. task .. '|') end
+  if tonumber(lost) == 0 and task == '' and source == '' then redis.call('DEL', key)
+  else put('O|' .. lost .. '|' .. task .. '|' .. source) end
 end
 
 if step == 'claim' then
@@ -56,12 +58,13 @@ if step == 'claim' then
     if worker ~= ARGV[4] then return {'held', worker} end
     if task == '' then lost = lost + 1 end
   end
-  if not mine then put('C|' .. own .. '|' .. lost .. '|' .. task .. '|') end
-  return {'granted', tostring(lost), task}
+  if source == '' then source = ARGV[5] or '' end
+  if not mine then hold(own) end
+  return {'granted', tostring(lost), task, source}
 elseif step == 'submitted' then
   if final or (state == 'C' and not mine and (task ~= '' or ARGV[4] == '')) then return 0 end
   task = ARGV[4]
-  if state == 'C' then put('C|' .. token .. '|' .. lost .. '|' .. task .. '|') else open() end
+  if state == 'C' then hold(token) else open() end
   return 1
 elseif step == 'release' then
   if mine or (state == '' and ARGV[4] == '1') then
@@ -89,6 +92,7 @@ class KeyState:
         token: The token of the claim.
         lost: How often the request may have been charged without a response.
         task_id: The submitted task.
+        source: The source of a named item, until there is a response.
         seconds: How long the attempts took.
         payload: The response or error.
     """
@@ -97,6 +101,7 @@ class KeyState:
     token: str = ""
     lost: int = 0
     task_id: str | None = None
+    source: str | None = None
     seconds: float = 0.0
     payload: bytes = b""
 
@@ -110,13 +115,10 @@ def read_state(value: bytes) -> KeyState:
     state = value[:1].decode(errors="replace")
     match state:
         case "O":
-            _, lost, task, _ = value.split(b"|", 3)
-            return KeyState(state=state, lost=int(lost), task_id=decode_task(task))
+            _, lost, task, source = value.split(b"|", 3)
+            token = b""
         case "C":
-            _, token, lost, task, _ = value.split(b"|", 4)
-            return KeyState(
-                state=state, token=token.decode(), lost=int(lost), task_id=decode_task(task)
-            )
+            _, token, lost, task, source = value.split(b"|", 4)
         case "A" | "F":
             _, lost, task, seconds, payload = value.split(b"|", 4)
             return KeyState(
@@ -126,7 +128,15 @@ def read_state(value: bytes) -> KeyState:
                 seconds=float(seconds),
                 payload=payload,
             )
-    raise ValueError(f"a value in an unexpected shape: {value[:40]!r}")
+        case _:
+            raise ValueError(f"a value in an unexpected shape: {value[:40]!r}")
+    return KeyState(
+        state=state,
+        token=token.decode(),
+        lost=int(lost),
+        task_id=decode_task(task),
+        source=source.decode() or None,
+    )
 
 
 def encode_task(task_id: str | None) -> str:

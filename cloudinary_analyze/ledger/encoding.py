@@ -108,3 +108,8 @@ def _dump_limit(limit: Limit) -> dict[str, Any]:
 def _load_limit(stored: dict[str, Any]) -> Limit:
     reset_time = stored["reset_time"] and datetime.fromisoformat(stored["reset_time"])
     return Limit(stored.pop("type"), **{**stored, "reset_time": reset_time})
+
+
+def make_encodable(source: str) -> str:
+    """Return a text without the halves of surrogate pairs, which UTF-8 cannot encode."""
+    return source.encode(errors="replace").decode()

@@ -35,7 +35,7 @@ from cloudinary_analyze._wire import codec
 from cloudinary_analyze.errors import AnalyzeError, ConfigurationError, LedgerError, shorten
 from cloudinary_analyze.ledger.claims import KeyState, build_answer, read_state
 from cloudinary_analyze.ledger.compression import compress, decompress
-from cloudinary_analyze.ledger.encoding import dump_error, load_error
+from cloudinary_analyze.ledger.encoding import dump_error, load_error, make_encodable
 from cloudinary_analyze.ledger.items import LedgerItem
 from cloudinary_analyze.ledger.worker import Names, Worker
 from cloudinary_analyze.protocols import Claim, Ledger, LedgerRecord
@@ -120,6 +120,7 @@ class RedisLedger(Ledger):
     _noted: OrderedDict[str, tuple[str, str]] = attrs.field(
         factory=OrderedDict, init=False, repr=False
     )
+    _named: OrderedDict[str, str] = attrs.field(factory=OrderedDict, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.namespace, str) or not self.namespace:
@@ -257,10 +258,8 @@ class RedisLedger(Ledger):
         if value is None:
             return None
         state = self._read(value)
-        if state.state == "C" and worker.tokens.get(packed) != state.token:
-            return None
         if state.state in _STATES:
-            self._noted.pop(key, None)  # another worker recorded it
+            self._forget(key)  # another worker recorded it
             item = self._build_item(0, key, state)
             return LedgerRecord(
                 key=key,
@@ -270,7 +269,11 @@ class RedisLedger(Ledger):
                 seconds=state.seconds,
                 source=item.source or None,
             )
-        return None if state.task_id is None else LedgerRecord(key=key, task_id=state.task_id)
+        others = state.state == "C" and worker.tokens.get(packed) != state.token
+        task_id = None if others else state.task_id
+        if task_id is None and state.source is None:
+            return None
+        return LedgerRecord(key=key, task_id=task_id, source=state.source)
 
     async def claim(self, key: str) -> Claim | None:
         """See `Ledger.claim`.
@@ -279,7 +282,7 @@ class RedisLedger(Ledger):
             LedgerError: Redis cannot be used.
         """
         try:
-            return await self._use().claim(_pack(key))
+            return await self._use().claim(_pack(key), self._named.get(key, ""))
         except LinkFailedError as error:
             raise self._explain(error) from error
 
@@ -297,7 +300,7 @@ class RedisLedger(Ledger):
     def release(self, key: str, *, ambiguous: bool) -> None:
         """See `Ledger.release`."""
         worker = self._worker
-        self._noted.pop(key, None)
+        self._forget(key)
         if worker is not None:
             worker.release(_pack(key), ambiguous=ambiguous)
 
@@ -330,7 +333,8 @@ class RedisLedger(Ledger):
 
     async def _record(self, key: str, state: str, content: bytes, seconds: float) -> None:
         worker = self._use()
-        source, model = self._noted.pop(key, (None, None))
+        source, model = self._noted.get(key, (self._named.get(key), None))
+        self._forget(key)
         head = codec.dumps({"source": source, "model": model})
         # an envelope without a second pass over the content
         payload = compress(head[:-1] + _RAW + content + b"}")
@@ -339,11 +343,21 @@ class RedisLedger(Ledger):
         except LinkFailedError as error:
             raise self._explain(error) from error
 
+    async def note_source(self, key: str, source: str) -> None:
+        """See `Ledger.note_source`. The source is stored with the claim."""
+        self._named[key] = make_encodable(source)
+        if len(self._named) > NOTED:
+            self._named.popitem(last=False)
+
     async def note_item(self, key: str, *, source: str, model: str, index: int) -> None:  # noqa: ARG002
         """See `Ledger.note_item`. The source is stored with the response; the index is not."""
-        self._noted[key] = (source.encode(errors="replace").decode(), model)
+        self._noted[key] = (make_encodable(source), model)
         if len(self._noted) > NOTED:
             self._noted.popitem(last=False)
+
+    def _forget(self, key: str) -> None:
+        self._noted.pop(key, None)
+        self._named.pop(key, None)
 
     def iter_records(self) -> Iterator[LedgerItem]:
         """Yield every final response and error, in no order.

@@ -24,7 +24,7 @@ from cloudinary_analyze._clock import SYSTEM_CLOCK
 from cloudinary_analyze._values import NotPicklable, quote
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze.errors import AnalyzeError, ConfigurationError, LedgerError
-from cloudinary_analyze.ledger.encoding import dump_error
+from cloudinary_analyze.ledger.encoding import dump_error, make_encodable
 from cloudinary_analyze.ledger.file import (
     ANSWERED,
     FAILED,
@@ -115,11 +115,11 @@ def build_row(
     """
     return (
         line,
-        _make_encodable(source),
+        make_encodable(source),
         model,
         None if key is None else _pack(key),
-        None if file is None else _make_encodable(file),
-        None if name is None else _make_encodable(name),
+        None if file is None else make_encodable(file),
+        None if name is None else make_encodable(name),
         columns,
         None if error is None else dump_error(error),
     )
@@ -132,10 +132,6 @@ def _pack(key: str) -> bytes:
         raise LedgerError(
             f"A ledger's keys are hexadecimal, as AnalyzeRequest.key makes them, not {key!r:.80}."
         ) from None
-
-
-def _make_encodable(source: str) -> str:
-    return source.encode(errors="replace").decode()
 
 
 class SQLiteLedger(NotPicklable, Ledger):
@@ -357,7 +353,7 @@ class SQLiteLedger(NotPicklable, Ledger):
         Raises:
             LedgerError: Something could not be written.
         """
-        await self._note(partial(write_source, key=_pack(key), source=_make_encodable(source)))
+        await self._note(partial(write_source, key=_pack(key), source=make_encodable(source)))
 
     async def note_item(self, key: str, *, source: str, model: str, index: int) -> None:
         """See `Ledger.note_item`. Items of several streams are kept one after the other.
@@ -370,7 +366,7 @@ class SQLiteLedger(NotPicklable, Ledger):
                 write_stream_item,
                 key=_pack(key),
                 position=index,
-                source=_make_encodable(source),
+                source=make_encodable(source),
                 model=model,
             )
         )

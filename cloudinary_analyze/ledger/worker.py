@@ -31,6 +31,7 @@ from cloudinary_analyze._redis import (
     RedisLocation,
     measure_command,
 )
+from cloudinary_analyze._sources import is_same_image
 from cloudinary_analyze.errors import shorten
 from cloudinary_analyze.ledger.claims import SCRIPT, decode_task, encode_task
 from cloudinary_analyze.protocols import Claim
@@ -65,6 +66,7 @@ class Worker:
         link: Its connection.
         id: Its name.
         tokens: The claims that it holds, by key.
+        sources: The sources of those of named items.
     """
 
     location: RedisLocation
@@ -80,6 +82,7 @@ class Worker:
     link: Link = attrs.field(init=False)
     id: str = attrs.field(factory=lambda: secrets.token_hex(6), init=False)
     tokens: dict[bytes, str] = attrs.field(factory=dict, init=False)
+    sources: dict[bytes, str] = attrs.field(factory=dict, init=False)
     _numbers: itertools.count[int] = attrs.field(factory=itertools.count, init=False)
     _recent: deque[tuple[float, int, Command]] = attrs.field(factory=deque, init=False)
     _recent_bytes: int = attrs.field(default=0, init=False)
@@ -186,7 +189,8 @@ class Worker:
     async def _replay(self, link: Link) -> None:
         commands = [command for _, _, command in self._recent]
         commands += [
-            self._build_step("claim", key, token, "") for key, token in self.tokens.items()
+            self._build_step("claim", key, token, "", self.sources.get(key, ""))
+            for key, token in self.tokens.items()
         ]
         logger.warning("Redis was restarted; %d writes are repeated.", len(commands))
         for begin in range(0, len(commands), BATCH):
@@ -203,21 +207,26 @@ class Worker:
         while self._recent[0][0] < now - REPLAY_SECONDS or self._recent_bytes > REPLAY_BYTES:
             self._recent_bytes -= self._recent.popleft()[1]
 
-    async def claim(self, key: bytes) -> Claim | None:
-        """Claim a key. ``None`` if it is held or final. Cancelling is safe."""
+    async def claim(self, key: bytes, source: str = "") -> Claim | None:
+        """Claim a key. ``None`` if it is held, final, or of another source. Cancelling is safe."""
         token = f"{self.id}#{next(self._numbers)}"
         dead = ""
         try:
             while True:
                 while (rest := self._quiet_until - self.clock.monotonic()) > 0:
                     await self.clock.sleep(rest)
-                command = self._build_step("claim", key, token, dead)
+                command = self._build_step("claim", key, token, dead, source)
                 try:
                     reply = await self.link.ask(*command, repeat=False)
                 except LinkBrokenError:
                     continue  # Redis may have lost claims of other workers, so wait for them
                 if reply[0] == b"granted":
                     self.tokens[key] = token
+                    if source:
+                        self.sources[key] = recorded = reply[3].decode()
+                        if not is_same_image(recorded, source):
+                            self.release(key, ambiguous=False)
+                            return None
                     return Claim(task_id=decode_task(reply[2]), ambiguous=int(reply[1]) > 0)
                 holder = reply[1].decode() if reply[0] == b"held" else self.id
                 if holder == dead or not await self._is_dead(holder):
@@ -256,6 +265,7 @@ class Worker:
 
     async def record_answer(self, key: bytes, state: str, content: bytes) -> None:
         """Record a response (``A``) or a final error (``F``), which ends the claim."""
+        self.sources.pop(key, None)
         await self._write(self._build_step(state, key, self.tokens.pop(key, ""), content))
 
     async def _write(self, command: Command) -> None:
@@ -265,6 +275,7 @@ class Worker:
     def release(self, key: bytes, *, ambiguous: bool) -> None:
         """Release a claim."""
         token = self.tokens.pop(key, None)
+        self.sources.pop(key, None)
         if token is None:
             return
         command = self._build_step("release", key, token, "1" if ambiguous else "0")

@@ -43,6 +43,7 @@ class Walk:
         self.answer = None
         self.failed = False
         self.task = ""
+        self.source = ""
         self.lost = 0
         self.seen = Counter()
 
@@ -64,7 +65,8 @@ class Walk:
         others = [other for other in self.holding if other != worker]
         if others and self.chance.random() < 0.3:
             dead = f"w{others[0]}"
-        reply = self.step("claim", token, dead)
+        source = self.chance.choice(["", "a|1", "b\nü"])
+        reply = self.step("claim", token, dead, source)
         if reply[0] != b"granted":
             assert (reply[0] == b"final") == (self.answer is not None or self.failed)
             self.seen[reply[0]] += 1
@@ -78,7 +80,8 @@ class Walk:
             del self.holding[holder]
             self.lost += not self.task
             self.seen["stolen"] += 1
-        assert (int(reply[1]), reply[2].decode()) == (self.lost, self.task)
+        self.source = self.source or source
+        assert (int(reply[1]), *map(bytes.decode, reply[2:])) == (self.lost, self.task, self.source)
         self.holding[worker] = token
 
     def pick(self):
@@ -128,8 +131,9 @@ class Walk:
             assert found is None or found.state == "O"
         if found is not None:
             assert (found.lost, encode_task(found.task_id)) == (self.lost, self.task)
+            assert found.state in "AF" or (found.source or "") == self.source
         else:
-            assert (self.lost, self.task) == (0, "")
+            assert (self.lost, self.task, self.source) == (0, "", "")
 
 
 def test_random_walks_keep_every_response_and_one_holder(client):

@@ -145,6 +145,43 @@ async def test_a_key_names_one_source_for_all_workers(build):
         assert len(api.seen) == 1
 
 
+async def test_a_named_task_is_not_resumed_for_another_source(build):
+    async with opened(build()) as one, opened(build()) as other:
+        await one.note_source(KEY, URLS[0])
+        assert await one.claim(KEY) == Claim()
+        assert (await other.find(KEY)).source == URLS[0]  # while it is claimed
+        await one.record_submitted(KEY, "task")
+        one.release(KEY, ambiguous=False)
+        await one.find(KEY)
+        record = await other.find(KEY)
+        assert (record.task_id, record.source) == ("task", URLS[0])
+
+
+async def test_a_name_keeps_its_first_source_while_nothing_is_recorded(build):
+    strange = "data:|%d|\n\ud800"
+    async with opened(build()) as one, opened(build()) as other:
+        await one.note_source(KEY, strange)
+        await other.note_source(KEY, URLS[1])
+        assert await one.claim(KEY) == Claim()
+        one.release(KEY, ambiguous=False)
+        assert await other.claim(KEY) is None
+        await asyncio.wait_for(other.watch(KEY), 5)
+        record = await other.find(KEY)
+        assert (record.task_id, record.source) == (None, "data:|%d|\n?")
+        await one.note_source(KEY, strange)
+        assert await one.claim(KEY) == Claim()
+
+
+async def test_a_signed_url_keeps_its_name_with_a_new_signature(build):
+    signed = "https://example.com/a.jpg?X-Amz-Signature={}&X-Amz-Expires=1"
+    async with opened(build()) as one, opened(build()) as other:
+        await one.note_source(KEY, signed.format("1"))
+        await one.claim(KEY)
+        one.release(KEY, ambiguous=True)
+        await other.note_source(KEY, signed.format("2"))
+        assert await other.claim(KEY) == Claim(ambiguous=True)
+
+
 async def test_records_are_exported_with_their_sources(build, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     from cloudinary_analyze.results.export import export_results
