@@ -43,7 +43,7 @@ _KINDS: Final[dict[str, frozenset[type[Any]]]] = {
     "source": frozenset({str}),
     "begun": frozenset({int, float}),
     **dict.fromkeys(("line", "record", "state"), frozenset({int, _NONE})),
-    **dict.fromkeys(("model", "file", "name", "task_id"), frozenset({str, _NONE})),
+    **dict.fromkeys(("model", "file", "name", "noted", "task_id"), frozenset({str, _NONE})),
     **dict.fromkeys(("key", "columns", "error", "content"), frozenset({bytes, _NONE})),
     **dict.fromkeys(("seconds", "recorded"), frozenset({int, float, _NONE})),
 }

@@ -304,7 +304,7 @@ class SQLiteLedger(NotPicklable, Ledger):
         while packed in writer.unwritten:
             await self.flush()
         query = (
-            "SELECT state, task_id, content, seconds, source AS name FROM records "
+            "SELECT state, task_id, content, seconds, source AS noted FROM records "
             "LEFT JOIN answers ON answers.record = records.id "
             "LEFT JOIN named ON named.record = records.id WHERE key = ?"
         )
