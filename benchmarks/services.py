@@ -259,12 +259,9 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         title="50/s, 10/s from second 20, 50/s from second 40",
         build=lambda: Bucket(50, 10, (20, 10), (40, 50)),
         required=0.79,
-        throttled=0.10,  # two limits have to be found again
         peers=True,
     ),
-    "two-clients": _limit_rate(
-        50, 10, 0.97, throttled=0.10, clients=2, title="50/s, burst 10, two clients"
-    ),
+    "two-clients": _limit_rate(50, 10, 0.97, clients=2, title="50/s, burst 10, two clients"),
     # attempts and recovery are limited instead of goodput
     "failing-45": _fail(45, FAILED, 0.0, peers=True),
     "refusing-45": _fail(45, REFUSED, 0.0),

@@ -20,10 +20,12 @@ Legal states, from the fastest to the slowest:
     SEARCHING  | under cap, at a pace    | a clean round: the pace doubles; a bad round -> CRUISING;
                | after a stall          | the pace delays nothing -> WATCHED; `ceiling` -> CRUISING;
                |                        | most are throttled: half the pace -> CRUISING
-    CRUISING   | under cap, at the pace | the rest is over -> PROBING; a bad round: a lower pace;
+    CRUISING   | under cap, at the pace | the rest is over -> PROBING; a bad round, or doubt in
+               |                        | the middle of one: a lower pace;
                |                        | the pace delays nothing -> WATCHED
-    PROBING    | under cap, at a pace   | a clean round: a higher pace; a bad one -> CRUISING
-               | above the last one     | the pace delays nothing -> WATCHED
+    PROBING    | under cap, at a pace   | a clean round: a higher pace; a bad one, or doubt in
+               | above the last one     | the middle of one -> CRUISING;
+               |                        | the pace delays nothing -> WATCHED
     STALLED    | one, after a pause     | its start -> TESTING
     TESTING    | none                   | the probe's success -> SEARCHING; otherwise -> STALLED;
                |                        | if the service only asked for a pause, a success leads
@@ -220,6 +222,10 @@ class Admission:
             return  # it started before the last stall or cut
         explained = self.cap.count_throttle(attempt.depth, now, self.chance())
         self.pace.count_throttle(attempt.number, explained=explained)
+        if self.pace.is_doubtful and (not self._run or self._run_from > self.pace.round_from):
+            # otherwise nothing has succeeded since the last cut, which may become a stall
+            self.cap.learn(MOST)
+            self._cut(now)
         self._count_bad(attempt, now, retry_after, throttled=True)
         self._judge(attempt, now)
 

@@ -7,7 +7,7 @@ stalls or the queue.
 from __future__ import annotations
 
 import enum
-from math import inf, sqrt
+from math import inf, log
 from typing import Final
 
 import attrs
@@ -20,9 +20,20 @@ GAIN: Final = 1 / 8
 LARGEST_GAIN: Final = 1 / 2
 # Throttles that a round expects if the pace is above a limit. Fewer make wrong cuts likely.
 EXPECTED: Final = 4
-# Throttles beyond the noise and its standard deviation that end a probing round early. One would
-# be chance; each further one is a throttled call in every probe, which shows at 10/s.
-EVIDENCE: Final = 2
+# `Doubt` compares two shares of throttles: what is expected, and what shows that the pace is too
+# high. Both are above the noise, but the noise is only an estimate, so that each has a floor. A probe
+# that fails costs two throttles. A wrong cut while cruising costs a search, and needs about four.
+EXPECTED_WHEN_PROBING: Final = 0.01
+EXPECTED_WHEN_CRUISING: Final = 0.03
+TOO_MANY: Final = 1 / 4
+# The logarithm of the odds that end a probe, and those that lower the pace while cruising.
+PROBE_ODDS: Final = 4.0
+CRUISE_ODDS: Final = 7.0
+# The largest cut on such evidence, which a few starts show only roughly. The second one in a row is
+# at most half as large, and so on. Otherwise the slower of two clients of one limit starves.
+LARGEST_CUT: Final = 0.75
+# A failed probe lowers the rate from before it by half of this at most, for the same reason.
+FAILED_PROBE: Final = 0.08
 # A round lasts at least this long at gain 1, so that bursts and latency do not pass for a rate.
 SHORTEST_ROUND: Final = 0.25
 # A round with few starts ends after this time.
@@ -34,10 +45,13 @@ FEWEST_STARTS: Final = 8
 # A cut stays this far below what was accepted. Otherwise half of the cuts end above the limit, and
 # throttle until the next one. It costs at most 2 % of the goodput, and halves the throttles at 10/s.
 UNDERSHOOT: Final = 0.98
-# Seconds between probes: 1 after a change, doubled by each probe that finds nothing, up to this.
-# A probe costs about 4 throttles, at 10/s and 30 s 1.3 % of the calls. A raised limit is noticed
-# within about the time for which the old limit held, and within 38 s.
-LONGEST_REST: Final = 30.0
+# Seconds between probes: 1 after a search, doubled by each probe, up to this. A probe costs about 2.5
+# throttles, at 10/s and 16 s 1.6 % of the calls. A raised limit is noticed within 20 s and a probe.
+LONGEST_REST: Final = 16.0
+# A cut by a quarter shows that the limit fell. It divides the rest by this, so that the end of a
+# short fall is noticed early. With 1, as two clients of one limit would prefer, it is noticed late.
+FALL: Final = 1 / 4
+SOONER: Final = 4
 # A late timer may be made up for by this many seconds of starts. More of them would be a burst.
 CATCH_UP: Final = 0.02
 # The least share of the pace that counts as accepted after a stall. A stall begins when two thirds
@@ -45,9 +59,12 @@ CATCH_UP: Final = 0.02
 STALL_FLOOR: Final = 1 / 6
 # The lowest learned pace per second. It still sends enough for a round every few seconds.
 LOWEST_PACE: Final = 0.5
-# The weight of a new round in the average share of noise, and what each round leaves of the counts
-# per depth: both remember about 5 to 8 rounds.
-NOISE_WEIGHT: Final = 1 / 8
+# The weights of a round in the average share of noise: the first after a cut, one with a larger and
+# one with a smaller share. Probes do not raise the average, because a limit causes their throttles.
+FRESH_WEIGHT: Final = 1 / 2
+RISE_WEIGHT: Final = 1 / 4
+FALL_WEIGHT: Final = 1 / 8
+# What each round leaves of the counts per depth: they remember about 5 rounds.
 FADE: Final = 0.8
 # Seconds between steps of the cap upward, and the longest wait after a step that failed.
 CAP_STEP: Final = 1.0
@@ -143,6 +160,9 @@ class Cap:
     def count_throttle(self, depth: int, now: float, chance: float) -> bool:
         """Count a throttle. Return whether the cap explains it, so that it does not concern the pace.
 
+        It does so only if most starts above the proven limit were throttled. A rate limit throttles
+        a smaller share, which is the pace's concern.
+
         Args:
             depth: Of the throttled attempt.
             now: The time.
@@ -153,11 +173,12 @@ class Cap:
         if depth <= self.proven:
             return False
         throttled = sum(self._throttled[self.proven + 1 :])
-        if throttled >= sum(self._accepted[self.proven + 1 :]):
-            self.limit = self.proven
-            self._step = 1
-            self._rest = min(LONGEST_CAP_REST, 2 * self._rest)
-            self._raise_at = now + self._rest * (0.5 + chance)
+        if throttled < sum(self._accepted[self.proven + 1 :]):
+            return False
+        self.limit = self.proven
+        self._step = 1
+        self._rest = min(LONGEST_CAP_REST, 2 * self._rest)
+        self._raise_at = now + self._rest * (0.5 + chance)
         return True
 
     def learn(self, mistakes: float) -> bool:
@@ -194,6 +215,56 @@ class Cap:
 
 
 @attrs.define(eq=False)
+class Doubt:
+    """Evidence that a limit causes the latest throttles (a CUSUM test).
+
+    Throttles add to the odds and starts take from them. While there is no doubt, nothing is counted,
+    so that throttles before a limit fell do not hide the fall.
+
+    Attributes:
+        odds: The logarithm of the odds; 0: no doubt.
+        starts: Since the doubt began.
+        throttles: Since then, with the one that began it.
+    """
+
+    odds: float = 0.0
+    starts: int = 0
+    throttles: int = 0
+    _per_throttle: float = 0.0
+    _per_start: float = 0.0
+
+    def begin(self, expected: float, too_many: float) -> None:
+        """Begin to compare two shares of throttles, without doubt."""
+        self._per_start = log((1 - too_many) / (1 - expected))
+        self._per_throttle = log(too_many / expected)
+        self.odds, self.starts, self.throttles = 0.0, 0, 0
+
+    def count_start(self) -> None:
+        """Count a start."""
+        if self.odds > 0:
+            self.odds += self._per_start
+            self.starts += 1
+            if self.odds <= 0:
+                self.odds, self.starts, self.throttles = 0.0, 0, 0
+
+    def count_withdrawal(self) -> None:
+        """Undo `count_start`."""
+        if self.starts:
+            self.odds -= self._per_start
+            self.starts -= 1
+
+    def count_throttle(self) -> None:
+        """Count a throttle."""
+        self.odds += self._per_throttle
+        self.throttles += 1
+
+    @property
+    def share(self) -> float:
+        """The share of throttles since the first."""
+        return (self.throttles - 1) / max(1, self.starts)
+
+
+@attrs.define(eq=False)
 class Pace:
     """The learned rate, and the round in which it is judged.
 
@@ -202,6 +273,8 @@ class Pace:
         held: Whether the rate delayed a start in this round.
         ceiling: Where the search after a stall ends.
         lag: The latency of rejections: the longest recent one.
+        doubt: Evidence against the rate that does not wait for the end of the round.
+        round_from: The number of the last start before the round.
     """
 
     turnstile: Turnstile = attrs.field(factory=lambda: Turnstile(0.0, CATCH_UP))
@@ -210,8 +283,10 @@ class Pace:
     held: bool = False
     ceiling: float = inf
     lag: float = 0.0
+    doubt: Doubt = attrs.field(factory=Doubt)
     started: int = 0
     throttled: int = 0
+    round_from: int = 0
     _gain: float = GAIN
     _noise: float = 0.0  # the share of throttles that no cut removed
     _fresh: bool = False  # the round is the first after a cut
@@ -223,14 +298,20 @@ class Pace:
     _probe_at: float = 0.0
     _round_at: float = 0.0
     _unanswered: int = 0  # starts of the round that are too young for a rejection
-    _round_from: int = 0  # the number of the last start before the round
     _climb_at: float = 0.0
     _climbed: int = 0  # starts since then that were not throttled
 
     def begin_round(self, now: float, number: int, started: int = 0) -> None:
         """Reset the counts."""
-        self._round_at, self._round_from = now, number - started
+        self._round_at, self.round_from = now, number - started
         self.started, self.throttled, self.held = started, 0, False
+        if self.state is State.PROBING:
+            expected = min(0.4, max(EXPECTED_WHEN_PROBING, self._noise))
+            excess = self._gain / (1 + self._gain)
+            self.doubt.begin(expected, expected + (1 - expected) * excess)
+        else:
+            expected = min(0.4, EXPECTED_WHEN_CRUISING + self._noise)
+            self.doubt.begin(expected, max(TOO_MANY, 2 * expected))
 
     def begin_climb(self, now: float, started: int = 0) -> None:
         """Start to measure what the service accepts until the next stall."""
@@ -255,6 +336,7 @@ class Pace:
         """Count a start."""
         self.started += 1
         self._climbed += 1
+        self.doubt.count_start()
         if self.rate is not None:
             self.turnstile.take(now)
 
@@ -262,6 +344,7 @@ class Pace:
         """Undo `count_start`."""
         self.started = max(0, self.started - 1)
         self._climbed -= 1
+        self.doubt.count_withdrawal()
         if self.rate is not None:
             self.turnstile.put_back()
 
@@ -273,7 +356,9 @@ class Pace:
             explained: The cap explains it.
         """
         self._climbed -= 1
-        self.throttled += not explained and number > self._round_from
+        if not explained and number > self.round_from:
+            self.throttled += 1
+            self.doubt.count_throttle()
 
     def remember_ceiling(self, now: float, *, throttled: bool) -> None:
         """Record a stall. If nothing was accepted, or in an outage, the rate stays unknown.
@@ -291,7 +376,7 @@ class Pace:
             number: Of the attempt whose result arrived. Older ones say nothing about the round.
             now: The time.
         """
-        if number <= self._round_from or not self.started:
+        if number <= self.round_from or not self.started:
             return False
         seconds, gain = now - self._round_at, self._gain
         # At most half, because a round lasts for two lags.
@@ -303,9 +388,6 @@ class Pace:
             return True
         if self.started < FEWEST_STARTS:
             return False
-        if self.state is State.PROBING:
-            noise = self._noise * self.started
-            return self.throttled - noise >= EVIDENCE + sqrt(noise) and self.is_bad
         return self.state is State.CRUISING and now >= self._probe_at and self.throttled <= 1
 
     @property
@@ -322,6 +404,13 @@ class Pace:
         )
 
     @property
+    def is_doubtful(self) -> bool:
+        """Whether the latest throttles show that the rate is too high, before the round is over."""
+        if self.state is State.PROBING:
+            return self.doubt.odds >= PROBE_ODDS
+        return self.state is State.CRUISING and self.doubt.odds >= CRUISE_ODDS
+
+    @property
     def is_noise(self) -> bool:
         """Whether two cuts in a row did not lower the share, so that it shows no limit."""
         return self._cuts >= 2 and self._last_share / 2 < self.share <= 0.5
@@ -333,21 +422,35 @@ class Pace:
 
     def cut(self, now: float, chance: float) -> None:
         """Lower the rate to what the service accepted, and cruise."""
-        share, probing = self.share, self.state in (State.PROBING, State.SEARCHING)
-        offered = self.started / max(0.05, now - self._round_at)
-        if self.rate is not None and self.held:
-            offered = self.rate
-        rate = max(LOWEST_PACE, offered * (1 - share) * UNDERSHOOT)
-        if self.state is State.PROBING and share <= 0.5 and rate < self._cruised_at:
-            # Evidence that ends a round early exaggerates the share; the limit held before.
-            rate = (rate + self._cruised_at) / 2
+        share, rate = self.share, self.rate
+        if self.is_doubtful:
+            share = min(LARGEST_CUT / (1 + self._cuts), self.doubt.share)
+        if rate is None or not self.held:
+            rate = self.started / max(0.05, now - self._round_at)
+        before = rate
+        rate = max(LOWEST_PACE, rate * (1 - share) * UNDERSHOOT)
+        if self.state is State.PROBING:
+            rate, before = self._limit_cut(rate), self._cruised_at
+        if self.state is State.SEARCHING:
+            self._rest = 1.0
+        elif rate < (1 - FALL) * before:
+            self._rest = max(1.0, self._rest / SOONER)
+        elif self.state is State.PROBING:
+            self._rest = min(LONGEST_REST, 2 * self._rest)
         self._set_rate(rate)
-        if probing:
-            changed = self.state is State.SEARCHING or rate > 1.25 * self._cruised_at
-            self._rest = 1.0 if changed else min(LONGEST_REST, 2 * self._rest)
         self._cruise(now, chance)
         self._fresh, self._last_share = True, share
         self._cuts += 1
+
+    def _limit_cut(self, rate: float) -> float:
+        """Return where a probe ends whose throttles show a rate."""
+        assert self.rate is not None
+        step = 1 + self._gain
+        if self.rate > 1.01 * step * self._cruised_at:
+            return max(rate, self.rate / step**2)  # a full bucket hid at most one step before
+        if rate < self._cruised_at and self.doubt.share < LARGEST_CUT:
+            return (max(rate, (1 - FAILED_PROBE) * self._cruised_at) + self._cruised_at) / 2
+        return rate
 
     def step_back(self, now: float, chance: float) -> bool:
         """Undo the last step of a search. Return whether there was one.
@@ -364,9 +467,11 @@ class Pace:
 
     def pass_round(self, now: float, chance: float) -> None:
         """Act on a round that was not bad."""
-        share = self.share
-        weight = 1.0 if self._fresh else NOISE_WEIGHT
-        self._noise += (share - self._noise) * weight
+        excess = self.share - self._noise
+        steady = self.state not in (State.PROBING, State.SEARCHING)
+        if excess < 0 or steady:
+            weight = FRESH_WEIGHT if self._fresh else FALL_WEIGHT if excess < 0 else RISE_WEIGHT
+            self._noise += excess * weight
         self._fresh, self._cuts = False, 0
         if self.rate is None:
             return
@@ -389,8 +494,8 @@ class Pace:
             self._gain = min(LARGEST_GAIN, GAIN + 1 / self.rate)  # low rates need larger steps
             self._set_rate(self.rate * (1 + self._gain))
             self.begin_climb(now)
-        elif share > self._noise:
-            self._set_rate(self.rate * (1 - (share - self._noise)))
+        elif excess > 0:
+            self._set_rate(self.rate * (1 - excess))
 
     def _cruise(self, now: float, chance: float) -> None:
         self.state, self._gain = State.CRUISING, GAIN
