@@ -436,7 +436,8 @@ def fetch(
     if shape in _accepted:
         return rows  # nearly always, if there is one
     for (name, *_), column in zip(cursor.description, zip(*rows, strict=True), strict=False):
-        if wrong := set(map(type, column)) - _KINDS[name]:
+        # SQLite ignores the case of names, which a flipped bit changes
+        if wrong := set(map(type, column)) - _KINDS[name.lower()]:
             raise _build_damage(path, f"{name} is {wrong.pop().__name__}")
     if shape is not None:
         _accepted.add(shape)

@@ -819,3 +819,10 @@ async def test_a_broken_schema_text_is_an_error_of_the_ledger(tmp_path):
         said = await asyncio.to_thread(list, read_everything(path))
         assert len(said) == 6, offset
         assert all(text.isprintable() for text in said)
+
+
+async def test_a_column_in_other_case_is_the_same_column(tmp_path):
+    path = tmp_path / "run.ledger"
+    await fill_items(path)
+    flip(path, [(path.read_bytes().index(b"content BLOB") + 1, 0x20)])
+    assert await asyncio.to_thread(list, read_everything(path)) == []
