@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import attrs
@@ -193,7 +193,7 @@ class Sender:
         self,
         work: Work[Item, A],
         *,
-        claim: Callable[[], Awaitable[None]] | None = None,
+        claim: Callable[[], Coroutine[Any, Any, None]] | None = None,
         on_accepted: Callable[[str], Awaitable[None]] | None = None,
     ) -> Response[A]:
         """Make a call, and follow the task if the service turns it into one."""
@@ -210,7 +210,7 @@ class Sender:
         return await follow(task, on_accepted=on_accepted)
 
     def submit(
-        self, work: Work[Item, A], *, claim: Callable[[], Awaitable[None]] | None = None
+        self, work: Work[Item, A], *, claim: Callable[[], Coroutine[Any, Any, None]] | None = None
     ) -> AnalysisTask[A]:
         """Submit the request of an item as a task."""
         return self.tracker.submit(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+import types
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from copy import copy
 from functools import partial
 from math import inf
@@ -133,7 +134,7 @@ class Call:
     content: bytes | None = None
     deadline: float | None = None
     urgent: bool = True
-    claim: Callable[[], Awaitable[None]] | None = None
+    claim: Callable[[], Coroutine[Any, Any, None]] | None = None
     owner: Owner | None = None
     unsent: bool = False
     attempts: int = 0
@@ -314,13 +315,7 @@ class Attempts(NotPicklable):
                 await self._wait(call, self._await_pacer(self.settings.pacer))
             if call.claim is not None:
                 call.unsent = True
-                timer = self.clock.call_at(
-                    self.clock.monotonic() + SLOT_PATIENCE, lambda: queue.withdraw(slot.pop())
-                )
-                try:
-                    await call.claim()
-                finally:
-                    timer.cancel()
+                await self._await_claim(call.claim(), lambda: queue.withdraw(slot.pop()))
                 call.unsent, call.claim = False, None
             if slot and queue.is_current(attempt):
                 slot.clear()
@@ -330,6 +325,20 @@ class Attempts(NotPicklable):
                 queue.withdraw(attempt)
         call.again = True
         return False
+
+    async def _await_claim(
+        self, claim: Coroutine[Any, Any, None], give_back: Callable[[], None]
+    ) -> None:
+        """Await a claim, and give the slot back if that takes too long."""
+        try:
+            awaited = claim.send(None)
+        except StopIteration:
+            return  # most claims need not wait, and so no timer
+        timer = self.clock.call_at(self.clock.monotonic() + SLOT_PATIENCE, give_back)
+        try:
+            await _resume(claim, awaited)
+        finally:
+            timer.cancel()
 
     def _may_renew(self, call: Call, error: AnalyzeError) -> bool:
         """Whether a failed call may be repeated, once, with a new OAuth token."""
@@ -586,6 +595,22 @@ class Attempts(NotPicklable):
         """Fail all status polls that queue, and all later ones."""
         if self._closed is not None:
             self.poll_queue.close(self._closed)
+
+
+@types.coroutine
+def _resume(coroutine: Coroutine[Any, Any, T], awaited: Any) -> Generator[Any, Any, T]:
+    """Await the rest of a coroutine that has begun, from what it waits for."""
+    while True:
+        try:
+            sent = yield awaited
+        except BaseException as error:
+            step = partial(coroutine.throw, error)
+        else:
+            step = partial(coroutine.send, sent)
+        try:
+            awaited = step()
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
 
 
 def _is_halted(call: Call) -> bool:

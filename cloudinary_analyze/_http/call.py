@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 from yarl import URL
@@ -72,7 +72,7 @@ class Caller(NotPicklable):
         as_task: bool = False,
         notification_url: str | None = None,
         urgent: bool = True,
-        claim: Callable[[], Awaitable[None]] | None = None,
+        claim: Callable[[], Coroutine[Any, Any, None]] | None = None,
         owner: Owner | None = None,
         repeats: str | None = None,
     ) -> Response[A] | Accepted:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -130,7 +130,7 @@ class Tracker(NotPicklable):
         as_task: bool,
         deadline: float | None,
         urgent: bool = True,
-        claim: Callable[[], Awaitable[None]] | None = None,
+        claim: Callable[[], Coroutine[Any, Any, None]] | None = None,
         owner: Owner | None = None,
     ) -> AnalysisTask[A]:
         """Send a request in the background and return its handle at once; see `Caller.analyze`."""

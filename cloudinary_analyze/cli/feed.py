@@ -359,7 +359,7 @@ class ItemFeed:
     _last_line: Place | None = attrs.field(default=None, init=False)
     _unfinished: dict[Place, _Unfinished] = attrs.field(factory=dict, init=False)
     _items: deque[InputItem] = attrs.field(factory=deque, init=False)
-    _places: threading.Semaphore = attrs.field(init=False)
+    _room: threading.Event = attrs.field(factory=threading.Event, init=False)
     _changed: asyncio.Event = attrs.field(factory=asyncio.Event, init=False)
     _loop: asyncio.AbstractEventLoop | None = attrs.field(default=None, init=False)
     _waiting: bool = attrs.field(default=False, init=False)
@@ -367,9 +367,6 @@ class ItemFeed:
     _complete: bool = attrs.field(default=False, init=False)
     _failure: Exception | None = attrs.field(default=None, init=False)
     _stopped: bool = attrs.field(default=False, init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self._places = threading.Semaphore(READ_AHEAD)
 
     @property
     def exhausted(self) -> bool:
@@ -391,7 +388,7 @@ class ItemFeed:
         """End after the item that was taken last. Idempotent. Call it in the loop's thread."""
         self._stopped = True
         self._changed.set()
-        self._places.release()
+        self._room.set()
 
     def finish(self, item: InputItem) -> None:
         """Note that an item has its outcome."""
@@ -432,8 +429,10 @@ class ItemFeed:
             read_up = self._read_up
             if self._items:
                 self._waiting = False
-                self._places.release()
-                return self._items.popleft()
+                item = self._items.popleft()
+                if not self._room.is_set() and len(self._items) <= READ_AHEAD // 2:
+                    self._room.set()
+                return item
             if read_up:
                 if self._failure is not None:
                     raise self._failure
@@ -444,7 +443,11 @@ class ItemFeed:
         try:
             with closing(self.read()) as items:
                 for item in items:
-                    self._places.acquire()
+                    if len(self._items) >= READ_AHEAD:
+                        self._room.clear()
+                        # looked at again: what was taken before it was cleared does not set it
+                        if len(self._items) >= READ_AHEAD and not self._stopped:
+                            self._room.wait()
                     self._items.append(item)
                     self._notify()
                     if self._stopped:

@@ -74,7 +74,7 @@ def print_summary(
         lost = _count(stats.ambiguous_failures, "call", "calls")
         say(
             console,
-            f"{lost} may have been charged without a result. The next run makes them again.",
+            f"{lost} may have been charged without a result.",
             style="yellow",
         )
     if skipped:

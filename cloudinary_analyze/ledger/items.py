@@ -156,14 +156,13 @@ class RecordSet:
 
 def take_record(connection: sqlite3.Connection, key: bytes) -> tuple[int, int]:
     """Return the number and the state of a key's record, which is created if necessary."""
+    query = "INSERT OR IGNORE INTO records (key, state) VALUES (?, ?)"
+    inserted = connection.execute(query, (key, OPEN))
+    if inserted.rowcount and inserted.lastrowid is not None:
+        return inserted.lastrowid, OPEN
     query = "SELECT id, state FROM records WHERE key = ?"
-    known: tuple[int, int] | None = connection.execute(query, (key,)).fetchone()
-    if known is not None:
-        return known
-    query = "INSERT INTO records (key, state) VALUES (?, ?)"
-    record = connection.execute(query, (key, OPEN)).lastrowid
-    assert record is not None
-    return record, OPEN
+    known: tuple[int, int] = connection.execute(query, (key,)).fetchone()
+    return known
 
 
 def write_item(connection: sqlite3.Connection, position: int, row: ItemRow) -> tuple[int, int]:

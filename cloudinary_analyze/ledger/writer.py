@@ -74,14 +74,17 @@ def write_answer(
     recorded: float,
 ) -> None:
     """Note a final response or error. An error never replaces a response."""
-    record, known = take_record(connection, key)
-    if known == ANSWERED and state == FAILED:
-        return
-    connection.execute(
-        "UPDATE records SET state = ?, seconds = ?, recorded = ? WHERE id = ?",
-        (state, seconds, recorded, record),
-    )
-    connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (record, content))
+    query = "UPDATE records SET state = ?, seconds = ?, recorded = ? WHERE key = ?"
+    if state == FAILED:
+        query += f" AND state != {ANSWERED}"
+    arguments = (state, seconds, recorded, key)
+    if not connection.execute(query, arguments).rowcount:
+        _, known = take_record(connection, key)
+        if known == ANSWERED:
+            return
+        connection.execute(query, arguments)
+    query = "INSERT OR REPLACE INTO answers SELECT id, ? FROM records WHERE key = ?"
+    connection.execute(query, (content, key))
 
 
 def write_source(connection: sqlite3.Connection, key: bytes, source: str) -> None:

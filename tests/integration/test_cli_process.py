@@ -135,7 +135,7 @@ async def test_a_reader_that_goes_away_stops_the_run(tmp_path: Path):
         async with asyncio.timeout(10):
             assert await process.wait() == 3
         assert emulator.counts.total_received < 2000
-    assert "was closed by its reader" in told
+    assert "was closed by the reader" in told
     assert "Traceback" not in told
 
 
