@@ -43,8 +43,6 @@ from cloudinary_analyze.errors import (
     SessionNotOpenError,
     WrongEventLoopError,
 )
-from cloudinary_analyze.notifications import QueueSource
-from cloudinary_analyze.notifications.reading import Claim, claim_source
 from cloudinary_analyze.outcomes import Failed, Outcome
 from cloudinary_analyze.protocols import Ledger, NotificationSource
 from cloudinary_analyze.requests import AnalyzeRequest
@@ -58,6 +56,7 @@ if TYPE_CHECKING:
     from cloudinary_analyze._http.token import Token
     from cloudinary_analyze._recording import Leader, Recording
     from cloudinary_analyze.events import EventHook
+    from cloudinary_analyze.notifications.reading import Claim
 
 __all__ = ["AnalyzeSession"]
 
@@ -208,6 +207,8 @@ class AnalyzeSession(NotPicklable):
                 "aiohttp.ClientSession instead."
             )
         if isinstance(notifications, asyncio.Queue):
+            from cloudinary_analyze.notifications import QueueSource
+
             notifications = QueueSource(notifications)
         elif notifications is not None and not callable(getattr(notifications, "listen", None)):
             raise ConfigurationError(
@@ -258,7 +259,11 @@ class AnalyzeSession(NotPicklable):
         from cloudinary_analyze._http.transport import Transport
 
         loop = asyncio.get_running_loop()
-        claim = None if self._source is None else claim_source(self._source)
+        claim = None
+        if self._source is not None:
+            from cloudinary_analyze.notifications.reading import claim_source
+
+            claim = claim_source(self._source)
         try:
             transport = Transport.open(
                 self._credentials,

@@ -246,7 +246,7 @@ def _find_seal(credentials: Credentials) -> object:
     return _seals.setdefault(name, object())
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(repr=False, eq=False)
 class VerifiedDelivery(Delivery):
     """A delivery that was verified and parsed in this process. Only `seal_delivery` makes one.
 

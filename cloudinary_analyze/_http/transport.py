@@ -10,7 +10,7 @@ import platform
 import ssl
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import aiohttp
 import attrs
@@ -20,7 +20,6 @@ from yarl import URL
 
 from cloudinary_analyze._cancellation import Sections, get_task
 from cloudinary_analyze._clock import Clock
-from cloudinary_analyze._http.token import Token
 from cloudinary_analyze._proxy import read_proxy
 from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze.config import Credentials, Settings
@@ -31,6 +30,9 @@ from cloudinary_analyze.errors import (
     TransportError,
     shorten,
 )
+
+if TYPE_CHECKING:
+    from cloudinary_analyze._http.token import Token
 
 Answer = tuple[int, CIMultiDictProxy[str], bytes]  # status, headers, body
 
@@ -99,6 +101,8 @@ class Transport(NotPicklable):
         loop = asyncio.get_running_loop()
         token = None
         if callable(credentials.oauth_token):
+            from cloudinary_analyze._http.token import Token
+
             token = Token(credentials.oauth_token, settings.read_timeout, clock)
         if http is not None:
             check_client_session(http, settings, host=URL(base_url).host or "")

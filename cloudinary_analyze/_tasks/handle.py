@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 import attrs
 
 from cloudinary_analyze._tasks.entries import Answer, Wait
-from cloudinary_analyze._values import NotPicklable
+from cloudinary_analyze._values import Described, NotPicklable
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze._wire.protocol import read_result
 from cloudinary_analyze.errors import SessionClosedError, WrongEventLoopError
@@ -249,8 +249,8 @@ def _mark_retrieved(future: asyncio.Future[Any]) -> None:
     future.exception()
 
 
-@attrs.frozen
-class _Callback:
+@attrs.frozen(repr=False, eq=False)
+class _Callback(Described):
     """A function of a handle as a callback of its future. Equal ones can be removed."""
 
     handle: AnalysisTask[Any]

@@ -29,7 +29,6 @@ from cloudinary_analyze._tasks.entries import (
     build_event,
 )
 from cloudinary_analyze._tasks.handle import AnalysisTask, complete, report
-from cloudinary_analyze._tasks.listener import Listener
 from cloudinary_analyze._tasks.poller import Poller
 from cloudinary_analyze._tasks.quotas import note_quota
 from cloudinary_analyze._tasks.table import Table
@@ -56,6 +55,7 @@ from cloudinary_analyze.responses import (
 if TYPE_CHECKING:
     from cloudinary_analyze._http.attempts import Owner
     from cloudinary_analyze._http.call import Caller
+    from cloudinary_analyze._tasks.listener import Listener
 
 A = TypeVar("A")
 
@@ -109,6 +109,8 @@ class Tracker(NotPicklable):
         table = Table(settings, with_source=source is not None)
         tracker = cls(caller, settings, clock, meter, notification_url, table)
         if source is not None:
+            from cloudinary_analyze._tasks.listener import Listener
+
             tracker.listener = Listener(
                 source,
                 credentials,
