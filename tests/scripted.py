@@ -146,6 +146,12 @@ async def until(condition: Callable[[], object], *, seconds: float = 10.0) -> No
         await asyncio.sleep(0.001)
 
 
+def have_failed(session: AnalyzeSession, attempts: int) -> bool:
+    """Whether as many attempts were made, and none of them is in flight any more."""
+    stats = session.stats
+    return stats.attempts == attempts and not stats.permits_in_use
+
+
 async def wind(clock: ManualClock, awaitable: Awaitable[Any], *, seconds: float = 20.0) -> Any:
     """Move a clock on, timer by timer, until something is done; the sockets stay real."""
     return await clock.run(awaitable, seconds=seconds)

@@ -24,6 +24,7 @@ from scripted import (
     ScriptedServer,
     answer,
     busy,
+    have_failed,
     requests_of,
     until,
 )
@@ -278,7 +279,7 @@ async def test_closing_wakes_what_sleeps_between_retries(caplog: pytest.LogCaptu
     async with ScriptedServer(handler) as server:
         session = await server.session().__aenter__()
         calls = [asyncio.create_task(session.analyze(r)) for r in requests_of(3, Captioning)]
-        await until(lambda: session.stats.retries == 3)
+        await until(lambda: have_failed(session, 3))
         async with asyncio.timeout(5):
             await session.aclose()
             for call in calls:
@@ -297,7 +298,7 @@ async def test_closing_with_a_stream_in_retry_sleep_leaves_no_unread_error_behin
         session = await server.session().__aenter__()
         stream = session.map(requests_of(3, Captioning))
         consumer = asyncio.create_task(anext(stream))
-        await until(lambda: session.stats.retries == 3)
+        await until(lambda: have_failed(session, 3))
         await session.aclose()
         async with asyncio.timeout(5):
             with pytest.raises(BulkStoppedError):
@@ -329,7 +330,7 @@ async def test_calls_failed_by_the_close_do_not_share_one_exception() -> None:
     async with ScriptedServer(handler) as server:
         session = await server.session(permits=2).__aenter__()
         calls = [asyncio.create_task(session.analyze(r)) for r in requests_of(6, Captioning)]
-        await until(lambda: session.stats.retries == 2 and session.stats.waiting == 4)
+        await until(lambda: have_failed(session, 2) and session.stats.waiting == 4)
         await session.aclose()
         errors = [error for call in calls if (error := await outcome_of(call))]
     assert len({id(error) for error in errors}) == 6

@@ -14,6 +14,7 @@ from scripted import (
     ScriptedServer,
     answer,
     busy,
+    have_failed,
     one_after_the_other,
     requests_of,
     until,
@@ -61,7 +62,7 @@ async def test_nothing_is_sent_while_everything_is_throttled(clock: ManualClock)
                 asyncio.create_task(session.analyze(request))
                 for request in requests_of(64, Captioning)
             ]
-            await until(lambda: session.stats.retries == 64)
+            await until(lambda: have_failed(session, 64))
             assert (session.stats.pauses, session.stats.permits_allowed) == (1, 1)
             latecomer = asyncio.create_task(session.analyze(Captioning(URL)))
             await until(lambda: session.stats.waiting == 1)
@@ -231,7 +232,7 @@ async def test_a_call_that_may_be_charged_says_so_when_its_quota_ends_meanwhile(
     handlers = one_after_the_other(answer(502), QUOTA)
     async with ScriptedServer(handlers) as server, server.session(clock=clock) as session:
         doubtful = asyncio.create_task(session.analyze(VISION))
-        await until(lambda: session.stats.retries == 1)
+        await until(lambda: have_failed(session, 1))
         with pytest.raises(QuotaExceededError):
             await session.analyze(VISION)
         with pytest.raises(QuotaExceededError, match="Not sent") as caught:

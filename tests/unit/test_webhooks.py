@@ -110,7 +110,7 @@ OURS: dict[str, tuple[dict[str, Any], type[Exception] | None]] = {
 
 
 def test_every_case_of_the_vendors_verifier_has_an_answer_here(vectors: dict[str, Any]) -> None:
-    cases = {case["name"]: case["result"] for case in vectors["verifier_behavior"]}
+    cases = {case["name"]: case["result"] for case in vectors["verifier_behaviour"]}
     assert cases.keys() == OURS.keys()
     for name, (_, expected) in OURS.items():
         if expected is None:
