@@ -22,6 +22,10 @@ __all__ = ["AnalyzePlugin"]
 
 
 async def _teardown(_: Any, worker: Any) -> None:  # noqa: ARG001 -- the plugin's signature
+    """Close the sessions of the worker process. Dask calls it when a worker ends.
+
+    Cancelling it leaves the closing to a thread, which goes on.
+    """
     await asyncio.to_thread(close_sessions)
 
 

@@ -119,7 +119,7 @@ def test_signed_urls_that_change_are_known_by_their_key_column(start_emulator: S
     emulator = start_emulator()
 
     def write(signature: str, *names: str) -> None:
-        rows = [f"{name},https://example.com/{name}.jpg?s={signature}" for name in names]
+        rows = [f"{name},https://example.com/{name}.jpg?sig={signature}" for name in names]
         write_lines("id,url", *rows, name="images.csv")
 
     arguments = ["run", "coco", "--input", "images.csv", "--key-column", "ID"]
@@ -129,8 +129,8 @@ def test_signed_urls_that_change_are_known_by_their_key_column(start_emulator: S
     assert main(arguments) == 0
     assert emulator.counts.total_received == 3
     assert [source.rpartition("/")[2] for source in read_sources()] == [
-        *("a.jpg?s=second", "b.jpg?s=second"),
-        "c.jpg?s=second",
+        *("a.jpg?sig=second", "b.jpg?sig=second"),
+        "c.jpg?sig=second",
     ]
     assert [record["restored"] for record in read_records()] == [True, True, False]
 

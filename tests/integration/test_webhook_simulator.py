@@ -200,7 +200,7 @@ async def test_what_is_not_answered_200_is_repeated():
         assert (await receive())["type"] == "http.disconnect"
 
     policy = WebhookPolicy(retry_scale=0.00001)
-    with run_emulator(ScriptedEmulator(task_seconds=0, webhooks=policy)) as emulator:
+    async with ScriptedEmulator(task_seconds=0, webhooks=policy) as emulator:
         simulator = WebhookSimulator(application, "/", credentials=emulator.credentials)
         simulator.connect(emulator)
         async with AnalyzeSession(emulator.credentials) as session:

@@ -114,10 +114,18 @@ def read_section(docs: str, *titles: str) -> dict[str, str]:
     return entries
 
 
+def read_source(value: type[Any]) -> str:
+    """Return the source of a class; of one without a class statement (of Dask), nothing."""
+    try:
+        return textwrap.dedent(inspect.getsource(value))
+    except OSError:
+        return ""
+
+
 @cache
 def read_inline_docs(value: type[Any]) -> frozenset[str]:
     """Return the fields of a class that have a docstring below them."""
-    (cls,) = ast.parse(textwrap.dedent(inspect.getsource(value))).body
+    (cls,) = ast.parse(read_source(value) or "class Empty: ...").body
     assert isinstance(cls, ast.ClassDef)
     return frozenset(
         field.target.id
@@ -179,7 +187,7 @@ def find_unknown_names(member: Member) -> str | None:
     known = {"message", *dir(member.value), *inspect.get_annotations(member.value)}
     for base in member.value.__mro__:
         if base.__module__.startswith(PACKAGE):
-            known |= set(re.findall(r"self\.(\w+)\b", inspect.getsource(base)))
+            known |= set(re.findall(r"self\.(\w+)\b", read_source(base)))
     unknown = documented - accepted
     unknown |= set(read_section(member.docs, "Attributes")) - known - accepted
     return f"unknown fields {sorted(unknown)}" if unknown else None
