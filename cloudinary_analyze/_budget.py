@@ -38,6 +38,13 @@ class Budget(Jsonable):
     (`Settings.on_missing_result`) counts again. A call counts once, however many attempts it
     takes, and not at all if it failed without a charge.
 
+    ```python
+    budget = Budget(calls=1_000, units={"ai_vision": 50_000})
+    async with session.map(urls, Captioning, budget=budget) as outcomes:
+        async for outcome in outcomes:
+            print(outcome.item, outcomes.spent)
+    ```
+
     Attributes:
         calls: The maximum number of calls, which is exact. ``None``: no limit.
         units: Add-on features (``ai_vision``, ``object_detection``, …) and their maximum units. A

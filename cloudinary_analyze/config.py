@@ -248,6 +248,12 @@ class Credentials(Described):
     Explicit arguments come first, then ``CLOUDINARY_URL`` alone, then the separate variables. An
     invalid variable is an error; it is never skipped.
 
+    ```python
+    Credentials("demo", "123456789012345", "the-secret")
+    Credentials("demo", oauth_token="the-token", notification_secrets="the-secret")
+    Credentials.from_url("cloudinary://123456789012345:the-secret@demo")
+    ```
+
     Attributes:
         cloud_name: The product environment. Required before anything is sent.
         api_key: The API key.

@@ -24,6 +24,15 @@ A_co = TypeVar("A_co", covariant=True)
 class Answered(Jsonable, Generic[Item_co, A_co]):
     """The outcome of an item that has a response.
 
+    ```python
+    async for outcome in session.map(urls, Captioning):
+        match outcome:
+            case Answered(item=url, response=response):
+                print(url, response.analysis.caption)
+            case Failed(item=url, error=error):
+                print(url, "failed:", error)
+    ```
+
     Attributes:
         item: The item, as the input yielded it.
         index: Its position in the input, from 0.

@@ -401,6 +401,11 @@ def _read_definitions(
 class AIVisionTagging(AnalyzeRequest[AIVisionTaggingAnalysis]):
     """Find which of your own tags fit an image. Costs AI Vision tokens.
 
+    ```python
+    request = AIVisionTagging(urls[0], tag_definitions={"indoors": "Does it show a room?"})
+    print((await session.analyze(request)).analysis.names)
+    ```
+
     Source: ``POST /analyze/ai_vision_tagging``.
 
     Attributes:
@@ -655,6 +660,10 @@ def _check_model_name(name: str) -> str:
 @attrs.frozen(init=False, repr=False, eq=False)
 class OtherModel(AnalyzeRequest[OtherAnalysis]):
     """A request for a model that this package does not know. Its analysis is an `OtherAnalysis`.
+
+    ```python
+    request = OtherModel("a_new_model", urls[0], {"sensitivity": 3})
+    ```
 
     Source: ``POST /analyze/{name}``.
 

@@ -186,6 +186,11 @@ class Response(Jsonable, Generic[A_co]):
     ) -> Response[A]:
         """Build a response from JSON of the service, such as a stored `raw`.
 
+        ```python
+        stored = dict((await session.analyze(Coco(urls[0]))).raw)
+        print(Response.from_raw(Coco, stored).analysis.detections)
+        ```
+
         Args:
             request: The request class (``Coco``) or a request. For `OtherModel`, pass a request.
             raw: The JSON object as received, of a response or a notification.

@@ -128,6 +128,12 @@ def to_dict(value: Any, *, raw: bool = False) -> dict[str, Any]:
 def to_json(value: Any, *, raw: bool = False) -> str:
     """Return a value as compact JSON text. Integers of any size keep their digits.
 
+    ```python
+    response = await session.analyze(Captioning(urls[0]))
+    print(to_json(response))  # {"model":"captioning","entity":…,"analysis":{"caption":…}}
+    print(to_json(response, raw=True))  # also what the service sent
+    ```
+
     Args:
         value: See `to_dict`.
         raw: Whether to include what the service sent. `Response.from_raw` reads the ``raw`` of a

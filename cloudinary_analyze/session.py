@@ -605,7 +605,8 @@ class AnalyzeSession(NotPicklable):
         ```python
         async with session.map(urls, Captioning) as outcomes:
             async for outcome in outcomes:
-                print(outcome.item, outcome.error or outcome.response.analysis.caption)
+                if outcome.error is None:
+                    print(outcome.item, outcome.response.analysis.caption)
         ```
 
         A failed item is a `Failed` outcome. It never raises out of the loop. Some errors stop more

@@ -37,6 +37,14 @@ class AnalysisTask(NotPicklable, Generic[A_co]):
     asyncio reports the error of a handle that is dropped and was never awaited, as it does for
     futures.
 
+    ```python
+    import asyncio
+
+    tasks = [session.submit(Captioning(url)) for url in urls]
+    for task in asyncio.as_completed(tasks):
+        print((await task).analysis.caption)
+    ```
+
     Source: the 202 of ``POST /v2/analysis/{cloud}/analyze/{model}``,
     ``GET /v2/analysis/{cloud}/tasks/{task_id}``, and the webhook.
 
