@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import json
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -35,8 +36,10 @@ SECONDS: Final = 600
 TICK: Final = 0.01  # seconds between looks at how late the loop is
 LEAST_SECONDS: Final = 10
 SPARE_DESCRIPTORS: Final = 8  # connections of one burst more
-LARGEST_GROWTH: Final = 0.02  # of memory in an hour: what noise of a minute may look like
-NOISE: Final = 2.0  # MiB over the second half
+# Shares by which memory may grow over the second half. Free memory fragments for a while, and the
+# more so while the rate rises; what Python has allocated must stay the same.
+LARGEST_GROWTH: Final = 0.1
+LARGEST_GROWTH_OF_BLOCKS: Final = 0.02
 
 
 @attrs.frozen(kw_only=True)
@@ -46,6 +49,7 @@ class Sample:
     Attributes:
         at: Seconds since the start.
         resident: MiB.
+        blocks: What Python's allocator has handed out.
         descriptors: Open descriptors.
         lag: The longest time that the loop was late, in milliseconds.
         answered: Outcomes with a response.
@@ -54,6 +58,7 @@ class Sample:
 
     at: float
     resident: float
+    blocks: int
     descriptors: int
     lag: float
     answered: int
@@ -134,6 +139,7 @@ class Soak:
                 Sample(
                     at=time.monotonic() - begun,
                     resident=read_resident(),
+                    blocks=sys.getallocatedblocks(),
                     descriptors=len([*Path("/proc/self/fd").iterdir()]),
                     lag=self.longest_lag,
                     answered=self.answered - answered,
@@ -147,12 +153,9 @@ class Soak:
         """Return what the samples say, and whether memory and descriptors stayed constant."""
         half = len(self.samples) // 2
         first, second = self.samples[:half], self.samples[half:]
-        slope, _ = statistics.linear_regression(
-            [sample.at for sample in second], [sample.resident for sample in second]
-        )
-        growth = slope * len(second)
-        most = max(sample.resident for sample in second)
-        memory_kept = growth < max(NOISE, LARGEST_GROWTH * most)
+        growth, most = _measure_growth([sample.resident for sample in second])
+        more, blocks = _measure_growth([sample.blocks for sample in second])
+        memory_kept = growth < LARGEST_GROWTH * most and more < LARGEST_GROWTH_OF_BLOCKS * blocks
         before = max(sample.descriptors for sample in first)
         after = max(sample.descriptors for sample in second)
         descriptors_kept = after <= before + SPARE_DESCRIPTORS
@@ -163,8 +166,9 @@ class Soak:
             f"p99 {lags[int(0.99 * len(lags))]:.1f} ms, longest {lags[-1]:.1f} ms"
         )
         memory = (
-            f"{60 * slope:+.2f} MiB a minute over the second half, {growth:+.1f} MiB in all, "
-            f"at most {most:.1f} MiB: {'constant' if memory_kept else 'GROWS'}"
+            f"{60 * growth / len(second):+.2f} MiB a minute over the second half, "
+            f"{growth:+.1f} MiB in all, at most {most:.1f} MiB; allocated blocks "
+            f"{100 * more / blocks:+.1f} %: {'constant' if memory_kept else 'GROWS'}"
         )
         descriptors = (
             f"at most {before} in the first half and {after} in the second: "
@@ -203,6 +207,12 @@ class Soak:
                 ),
             ],
         )
+
+
+def _measure_growth(values: Sequence[float]) -> tuple[float, float]:
+    """Return how much the values grew, by linear regression, and the greatest."""
+    slope, _ = statistics.linear_regression(range(len(values)), values)
+    return slope * len(values), max(values)
 
 
 def _list_counts(counts: Counter[str]) -> str:

@@ -28,7 +28,7 @@ ALLOWED: Final = (
     # local reads of some microseconds by key; handing each to a thread would cost ten times more
     ("ledger/sqlite.py", {"find"}),
     # synchronous by contract: documented as such, and called by the tests on their loop
-    ("ledger/sqlite.py", {"__init__", "absorb", "counts", "copy_states", "iter_records"}),
+    ("ledger/sqlite.py", {"__init__", "absorb", "counts", "copy_states"}),
     ("ledger/items.py", {"read", "read_items", "read_noted", "read_newest_responses"}),
     ("ledger/redis.py", {"iter_records", "worker_stats", "_batch"}),
     ("results/export.py", {"export_results"}),
@@ -38,7 +38,7 @@ ALLOWED: Final = (
     ("_http/transport.py", {"has_netrc_login"}),
     # a user's synchronous iterator, and a user's hook
     ("cloudinary_analyze/_stream.py", {"_pull"}),
-    ("cloudinary_analyze/events.py", {"_call"}),
+    ("cloudinary_analyze/_meter.py", {"_call"}),
     # a test reads a setting of a connection that is closed
     ("unit/test_durability.py", {"close"}),
 )
