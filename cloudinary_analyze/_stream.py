@@ -22,7 +22,6 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, Never, Self, TypeVar
 
 import attrs
@@ -31,7 +30,7 @@ from cloudinary_analyze._cancellation import count_cancellations
 from cloudinary_analyze._clock import Clock
 from cloudinary_analyze._policy import Stop, find_stop, may_be_charged
 from cloudinary_analyze._stops import Stops
-from cloudinary_analyze._values import NotPicklable
+from cloudinary_analyze._values import Closable, NotPicklable
 from cloudinary_analyze._work import Work, wrap_cancellation
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
@@ -330,7 +329,7 @@ class _Pump(Generic[Item, A]):
             worker.cancel()
 
 
-class OutcomeStream(NotPicklable, Generic[Item_co, A_co]):
+class OutcomeStream(NotPicklable, Closable, Generic[Item_co, A_co]):
     """The outcomes of `AnalyzeSession.map`: an async iterator and async context manager.
 
     Iterate it inside ``async with``. Leaving the block cancels the calls in flight and waits until
@@ -434,17 +433,6 @@ class OutcomeStream(NotPicklable, Generic[Item_co, A_co]):
             self._started = True
             self._pump.start()
         return await self._pump.take()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
 
     async def aclose(self) -> None:
         """Cancel the calls in flight and wait until they have ended. Idempotent.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterator
-from typing import Annotated, Any, Final, Protocol
+from typing import Annotated, Any, Final, Protocol, Self
 
 import attrs
 
@@ -105,3 +105,19 @@ class NotPicklable:
 
     def __reduce__(self) -> Any:
         return self.__reduce_ex__(2)
+
+
+class Closable:
+    """An object that ``async with`` closes."""
+
+    __slots__ = ()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close it. Idempotent."""
+        raise NotImplementedError

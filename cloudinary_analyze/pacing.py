@@ -17,13 +17,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from functools import partial
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import attrs
 
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
 from cloudinary_analyze._redis import Link, LinkFailedError, RedisLocation, read_location
+from cloudinary_analyze._values import Closable
 from cloudinary_analyze.errors import ConfigurationError
 
 __all__ = ["RedisPacer"]
@@ -73,7 +73,7 @@ class _Reservations:
 
 
 @attrs.define(eq=False)
-class RedisPacer:
+class RedisPacer(Closable):
     """A pacer for `Settings.pacer` that many processes share.
 
     Before its first use it can be pickled. The pickle does not contain the password, which workers
@@ -171,17 +171,6 @@ class RedisPacer:
         reserved, self._reserved = self._reserved, None
         if reserved is not None and reserved.loop is asyncio.get_running_loop():
             await reserved.link.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
 
 
 async def _prepare_nothing(_: Link) -> None:

@@ -10,7 +10,6 @@ import warnings
 import weakref
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from inspect import iscoroutinefunction
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Self, TypeVar, overload
 
 import attrs
@@ -22,7 +21,7 @@ from cloudinary_analyze._meter import Meter, SessionStats
 from cloudinary_analyze._stream import OutcomeStream
 from cloudinary_analyze._tasks.handle import AnalysisTask, follow
 from cloudinary_analyze._tasks.tracker import Tracker
-from cloudinary_analyze._values import NotPicklable, URLObject, read_url
+from cloudinary_analyze._values import Closable, NotPicklable, URLObject, read_url
 from cloudinary_analyze._version import __version__
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze._wire.protocol import Accepted
@@ -145,7 +144,7 @@ class _Connection:
     closer: asyncio.Task[Any] | None = None
 
 
-class AnalyzeSession(NotPicklable):
+class AnalyzeSession(NotPicklable, Closable):
     """A client of the Analyze API: one connection pool, one set of permits, one event loop.
 
     Create one for the life of the application and share it between tasks:
@@ -310,14 +309,6 @@ class AnalyzeSession(NotPicklable):
         if failure is not None:
             await self.aclose()
             raise failure
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
 
     if not TYPE_CHECKING:  # for type checkers, `with` on a session is an error
 

@@ -24,13 +24,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import attrs
 
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
 from cloudinary_analyze._redis import LinkFailedError, RedisError, RedisLocation, read_location
+from cloudinary_analyze._values import Closable
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze.errors import AnalyzeError, ConfigurationError, LedgerError, shorten
 from cloudinary_analyze.ledger.claims import KeyState, build_answer, read_state
@@ -72,7 +72,7 @@ def _read_seconds(least: float) -> Any:
 
 
 @attrs.define(eq=False)
-class RedisLedger(Ledger):
+class RedisLedger(Closable, Ledger):
     """A ledger in Redis, shared by workers on any number of machines.
 
     ```python
@@ -130,17 +130,6 @@ class RedisLedger(Ledger):
         """Pickle the arguments, without the password. The copy is not open."""
         names = ("namespace", "keep", "lease", "patience", "clock")
         return partial(type(self), self.location, **{n: getattr(self, n) for n in names}), ()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
 
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
         worker = getattr(self, "_worker", None)

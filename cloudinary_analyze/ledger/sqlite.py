@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import attrs
 
 from cloudinary_analyze._clock import SYSTEM_CLOCK
-from cloudinary_analyze._values import NotPicklable, quote
+from cloudinary_analyze._values import Closable, NotPicklable, quote
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze.errors import AnalyzeError, ConfigurationError, LedgerError
 from cloudinary_analyze.ledger.encoding import dump_error, make_encodable
@@ -134,7 +133,7 @@ def _pack(key: str) -> bytes:
         ) from None
 
 
-class SQLiteLedger(NotPicklable, Ledger):
+class SQLiteLedger(NotPicklable, Closable, Ledger):
     """A ledger in a SQLite file, for `AnalyzeSession.map`.
 
     Open it before the session, so that it closes last:
@@ -194,17 +193,6 @@ class SQLiteLedger(NotPicklable, Ledger):
     def failed(self) -> bool:
         """Whether it is open and gave up writing; see `rescue`."""
         return self._writer is not None and self._writer.failure is not None
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
 
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
         writer = getattr(self, "_writer", None)

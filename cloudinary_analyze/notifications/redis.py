@@ -27,13 +27,13 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from contextvars import Context
 from functools import partial
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import attrs
 
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
 from cloudinary_analyze._redis import RedisConnectionError, RedisLocation, read_location
+from cloudinary_analyze._values import Closable
 from cloudinary_analyze._wire.protocol import find_result, reports_progress
 from cloudinary_analyze.errors import (
     ConfigurationError,
@@ -86,7 +86,7 @@ class _StoredDelivery(Delivery):
 
 
 @attrs.define(eq=False)
-class RedisNotifications:
+class RedisNotifications(Closable):
     """Redis between the receivers and the sessions of all processes.
 
     ```python
@@ -422,17 +422,6 @@ class RedisNotifications:
             client, self._redis = self._redis, None
             if client is not None:
                 await _close(client)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
 
 
 def _fail(puts: Iterable[_Put], error: Exception) -> None:
