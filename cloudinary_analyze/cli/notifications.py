@@ -176,7 +176,7 @@ class Line:
             # soon, because the listener still uses it
             asyncio.get_running_loop().call_soon(source.release, event.task_id)
 
-    def take_note(self, outcome: AnyOutcome) -> None:
+    def note_outcome(self, outcome: AnyOutcome) -> None:
         """Acknowledge the notification of an outcome, unless the ledger could not record it."""
         if outcome.unrecorded or isinstance(outcome.error, LedgerError):
             return

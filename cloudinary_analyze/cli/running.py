@@ -254,7 +254,7 @@ class Run:
         if self.stream is not None:
             await self._write(build_record(outcome))
         if self.line is not None:
-            self.line.take_note(outcome)
+            self.line.note_outcome(outcome)
         if self.plan.spending.sample is not None:
             self.estimate.add(outcome)
         if not cut:

@@ -282,7 +282,7 @@ class Run:
         return SQLiteLedger(self.folder / "ledger")
 
     async def perform(self) -> None:
-        """Analyse everything, over sessions and streams, until nothing is left."""
+        """Analyze everything, over sessions and streams, until nothing is left."""
         with ThreadPoolExecutor(1) as helper:
             async with self.open_ledger() as ledger:
                 while self.left:

@@ -42,7 +42,7 @@ def redis_server(tmp_path):
 
 @attrs.define(eq=False, slots=False)
 class Receiver:
-    """The one receiver of webhooks, which puts them into Redis for whichever worker waits."""
+    """The one receiver of webhooks, which puts them into Redis for the worker that waits."""
 
     redis_url: str
     credentials: Credentials

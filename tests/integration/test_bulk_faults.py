@@ -50,7 +50,7 @@ async def run(emulator: Emulator, count: int, *, permits: int, ordered: bool) ->
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-async def test_a_thousand_items_with_faults_have_one_outcome_and_are_analysed_once(
+async def test_a_thousand_items_with_faults_have_one_outcome_and_are_analyzed_once(
     ordered: bool,
 ) -> None:
     async with Emulator(latency=0.01, faults=UNCHARGED, seed=7) as emulator:

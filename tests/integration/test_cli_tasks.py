@@ -209,7 +209,7 @@ async def test_a_webhook_waits_until_its_result_is_kept():
         outcome = Answered(
             item="x", index=0, request=Coco("https://example.com/a.jpg"), response=response
         )
-        line.take_note(outcome)
+        line.note_outcome(outcome)
         await asyncio.wait_for(put, 1)
 
 

@@ -241,7 +241,7 @@ async def test_a_feature_that_is_not_subscribed_is_403():
     assert body["error"]["details"] == {"feature_name": "ai_vision"}
 
 
-async def test_gallery_pictures_are_served_and_a_missing_one_cannot_be_analysed():
+async def test_gallery_pictures_are_served_and_a_missing_one_cannot_be_analyzed():
     async with Emulator() as emulator, open_client(emulator) as client:
         async with client.get(emulator.sample_urls(3)[2]) as response:
             assert response.content_type == "image/png"

@@ -483,7 +483,7 @@ async def test_what_was_stored_while_the_connection_was_cut_is_found_afterwards(
         server.kill()
 
 
-async def test_a_redis_that_lost_everything_and_whose_clock_is_behind_wakes_all_the_same(
+async def test_a_redis_that_lost_everything_and_whose_clock_is_behind_still_wakes(
     tmp_path, open_worker
 ):
     """For example, after a failover to a replica that lags. The cursor is reset."""

@@ -478,7 +478,7 @@ class TestAbandon:
             assert (await other).analysis.caption
             assert (await session.task(task.task_id, Captioning)).analysis.caption
 
-    async def test_before_it_was_sent_the_task_is_submitted_all_the_same(self):
+    async def test_before_it_was_sent_the_task_is_still_submitted(self):
         async with connected() as (emulator, session):
             session.submit(request()).abandon()
             await until(lambda: session.stats.notifications.get("resolved"))

@@ -28,6 +28,12 @@ PHRASES = {
     r"(be it|being signed|goes before|due to come|for want of|cannot be right)": "say it directly",
     r"stands (for|in for|on|as)": "is, represents, identifies",
     r"(shall|hereby|thereof|whereof|therefor)": "must, does",
+    r"(beforehand|all the same)": "in advance; still, nevertheless",
+    r"(one's|our|your) own (ones?|choosing)": "custom; state which",
+    r"wire names?": "the model's name in URLs",
+    r"(takes?|took|taking) note": "record, note",
+    r"whichever (process|worker|task)": "the process that …",
+    r"(analys(e|ed|ing)|serialis\w+|recognis\w+|behaviour|colours?|licence)": "American spelling",
 }
 PATTERN = re.compile(rf"\b({'|'.join(PHRASES)})\b", re.IGNORECASE)
 OWN = Path(__file__).name
