@@ -179,28 +179,22 @@ class AdmissionQueue:
         if not self.admission.calm:
             self.admission.succeed(attempt, self.clock.monotonic())
 
-    def throttle(self, attempt: Attempt, retry_after: float = 0.0, *, stall: bool = False) -> bool:
+    def throttle(self, attempt: Attempt, retry_after: float = 0.0, *, stall: bool = False) -> None:
         """Report that the service refused the request for now.
 
         Args:
             attempt: The attempt.
             retry_after: Seconds that the service asked for.
             stall: Whether all attempts of the queue wait that long.
-
-        Returns:
-            Whether a stall began.
         """
-        generation, now = self.admission.generation, self.clock.monotonic()
+        now = self.clock.monotonic()
         self.admission.throttle(attempt, now, retry_after)
         if stall:
             self.admission.pause(now, retry_after)
-        return self.admission.generation > generation
 
-    def fail(self, attempt: Attempt) -> bool:
-        """Report that the service or the connection failed. Return whether a stall began."""
-        generation = self.admission.generation
+    def fail(self, attempt: Attempt) -> None:
+        """Report that the service or the connection failed."""
         self.admission.fail(attempt, self.clock.monotonic())
-        return self.admission.generation > generation
 
     def release(self, attempt: Attempt) -> None:
         """End an attempt, after its report. Without a report, its result is unknown."""
