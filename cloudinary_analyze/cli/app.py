@@ -221,7 +221,11 @@ def listen(
     port: Port = 8080,
     path: Annotated[str, Parameter(help="Path to receive notifications at.")] = "/",
     redis: Annotated[
-        str | None, Parameter(help="URL of a Redis to store them in, which feeds all workers.")
+        str | None,
+        Parameter(
+            help="URL of a Redis to store them in, which feeds all workers. Its password comes from "
+            "REDIS_URL."
+        ),
     ] = None,
 ) -> Work:
     """Receive notifications and print those that are verified, until Ctrl-C.

@@ -90,7 +90,8 @@ class ReceivingOptions:
         str | None,
         Parameter(
             name="--redis",
-            help="With --mode task: URL of the Redis that a receiver, such as `listen`, fills.",
+            help="With --mode task: URL of the Redis that a receiver, such as `listen`, fills. Its "
+            "password comes from REDIS_URL.",
         ),
     ] = attrs.field(default=None, repr=False)
 

@@ -270,6 +270,9 @@ def test_new_files_are_private_and_modes_are_kept(service: Emulator):
         for path in files:
             assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
             path.chmod(0o640)
+        for name in ("e.jsonl", "e.csv", "e.parquet"):
+            assert main(["export", "l", "-o", name]) == 0
+            assert stat.S_IMODE(Path(name).stat().st_mode) == 0o600, name
         write_lines(*build_urls(5), name="u.txt")
         assert run("run", RUN) == 0
         for path in files:

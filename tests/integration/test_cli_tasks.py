@@ -163,6 +163,35 @@ async def test_results_come_out_of_redis_where_listen_puts_them(
     check_results(30)
 
 
+async def test_no_command_line_needs_the_password_of_redis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    server = RedisServer(tmp_path, options=("--requirepass", "pLanted-redis"))
+    server.start()
+    try:
+        write_urls(tmp_path, 3)
+        with_password = server.url.replace("//", "//:pLanted-redis@")
+        monkeypatch.setenv("REDIS_URL", with_password)
+        redis = ("--redis", server.url)
+        async with (
+            Emulator() as emulator,
+            start(
+                *("listen", "--port", "0", *redis), folder=tmp_path, emulator=emulator
+            ) as listener,
+        ):
+            url = (await see(listener, "Ctrl-C ends it")).split("on ")[1].split(" ")[0]
+            arguments = (*RUN, *redis, "--public-url", url)
+            async with start(*arguments, folder=tmp_path, emulator=emulator) as process:
+                code, out, err = await end(process)
+            assert (code, "pLanted" in out + err) == (0, False), err
+            listener.send_signal(signal.SIGINT)
+            code, out, err = await end(listener)
+            assert (code, "pLanted" in out + err) == (0, False), err
+        check_results(3)
+    finally:
+        server.kill()
+
+
 @pytest.mark.parametrize(
     ("retry_failed", "receiving", "expected"),
     [

@@ -101,6 +101,31 @@ async def test_an_id_that_the_service_does_not_know_is_a_404(open_worker):
         assert (status, content["detail"]) == (404, {"task_id": "nosuchtask"})
 
 
+async def test_a_flood_of_unknown_ids_is_bounded_and_delays_no_caption(open_worker, monkeypatch):
+    """Strangers ask for 300 made-up ids at once; 50 wait, the rest get a 503."""
+    monkeypatch.setattr("cloudinary_analyze._tasks.table.MOST_UNCONFIRMED", 50)
+    async with (
+        Emulator(task_seconds=0.2) as emulator,
+        open_worker(emulator) as (module, origin),
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client,
+    ):
+        module.PATIENCE = 30.0
+        flood = [
+            asyncio.create_task(get(client, f"{origin}/captions/made-up-{number}"))
+            for number in range(300)
+        ]
+        await until(lambda: sum(task.done() for task in flood) >= 250)
+        assert {task.result()[0] for task in flood if task.done()} == {503}
+        (uri,) = emulator.sample_urls(1)
+        async with asyncio.timeout(15):
+            status, content = await get(client, f"{origin}/captions", uri=uri)
+        assert (status, content["uri"]) == (200, uri)
+        assert sum(not task.done() for task in flood) == 50
+        for task in flood:
+            task.cancel()
+        await asyncio.gather(*flood, return_exceptions=True)
+
+
 async def test_one_unknown_id_too_many_is_a_503(open_worker, monkeypatch):
     monkeypatch.setattr("cloudinary_analyze._tasks.table.MOST_UNCONFIRMED", 0)
     async with (
