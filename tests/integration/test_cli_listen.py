@@ -71,7 +71,7 @@ async def test_listen_ends_when_its_reader_goes_away(tmp_path: Path):
         headers = sign(body, at=time.time())
         async with http.post(url[0], data=body, headers=headers) as response:
             assert response.status == 503  # it was not seen, so it must come again
-        output = await see(process, "was closed by its reader")
+        output = await see(process, "was closed by the reader")
         await until(lambda: process.returncode is not None)
     assert process.returncode == 3
     assert "Traceback" not in output
