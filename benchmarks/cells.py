@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from benchmarks import (
+    admitting,
     calling,
     commanding,
     decoding,
@@ -36,5 +37,6 @@ FAMILIES: Final = (
     resuming,
     commanding,
     sharing,
+    admitting,
 )
 CELLS: Final[dict[str, Cell]] = {cell.name: cell for family in FAMILIES for cell in family.CELLS}

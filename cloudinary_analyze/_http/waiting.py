@@ -42,24 +42,10 @@ FAILURES_IN_A_TURN: Final = 100
 BuildError = Callable[[float], Exception]
 
 
-@attrs.define(eq=False)
-class _Waiter:
-    """A waiting attempt.
-
-    Attributes:
-        line: The line that it is in, until it starts or fails.
-        since: When its patience began, at the earliest.
-        patience: Seconds of a stall after which it fails.
-        started: Receives the attempt.
-    """
-
-    line: Waiters
-    since: float
-    patience: float
-    started: asyncio.Future[Attempt]
-
-
-Waiters = OrderedDict[_Waiter, None]
+Waiter = asyncio.Future[Attempt]
+# When the patience of each waiter began at the earliest, and the seconds of a stall that it lasts.
+# Waiters are in their line until they start or fail.
+Waiters = OrderedDict[Waiter, tuple[float, float]]
 
 
 @attrs.define(eq=False)
@@ -98,7 +84,7 @@ class AdmissionQueue:
     _timer: TimerHandle | None = attrs.field(default=None, init=False)
     _timer_at: float = attrs.field(default=inf, init=False)
     # during a stall: when the patience of each waiter ends; may hold waiters that have left
-    _expiries: list[tuple[float, int, _Waiter]] = attrs.field(factory=list, init=False)
+    _expiries: list[tuple[float, int, Waiters, Waiter]] = attrs.field(factory=list, init=False)
     _expiries_of: int | None = attrs.field(default=None, init=False)  # the stall's generation
     _order: Iterator[int] = attrs.field(factory=count, init=False)
     _open: bool = attrs.field(default=True, init=False)  # neither closed nor refusing
@@ -152,17 +138,17 @@ class AdmissionQueue:
             if not self._open:
                 self._check_open()
             line = lines.again if first else lines.fresh
-            waiter = _Waiter(line, since, patience, asyncio.get_running_loop().create_future())
-            line[waiter] = None
+            waiter: Waiter = asyncio.get_running_loop().create_future()
+            line[waiter] = since, patience
             self._waiting += 1
             if not admission.calm or admission.in_use < admission.permits:
                 if self._expiries_of is not None:
-                    self._push_expiry(waiter)
+                    self._push_expiry(line, waiter)
                 self._start_waiters()
             try:
-                attempt = await waiter.started
+                attempt = await waiter
             except BaseException:
-                self._abandon(waiter)
+                self._abandon(line, waiter)
                 raise
             if self.is_current(attempt):
                 return attempt
@@ -247,15 +233,14 @@ class AdmissionQueue:
             raise self._build_refusal(left)
         self._open, self._build_refusal = True, None
 
-    def _abandon(self, waiter: _Waiter) -> None:
-        started = waiter.started
-        if started.done() and not started.cancelled() and started.exception() is None:
-            self.withdraw(started.result())
-        elif waiter in waiter.line:
-            self._remove(waiter)
+    def _abandon(self, line: Waiters, waiter: Waiter) -> None:
+        if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+            self.withdraw(waiter.result())
+        elif waiter in line:
+            self._remove(line, waiter)
 
-    def _remove(self, waiter: _Waiter) -> None:
-        del waiter.line[waiter]
+    def _remove(self, line: Waiters, waiter: Waiter) -> None:
+        del line[waiter]
         self._waiting -= 1
 
     def _go_on(self) -> None:
@@ -291,10 +276,10 @@ class AdmissionQueue:
             line = urgent
         else:
             self._in_a_row = 0
-        started = line.popitem(last=False)[0].started
+        waiter, _ = line.popitem(last=False)
         self._waiting -= 1
-        if not started.done():  # otherwise its task was cancelled, but has not run yet
-            started.set_result(self.admission.start(now))
+        if not waiter.done():  # otherwise its task was cancelled, but has not run yet
+            waiter.set_result(self.admission.start(now))
 
     def _expire(self, stalled_at: float, now: float) -> float:
         """Fail the waiters whose patience is over. Return when the next one's is."""
@@ -303,23 +288,23 @@ class AdmissionQueue:
             self._expiries.clear()
             for line in self._list_lines():
                 for waiter in line:
-                    self._push_expiry(waiter)
+                    self._push_expiry(line, waiter)
         while self._expiries:
-            at, _, waiter = self._expiries[0]
-            if not waiter.started.done():
+            at, _, line, waiter = self._expiries[0]
+            if not waiter.done():
                 if at > now:
                     return at
-                self._remove(waiter)
-                waiter.started.set_exception(self.build_outage_error(now - stalled_at))
+                self._remove(line, waiter)
+                waiter.set_exception(self.build_outage_error(now - stalled_at))
             heapq.heappop(self._expiries)
         return inf
 
-    def _push_expiry(self, waiter: _Waiter) -> None:
+    def _push_expiry(self, line: Waiters, waiter: Waiter) -> None:
         stalled_at = self.admission.stalled_at
-        if stalled_at is not None and waiter.patience < inf:
-            begun = max(waiter.since, stalled_at, self.admission.asked_until)
-            at = begun + waiter.patience
-            heapq.heappush(self._expiries, (at, next(self._order), waiter))
+        since, patience = line[waiter]
+        if stalled_at is not None and patience < inf:
+            at = max(since, stalled_at, self.admission.asked_until) + patience
+            heapq.heappush(self._expiries, (at, next(self._order), line, waiter))
 
     def _fail_waiters(self, build: Callable[[], Exception]) -> None:
         """Fail waiters while starts are refused; the rest in later turns of the loop."""
@@ -331,9 +316,9 @@ class AdmissionQueue:
                     return
                 failures += 1
                 waiter = next(iter(line))
-                self._remove(waiter)
-                if not waiter.started.done():
-                    waiter.started.set_exception(build())
+                self._remove(line, waiter)
+                if not waiter.done():
+                    waiter.set_exception(build())
         self._go_on()
 
     def _list_lines(self) -> list[Waiters]:
