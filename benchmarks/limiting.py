@@ -83,7 +83,8 @@ class _Server:
             if isinstance(self.service, Outage) and self.service.status == REFUSED:
                 self.refusal = asyncio.create_task(self.refuse(self.service))
         now -= self.began
-        status = self.service.answer(now)
+        # connections that were open before the server refuses others are still answered once
+        status = self.service.answer(now) or OK
         client = self.paths.setdefault(request.path, len(self.paths))
         self.requests.append((round(now, 4), status, client))
         headers = {}

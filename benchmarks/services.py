@@ -25,6 +25,7 @@ class Service:
     Attributes:
         rate: Requests per second that the clients can use.
         share: Of the requests that are throttled at random.
+        chance: Returns a random number from 0 to 1.
     """
 
     def __init__(self, rate: float, share: float = 0.0) -> None:
@@ -118,8 +119,7 @@ class Outage(Service):
 
     def answer(self, now: float) -> int:
         """See `Service`."""
-        # connections that were open before it refuses others are still answered once
-        return self.status if self.status and self.begins <= now < self.ends else OK
+        return self.status if self.begins <= now < self.ends else OK
 
 
 @attrs.frozen(kw_only=True)

@@ -1,7 +1,7 @@
 """A discrete-event simulation of clients with an endless backlog and a service that limits them.
 
-The clients drive the real `Admission`; time is simulated. ``python tests/simulation.py [seeds]``
-prints a table of all scenarios.
+The clients drive the real `Admission`; time is simulated, and the services are those of the
+benchmark in real time. ``python tests/simulation.py [seeds]`` prints a table of all scenarios.
 """
 
 from __future__ import annotations
@@ -13,99 +13,25 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cloudinary_analyze._http.admission import Admission, Attempt
 
-OK, THROTTLED, FAILED, REFUSED = 200, 429, 500, 0
+# at the end, so that an installed package is not hidden by the one beside the tests
+sys.path.append(str(Path(__file__).parents[1]))
 
-# ---------------------------------------------------------------- services
-
-
-class Bucket:
-    """A rate with a burst. The rate may change: a list of (from when, rate)."""
-
-    def __init__(self, rate: float | list[tuple[float, float]], burst: float) -> None:
-        self.rates = rate if isinstance(rate, list) else [(0.0, rate)]
-        self.burst, self.tokens, self.last = burst, burst, 0.0
-
-    def allowance(self, begin: float, end: float) -> float:
-        """Return how many requests the service accepts in a time, without the burst."""
-        ends = [at for at, _ in self.rates[1:]] + [math.inf]
-        return sum(
-            rate * max(0.0, min(end, until) - max(begin, at))
-            for (at, rate), until in zip(self.rates, ends, strict=True)
-        )
-
-    def answer(self, now: float) -> int:
-        self.tokens = min(self.burst, self.tokens + self.allowance(self.last, now))
-        self.last = now
-        if self.tokens < 1:
-            return THROTTLED
-        self.tokens -= 1
-        return OK
-
-    def end(self) -> None:
-        """An accepted request is answered."""
-
-
-class Sporadic(Bucket):
-    """No limit, but a share of all requests is throttled at random."""
-
-    def __init__(self, share: float, rate: float, chance: random.Random) -> None:
-        super().__init__(rate, 0)
-        self.share, self.chance = share, chance
-
-    def answer(self, now: float) -> int:
-        return THROTTLED if self.chance.random() < self.share else OK
-
-
-class AtOnce(Bucket):
-    """A limit of concurrent requests, of a mean latency."""
-
-    def __init__(self, most: int, latency: float) -> None:
-        super().__init__(most / latency, 0)
-        self.most, self.in_use = most, 0
-
-    def answer(self, now: float) -> int:
-        if self.in_use >= self.most:
-            return THROTTLED
-        self.in_use += 1
-        return OK
-
-    def end(self) -> None:
-        self.in_use -= 1
-
-
-class Window(Bucket):
-    """A number of requests per window of seconds."""
-
-    def __init__(self, most: int, seconds: float) -> None:
-        super().__init__(most / seconds, 0)
-        self.most, self.seconds, self.used, self.window = most, seconds, 0, -1
-
-    def answer(self, now: float) -> int:
-        window = int(now / self.seconds)
-        if window != self.window:
-            self.window, self.used = window, 0
-        self.used += 1
-        return OK if self.used <= self.most else THROTTLED
-
-
-class Outage(Sporadic):
-    """No limit, but for some time every request gets one status."""
-
-    def __init__(self, rate: float, begin: float, end: float, status: int) -> None:
-        super().__init__(0.0, rate, random.Random(0))
-        self.begins, self.ends, self.status = begin, end, status
-
-    def allowance(self, begin: float, end: float) -> float:
-        down = max(0.0, min(end, self.ends) - max(begin, self.begins))
-        return super().allowance(begin, end) - self.rates[0][1] * down
-
-    def answer(self, now: float) -> int:
-        return self.status if self.begins <= now < self.ends else OK
-
+from benchmarks.services import (
+    FAILED,
+    OK,
+    REFUSED,
+    THROTTLED,
+    AtOnce,
+    Bucket,
+    Outage,
+    Service,
+    Window,
+)
 
 # ---------------------------------------------------------------- the simulation
 
@@ -122,7 +48,7 @@ class Scenario:
         seconds: How long it lasts.
     """
 
-    service: Callable[[random.Random], Any]
+    service: Callable[[], Any]
     latency: float = 0.1
     sigma: float = 0.0
     rejection: float = 0.005
@@ -158,7 +84,8 @@ class Simulation:
 
     def __post_init__(self) -> None:
         self.chance = random.Random(self.seed)
-        self.service = self.scenario.service(self.chance)
+        self.service = self.scenario.service()
+        self.service.chance = self.chance.random
         self.events: list[tuple[float, int, Callable[..., None], Any]] = []
         self.order = 0
         self.clients = [Client(self, number) for number in range(self.scenario.clients)]
@@ -191,7 +118,7 @@ class Simulation:
 
     def goodput(self, begin: float) -> float:
         """Return the share of what the service allows."""
-        return self.count(OK, begin) / self.service.allowance(begin, self.scenario.seconds)
+        return self.count(OK, begin) / self.service.allow(begin, self.scenario.seconds)
 
     def throttled(self, begin: float) -> float:
         """Return the throttled responses per success."""
@@ -294,30 +221,33 @@ class Client:
 
 def jittered(sigma: float) -> Scenario:
     mean = 0.2 * math.exp(sigma * sigma / 2) + 0.001
-    return Scenario(lambda _: AtOnce(16, mean), latency=0.2, sigma=sigma)
+    return Scenario(lambda: AtOnce(16, mean), latency=0.2, sigma=sigma)
 
 
 def noise(share: float, **more: Any) -> Scenario:
     # a rejection takes a permit for 6 ms; the service itself allows what 64 permits can use
     rate = 64 / ((0.2 + 0.001) + share / (1 - share) * 0.006)
-    return Scenario(lambda chance: Sporadic(share, rate, chance), latency=0.2, **more)
+    return Scenario(lambda: Service(rate, share), latency=0.2, **more)
 
 
 def outage(seconds: float, status: int) -> Scenario:
-    service = Outage(64 / 0.201, 5, 5 + seconds, status)
-    return Scenario(lambda _: service, latency=0.2, seconds=max(60.0, seconds + 45))
+    return Scenario(
+        lambda: Outage(64 / 0.201, 5, 5 + seconds, status),
+        latency=0.2,
+        seconds=max(60.0, seconds + 45),
+    )
 
 
 SCENARIOS = {
-    "10/s": Scenario(lambda _: Bucket(10, 5)),
-    "10/s, Retry-After": Scenario(lambda _: Bucket(10, 5), retry_after=1),
-    "50/s": Scenario(lambda _: Bucket(50, 10)),
-    "50/s, Retry-After": Scenario(lambda _: Bucket(50, 10), retry_after=1),
-    "50/s, lognormal latency": Scenario(lambda _: Bucket(50, 10), sigma=0.8),
-    "200/s": Scenario(lambda _: Bucket(200, 20)),
-    "200/s, Retry-After": Scenario(lambda _: Bucket(200, 20), retry_after=1),
-    "10/s, 5 s latency": Scenario(lambda _: Bucket(10, 5), latency=5, seconds=180),
-    "10/s, slow rejections": Scenario(lambda _: Bucket(10, 5), rejection=1.0, seconds=120),
+    "10/s": Scenario(lambda: Bucket(10, 5)),
+    "10/s, Retry-After": Scenario(lambda: Bucket(10, 5), retry_after=1),
+    "50/s": Scenario(lambda: Bucket(50, 10)),
+    "50/s, Retry-After": Scenario(lambda: Bucket(50, 10), retry_after=1),
+    "50/s, lognormal latency": Scenario(lambda: Bucket(50, 10), sigma=0.8),
+    "200/s": Scenario(lambda: Bucket(200, 20)),
+    "200/s, Retry-After": Scenario(lambda: Bucket(200, 20), retry_after=1),
+    "10/s, 5 s latency": Scenario(lambda: Bucket(10, 5), latency=5, seconds=180),
+    "10/s, slow rejections": Scenario(lambda: Bucket(10, 5), rejection=1.0, seconds=120),
     "1 % noise": noise(0.01),
     "1 % noise, Retry-After": noise(0.01, retry_after=1),
     "5 % noise": noise(0.05),
@@ -325,18 +255,18 @@ SCENARIOS = {
     "16 at once": jittered(0.0),
     "16 at once, sigma 0.35": jittered(0.35),
     "16 at once, sigma 0.8": jittered(0.8),
-    "100 per 10 s": Scenario(lambda _: Window(100, 10), seconds=100),
-    "1000 per 60 s": Scenario(lambda _: Window(1000, 60), seconds=300),
+    "100 per 10 s": Scenario(lambda: Window(100, 10), seconds=100),
+    "1000 per 60 s": Scenario(lambda: Window(1000, 60), seconds=300),
     "12 s of 429": outage(12, THROTTLED),
     "12 s of 500": outage(12, FAILED),
     "45 s of 500": outage(45, FAILED),
     "45 s of refused connections": outage(45, REFUSED),
     "60 s of 429": outage(60, THROTTLED),
     "60 s of 500": outage(60, FAILED),
-    "50/s, 10/s, 50/s": Scenario(lambda _: Bucket([(0, 50), (20, 10), (40, 50)], 10)),
-    "two clients on 50/s": Scenario(lambda _: Bucket(50, 10), clients=2, seconds=120),
+    "50/s, 10/s, 50/s": Scenario(lambda: Bucket(50, 10, (20, 10), (40, 50))),
+    "two clients on 50/s": Scenario(lambda: Bucket(50, 10), clients=2, seconds=120),
     "two clients, 16 at once": Scenario(
-        lambda _: AtOnce(16, 0.201), latency=0.2, clients=2, seconds=120
+        lambda: AtOnce(16, 0.201), latency=0.2, clients=2, seconds=120
     ),
 }
 
