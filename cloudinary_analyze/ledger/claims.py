@@ -8,8 +8,9 @@
     ``F|lost|task|secs|payload`` | failed permanently
     ``A|lost|task|secs|payload`` | answered
 
-``source`` is that of the first claim of a named item. ``lost`` counts the requests that may have been charged without a response. Each step is idempotent
-for the same token, so it can be sent again when its reply is lost.
+``source`` is that of the first claim of a named item. ``lost`` counts the requests that may have
+been charged without a response. Each step is idempotent for the same token, so it can be sent again
+when its reply is lost.
 
     step      | rule
     ----------+--------------------------------------------------------------------------------
