@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import resource
 import sys
@@ -18,6 +19,27 @@ def read_resident() -> float:
     """Return the MiB that are resident now, without a collection; on Linux alone."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
+
+
+class _MallocInfo(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
+
+
+def read_allocated() -> float:
+    """Return the MiB that malloc has handed out: large objects and those of C; with glibc alone.
+
+    Unlike resident memory, it does not count free memory between what is used.
+    """
+    read = ctypes.CDLL(None).mallinfo2
+    read.restype = _MallocInfo
+    found = read()
+    return float(found.uordblks + found.hblkhd) / 2**20
 
 
 def read_peak_memory(process: int | None = None) -> float:
