@@ -15,6 +15,7 @@ from cloudinary_analyze.errors import QuotaExceededError, RemoteError, build_uns
 from cloudinary_analyze.responses import Limit, read_limits
 
 PROBE_INTERVAL: Final = 300.0
+MOST_TYPES: Final = 1000  # of limits; an account has a few
 UNREAD: Final = 64  # responses of a feature; each is newer than the ones before
 
 
@@ -82,7 +83,8 @@ class Quota:
         for limit in limits:
             known = self._known.get(limit.type)
             if known is None:
-                self._known[limit.type] = _Known(limit, newest)
+                if len(self._known) < MOST_TYPES:
+                    self._known[limit.type] = _Known(limit, newest)
                 continue
             size = limit.limit or 0
             later = number > known.newest  # it began after the known figures arrived
