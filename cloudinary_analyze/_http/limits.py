@@ -447,7 +447,8 @@ class Pace:
         assert self.rate is not None
         step = 1 + self._gain
         if self.rate > 1.01 * step * self._cruised_at:
-            return max(rate, self.rate / step**2)  # a full bucket hid at most one step before
+            # The rate before was clean, and a full bucket hid at most one step.
+            return max(rate, self.rate / step**2, self._cruised_at)
         if rate < self._cruised_at and self.doubt.share < LARGEST_CUT:
             return (max(rate, (1 - FAILED_PROBE) * self._cruised_at) + self._cruised_at) / 2
         return rate
