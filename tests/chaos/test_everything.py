@@ -44,7 +44,7 @@ from cloudinary_analyze.ledger.redis import RedisLedger
 from cloudinary_analyze.notifications.aiohttp import WebhookReceiver
 from cloudinary_analyze.notifications.redis import RedisNotifications
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 ITEMS = 20_000
 WARM_UP = 1_000  # everything is imported and cached once before anything is measured
