@@ -348,7 +348,7 @@ class Table:
                 self.pending.pop(task_id, None)
                 if not entry.verified:
                     self.unconfirmed.discard(task_id)
-            if answer.lasting:
+            if answer.error is None or answer.lasting:
                 self._keep(task_id, answer, now)
         return (Ended(_end_waits(entry, answer, status), answer, entry, raw),)
 
