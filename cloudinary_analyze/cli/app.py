@@ -211,6 +211,8 @@ def status(
     task_id: Annotated[str, Parameter(help="The task's id.")], /, *, proxy: ProxyOption = None
 ) -> Work:
     """Show the status of a task. Prints a summary on a terminal, otherwise the JSON as received."""
+    if not task_id.strip():
+        raise CommandError("The task id is empty. Pass the id that the submission returned.")
     return partial(perform_status, task_id, proxy)
 
 
@@ -343,12 +345,7 @@ def run_app(arguments: Sequence[str]) -> int:
 
 def _run(arguments: Sequence[str], console: Console) -> ExitCode:
     try:
-        work: Work | None = app(
-            list(arguments),
-            exit_on_error=False,
-            print_error=False,
-            result_action="return_value",
-        )
+        work = _read(arguments)
         if work is None:  # --help or --version
             return ExitCode.DONE
         result = work(console)
@@ -361,6 +358,26 @@ def _run(arguments: Sequence[str], console: Console) -> ExitCode:
         return _fail(console, str(error), error.exit_code)
     except AnalyzeError as error:
         return _fail(console, str(error), ExitCode.USAGE)
+
+
+def _read(arguments: Sequence[str]) -> Work | None:
+    """Read a command line; return what it wants done, or ``None`` if that is done already.
+
+    Raises:
+        CycloptsError: It is invalid.
+        CommandError: Its options do not fit together, or a file cannot be looked at.
+        AnalyzeError: A value is invalid.
+    """
+    try:
+        work: Work | None = app(
+            list(arguments),
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
+        )
+    except OSError as error:
+        raise CommandError(f"{error.filename or 'A file'}: {error.strerror or error}.") from None
+    return work
 
 
 def _fail(console: Console, sentence: str, exit_code: ExitCode) -> ExitCode:

@@ -320,7 +320,7 @@ def read_items(
     """Yield the items of a source: each line once per model, an invalid line once alone."""
     index = 0
     with closing(source.read()) as lines:
-        for line in islice(lines, limit):
+        for line in islice(lines, None if limit is None else min(limit, sys.maxsize)):
             for model in models if line.error is None else (None,):
                 yield InputItem(line, model, index)
                 index += 1

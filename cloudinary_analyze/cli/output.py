@@ -400,9 +400,12 @@ def check_is_ledger(path: Path) -> None:
     Raises:
         CommandError: The output was named.
     """
+    if os.path.isdir(path):  # noqa: PTH112 -- never raises
+        raise CommandError(f"{path} is a directory, not a ledger. Pass the file OUTPUT.ledger.")
     ledger = Path(f"{path}{LEDGER_SUFFIX}")
     if not is_database(path) and is_database(ledger):
-        what = f"{path} is the output of a run" if path.exists() else f"does not exist {path}"
+        there = os.path.exists(path)  # noqa: PTH110 -- never raises
+        what = f"{path} is the output of a run" if there else f"{path} does not exist"
         raise CommandError(f"{what}. The ledger of that run is {ledger}; pass that instead.")
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 CLOUD_VARIABLE: Final = "CLOUDINARY_CLOUD_NAME"
 WEBHOOKS: Final = 256
+MOST_PERMITS: Final = 65_535  # connections to one address
 EMULATOR_ASIDE: Final = "start `cloudinary-analyze emulator`, and export what it prints"
 NO_ACCOUNT: Final = "add --emulator to try it on this machine, without an account"
 
@@ -77,7 +78,7 @@ class CallOptions:
         Parameter(
             name="--permits",
             help="Maximum number of calls in flight.",
-            validator=validators.Number(gte=1),
+            validator=validators.Number(gte=1, lte=MOST_PERMITS),
         ),
     ] = _get_default("permits")
     attempts: Annotated[

@@ -7,6 +7,7 @@ receives every record.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from functools import partial
@@ -185,7 +186,7 @@ def read_shard(text: str) -> tuple[int, int]:
     if not (number.isascii() and number.isdecimal() and count.isascii() and count.isdecimal()):
         raise CommandError(f"--shard must be I/N, such as 1/4, not {text!r:.40}.")
     if not 1 <= int(number) <= int(count):
-        raise CommandError(f"--shard must be from 1/{count} to {count}/{count}, not {text!r:.40}.")
+        raise CommandError(f"--shard must be I/N with I from 1 to N, not {text!r:.40}.")
     return int(number), int(count)
 
 
@@ -199,6 +200,6 @@ def shard_source(source: LineSource, text: str) -> LineSource:
 
     def read() -> Generator[InputLine, None, None]:
         with closing(source.read()) as lines:
-            yield from islice(lines, number - 1, None, count)
+            yield from islice(lines, min(number - 1, sys.maxsize), None, min(count, sys.maxsize))
 
     return attrs.evolve(source, read=read)

@@ -175,7 +175,7 @@ class SQLiteLedger(NotPicklable, Closable, Ledger):
             )
         # SQLite keeps its files next to what a symbolic link names
         self._path = Path(path)
-        if self._path.is_symlink():
+        if os.path.islink(self._path):  # noqa: PTH114 -- never raises
             self._path = Path(os.path.realpath(path))
         self._patience = patience
         self._writer: Writer | None = None

@@ -419,3 +419,54 @@ def test_open_items_of_a_refused_model_do_not_starve_the_others(
     assert answered.count("captioning") == answered.count("google_tagging") == 400
     assert 0 < answered.count("ai_vision_general") < 20
     assert set(emulator.counts.done.values()) == {1}
+
+
+# odd options
+
+
+LONG = "x" * 300
+ODD = {
+    "an output name that is too long": ["run", "coco", "--input", "urls.txt", "-o", LONG],
+    "a report name that is too long": ["run", "coco", "--input", "urls.txt", "--report", LONG],
+    "a ledger name that is too long": ["run", "coco", "--input", "urls.txt", "--ledger", LONG],
+    "an input name that is too long": ["run", "coco", "--input", LONG],
+    "too many permits": ["run", "coco", "--input", "urls.txt", "--permits", str(10**30)],
+    "a shard of none": ["run", "coco", "--input", "urls.txt", "--shard", "0/0"],
+    "an export name that is too long": ["export", "urls.txt", "-o", LONG],
+    "a ledger to export that is too long": ["export", LONG, "-o", "x.jsonl"],
+    "results to report that are too long": ["report", LONG],
+    "a directory in place of a ledger": ["export", ".", "-o", "x.jsonl"],
+    "no ledger": ["export", "", "-o", "x.jsonl"],
+    "no task": ["status", ""],
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_options_are_refused_with_a_sentence(
+    start_emulator: StartEmulator, capfd: pytest.CaptureFixture[str], name: str
+):
+    start_emulator()
+    write_urls(Path(), 2)
+    assert main(ODD[name]) == 2
+    (sentence,) = capfd.readouterr().err.splitlines()
+    assert sentence.endswith(".")
+    assert "file system failed" not in sentence
+
+
+@pytest.mark.parametrize("option", ["--limit", "--sample", "--max-calls"])
+def test_a_count_may_be_of_any_size(start_emulator: StartEmulator, option: str):
+    start_emulator()
+    write_urls(Path(), 2)
+    assert main(["run", "coco", "--input", "urls.txt", option, str(10**30)]) == 0
+    assert len(read_records()) == 2
+
+
+def test_a_shard_may_be_of_any_size(
+    start_emulator: StartEmulator, capfd: pytest.CaptureFixture[str]
+):
+    start_emulator()
+    write_urls(Path(), 2)
+    assert main(["run", "coco", "--input", "urls.txt", "--shard", f"1/{10**30}"]) == 0
+    assert len(read_records()) == 1
+    assert main(["run", "coco", "--input", "urls.txt", "--shard", f"{10**30}/{10**30}"]) == 2
+    assert "has no rows" in capfd.readouterr().err
