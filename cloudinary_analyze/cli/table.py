@@ -145,15 +145,17 @@ def _is_source(text: str) -> bool:
 
 def name_columns(header: Sequence[str]) -> list[str]:
     """Return a different name for each column."""
-    names: list[str] = []
+    names: dict[str, None] = {}
+    following: dict[str, int] = {}  # the next number of a repeated name
     for number, name in enumerate(header, start=1):
         base = make_encodable(name) or f"column_{number}"
-        unique, count = base, 2
+        unique, count = base, following.get(base, 2)
         while unique in names:
             unique = f"{base}_{count}"
             count += 1
-        names.append(unique)
-    return names
+        following[base] = count
+        names[unique] = None
+    return list(names)
 
 
 def find_column(header: list[str], column: str | None, option: str) -> int:

@@ -415,3 +415,11 @@ def test_a_csv_record_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch):
     for content in ('url,n\n"' + ("x" * 2**19 + "\n") * 3, 'url,"' + ("x" * 2**19 + "\n") * 3):
         with pytest.raises(ConfigurationError, match=r"or 1 MiB|open quote"):
             read(content, "csv")
+
+
+def test_a_header_of_many_columns_is_read_in_time():
+    for names in ([*map(str, range(100_000))], ["a"] * 100_000, [""] * 100_000):
+        content = f"url,{','.join(names)}\n{A},{','.join('1' * len(names))}\n"
+        (line,) = read(content, "csv")
+        assert line.columns is not None
+        assert len(line.columns) == len(names) + 1
