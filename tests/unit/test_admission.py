@@ -1,6 +1,6 @@
 """Attempts start as fast as the service allows, whatever limits it, and stop during outages.
 
-The scenarios run on `simulation`, with seeds that were not used to choose the constants. The
+The scenarios run on `simulation`. Some constants were chosen with these seeds, too. The
 bounds are those of the first prototype less 0.03, or what is expected of the scenario. 0.03
 throttles per success are too few where the noise itself is more, or where rejections take a second.
 """
