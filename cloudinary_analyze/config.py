@@ -529,6 +529,11 @@ _count = _build_validator(
     "a whole number from 1",
     lambda value: isinstance(value, int) and type(value) is not bool and value >= 1,
 )
+MOST_PERMITS: Final = 65_535  # no address accepts more connections from another one
+_permits = _build_validator(
+    f"a whole number from 1 to {MOST_PERMITS}",
+    lambda value: isinstance(value, int) and type(value) is not bool and 1 <= value <= MOST_PERMITS,
+)
 _truth = _build_validator("True or False", lambda value: type(value) is bool)
 
 
@@ -546,8 +551,8 @@ class Settings(Described):
         ConfigurationError: A value is invalid.
     """
 
-    permits: int = attrs.field(default=64, validator=_count)
-    """HTTP attempts of analyze calls in flight at once. Fewer while the service allows fewer."""
+    permits: int = attrs.field(default=64, validator=_permits)
+    """HTTP attempts of analyze calls in flight at once, up to 65,535. Fewer while the service allows fewer."""
 
     attempts: int = attrs.field(default=6, validator=_count)
     """Attempts per call, the first included. In bulk work, attempts that only show a limit of the
@@ -603,7 +608,7 @@ class Settings(Described):
     poll_longest: float | None = attrs.field(default=None, validator=_maybe_positive)
     """The longest interval between polls of a task. ``None``: 300 with a source, 30 without."""
 
-    poll_permits: int = attrs.field(default=4, validator=_count)
+    poll_permits: int = attrs.field(default=4, validator=_permits)
     """Status polls in flight at once, in addition to the permits."""
 
     polls_per_second: float = attrs.field(default=20, validator=_positive)

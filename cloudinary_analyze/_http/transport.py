@@ -197,8 +197,8 @@ class Transport(NotPicklable):
             failure = build_transport_error(
                 error, self.settings, sent=body is None or body.sent, proxied=bool(self._proxy)
             )
-            if not isinstance(error, aiohttp.ClientResponseError):
-                cause = error  # its repr contains the request's headers, so the credentials
+            if not _has_headers(error):
+                cause = error
         except Exception as error:
             if not self.owned and self._http.closed:
                 raise ConfigurationError(
@@ -278,7 +278,10 @@ def build_transport_error(
         sent: Whether the request may have been sent.
         proxied: Whether it goes through a proxy.
     """
-    reason = shorten(str(error).encode()) or type(error).__name__
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        reason = "Server disconnected"
+    else:
+        reason = shorten(str(error).encode()) or type(error).__name__
     if isinstance(error, _CERTIFICATE):
         return TransportError(
             f"The server's certificate is not trusted, so nothing was sent: {reason}.",
@@ -301,6 +304,16 @@ def build_transport_error(
     if not sent:
         return TransportError(f"The connection was lost before anything was sent: {reason}.")
     return TransportError(f"The connection was lost before the response was complete: {reason}.")
+
+
+def _has_headers(error: aiohttp.ClientError | OSError) -> bool:
+    """Whether an error contains headers: the request's, with the credentials, or the response's.
+
+    Those of an unfinished response cannot be pickled, and Dask pickles the causes of errors.
+    """
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        return not isinstance(error.message, str)
+    return isinstance(error, aiohttp.ClientResponseError)
 
 
 def hide_frames(error: BaseException) -> None:

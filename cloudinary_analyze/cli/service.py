@@ -15,6 +15,7 @@ from rich.console import Console
 from cloudinary_analyze.cli.screen import CommandError, ExitCode, handle_interrupts, say, show_logs
 from cloudinary_analyze.config import (
     DEFAULT_HOST,
+    MOST_PERMITS,
     URL_FORM,
     URL_VARIABLE,
     Credentials,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 CLOUD_VARIABLE: Final = "CLOUDINARY_CLOUD_NAME"
 WEBHOOKS: Final = 256
-MOST_PERMITS: Final = 65_535  # connections to one address
 EMULATOR_ASIDE: Final = "start `cloudinary-analyze emulator`, and export what it prints"
 NO_ACCOUNT: Final = "add --emulator to try it on this machine, without an account"
 

@@ -351,4 +351,4 @@ def test_an_output_in_place_of_its_ledger_names_that(capfd: pytest.CaptureFixtur
     assert "The ledger of that run is results.jsonl.ledger" in capfd.readouterr().err
     Path("results.jsonl").unlink()
     assert main(["export", "results.jsonl", "-o", "x.csv"]) == 2
-    assert "does not exist results.jsonl. The ledger of that run is" in capfd.readouterr().err
+    assert "results.jsonl does not exist. The ledger of that run is" in capfd.readouterr().err

@@ -12,6 +12,7 @@ from scripted import CAPTION, KEY, SECRET, ScriptedServer
 
 from cloudinary_analyze import (
     MODELS,
+    AnalyzeError,
     AnalyzeSession,
     Captioning,
     Credentials,
@@ -154,3 +155,29 @@ def test_events_survive() -> None:
 def test_an_unopened_session_keeps_its_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLOUDINARY_URL", f"cloudinary://1:{SECRET.replace('/', '%2F')}@demo")
     check_refuses(AnalyzeSession())
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"HTTP/1.1 200 OK\r\nContent-Type: text", b"HTTP/1.1 200", b"HTTP/1.1 200 OK\r\n\r\n{"],
+)
+async def test_the_causes_of_lost_connections_survive(sent: bytes) -> None:
+    """Dask pickles the causes of errors, too."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(sent)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        host = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with AnalyzeSession(CREDENTIALS, settings=Settings(host=host, attempts=1)) as session:
+            with pytest.raises(AnalyzeError) as caught:
+                await session.analyze(Captioning(URL))
+    assert caught.value.ambiguous
+    assert "<" not in str(caught.value)
+    link: BaseException | None = caught.value
+    while link is not None:
+        assert str(pickle.loads(pickle.dumps(link))) == str(link)
+        link = link.__cause__

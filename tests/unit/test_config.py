@@ -340,6 +340,8 @@ def test_no_secret_is_in_a_repr() -> None:
         {"permits": 0},
         {"permits": True},
         {"permits": 1.5},
+        {"permits": 10**30},
+        {"poll_permits": 65_536},
         {"attempts": 0},
         {"connect_timeout": 0},
         {"read_timeout": float("inf")},
