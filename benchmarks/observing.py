@@ -52,18 +52,19 @@ async def _call(count: int, watch: Callable[[AnalyzeSession], None]) -> float:
     """Return the CPU seconds that calls take, one after the other."""
     from cloudinary_analyze import AnalyzeSession, Captioning, Credentials
 
-    async with AnalyzeSession(Credentials(CLOUD, API_KEY, API_SECRET)) as session:
+    credentials = Credentials(CLOUD, API_KEY, API_SECRET, host="http://127.0.0.1:9")
+    async with AnalyzeSession(credentials) as session:
         watch(session)
-        caller = session._connection.caller  # type: ignore[union-attr]  # noqa: SLF001
-        transport = caller.transport
-        caller.transport = _InstantTransport(ANSWERS["captioning"])
+        attempts = session._connection.caller.attempts  # type: ignore[union-attr]  # noqa: SLF001
+        transport = attempts.transport
+        attempts.transport = _InstantTransport(ANSWERS["captioning"])
         requests = [Captioning(build_image_url(number)) for number in range(count)]
         gc.collect()
         begun = time.process_time()
         for request in requests:
             await session.analyze(request)
         taken = time.process_time() - begun
-        caller.transport = transport
+        attempts.transport = transport
         return taken
 
 

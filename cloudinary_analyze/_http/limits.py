@@ -22,13 +22,13 @@ LARGEST_GAIN: Final = 1 / 2
 EXPECTED: Final = 4
 # `Doubt` compares two shares of throttles: what is expected, and what shows that the pace is too
 # high. Both are above the noise, but the noise is only an estimate, so that each has a floor. A probe
-# that fails costs two throttles. A wrong cut while cruising costs a search, and needs about four.
+# that fails costs two throttles. A wrong cut while cruising costs a search, and needs about five.
 EXPECTED_WHEN_PROBING: Final = 0.01
 EXPECTED_WHEN_CRUISING: Final = 0.03
 TOO_MANY: Final = 1 / 4
 # The logarithm of the odds that end a probe, and those that lower the pace while cruising.
 PROBE_ODDS: Final = 4.0
-CRUISE_ODDS: Final = 7.0
+CRUISE_ODDS: Final = 9.0
 # The largest cut on such evidence, which a few starts show only roughly. The second one in a row is
 # at most half as large, and so on. Otherwise the slower of two clients of one limit starves.
 LARGEST_CUT: Final = 0.75
@@ -45,12 +45,16 @@ FEWEST_STARTS: Final = 8
 # A cut stays this far below what was accepted. Otherwise half of the cuts end above the limit, and
 # throttle until the next one. It costs at most 2 % of the goodput, and halves the throttles at 10/s.
 UNDERSHOOT: Final = 0.98
-# Seconds between probes: 1 after a search, doubled by each probe, up to this. A probe costs about 2.5
-# throttles, at 10/s and 16 s 1.6 % of the calls. A raised limit is noticed within 20 s and a probe.
+# Between probes this share of the time since the limit changed passes, at least 1 s and at most this
+# many. A probe costs about 2.5 throttles: at 10/s, with rests of 16 s, 1.6 % of the calls. So a limit
+# that changed recently is expected to change again, and the longest delay until a raised limit is
+# noticed is 20 s and a probe.
+REST: Final = 0.4
 LONGEST_REST: Final = 16.0
-# A cut by a quarter shows that the limit fell. It divides the rest by this, so that the end of a
-# short fall is noticed early. With 1, as two clients of one limit would prefer, it is noticed late.
-FALL: Final = 1 / 4
+# A cut by half, or a probe that doubled the rate, shows that the limit changed. It divides the time
+# since the last change by this, so that the next change is noticed early. Forgetting that time
+# costs one and a half times the throttles where two clients share a limit.
+CHANGE: Final = 2
 SOONER: Final = 4
 # A late timer may be made up for by this many seconds of starts. More of them would be a burst.
 CATCH_UP: Final = 0.02
@@ -294,7 +298,7 @@ class Pace:
     _last_share: float = 0.0
     _cruised_at: float = 0.0  # the rate before the probe
     _confirmed: bool = False  # the probe's first step was clean twice
-    _rest: float = 1.0
+    _changed_at: float = 0.0  # when the limit changed last
     _probe_at: float = 0.0
     _round_at: float = 0.0
     _unanswered: int = 0  # starts of the round that are too young for a rejection
@@ -328,7 +332,7 @@ class Pace:
         """Start slowly after a stall, and double the rate with each clean round."""
         self._set_rate(min(rate, self.ceiling))
         self.turnstile.free_at = now
-        self.state, self._gain, self._rest = State.SEARCHING, 1.0, 1.0
+        self.state, self._gain, self._changed_at = State.SEARCHING, 1.0, now
         self.begin_round(now, number)
         self.begin_climb(now)
 
@@ -432,11 +436,9 @@ class Pace:
         if self.state is State.PROBING:
             rate, before = self._limit_cut(rate), self._cruised_at
         if self.state is State.SEARCHING:
-            self._rest = 1.0
-        elif rate < (1 - FALL) * before:
-            self._rest = max(1.0, self._rest / SOONER)
-        elif self.state is State.PROBING:
-            self._rest = min(LONGEST_REST, 2 * self._rest)
+            self._changed_at = now
+        elif not before / CHANGE <= rate <= before * CHANGE:
+            self._changed_at = now - (now - self._changed_at) / SOONER
         self._set_rate(rate)
         self._cruise(now, chance)
         self._fresh, self._last_share = True, share
@@ -462,7 +464,7 @@ class Pace:
         if self.state is not State.SEARCHING or self.rate is None:
             return False
         self._set_rate(self.rate / 2)
-        self._rest, self._fresh = 1.0, True
+        self._changed_at, self._fresh = now, True
         self._cruise(now, chance)
         return True
 
@@ -478,7 +480,7 @@ class Pace:
             return
         if not self.held:
             self.rate, self.state = None, State.WATCHED
-            self._gain, self._rest = GAIN, 1.0
+            self._gain, self._changed_at = GAIN, now
         elif self.state is State.SEARCHING:
             self._set_rate(2 * self.rate)
             if self.rate >= self.ceiling:
@@ -501,7 +503,8 @@ class Pace:
     def _cruise(self, now: float, chance: float) -> None:
         self.state, self._gain = State.CRUISING, GAIN
         # The jitter keeps two clients of one limit from probing together forever.
-        self._probe_at = now + self._rest * (0.75 + chance / 2)
+        rest = min(LONGEST_REST, max(1.0, REST * (now - self._changed_at)))
+        self._probe_at = now + rest * (0.75 + chance / 2)
 
     def _set_rate(self, rate: float) -> None:
         self.rate = rate
