@@ -24,6 +24,8 @@ from cloudinary_analyze._tasks.handle import AnalysisTask, follow
 from cloudinary_analyze._work import Sender, Work
 from cloudinary_analyze.errors import (
     AnalyzeError,
+    BudgetReachedError,
+    BulkStoppedError,
     InvalidRequestError,
     LedgerError,
     NotFoundError,
@@ -146,7 +148,10 @@ class Recording:
                 leader.end.set_result(None)
 
     async def _share(self, leader: Leader, key: str, work: Work[Item, A]) -> Response[A] | None:
-        """Return the response of another item. ``None`` if that item was cancelled."""
+        """Return the response of another item. ``None`` if its request must be sent again.
+
+        It must if that item was cancelled, or if its stream, a different one, led to its error.
+        """
         source, other = str(work.request.source), str(leader.work.request.source)
         if not is_same_image(source, other):
             raise InvalidRequestError(
@@ -155,7 +160,7 @@ class Recording:
                 "key."
             )
         end = await asyncio.shield(leader.end)
-        if end is None:
+        if end is None or (isinstance(end, Exception) and _is_of_stream(end, leader.work, work)):
             return None
         work.started, work.restored = leader.work.started, leader.work.restored
         work.unrecorded = leader.work.unrecorded
@@ -366,6 +371,15 @@ class Recording:
             if count_cancellations() > cancelling:
                 raise
             raise _build_ledger_error(error) from error
+
+
+def _is_of_stream(error: Exception, failed: Work[Any, Any], work: Work[Any, Any]) -> bool:
+    """Whether the stream of a failed item, which is not this item's, led to its error.
+
+    Its stop, its budget and the errors of its other items do not apply to this stream.
+    """
+    stopped = failed.halted or isinstance(error, BudgetReachedError | BulkStoppedError)
+    return stopped and failed.waits is not work.waits
 
 
 def _check_source(record: LedgerRecord, work: Work[Any, Any]) -> None:

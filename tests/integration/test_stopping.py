@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from scripted import CAPTION, Handler, ScriptedServer, answer, busy, hang_up, re
 
 from cloudinary_analyze import (
     AnalyzeError,
+    Budget,
+    BudgetReachedError,
     BulkStoppedError,
     Captioning,
     Credentials,
@@ -302,3 +305,51 @@ async def test_a_cancellation_beside_the_stop_still_ends_the_consumer() -> None:
         await asyncio.wait({taking})
         assert taking.cancelled()
         assert busy(session.stats) == (0, 0, 0)
+
+
+async def test_a_stop_fails_no_shared_item_of_another(tmp_path: Path) -> None:
+    go = asyncio.Event()
+
+    async def fail_first(request: web.Request) -> web.StreamResponse:
+        if go.is_set():
+            return await CAPTION(request)
+        await go.wait()
+        return await answer(500)(request)
+
+    async with (
+        SQLiteLedger(tmp_path / "shared.ledger") as ledger,
+        ScriptedServer(fail_first) as server,
+        server.session() as session,
+    ):
+        stream = session.map(requests_of(1, Captioning), ledger=ledger)
+        first = asyncio.create_task(collect(stream))
+        await until(lambda: server.in_flight == 1)
+        rest = deque(requests_of(1, Captioning))
+        other = session.map((rest.popleft() for _ in range(1)), ledger=ledger)
+        second = asyncio.create_task(collect(other))
+        await until(lambda: not rest)
+        stream.stop()
+        go.set()
+        assert sort(await first) == {"ServerError": 1}
+        assert sort(await second) == {"NoneType": 1}
+
+
+@pytest.mark.parametrize("budget", [Budget(calls=1), Budget(units={"object_detection": 1})])
+@pytest.mark.parametrize("limit", [None, Budget(calls=100)])
+async def test_a_budget_stops_only_its_own_stream(
+    tmp_path: Path, budget: Budget, limit: Budget | None
+) -> None:
+    async with (
+        SQLiteLedger(tmp_path / "shared.ledger") as ledger,
+        ScriptedServer(CAPTION) as server,
+        server.session() as session,
+    ):
+        requests = requests_of(10, Captioning)
+        stream = session.map(requests, ledger=ledger, budget=budget)
+        other = session.map(requests, ledger=ledger, budget=limit)
+        first, second = await asyncio.gather(
+            collect(stream), collect(other), return_exceptions=True
+        )
+        assert isinstance(first, BudgetReachedError)
+        assert isinstance(second, list)
+        assert sort(second) == {"NoneType": 10}
