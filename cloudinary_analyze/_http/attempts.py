@@ -116,6 +116,8 @@ class Call:
         ambiguous: Whether an earlier attempt may have been charged.
         error: The error of the last attempt.
         failed_at: Monotonic instant of its first failure.
+        failed_first: The number of the first attempt that the service failed, since the last stall.
+        failed_in: The number of that stall.
         again: Whether the next attempt starts before those of other calls.
         waits: Our own waits between attempts, once there was a failure.
         token: The number of the OAuth token that the last attempt was sent with.
@@ -144,6 +146,8 @@ class Call:
     ambiguous: bool = False
     error: AnalyzeError | None = None
     failed_at: float | None = None
+    failed_first: int = 0
+    failed_in: int = -1
     again: bool = False
     waits: Iterator[float] | None = None
     token: int = 0
@@ -531,7 +535,12 @@ class Attempts(NotPicklable):
             seconds = max(error.retry_after or 0.0, own_wait if poll else 0.0)
             queue.throttle(attempt, seconds, stall=poll or error.status == 503)
         elif is_outage(error):
-            queue.fail(attempt)
+            if call.failed_in != generation:
+                call.failed_in, call.failed_first = generation, attempt.number
+            # Otherwise a request that was sent later succeeded: the service fails this one only.
+            # Images that it cannot process would pass for an outage, once they fill the window.
+            if attempt.probe or queue.newest_success < call.failed_first:
+                queue.fail(attempt)
         else:
             queue.succeed(attempt)
         if queue.admission.generation > generation:

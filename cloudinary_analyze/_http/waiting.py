@@ -72,11 +72,13 @@ class AdmissionQueue:
         clock: The source of time.
         build_outage_error: Builds the error of an attempt whose patience is over, from the seconds
             of the stall.
+        newest_success: The highest number of an attempt that succeeded.
     """
 
     admission: Admission
     clock: Clock
     build_outage_error: BuildError
+    newest_success: int = attrs.field(default=0, init=False)
     _urgent: _Lines = attrs.field(factory=_Lines, init=False)
     _others: _Lines = attrs.field(factory=_Lines, init=False)
     _waiting: int = attrs.field(default=0, init=False)
@@ -162,6 +164,7 @@ class AdmissionQueue:
 
     def succeed(self, attempt: Attempt) -> None:
         """Report that the service processed the request, whatever its response."""
+        self.newest_success = max(self.newest_success, attempt.number)
         if not self.admission.calm:
             self.admission.succeed(attempt, self.clock.monotonic())
 

@@ -27,6 +27,7 @@ from cloudinary_analyze import (
     AnalyzeSession,
     BulkStoppedError,
     Captioning,
+    Coco,
     ConfigurationError,
     Credentials,
     OutageError,
@@ -221,6 +222,37 @@ async def test_an_outage_of_45_seconds_fails_no_item(clock: ManualClock, status:
             assert stats.ambiguous_retries <= (64 + stats.probes if status == 500 else 0)
             assert service.good[0] - 45 <= 45 / 4
             assert busy(stats) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("status", [500, 503])
+@pytest.mark.parametrize("bad", ["odd", "coco"])
+async def test_what_always_fails_does_not_pass_for_an_outage(
+    clock: ManualClock, status: int, bad: str
+) -> None:
+    """Images that the service cannot process, or a model that is down, fill the window."""
+    refuse = answer(status)
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        content = await request.json()
+        failing = bad in content["source"]["uri"] or bad in request.path
+        return await (refuse if failing else CAPTION)(request)
+
+    requests = [
+        (Coco if bad == "coco" and number % 2 else Captioning)(
+            f"https://images.example/{'odd' if number % 2 else 'even'}-{number}.jpg"
+        )
+        for number in range(100)
+    ]
+    async with ScriptedServer(handle) as server:
+        async with server.session(clock=clock, permits=4, **PATIENT) as session:
+
+            async def run() -> list[Any]:
+                return [outcome.error async for outcome in session.map(requests, ordered=True)]
+
+            errors = await wind(clock, run())
+            assert errors[::2] == [None] * 50
+            assert {type(error) for error in errors[1::2]} == {ServerError}
+            assert (session.stats.pauses, session.stats.attempts) == (0, 50 + 50 * 6)
 
 
 async def test_refused_connections_fail_no_item_and_are_not_ambiguous(clock: ManualClock) -> None:
