@@ -366,6 +366,7 @@ class Run:
             failed=self.statistics.failed,
             passing=self.passing,
             undelivered=self.undelivered,
+            invalid=self.statistics.bad_lines,
             total=self.total,
             lasting=not self.plan.emulated,
         )

@@ -192,6 +192,7 @@ class Balance:
         failed: Items with an error.
         passing: How many of these failed for transient reasons.
         undelivered: How many failed because the result of their task was never delivered.
+        invalid: How many are invalid lines of the input.
         total: The number of all items. ``None`` if unknown.
         lasting: Whether the same command resumes it. An emulator's run starts over.
     """
@@ -200,6 +201,7 @@ class Balance:
     failed: int
     passing: int
     undelivered: int
+    invalid: int
     total: int | None
     lasting: bool = True
 
@@ -321,7 +323,7 @@ def _build_balance(balance: Balance) -> str:
 
 
 def _build_retry(balance: Balance) -> str:
-    final = balance.failed - balance.passing - balance.undelivered
+    final = balance.failed - balance.passing - balance.undelivered - balance.invalid
     sentences = []
     if not balance.lasting:
         return ""
@@ -338,6 +340,11 @@ def _build_retry(balance: Balance) -> str:
     if final > 0:
         sentences.append(
             f"{_count(final, 'item', 'items')} failed permanently; use --retry-failed to retry."
+        )
+    if balance.invalid:
+        sentences.append(
+            f"{_count(balance.invalid, 'input line is', 'input lines are')} invalid; "
+            "correct the input and run the same command again."
         )
     return " ".join(sentences)
 

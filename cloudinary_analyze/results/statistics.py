@@ -244,6 +244,12 @@ class Statistics:
         return self.ok + self.failed
 
     @property
+    def bad_lines(self) -> int:
+        """The invalid lines of the input, which count as failed."""
+        counts = self.models.get(BAD_LINES)
+        return 0 if counts is None else counts.failed
+
+    @property
     def durations(self) -> Durations:
         """Those of all models."""
         return Durations.merge(model.durations for model in self.models.values())

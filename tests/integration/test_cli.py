@@ -326,7 +326,7 @@ def test_an_interrupt_counts_only_if_lines_were_left(
     position = Position(finished_through=through, exhausted=exhausted)
     balance = None
     if left is not None:
-        balance = Balance(answered=4, failed=0, passing=0, undelivered=0, total=4 + left)
+        balance = Balance(answered=4, failed=0, passing=0, undelivered=0, invalid=0, total=4 + left)
     ending = decide_ending(position, failed=0, balance=balance, interrupted=True)
     assert ending.exit_code == code
     assert sentence in ending.sentence
@@ -335,13 +335,14 @@ def test_an_interrupt_counts_only_if_lines_were_left(
 
 def test_transient_failures_are_listed_separately():
     position = Position(finished_through="line 9", exhausted=True)
-    balance = Balance(answered=3, failed=6, passing=1, undelivered=2, total=9)
-    ending = decide_ending(position, failed=6, balance=balance)
+    balance = Balance(answered=3, failed=8, passing=1, undelivered=2, invalid=2, total=11)
+    ending = decide_ending(position, failed=8, balance=balance)
     assert ending.exit_code == 1
     assert ending.sentence == (
         "1 item failed for transient reasons; run the same command again to retry. "
         "2 results were never delivered; --retry-failed requests them again as calls, which are charged. "
-        "3 items failed permanently; use --retry-failed to retry."
+        "3 items failed permanently; use --retry-failed to retry. "
+        "2 input lines are invalid; correct the input and run the same command again."
     )
 
 
