@@ -33,8 +33,8 @@ REQUIRED = {
     "10/s, slow rejections": (0.92, 0.10),
     "1 % noise": (0.95, 0.03),
     "1 % noise, Retry-After": (0.95, 0.03),
-    "5 % noise": (0.80, 0.06),  # 0.053 are the noise itself
-    "10 % noise": (0.80, 0.12),  # 0.111 are the noise itself
+    "5 % noise": (0.80, 0.06),  # noise alone causes 0.053
+    "10 % noise": (0.80, 0.12),  # noise alone causes 0.111
     "16 at once": (0.95, 0.03),
     "16 at once, sigma 0.35": (0.90, 0.03),
     "16 at once, sigma 0.8": (0.90, 0.03),
@@ -75,7 +75,7 @@ def test_an_outage_of_45_s_costs_at_most_the_permits_and_the_probes(
         assert run.lost == 0
 
 
-def test_two_clients_of_one_rate_share_it() -> None:
+def test_two_clients_share_one_rate() -> None:
     assert min(run.fairness for run in measure("two clients on 50/s", SEEDS).runs) >= 0.3
 
 
@@ -83,7 +83,7 @@ def test_two_clients_of_one_rate_share_it() -> None:
 
 
 def start_all(admission: Admission, now: float, most: int = 1000) -> list[Attempt]:
-    """Start what may start now."""
+    """Start every attempt that may start now."""
     attempts = []
     while len(attempts) < most and admission.find_start(now) <= now:
         attempts.append(admission.start(now))
@@ -103,7 +103,7 @@ def build_stalled(permits: int = 64) -> Admission:
     return admission
 
 
-def test_nothing_but_the_permits_limits_starts_before_the_first_throttle() -> None:
+def test_only_permits_limit_starts_before_a_throttle() -> None:
     admission = Admission(64)
     attempts = start_all(admission, 0.0)
     assert (len(attempts), admission.state) == (64, State.CALM)
@@ -140,7 +140,7 @@ def test_a_stall_lets_one_probe_start_after_each_pause() -> None:
     assert admission.find_start(now) > now
 
 
-def test_a_search_that_is_throttled_steps_back_once_before_it_stalls() -> None:
+def test_a_throttled_search_steps_back_before_it_stalls() -> None:
     admission = build_stalled()
     due = admission.find_start(0.01)
     (probe,) = start_all(admission, due)
@@ -165,7 +165,7 @@ def test_a_pause_is_at_least_as_long_as_the_service_asks() -> None:
     assert admission.find_start(5.0) >= 65
 
 
-def test_a_probe_that_was_cancelled_or_not_sent_is_followed_by_another() -> None:
+def test_a_cancelled_or_unsent_probe_is_repeated() -> None:
     for end in (Admission.release, Admission.withdraw):
         admission = build_stalled()
         due = admission.find_start(0.01)
@@ -187,7 +187,7 @@ def test_results_from_before_a_stall_change_nothing() -> None:
     assert admission.generation == 1
 
 
-def test_a_service_that_asks_everyone_to_wait_stalls_at_once() -> None:
+def test_a_pause_for_everyone_stalls_starts_at_once() -> None:
     admission = Admission(64)
     (attempt,) = start_all(admission, 0.0, 1)
     admission.throttle(attempt, 0.1, retry_after=20)
@@ -197,8 +197,8 @@ def test_a_service_that_asks_everyone_to_wait_stalls_at_once() -> None:
 
 
 @pytest.mark.parametrize(("echoes", "state"), [(3, State.WATCHED), (20, State.SEARCHING)])
-def test_a_pause_that_was_asked_for_shows_no_rate(echoes: int, state: State) -> None:
-    """Unless most of what was in flight failed, too."""
+def test_a_requested_pause_does_not_imply_a_rate(echoes: int, state: State) -> None:
+    """A requested pause does not count as throttling, unless most attempts in flight failed."""
     admission = Admission(64)
     attempts = start_all(admission, 0)
     admission.throttle(attempts[0], 0, 5.0)
@@ -287,7 +287,7 @@ def test_few_permits_recover_from_an_outage_within_seconds(permits: int) -> None
 
 
 def drain(admission: Admission, now: float, seconds: float) -> bool:
-    """Let everything succeed, with a backlog. Return whether nothing limits starts in the end."""
+    """Let every attempt succeed, with a backlog. Return whether every limit was lifted."""
     until = now + seconds
     flying: list[tuple[float, Attempt]] = []
     while now < until and not (admission.calm and now > until - seconds / 2):
@@ -318,7 +318,7 @@ STEPS = st.lists(
 
 @pytest.mark.slow
 @given(STEPS, st.sampled_from([1, 2, 8]), st.integers(0, 3))
-def test_any_results_keep_the_bounds_and_good_ones_lift_every_limit(
+def test_limits_stay_in_bounds_and_successes_lift_them(
     steps: list[tuple[str, int, float]], permits: int, seed: int
 ) -> None:
     admission = Admission(permits, random.Random(seed).random)

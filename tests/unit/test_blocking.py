@@ -1,4 +1,4 @@
-"""The suite finds blocking calls in our coroutines."""
+"""The suite detects blocking calls in the package's coroutines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TESTS = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("factory", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_a_blocking_coroutine_of_ours_raises(factory: Callable[[], Any]) -> None:
+def test_a_blocking_coroutine_of_the_package_raises(factory: Callable[[], Any]) -> None:
     code = "async def block():\n    sleep(0)\n"
     names = {"sleep": time.sleep}
     exec(compile(code, str(PACKAGE / "example.py"), "exec"), names)
@@ -30,7 +30,7 @@ def test_a_blocking_coroutine_of_ours_raises(factory: Callable[[], Any]) -> None
 @pytest.mark.parametrize(("place", "functions"), ALLOWED)
 def test_each_exception_exists(place: str, functions: set[str]) -> None:
     if place.startswith("<") or place in {"logging/__init__.py", "weakref.py"}:
-        return  # the interpreter's
+        return  # part of the interpreter
     path = (TESTS if place.startswith("unit/") else PACKAGE) / place.removeprefix(
         "cloudinary_analyze/"
     )

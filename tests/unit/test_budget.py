@@ -1,4 +1,4 @@
-"""The account of a stream's budget, over calls that tests control."""
+"""A stream's budget, checked with calls that the tests control."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ URL = "https://example.com/a.jpg"
 
 
 class Calls:
-    """Performs requests at a cost, and counts."""
+    """Performs requests at a given cost and counts them."""
 
     def __init__(self, cost: Any = lambda _: 1, turns: Any = lambda _: 1) -> None:
         self.cost, self.turns = cost, turns
@@ -125,7 +125,7 @@ def test_the_number_of_charged_calls_is_exact(
     costs=st.lists(st.integers(0, 50), min_size=1, max_size=9),
     window=st.integers(1, 12),
 )
-def test_units_overshoot_by_unforeseen_costs_alone(cap: int, costs: list[int], window: int) -> None:
+def test_only_unforeseen_costs_exceed_the_units(cap: int, costs: list[int], window: int) -> None:
     async def run() -> None:
         service = Calls(cost=lambda number: costs[number % len(costs)], turns=lambda n: n % 4)
         work = stream(service, range(40), Budget(units={FEATURE: cap}), window=window)
@@ -148,7 +148,7 @@ def test_units_overshoot_by_unforeseen_costs_alone(cap: int, costs: list[int], w
     asyncio.run(run())
 
 
-async def test_equal_costs_spend_units_to_the_last() -> None:
+async def test_equal_costs_use_every_unit() -> None:
     service = Calls(cost=lambda _: 3, turns=lambda n: n % 5)
     work = stream(service, range(1000), Budget(units={FEATURE: 300}), window=64)
     await collect(work)
@@ -179,7 +179,7 @@ async def test_a_feature_stops_and_others_continue() -> None:
     assert len({outcome.index for outcome in found}) == 150
 
 
-async def test_every_call_in_flight_is_handed_over() -> None:
+async def test_every_call_in_flight_has_its_outcome() -> None:
     service = Calls(turns=lambda n: 20 - n)
     work = stream(service, range(100), Budget(calls=10), window=64)
     found, error = await collect(work)
@@ -295,7 +295,7 @@ async def test_a_stream_of_100_000_items_keeps_its_budget() -> None:
         {"units": {"captioning": 10}},
     ],
 )
-def test_impossible_budgets_are_refused(options: Any) -> None:
+def test_invalid_budgets_are_refused(options: Any) -> None:
     with pytest.raises(ConfigurationError):
         Budget(**options)
 

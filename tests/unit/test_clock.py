@@ -1,4 +1,4 @@
-"""The manual clock behaves as the real one, minus the waiting."""
+"""The manual clock behaves like the system clock, without real waiting."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ async def test_timers_fire_in_the_order_of_their_time(clock: ManualClock) -> Non
     assert (clock.now, clock.next_at) == (2.5, 3.0)
 
 
-async def test_sleepers_wake_at_their_time_and_a_cancelled_one_leaves_no_timer(
+async def test_sleepers_wake_on_time_and_cancel_cleanly(
     clock: ManualClock,
 ) -> None:
     woken: list[float] = []
@@ -69,7 +69,7 @@ async def test_wall_and_monotonic_move_together(clock: ManualClock) -> None:
     assert (clock.monotonic(), clock.wall() - before) == (7, 7)
 
 
-async def test_the_system_clock_is_real() -> None:
+async def test_the_system_clock_follows_real_time() -> None:
     begun = SYSTEM_CLOCK.monotonic()
     assert abs(SYSTEM_CLOCK.wall() - time.time()) < 1
     with pytest.raises(TimeoutError):
@@ -85,17 +85,17 @@ async def test_the_system_clock_is_real() -> None:
 
 
 class TestRun:
-    async def test_it_moves_from_timer_to_timer(self, clock: ManualClock) -> None:
+    async def test_the_clock_moves_from_timer_to_timer(self, clock: ManualClock) -> None:
         async def act() -> str:
             await clock.sleep(3600)
-            await asyncio.sleep(0.01)  # what only real time brings
+            await asyncio.sleep(0.01)  # the event loop wakes this in real time only
             await clock.sleep(60)
             return "done"
 
         assert await clock.run(act()) == "done"
         assert clock.now == 3660
 
-    async def test_errors_and_futures_come_through(self, clock: ManualClock) -> None:
+    async def test_errors_and_results_of_futures_are_passed_on(self, clock: ManualClock) -> None:
         async def fail() -> None:
             await clock.sleep(5)
             raise TimeoutError("its own")
@@ -106,14 +106,14 @@ class TestRun:
         clock.call_at(9, lambda: future.set_result(7))
         assert await clock.run(future) == 7
 
-    async def test_what_hangs_is_cancelled(self, clock: ManualClock) -> None:
+    async def test_a_task_that_hangs_is_cancelled(self, clock: ManualClock) -> None:
         task = asyncio.create_task(asyncio.Event().wait())
         with pytest.raises(TimeoutError, match="real seconds"):
             await clock.run(task, seconds=0.01)
         await asyncio.sleep(0)
         assert task.cancelled()
 
-    async def test_cancelling_it_cancels_what_it_runs(self, clock: ManualClock) -> None:
+    async def test_cancelling_run_cancels_its_task(self, clock: ManualClock) -> None:
         task = asyncio.create_task(asyncio.Event().wait())
         running = asyncio.create_task(clock.run(task))
         await asyncio.sleep(0.005)

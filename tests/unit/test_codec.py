@@ -95,7 +95,7 @@ def test_integers_over_64_bits_can_be_sent() -> None:
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_the_speed_extra_refuses_nothing_that_is_read_without_it(
+def test_the_speed_extra_refuses_no_readable_json(
     monkeypatch: pytest.MonkeyPatch, fast: bool
 ) -> None:
     if not fast:
@@ -105,7 +105,7 @@ def test_the_speed_extra_refuses_nothing_that_is_read_without_it(
     assert response.analysis.caption == "half \ud800"
 
 
-def test_without_orjson_the_standard_reader_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_standard_library_reads_json_without_orjson(monkeypatch: pytest.MonkeyPatch) -> None:
     from cloudinary_analyze._wire.protocol import read_error
 
     monkeypatch.setattr(codec, "orjson", None)
@@ -151,7 +151,7 @@ def test_the_speed_extra_changes_no_number(number: float) -> None:
 @pytest.mark.parametrize(
     ("opening", "closing"), [(b"[", b"]"), (b'{"a":', b"}"), (b"[1,[2],", b"]")]
 )
-def test_nesting_that_is_read_is_written_and_read_again(
+def test_readable_nesting_is_written_and_read_back(
     depth: int, opening: bytes, closing: bytes
 ) -> None:
     body = opening * depth + b"1" + closing * depth
@@ -169,7 +169,7 @@ def test_nesting_is_the_same_without_the_speed_extra(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("odd", [b"NaN", b"1" * 30])
-def test_the_bound_of_nesting_is_the_same_everywhere(odd: bytes) -> None:
+def test_the_nesting_limit_is_the_same_everywhere(odd: bytes) -> None:
     with pytest.raises((ValueError, RecursionError)):
         codec.loads(b"[" * 1100 + odd + b"]" * 1100)
     assert codec.is_deep(json.loads("[" * 500 + "1" + "]" * 500), 499)
@@ -177,12 +177,12 @@ def test_the_bound_of_nesting_is_the_same_everywhere(odd: bytes) -> None:
 
 
 @given(JSON)
-def test_deep_values_are_written_as_others_are(value: Any) -> None:
+def test_deep_values_are_written_like_shallow_ones(value: Any) -> None:
     assert codec.dump_deep(value) == json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_half_a_surrogate_pair_is_not_lost(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+def test_an_unpaired_surrogate_is_kept(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
     if not fast:
         monkeypatch.setattr(codec, "orjson", None)
     for text in ("\ud800", "\\\ud800", 'a"\udfff"', "\u00e4"):

@@ -43,8 +43,8 @@ def test_a_percent_encoded_secret_round_trips(secret: str) -> None:
 
 
 @given(secret=SECRETS | NASTY, tail=st.sampled_from(["", "/cdn.example.com", "?secure=true"]))
-def test_an_unencoded_secret_is_right_or_refused(secret: str, tail: str) -> None:
-    assume("%" not in secret)  # whether %41 is an encoded A cannot be known
+def test_an_unencoded_secret_is_read_correctly_or_refused(secret: str, tail: str) -> None:
+    assume("%" not in secret)  # the reader cannot know whether %41 is an encoded A
     try:
         credentials = Credentials.from_url(f"cloudinary://123:{secret}@demo{tail}")
     except ConfigurationError:
@@ -54,7 +54,7 @@ def test_an_unencoded_secret_is_right_or_refused(secret: str, tail: str) -> None
 
 
 @pytest.mark.parametrize("secret", ["a/b", "a#b", "a@b", "a?b", "a:b", "a&b=c", "a+b", "a[b]"])
-def test_an_unencoded_secret_with_one_odd_character_is_right(secret: str) -> None:
+def test_one_special_character_in_a_secret_is_read(secret: str) -> None:
     credentials = Credentials.from_url(f"cloudinary://123:{secret}@demo")
     assert (credentials.api_key, credentials.api_secret) == ("123", secret)
 
@@ -74,7 +74,7 @@ def test_an_unencoded_secret_with_one_odd_character_is_right(secret: str) -> Non
         "cloudinary://123:abc@demo/cdn.example.com?a[b]=1",
     ],
 )
-def test_the_forms_that_people_paste_are_read(url: str) -> None:
+def test_common_pasted_forms_are_read(url: str) -> None:
     credentials = Credentials.from_url(url)
     assert (credentials.cloud_name, credentials.api_key, credentials.api_secret) == (
         "demo",
@@ -116,7 +116,7 @@ def test_invalid_values_are_refused_with_a_message(url: str, said: str) -> None:
 
 
 @given(text=st.text(max_size=60) | NASTY)
-def test_no_url_makes_anything_but_credentials_or_a_configuration_error(text: str) -> None:
+def test_any_url_is_read_or_is_a_configuration_error(text: str) -> None:
     for url in (text, f"cloudinary://{text}", f"cloudinary://1:2@demo?{text}"):
         with contextlib.suppress(ConfigurationError):
             assert Credentials.from_url(url).cloud_name
@@ -148,7 +148,7 @@ EDITS = st.lists(
 
 
 @given(template=st.sampled_from(TEMPLATES), edits=EDITS)
-def test_no_refusal_of_a_mistyped_url_shows_a_piece_of_the_secret(
+def test_no_error_of_a_mistyped_url_shows_the_secret(
     template: str, edits: list[tuple[float, str, str]]
 ) -> None:
     url = template.replace("{}", PLANTED)
@@ -177,7 +177,7 @@ def refuse(url: str) -> Iterator[ConfigurationError]:
 
 
 def show_our_variables(error: BaseException) -> str:
-    """Return what a tool that logs local variables would show of our frames."""
+    """Return the local variables of the package's frames, as an error tracker logs them."""
     stack = traceback.StackSummary.extract(
         traceback.walk_tb(error.__traceback__), capture_locals=True
     )
@@ -193,7 +193,7 @@ def test_the_url_wins_over_the_separate_variables() -> None:
     assert credentials.cloud_name == "first"
 
 
-def test_a_wrong_url_is_refused_even_where_the_separate_variables_are_right() -> None:
+def test_a_wrong_url_is_refused_beside_valid_variables() -> None:
     with pytest.raises(ConfigurationError):
         Credentials.from_environment(
             {
@@ -232,7 +232,7 @@ def test_a_missing_variable_is_named(missing: str) -> None:
         Credentials.from_environment(variables)
 
 
-def test_nothing_set_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_variables_the_error_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CLOUDINARY_URL", raising=False)
     with pytest.raises(ConfigurationError, match="CLOUDINARY_URL=cloudinary://"):
         Credentials.from_environment()
@@ -311,12 +311,12 @@ def test_wrong_credentials_are_refused_at_construction(build: object) -> None:
         ("http://emulator:8080", "emulator-demo", "http://emulator:8080"),
     ],
 )
-def test_hosts_and_origins_are_understood(host: str, cloud: str, expected: str) -> None:
+def test_hosts_and_origins_are_read(host: str, cloud: str, expected: str) -> None:
     assert read_base_url(host, cloud) == expected
 
 
 @given(host=st.text(alphabet=string.ascii_letters + "0123456789.-:[]/@ %", max_size=20))
-def test_no_host_raises_anything_but_a_configuration_error(host: str) -> None:
+def test_any_host_is_read_or_is_a_configuration_error(host: str) -> None:
     from yarl import URL
 
     try:
@@ -370,7 +370,7 @@ def test_invalid_settings_are_refused(wrong: dict[str, object]) -> None:
 
 
 class Unfriendly:
-    """An object whose every use raises."""
+    """An object that raises on every use."""
 
     def __getattr__(self, name: str) -> Any:
         raise RuntimeError(name)
@@ -405,7 +405,7 @@ ANYTHING = st.recursive(
 
 
 @given(values=st.dictionaries(st.sampled_from([f.name for f in attrs.fields(Settings)]), ANYTHING))
-def test_settings_take_any_value_or_refuse_it_with_a_configuration_error(
+def test_any_setting_is_valid_or_a_configuration_error(
     values: dict[str, Any],
 ) -> None:
     with contextlib.suppress(ConfigurationError):
@@ -413,7 +413,7 @@ def test_settings_take_any_value_or_refuse_it_with_a_configuration_error(
 
 
 @pytest.mark.parametrize("kind", [Settings, Credentials])
-def test_an_object_whose_every_use_raises_is_refused_too(kind: Any) -> None:
+def test_an_object_that_raises_on_every_use_is_refused(kind: Any) -> None:
     for field in attrs.fields(kind):
         values = RIGHT if kind is Credentials else {}
         with pytest.raises(ConfigurationError):
@@ -426,7 +426,7 @@ RIGHT = {"cloud_name": "demo", "api_key": "1", "api_secret": "a"}
 @given(
     values=st.dictionaries(st.sampled_from([f.name for f in attrs.fields(Credentials)]), ANYTHING)
 )
-def test_credentials_take_any_value_or_refuse_it_with_a_configuration_error(
+def test_any_secret_is_valid_or_a_configuration_error(
     values: dict[str, Any],
 ) -> None:
     with contextlib.suppress(ConfigurationError):
@@ -436,7 +436,7 @@ def test_credentials_take_any_value_or_refuse_it_with_a_configuration_error(
 
 
 @given(value=ANYTHING)
-def test_readers_of_credentials_refuse_anything_but_text(value: Any) -> None:
+def test_credential_readers_refuse_all_but_text(value: Any) -> None:
     for read in (
         Credentials.from_url,
         Credentials.from_environment,
@@ -461,7 +461,7 @@ def test_a_host_may_be_a_url_object(make: Any) -> None:
     assert read_base_url(host, "demo") == origin
 
 
-def test_a_choice_that_does_not_exist_is_refused_with_those_that_do() -> None:
+def test_an_unknown_choice_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigurationError) as caught:
         Settings(on_missing_result="retry")  # type: ignore[arg-type]
     assert str(caught.value) == (

@@ -1,4 +1,4 @@
-"""A project of a user: it uses every public name, and strict type checkers accept all of it."""
+"""A user's project uses every public name, and strict type checkers accept it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every public name is documented: parameters, fields, cancellation, and the part of the API that it is."""
+"""Every public name documents its parameters, fields, cancellation and API endpoint."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from examples import find_public_names
 from cloudinary_analyze import AnalyzeError, ConfigurationError
 
 PACKAGE = "cloudinary_analyze"
-# modules whose classes and functions are a part of the service's API, or send its requests
+# modules whose classes and functions represent the service's API, or send its requests
 API_MODULES = {"analyses", "requests", "responses", "webhooks"}
 API_CALLS = {"AnalyzeSession.analyze", "AnalyzeSession.submit", "AnalyzeSession.task_status"}
 API_CALLS |= {"AnalyzeSession.task", "AnalyzeSession.map", "AnalyzeSession.analyze_all"}
 TIMES = re.compile(r"timeout|seconds|patience|lease|drain|grace|oldest|newest|started_at")
 UNITS = re.compile(r"[Ss]econds|Unix|See |`Settings|How long")
-# what users write most; each has an example that tests execute, in its own docstring
+# the names that users need most; each docstring has an example that tests execute
 EXAMPLES = {
     *(
         "AIVisionTagging",
@@ -55,7 +55,7 @@ class Member(NamedTuple):
     Attributes:
         path: Such as ``cloudinary_analyze.session.AnalyzeSession.analyze``.
         value: The class, function or property.
-        owner: The class that has it, for members of classes.
+        owner: The class that defines the member, if any.
     """
 
     path: str
@@ -64,7 +64,7 @@ class Member(NamedTuple):
 
     @property
     def function(self) -> Any:
-        """The function behind it, or ``None``."""
+        """The function that implements the member, or ``None``."""
         value = self.value
         if isinstance(value, property):
             return value.fget
@@ -83,7 +83,7 @@ class Member(NamedTuple):
         if self.owner is not None:
             name = self.path.rpartition(".")[2]
             docs = inspect.getdoc(getattr(self.owner, name)) or ""
-            if docs.startswith("See `"):  # an override says only what differs
+            if docs.startswith("See `"):  # an override documents only what differs
                 overridden = next(base for base in self.owner.__mro__[1:] if name in vars(base))
                 docs = f"{docs}\n\n{inspect.getdoc(getattr(overridden, name))}"
             return docs
@@ -137,7 +137,7 @@ def read_section(docs: str, *titles: str) -> dict[str, str]:
 
 
 def read_source(value: type[Any]) -> str:
-    """Return the source of a class; of one without a class statement (of Dask), nothing."""
+    """Return the source of a class, or nothing if it has no class statement (Dask)."""
     try:
         return textwrap.dedent(inspect.getsource(value))
     except OSError:
@@ -183,7 +183,7 @@ def list_parameters(function: Any) -> list[str]:
 
 
 def list_fields(value: type[Any]) -> list[str]:
-    """Return the fields of a class of values, or else the arguments of its constructor."""
+    """Return the fields of an attrs class, or else the arguments of the constructor."""
     if attrs.has(value):
         return [field.name for field in attrs.fields(value)]
     if "Not created directly" in (value.__doc__ or "") or "__init__" not in vars(value):
@@ -270,7 +270,7 @@ def find_missing_unit(member: Member) -> str | None:
 
 
 def find_missing_default(member: Member) -> str | None:
-    """Demand that an argument which may be left out as ``None`` says what that means."""
+    """Require every argument that may be ``None`` to document what ``None`` means."""
     function = member.function
     if function is None or isinstance(member.value, property):
         return None
@@ -325,8 +325,8 @@ def test_important_names_have_an_example() -> None:
     assert shown >= EXAMPLES, EXAMPLES - shown
 
 
-def test_the_search_finds_the_whole_surface() -> None:
-    """So that a fault of the search cannot hide names."""
+def test_the_search_finds_every_public_name() -> None:
+    """A fault in the search must not hide names."""
     assert sum(isinstance(member.value, type) for member in MEMBERS) >= 140
     assert sum(inspect.iscoroutinefunction(member.function) for member in MEMBERS) >= 60
     assert len(MEMBERS) >= 380

@@ -24,7 +24,7 @@ reportUnusedVariable = false # an example may end with an assignment
 
 
 def complete(name: str, example: str) -> str:
-    """Return an example of a docstring as a file."""
+    """Return a docstring's example as a complete file."""
     if is_program(example):
         return example
     try:
@@ -42,7 +42,7 @@ def write_examples(folder: Path) -> int:
             if name == "cloudinary_analyze.stage" and number > 1:
                 continue  # engines without types; tests/engines runs these programs
             files[f"{name}_{number}".replace(".", "_")] = complete(name, example)
-    files["app"] = files.pop("cloudinary_analyze_testing_1")  # its test imports it
+    files["app"] = files.pop("cloudinary_analyze_testing_1")  # a test imports this example
     for name, content in files.items():
         (folder / f"{name}.py").write_text(content, encoding="utf-8")
     (folder / "context.py").write_text(write_context(), encoding="utf-8")

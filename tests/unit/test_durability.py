@@ -1,4 +1,4 @@
-"""Records reach the disk before they are acknowledged, and a digest is compared in constant time."""
+"""Records reach the disk before they are acknowledged. Digests are compared in constant time."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def test_every_ledger_write_is_synced(
     assert (stat.S_IFDIR, tmp_path.stat().st_ino) in synced  # the rename of the new ledger
 
 
-def test_results_are_synced_before_they_replace(
+def test_results_are_synced_before_they_replace_a_file(
     tmp_path: Path, synced: list[tuple[int, int]]
 ) -> None:
     target = tmp_path / "results.jsonl"

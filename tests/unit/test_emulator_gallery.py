@@ -1,4 +1,4 @@
-"""The gallery shows what the analyses say, to the pixel; the fault plans decide by hash alone."""
+"""Gallery pictures match their analyses to the pixel. Fault plans depend only on a hash."""
 
 import struct
 import zlib
@@ -61,7 +61,7 @@ def analyze(model, source):
 
 
 @pytest.mark.parametrize("number", range(12))
-def test_every_box_bounds_exactly_what_the_picture_shows(number):
+def test_every_box_bounds_its_shape_exactly(number):
     width, height, drawn = read_png(render_picture(number))
     shapes = build_gallery_scene(number).shapes
     source = f"http://127.0.0.1:1/samples/{number}.png"
@@ -97,7 +97,7 @@ def test_every_box_bounds_exactly_what_the_picture_shows(number):
     assert all(f"{shape.color} {shape.kind}" in caption for shape in shapes)
 
 
-def test_a_question_about_drawn_shapes_is_answered_truly():
+def test_questions_about_drawn_shapes_get_true_answers():
     shape = build_gallery_scene(5).shapes[0]
     absent = next(c for c in COLORS if c not in {s.color for s in build_gallery_scene(5).shapes})
     questions = (f"Is there a {shape.color} {shape.kind}?", f"Is anything {absent}?")
@@ -107,7 +107,7 @@ def test_a_question_about_drawn_shapes_is_answered_truly():
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_answers_are_the_same_for_a_source_and_vary_between_sources(model):
+def test_results_depend_only_on_the_source(model):
     answers = [analyze(model, f"https://x.test/{index}.jpg") for index in range(60)]
     assert answers == [analyze(model, f"https://x.test/{index}.jpg") for index in range(60)]
     assert len({str(answer) for answer in answers}) > 1
@@ -127,7 +127,7 @@ def test_moderation_is_mostly_no_with_some_yes_and_unknown():
     ("model", "count", "low", "high"),
     [("ai_vision_general", 1, 1.9, 3.9), ("ai_vision_general", 4, 5.5, 8.5), ("coco", 0, 0.5, 1)],
 )
-def test_realistic_latency_is_what_was_measured_live(model, count, low, high):
+def test_realistic_latency_matches_live_measurements(model, count, low, high):
     seconds = [
         compute_latency(AnalyzeRequest(MODELS[model], f"https://x.test/{index}", ("a",) * count))
         for index in range(50)
@@ -136,7 +136,7 @@ def test_realistic_latency_is_what_was_measured_live(model, count, low, high):
     assert len(set(seconds)) > 40
 
 
-def test_a_plan_hits_about_as_many_sources_as_it_says_and_always_the_same():
+def test_a_plan_hits_its_share_of_sources_repeatably():
     plan = FaultPlan(error_500=0.2, slow=0.1, forged=0.5)
     sources = [f"https://x.test/{index}" for index in range(2000)]
     faults = [plan.choose_http_fault(7, "coco", source) for source in sources]
@@ -149,7 +149,7 @@ def test_a_plan_hits_about_as_many_sources_as_it_says_and_always_the_same():
     assert 900 < forged < 1100
 
 
-def test_impossible_options_are_refused_with_a_sentence():
+def test_invalid_options_are_refused_with_a_message():
     assert {*HTTP_FAULTS, *TASK_FAULTS} <= set(FaultPlan.__slots__)
     with pytest.raises(ValueError, match=r"add up to 1\.2"):
         FaultPlan(error_500=0.6, slow=0.6)

@@ -1,4 +1,4 @@
-"""The tree: one root, fitting built-ins, readable, picklable, and without secrets."""
+"""Errors have one root and matching built-ins, can be pickled, and never contain secrets."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_every_error_pickles_and_copies_with_all_its_attributes(kind: type[Analy
 
 
 @pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)
-def test_every_error_can_be_made_with_a_sentence_alone(kind: type[AnalyzeError]) -> None:
+def test_every_error_can_be_made_from_a_message_alone(kind: type[AnalyzeError]) -> None:
     error = kind("It went wrong.")
     assert str(error) == "It went wrong."
     for name in fields_of(kind):
@@ -132,7 +132,7 @@ def test_a_stopped_stream_pickles_with_its_reason() -> None:
         (ServerError, ApiError),
     ],
 )
-def test_errors_also_are_the_fitting_built_in(
+def test_errors_subclass_the_matching_built_in(
     kind: type[Exception], builtin: type[Exception]
 ) -> None:
     assert issubclass(kind, builtin)
@@ -143,7 +143,7 @@ def test_no_error_hides_a_built_in_name() -> None:
     assert not {kind.__name__ for kind in ERRORS} & set(dir(builtins))
 
 
-def test_an_ambiguous_error_says_so() -> None:
+def test_an_ambiguous_error_reports_it() -> None:
     assert str(ServerError("The service failed.", ambiguous=True)).endswith(
         "The request may have been accepted, and charged."
     )
@@ -169,7 +169,7 @@ def test_bodies_are_shortened_for_messages() -> None:
         ("plain ä 猫 🐈", "plain ä 猫 🐈"),
     ],
 )
-def test_what_a_terminal_interprets_is_escaped(text: Any, shown: str) -> None:
+def test_terminal_control_characters_are_escaped(text: Any, shown: str) -> None:
     assert shorten(text) == shown
 
 
@@ -181,7 +181,7 @@ def test_shortened_text_is_printable_and_can_be_encoded(text: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)
-def test_a_field_that_an_error_does_not_have_is_refused(kind: type[AnalyzeError]) -> None:
+def test_an_unknown_field_of_an_error_is_refused(kind: type[AnalyzeError]) -> None:
     with pytest.raises(TypeError):
         kind("It went wrong.", taskid="t1")  # type: ignore[call-arg]
 

@@ -1,4 +1,4 @@
-"""The table of events in the module's docstring says what the classes say."""
+"""The table of events in the module's docstring matches the event classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results as tables: nothing lost, nothing run by a spreadsheet, nothing half-written."""
+"""Exported tables are complete, never partly written, and safe to open in a spreadsheet."""
 
 import csv
 import io
@@ -48,14 +48,14 @@ def read_csv(path):
         ("ai_vision_moderation", {"answers": "Does the image contain any violent activity?: no\nIs there any nudity in the image?: unknown", "rejected": False}),
     ],
 )  # fmt: skip
-def test_a_row_says_what_the_model_says(sample, model, columns):
+def test_a_row_holds_the_models_result(sample, model, columns):
     analysis = sample(model)["data"]["analysis"]
     row = build_row(build(analysis, model=model))
     assert {name: row[name] for name in columns} == columns
     assert json.loads(row["analysis"]) == analysis
 
 
-def test_csv_and_parquet_hold_the_same_rows_of_every_model(sample, tmp_path):
+def test_csv_and_parquet_hold_the_same_rows(sample, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     records = [
         build(sample(model)["data"]["analysis"], model=model, index=index)
@@ -75,7 +75,7 @@ def test_csv_and_parquet_hold_the_same_rows_of_every_model(sample, tmp_path):
         {name: {None: "", True: "true", False: "false"}.get(cell, str(cell)) for name, cell in row.items()}
         for row in rows
     ]  # fmt: skip
-    # 0 and 1 equal False and True, so numbers are compared apart
+    # 0 and 1 equal False and True, so numbers are compared separately
     for text, row in zip(read_csv(tmp_path / "r.csv"), written, strict=True):
         for name, kind in COLUMNS.items():
             if kind in (int, float) and text[name]:
@@ -112,7 +112,7 @@ def test_a_number_that_no_column_can_hold_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_a_failure_midway_leaves_the_old_file_and_nothing_else(tmp_path, kind):
+def test_a_failure_midway_leaves_only_the_old_file(tmp_path, kind):
     if kind == "parquet":
         pytest.importorskip("pyarrow")
     path = tmp_path / "out"
@@ -128,7 +128,7 @@ def test_a_failure_midway_leaves_the_old_file_and_nothing_else(tmp_path, kind):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_symbolic_link_stays_one_and_a_pipe_is_written_to(tmp_path):
+def test_a_link_stays_a_link_and_a_pipe_is_written(tmp_path):
     real, link, pipe = tmp_path / "real", tmp_path / "link", tmp_path / "pipe"
     real.write_text("old")
     link.symlink_to(real)
@@ -149,17 +149,17 @@ def test_a_symbolic_link_stays_one_and_a_pipe_is_written_to(tmp_path):
 def test_memory_stays_flat_over_many_records(tmp_path):
     pytest.importorskip("pyarrow")
     analysis = {"data": {"caption": "x" * 16_000}}
-    # some of the writers' machinery comes with the first row
+    # the writers allocate buffers and import modules with the first row
     for kind in ("csv", "parquet"):
         export_results([build(analysis)], tmp_path / kind, kind)
         tracemalloc.start()
         export_results((build(analysis, index=n) for n in range(5_000)), tmp_path / kind, kind)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert peak < 80 * 2**20  # of 160 MB of captions and analyses
+        assert peak < 80 * 2**20  # the input has 160 MB of captions and analyses
 
 
-def test_a_line_that_is_not_a_record_is_named_or_handed_over(sample):
+def test_a_line_that_is_not_a_record_is_reported(sample):
     lines = [b"\n", json.dumps(build()), b'{"index": 1, "sta', b"[]", b'{"a": 1}']
     with pytest.raises(ConfigurationError, match="Line 3 of the results is not a record"):
         list(read_records(lines))
@@ -174,7 +174,7 @@ def test_an_unknown_format_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_without_the_extra_a_sentence_says_what_to_install(monkeypatch, tmp_path):
+def test_without_the_extra_the_error_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ConfigurationError, match=r"pip install 'cloudinary-analyze\[parquet\]'"):
         export_results([], tmp_path / "r", "parquet")

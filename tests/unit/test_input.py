@@ -1,4 +1,4 @@
-"""Bulk input: every line becomes a source or an error with its number, and nothing is slurped."""
+"""Bulk input: every line becomes a source or a numbered error, and files are read lazily."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def read(
 
 
 def show(lines: list[InputLine]) -> list[tuple[int, str]]:
-    """Return number and source of each line, or number and '!' with the reason."""
+    """Return each line's number and source, or its number and '!' with the reason."""
     return [
         (line.number, str(line.source) if line.error is None else f"!{line.error}")
         for line in lines
     ]
 
 
-def test_text_skips_blanks_and_comments_but_counts_them():
+def test_text_skips_but_counts_blanks_and_comments():
     content = f"\ufeff{A}\r\n\n# a comment\n   \n  asset:0123abcd  \n{B}"
     assert show(read(content)) == [(1, A), (5, "asset:0123abcd"), (6, B)]
 
 
-def test_a_bad_line_is_reported_by_number_and_does_not_stop_the_rest():
+def test_a_bad_line_is_numbered_and_does_not_stop_others():
     lines = read(f"{A}\nfolder/public_id\n{B}\n")
     assert [line.number for line in lines] == [1, 2, 3]
     assert lines[1].source is None
@@ -62,11 +62,11 @@ def test_a_bad_line_is_reported_by_number_and_does_not_stop_the_rest():
 def test_a_line_that_is_not_utf_8_is_one_bad_line():
     lines = read(A.encode() + b"\nhttps://example.com/caf\xe9.jpg\n" + B.encode())
     assert show(lines) == [(1, A), (2, "!The line is not UTF-8."), (3, B)]
-    lines[1].text.encode()  # what is kept of it can be written
+    lines[1].text.encode()  # the kept text can be written as UTF-8
 
 
 @pytest.mark.parametrize("input_format", ["text", "jsonl"])
-def test_a_line_without_end_is_cut_and_refused(input_format: InputFormat):
+def test_an_endless_line_is_cut_and_refused(input_format: InputFormat):
     long = b"https://example.com/" + b"x" * (2 * LONGEST_LINE)
     lines = read(long + b"\n" + b"bad\n", input_format)
     assert [line.number for line in lines] == [1, 2]
@@ -74,7 +74,7 @@ def test_a_line_without_end_is_cut_and_refused(input_format: InputFormat):
     assert len(lines[0].text) < 1000
 
 
-def test_csv_finds_its_column_and_counts_physical_lines():
+def test_csv_finds_the_column_and_counts_file_lines():
     content = f'id,Note,URL\n1,"two\nlines",{A}\n\n2,,\n3,"a, b",{B}\n'
     lines = read(content, "csv")
     assert show(lines) == [(2, A), (5, "!The column 'URL' is empty."), (6, B)]
@@ -86,12 +86,12 @@ def test_csv_recognizes_delimiters_by_the_header(delimiter: str):
     assert show(read(content, "csv", "image")) == [(2, A)]
 
 
-def test_csv_with_one_column_needs_no_name_for_it():
+def test_a_single_csv_column_needs_no_name():
     assert show(read(f"picture\n{A}\n", "csv")) == [(2, A)]
 
 
 def build_csv(count: int = 1500, **odd: str) -> str:
-    """Return a CSV in which the row of each number given as ``r10`` is another."""
+    """Return a CSV. A keyword such as ``r10`` replaces the row of that number."""
     rows = [odd.get(f"r{n}", f"{n},https://example.com/{n}.jpg,plain") for n in range(count)]
     return "id,url,name\n" + "".join(f"{row}\n" for row in rows)
 
@@ -121,7 +121,7 @@ def test_an_open_quote_is_an_error_that_names_its_lines(content: str, sentence: 
     st.sets(st.tuples(st.integers(0, 39), st.integers(0, 2), st.booleans()), max_size=4),
 )
 def test_no_row_is_lost_wherever_quotes_are(count: int, places: set[tuple[int, int, bool]]):
-    """Each row is a separate line, or the input is refused, however its quotes are broken."""
+    """Each row is a separate line, or the input is refused, wherever quotes are unbalanced."""
     rows = [[str(n), f"https://example.com/{n}.jpg", "plain"] for n in range(count)]
     for row, cell, before in places:
         if row < count:
@@ -178,7 +178,7 @@ def test_the_delimiter_is_found(content: str):
     assert line.source == Uri(A)
 
 
-def test_columns_of_one_name_are_distinguished():
+def test_columns_with_the_same_name_are_distinguished():
     (line,) = read(f"url,a,a,,a_2\n{A},1,2,3,4\n", "csv")
     assert line.columns == {"url": A, "a": "1", "a_2": "2", "column_4": "3", "a_2_2": "4"}
 
@@ -191,7 +191,7 @@ def test_a_csv_record_that_is_not_utf_8_is_one_bad_line():
 
 
 @pytest.mark.parametrize("input_format", ["csv", "jsonl"])
-def test_columns_are_kept_as_wished(input_format: InputFormat):
+def test_requested_columns_are_kept(input_format: InputFormat):
     csv_, jsonl = f"id,url,sku\n1,{A},x\n", f'{{"id": "1", "url": "{A}", "sku": "x"}}\n'
     content = csv_ if input_format == "csv" else jsonl
     for keep, expected in (
@@ -246,7 +246,7 @@ def test_a_dotted_column_that_is_missing_is_one_bad_line(path: str):
     ],
     ids=range(11),
 )
-def test_any_json_line_is_at_worst_one_bad_line(odd: str):
+def test_any_json_line_costs_at_most_one_bad_line(odd: str):
     lines = read(f'{{"url": "{A}"}}\n{odd}\n{{"url": "{B}"}}\n', "jsonl")
     assert [line.source is not None for line in lines] == [True, False, True]
     bad = lines[1]
@@ -295,14 +295,12 @@ def test_an_invalid_parquet_file_is_refused():
         (f"{A}\n{B}\n", None, "no header"),
     ],
 )
-def test_csv_without_the_column_is_refused_as_a_whole(
-    content: str, column: str | None, sentence: str
-):
+def test_csv_without_the_column_is_refused(content: str, column: str | None, sentence: str):
     with pytest.raises(ConfigurationError, match=sentence):
         read(content, "csv", column)
 
 
-def test_jsonl_reports_every_way_to_be_wrong():
+def test_every_kind_of_invalid_jsonl_is_reported():
     content = f'{{"url": "{A}"}}\n\nnonsense\n[]\n{{"id": 1}}\n{{"url": 5}}\n{{"uri": "{B}"}}\n'
     lines = read(content, "jsonl")
     assert [line.number for line in lines] == [1, 3, 4, 5, 6, 7]
@@ -317,11 +315,11 @@ def test_jsonl_reports_every_way_to_be_wrong():
     assert lines[-1].source == Uri(B)
 
 
-def test_a_named_field_is_the_only_one_that_is_read():
+def test_only_the_named_field_is_read():
     assert show(read(f'{{"url": "{A}", "source": "{B}"}}', "jsonl", "source")) == [(1, B)]
 
 
-def test_a_json_array_is_refused_with_the_way_to_convert_it():
+def test_a_json_array_is_refused_with_a_conversion():
     with pytest.raises(ConfigurationError, match="jq"):
         read(f'[\n{{"url": "{A}"}}\n]', "jsonl")
 
@@ -342,7 +340,7 @@ def test_an_empty_input_has_no_lines(input_format: InputFormat):
 
 
 class _Endless(io.RawIOBase):
-    """A stream that never ends, and counts how much was read of it."""
+    """A stream that never ends and counts the bytes that were read."""
 
     def __init__(self, line: bytes) -> None:
         self.line = line
@@ -417,7 +415,7 @@ def test_a_csv_record_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch):
             read(content, "csv")
 
 
-def test_a_header_of_many_columns_is_read_in_time():
+def test_a_header_of_many_columns_is_read_fast():
     for names in ([*map(str, range(100_000))], ["a"] * 100_000, [""] * 100_000):
         content = f"url,{','.join(names)}\n{A},{','.join('1' * len(names))}\n"
         (line,) = read(content, "csv")

@@ -1,4 +1,4 @@
-"""The language of the project is plain English, without phrases of another language."""
+"""The project is written in plain English, without translated phrases."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def list_texts(path: Path) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.name.replace("_", " ")
 
 
-def test_phrases_of_another_language_stay_out() -> None:
+def test_no_text_contains_a_translated_phrase() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{line}: {match[0]!r} in {text.strip()[:100]!r}"
         for path in list_files()
@@ -74,12 +74,12 @@ def test_phrases_of_another_language_stay_out() -> None:
 @pytest.mark.parametrize(
     "text", ["It is no JSON.", "The sender is told so.", "Mend it.", "a list of its own"]
 )
-def test_the_check_finds_such_phrases(text: str) -> None:
+def test_the_check_finds_translated_phrases(text: str) -> None:
     assert PATTERN.search(text)
 
 
 @pytest.mark.parametrize(
     "text", ["It is no longer used.", "for goodness", "stands still", "amended"]
 )
-def test_the_check_lets_plain_sentences_pass(text: str) -> None:
+def test_the_check_accepts_plain_sentences(text: str) -> None:
     assert not PATTERN.search(text)

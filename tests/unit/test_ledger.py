@@ -1,4 +1,4 @@
-"""The ledger file: what it keeps, what it refuses, and that it leaves alone what is not its own."""
+"""The ledger file: what it stores, what it refuses, and that it never changes foreign files."""
 
 import asyncio
 import contextlib
@@ -74,7 +74,7 @@ async def fill(path, count=3):
 
 
 def list_bytes(path):
-    """Return what a directory holds, apart from what writers and readers use to find each other."""
+    """Return the files of a directory, without those that only coordinate writers and readers."""
     return {
         file.name: file.read_bytes()
         for file in path.iterdir()
@@ -82,7 +82,7 @@ def list_bytes(path):
     }
 
 
-# what is kept
+# what the ledger stores
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_an_error_is_stored_as_json_and_comes_back_as_itself(error):
     assert vars(again) == vars(error)
 
 
-def test_an_error_of_a_class_not_known_here_keeps_its_message_and_runs_nothing():
+def test_an_unknown_error_class_keeps_only_its_message():
     for name in ("FutureError", "Final", "shorten", "__builtins__"):
         again = load_error(b'{"type": "%s", "message": "m", "fields": {"a": 1}}' % name.encode())
         assert type(again) is AnalyzeError
@@ -153,7 +153,7 @@ def expect(known, operation, number):
 @pytest.mark.slow
 @settings(max_examples=60)
 @given(OPERATIONS)
-def test_the_last_final_answer_wins_and_no_response_is_ever_lost(operations):
+def test_the_last_final_record_wins_and_responses_stay(operations):
     async def perform(path):
         expected = {}
         noted = {}
@@ -164,7 +164,7 @@ def test_the_last_final_answer_wins_and_no_response_is_ever_lost(operations):
             if name == "reopen":
                 await asyncio.sleep(
                     0
-                )  # they have begun, and are written although their waits were cancelled
+                )  # these writes have begun, so they finish although their waits were cancelled
                 await ledger.aclose()
                 await asyncio.gather(*jobs)
                 jobs.clear()
@@ -229,7 +229,7 @@ async def test_an_error_never_replaces_a_response(tmp_path):
     assert (found.response, found.error) == (raw, None)
 
 
-async def test_a_record_whose_wait_was_cancelled_is_found_at_once_and_kept(tmp_path):
+async def test_a_record_with_a_cancelled_wait_is_kept(tmp_path):
     async with opened(tmp_path / "a.ledger") as ledger:
         job = asyncio.create_task(ledger.record_response(KEYS[0], respond(1), seconds=1))
         await asyncio.sleep(0)
@@ -244,7 +244,7 @@ async def test_a_record_whose_wait_was_cancelled_is_found_at_once_and_kept(tmp_p
 # items
 
 
-async def test_items_come_in_order_each_once_with_what_became_of_them(tmp_path):
+async def test_each_item_is_listed_once_in_order_with_its_state(tmp_path):
     path = tmp_path / "a.ledger"
     bad = InvalidRequestError("no URL")
     async with opened(path) as ledger:
@@ -299,7 +299,7 @@ async def test_an_input_replaces_the_items_and_is_counted(tmp_path):
         assert list_keys(ledger) == [KEYS[0], KEYS[1], None]
 
 
-async def test_swapped_answers_are_displaced_although_their_number_is_the_same(tmp_path):
+async def test_swapped_answers_count_as_displaced(tmp_path):
     async with opened(tmp_path / "a.ledger") as ledger:
         await ledger.replace_items(lambda: build_rows(KEYS[0]))
         for key in KEYS[:2]:
@@ -308,7 +308,7 @@ async def test_swapped_answers_are_displaced_although_their_number_is_the_same(t
         assert (swapped.done, swapped.other, swapped.displaced) == (1, 1, True)
 
 
-async def test_an_input_that_breaks_leaves_the_items_as_they_were(tmp_path):
+async def test_a_failed_input_leaves_the_items_unchanged(tmp_path):
     def break_off():
         yield from build_rows(KEYS[1], KEYS[2])
         raise OSError(5, "Input/output error")
@@ -333,7 +333,7 @@ async def test_an_input_that_breaks_leaves_the_items_as_they_were(tmp_path):
     ],
     ids=lambda change: next(iter(change)),
 )
-async def test_whatever_differs_in_an_item_is_noted(tmp_path, change):
+async def test_every_difference_of_an_item_is_recorded(tmp_path, change):
     fields = {"line": 1, "source": "s", "model": "coco", "key": KEYS[0]}
     async with opened(tmp_path / "a.ledger") as ledger:
         await ledger.replace_items(lambda: [build_row(**fields)])
@@ -343,7 +343,7 @@ async def test_whatever_differs_in_an_item_is_noted(tmp_path, change):
             assert getattr(item, name) == ({"a": 1} if name == "columns" else value)
 
 
-async def test_a_name_of_another_source_is_refused_also_against_earlier_runs(tmp_path):
+async def test_a_key_of_another_source_is_refused_in_later_runs(tmp_path):
     def build(source):
         return lambda: [build_row(source=source, model="coco", key=KEYS[0], name="sku")]
 
@@ -374,7 +374,7 @@ async def test_a_lock_while_the_items_are_replaced_reads_them_again(tmp_path):
         assert list_keys(ledger) == KEYS
 
 
-async def test_only_what_the_latest_run_paid_for_is_not_restored(tmp_path):
+async def test_only_charges_of_the_latest_run_are_not_restored(tmp_path):
     path = tmp_path / "a.ledger"
     async with opened(path) as ledger:
         await ledger.replace_items(lambda: build_rows(KEYS[0], KEYS[1], KEYS[0]))
@@ -400,13 +400,13 @@ async def test_open_items_are_read_in_order_over_any_number_of_done_ones(tmp_pat
         assert noted[-1].error.message == "no URL"
 
 
-def test_reading_where_there_is_no_ledger_says_so_and_makes_none(tmp_path):
+def test_reading_a_missing_ledger_creates_none(tmp_path):
     with pytest.raises(LedgerError, match="does not exist"):
         SQLiteLedger(tmp_path / "a.ledger").counts()
     assert not list(tmp_path.iterdir())
 
 
-# what is refused, and left alone
+# what the ledger refuses and leaves unchanged
 
 
 def damage_middle(path):
@@ -437,7 +437,7 @@ def make_newer(path):
     ],
     ids=["text", "cut short", "overwritten", "other database", "newer format"],
 )
-async def test_a_damaged_ledger_is_refused_and_left_byte_for_byte(tmp_path, spoil, message):
+async def test_a_damaged_ledger_is_refused_unchanged(tmp_path, spoil, message):
     path = tmp_path / "a.ledger"
     await fill(path)
     spoil(path)
@@ -450,7 +450,7 @@ async def test_a_damaged_ledger_is_refused_and_left_byte_for_byte(tmp_path, spoi
 
 @pytest.mark.parametrize("killed", [False, True], ids=["closed", "killed"])
 @pytest.mark.parametrize("owner", [{"cloud_name": "other"}, {"base_url": "https://eu.example.com"}])
-async def test_a_ledger_of_another_host_or_cloud_is_refused_and_left(tmp_path, owner, killed):
+async def test_a_ledger_of_another_cloud_is_refused_unchanged(tmp_path, owner, killed):
     path = tmp_path / "own" / "a.ledger"
     path.parent.mkdir()
     await fill(path)
@@ -471,7 +471,7 @@ async def test_a_ledger_of_another_host_or_cloud_is_refused_and_left(tmp_path, o
 
 
 @pytest.mark.parametrize("pages", range(1, 9))
-async def test_a_kill_while_the_log_was_being_emptied_loses_nothing(tmp_path, pages):
+async def test_a_kill_during_a_checkpoint_loses_nothing(tmp_path, pages):
     path, copy = tmp_path / "own" / "a.ledger", tmp_path / "copy" / "a.ledger"
     path.parent.mkdir()
     async with opened(path) as ledger:
@@ -485,7 +485,7 @@ async def test_a_kill_while_the_log_was_being_emptied_loses_nothing(tmp_path, pa
         assert [key for key in KEYS if not await is_done(ledger, key)] == []
 
 
-async def test_a_log_without_its_ledger_is_not_taken_for_a_new_one(tmp_path):
+async def test_a_log_without_its_ledger_is_refused(tmp_path):
     path = tmp_path / "a.ledger"
     (tmp_path / "a.ledger-wal").write_bytes(b"records")
     async with SQLiteLedger(path) as ledger:
@@ -513,14 +513,14 @@ async def test_one_ledger_serves_one_cloud_at_a_time(tmp_path):
             await ledger.open(**{**OWNER, "cloud_name": "other"})
 
 
-async def test_a_ledger_that_is_not_open_says_what_to_do(tmp_path):
+async def test_a_closed_ledger_says_how_to_open_it(tmp_path):
     ledger = SQLiteLedger(tmp_path / "a.ledger")
     with pytest.raises(LedgerError, match="before the session's"):
         await ledger.find(KEYS[0])
     await ledger.aclose()
 
 
-async def test_a_dropped_ledger_warns_and_lets_go_of_the_file(tmp_path):
+async def test_a_dropped_ledger_warns_and_releases_the_file(tmp_path):
     path = tmp_path / "a.ledger"
     ledger = SQLiteLedger(path)
     await ledger.open(**OWNER)
@@ -580,10 +580,10 @@ async def check_acknowledged(done, path):
     async with opened(path) as ledger:
         assert [key for key in acknowledged if not await is_done(ledger, key)] == []
         extra = hashlib.sha256(b"extra").hexdigest()
-        await ledger.record_response(extra, respond(1), seconds=0)  # and it goes on
+        await ledger.record_response(extra, respond(1), seconds=0)  # and the ledger works again
 
 
-async def test_a_full_disk_is_reported_and_nothing_acknowledged_is_lost(tmp_path):
+async def test_a_full_disk_loses_no_acknowledged_record(tmp_path):
     path = tmp_path / "a.ledger"
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, -1))"
     done = run_script(RECORD_UNTIL_IT_BREAKS.format(limit=limit), path)
@@ -593,7 +593,7 @@ async def test_a_full_disk_is_reported_and_nothing_acknowledged_is_lost(tmp_path
 
 
 @pytest.mark.skipif(os.name != "posix", reason="an open directory cannot be removed there")
-async def test_a_missing_directory_is_reported_before_anything_is_acknowledged(tmp_path):
+async def test_a_missing_directory_is_reported_first(tmp_path):
     directory = tmp_path / "out"
     directory.mkdir()
     async with SQLiteLedger(directory / "a.ledger") as ledger:
@@ -619,7 +619,7 @@ async def test_an_unreported_failure_is_raised_on_closing(tmp_path):
         await ledger.aclose()
 
 
-async def test_an_impossible_place_is_reported(tmp_path):
+async def test_an_invalid_path_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "missing" / "a.ledger", tmp_path / "file" / "a.ledger", tmp_path):
         ledger = SQLiteLedger(path)
@@ -630,7 +630,7 @@ async def test_an_impossible_place_is_reported(tmp_path):
 @pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user"
 )
-async def test_an_unwritable_ledger_is_reported_and_left():
+async def test_an_unwritable_ledger_is_reported_and_unchanged():
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         await fill(directory / "a.ledger")
@@ -657,12 +657,12 @@ async def test_an_unwritable_ledger_is_reported_and_left():
     ],
     ids=lambda request: request.model,
 )
-def test_a_key_made_without_a_request_is_the_requests(request_):
+def test_a_key_from_parts_equals_the_requests_key(request_):
     assert KeyBuilder(request_).build(request_.source) == request_.key
 
 
 @given(st.text(min_size=1), st.text(min_size=1))
-def test_named_keys_differ_with_the_name_the_model_and_from_sources(one, other):
+def test_named_keys_depend_on_name_and_model(one, other):
     captioning, coco = KeyBuilder(Captioning("https://a.b")), KeyBuilder(Coco("https://a.b"))
     assert (captioning.build_named(one) == captioning.build_named(other)) == (one == other)
     assert captioning.build_named(one) != coco.build_named(one)
@@ -673,13 +673,13 @@ def test_named_keys_differ_with_the_name_the_model_and_from_sources(one, other):
     "status",
     [*range(400, 432), 451, 500, 503],
 )
-def test_only_errors_that_stay_are_final(status):
+def test_only_permanent_errors_are_final(status):
     body = b'{"error": {"message": "said so"}}'
     error = read_error(status, {}, body, now=0.0, model="captioning")
     assert is_final(error) == (status in {400, 404, 413, 415, 422})
 
 
-def test_a_404_is_final_only_in_the_services_own_words_about_a_call():
+def test_only_a_404_of_the_service_itself_is_final():
     assert not is_final(read_error(404, {}, b"<html>", now=0.0, model="captioning"))
     assert not is_final(read_error(404, {}, b'{"error": {"message": "m"}}', now=0.0))
     assert not is_final(NotFoundError("m"))
@@ -745,7 +745,7 @@ async def test_a_damaged_row_is_an_error_of_the_ledger(tmp_path, change):
 
 
 @pytest.mark.parametrize("far", [2**40, 2**62, 2**63 - 1])
-async def test_far_numbers_in_a_damaged_file_take_no_time(tmp_path, far):
+async def test_huge_numbers_in_a_damaged_file_are_read_fast(tmp_path, far):
     path = tmp_path / "run.ledger"
     await fill_items(path)
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
@@ -789,7 +789,7 @@ def flip(path, places):
     path.write_bytes(content)
 
 
-async def test_rows_out_of_order_are_an_error_and_no_circle(tmp_path):
+async def test_rows_out_of_order_raise_an_error_without_a_loop(tmp_path):
     path = tmp_path / "run.ledger"
     await fill_items(path)
     content = path.read_bytes()
@@ -821,7 +821,7 @@ async def test_a_broken_schema_text_is_an_error_of_the_ledger(tmp_path):
         assert all(text.isprintable() for text in said)
 
 
-async def test_a_column_in_other_case_is_the_same_column(tmp_path):
+async def test_column_names_ignore_case(tmp_path):
     path = tmp_path / "run.ledger"
     await fill_items(path)
     flip(path, [(path.read_bytes().index(b"content BLOB") + 1, 0x20)])

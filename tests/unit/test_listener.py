@@ -1,4 +1,4 @@
-"""The listener: nothing that arrives stops it, and a source that breaks is read again."""
+"""The listener: no delivery stops it, and a source that fails is read again."""
 
 import asyncio
 import itertools
@@ -29,7 +29,7 @@ LIMITS = {"addons_quota": [{"type": "object_detection", "remaining": 40}]}
 
 
 class Recorder(QueueSource):
-    """A queue that notes what was acknowledged."""
+    """A queue that records which deliveries were acknowledged."""
 
     def __init__(self):
         super().__init__(asyncio.Queue())
@@ -43,7 +43,7 @@ class Recorder(QueueSource):
 
 
 class Brittle:
-    """Breaks, or ends, as often as the test asks; has a memory if it is given one."""
+    """A source that fails or ends as often as the test asks, with an optional memory."""
 
     def __init__(self, *ends):
         self.ends = list(ends)
@@ -62,7 +62,7 @@ class Brittle:
 
 
 class Mailbox(Brittle):
-    """Keeps what was delivered."""
+    """A source that stores its deliveries."""
 
     def __init__(self, *ends):
         super().__init__(*ends)
@@ -137,7 +137,7 @@ class TestRefused:
 
 
 class TestAcknowledge:
-    async def test_what_answered_a_task_is_acknowledged_and_nothing_else(self, clock):
+    async def test_only_deliveries_that_answer_are_acknowledged(self, clock):
         source = Recorder()
         async with resolving(clock, source=source) as (_, tracker):
             await submit(tracker)
@@ -163,7 +163,7 @@ class TestAcknowledge:
 
 
 class TestReceipt:
-    """A delivery is judged by the instant of its first receipt, however late it is read."""
+    """The age of a delivery is measured at its first receipt, however late it is read."""
 
     async def test_one_that_was_stored_for_hours_is_fresh(self, clock):
         source = Recorder()
@@ -220,8 +220,8 @@ class TestGrace:
 
 
 class TestYield:
-    async def test_a_full_queue_never_holds_the_loop_for_long(self, clock):
-        """The listener yields by elapsed time, whatever is in the queue."""
+    async def test_a_full_queue_never_blocks_the_loop_for_long(self, clock):
+        """The listener yields to the loop by elapsed time, whatever the queue holds."""
         source = Recorder()
         body = build_result("t0", "a cat " * 30_000)
         for index in range(100):
@@ -237,7 +237,7 @@ class TestYield:
 
 
 class TestSourceEnds:
-    async def test_what_is_pending_fails_with_the_cause(self, clock):
+    async def test_pending_tasks_fail_with_the_cause(self, clock):
         over = asyncio.Event()
         async with resolving(clock, source=Brittle(over)) as (service, tracker):
             waits = [await submit(tracker) for _ in range(3)]
@@ -299,14 +299,14 @@ class TestSourceBreaks:
             await clock.advance(5)
             assert source.begun == [index / 2 for index in range(11)]
 
-    async def test_cancelled_from_inside_it_is_resumed_too(self, clock):
+    async def test_a_source_that_cancels_itself_is_resumed(self, clock):
         source = Brittle(asyncio.CancelledError(), [sign(build_result("t1"))])
         async with resolving(clock, source=source) as (_, tracker):
             wait = await submit(tracker)
             await clock.advance(1)
             assert wait.answer.body is not None
 
-    async def test_all_that_is_pending_is_fetched_again(self, clock):
+    async def test_every_pending_task_is_fetched_again(self, clock):
         broken = asyncio.Event()
 
         class Breaking(Mailbox):
@@ -334,7 +334,7 @@ class TestSourceBreaks:
 
 
 class TestMemory:
-    async def test_what_was_delivered_before_is_fetched_once_the_task_is_known(self, clock):
+    async def test_earlier_deliveries_are_fetched_for_a_new_task(self, clock):
         """A worker that starts hours later still finds the result."""
         source = Mailbox()
         long_ago = NOW - 10 * HOUR
@@ -344,7 +344,7 @@ class TestMemory:
             await settled()
             assert wait.answer.body is not None
 
-    async def test_a_lost_wake_up_is_made_good_every_half_minute(self, clock):
+    async def test_a_lost_wake_up_delays_a_result_by_30_s_at_most(self, clock):
         source = Mailbox()
         async with resolving(clock, source=source) as (_, tracker):
             wait = await submit(tracker)
@@ -355,7 +355,7 @@ class TestMemory:
             await clock.advance(1)
             assert wait.answer.body is not None
 
-    async def test_a_fetch_that_fails_is_made_again(self, clock, caplog):
+    async def test_a_failed_fetch_is_repeated(self, clock, caplog):
         source = Mailbox()
         source.failures = [ConnectionError("gone"), asyncio.CancelledError()]
         source.kept["t1"] = sign(build_result("t1"))
@@ -395,7 +395,7 @@ class TestMemory:
             assert source.asked[0][0] == "new"
             assert len(set(itertools.chain(*source.asked))) == 4 * FETCH_BATCH + 1
 
-    async def test_a_round_of_100_000_begins_in_a_moment(self, clock):
+    async def test_a_round_of_100_000_begins_quickly(self, clock):
         async with resolving(clock, source=Mailbox()) as (_, tracker):
             tracker.table.pending.update({f"t{index}": None for index in range(100_000)})
             begun = time.thread_time()
@@ -411,7 +411,7 @@ class TestMemory:
             await settled()
             assert source.asked == [["t0", "t2"]]
 
-    async def test_a_source_that_is_down_keeps_no_ids_of_visitors(self, clock):
+    async def test_a_source_that_is_down_retains_no_made_up_ids(self, clock):
         source = Mailbox()
         source.failures = [ConnectionError("gone")] * 1000
         async with resolving(clock, source=source) as (_, tracker):

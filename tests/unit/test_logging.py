@@ -1,4 +1,4 @@
-"""One tree of loggers, which the docstring of `events` lists; lines without sources and secrets."""
+"""One tree of loggers, listed in the docstring of `events`. Log lines show no URL or secret."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_no_query_or_password_remains(before: str) -> None:
         assert "pLanted" not in describe(ValueError(f"{before} {url} x"))
 
 
-def test_an_error_without_a_text_is_named() -> None:
+def test_an_error_without_a_message_is_named_by_its_class() -> None:
     class Mute(Exception):
         def __str__(self) -> str:
             raise ValueError

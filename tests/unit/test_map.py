@@ -1,4 +1,4 @@
-"""The windowed stream alone, over a `perform` that tests control."""
+"""The windowed stream alone, with a `perform` that the tests control."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def to_request(item: int) -> Captioning:
 
 
 class Service:
-    """Performs requests on demand, and counts."""
+    """Performs requests on demand and counts them."""
 
     def __init__(self, *, held: bool = False) -> None:
         self.open = asyncio.Event()
@@ -103,7 +103,7 @@ async def settle() -> None:
 
 
 class Pulled:
-    """An iterator that counts what was pulled from it, endless for a test."""
+    """An iterator that counts the pulled items and is endless for practical purposes."""
 
     def __init__(self, count: int | None = None, *, breaks_at: int | None = None) -> None:
         self.count, self.breaks_at, self.pulled = count, breaks_at, 0
@@ -149,7 +149,7 @@ def test_every_item_has_exactly_one_outcome(
     asyncio.run(run())
 
 
-async def test_unordered_outcomes_come_as_they_are_completed() -> None:
+async def test_unordered_outcomes_come_in_order_of_completion() -> None:
     service = Service()
     service.delay = lambda number: 50 if number == 0 else 1
     found = [o.item async for o in stream(service, range(4))]
@@ -158,7 +158,7 @@ async def test_unordered_outcomes_come_as_they_are_completed() -> None:
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-async def test_nothing_is_pulled_before_the_first_outcome_is_asked_for(asynchronous: bool) -> None:
+async def test_nothing_is_pulled_before_the_first_outcome(asynchronous: bool) -> None:
     items = Pulled(5)
     stream(Service(), later(items) if asynchronous else items)
     await settle()
@@ -181,10 +181,10 @@ async def test_a_slow_consumer_slows_an_infinite_input_down(
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-async def test_the_window_holds_with_a_consumer_a_hundred_times_slower_than_the_sender(
+async def test_a_slow_consumer_does_not_exceed_the_window(
     ordered: bool,
 ) -> None:
-    """A sender takes one turn of the loop for an item, the consumer a hundred."""
+    """The sender takes one turn of the loop per item, the consumer a hundred."""
     items = Pulled()
     service = Service()
     service.delay = lambda _: 1
@@ -197,7 +197,7 @@ async def test_the_window_holds_with_a_consumer_a_hundred_times_slower_than_the_
             assert items.pulled == taken + 16
 
 
-async def test_buffered_outcomes_of_an_ordered_stream_count_in_the_window() -> None:
+async def test_buffered_outcomes_count_in_the_window() -> None:
     items = Pulled()
     service = Service(held=True)
     outcomes = stream(service, items, window=5, ordered=True)
@@ -208,11 +208,11 @@ async def test_buffered_outcomes_of_an_ordered_stream_count_in_the_window() -> N
         service.open.set()
         await settle()
         assert not first.done()
-        assert items.pulled == 5  # one on its way, four buffered behind it
+        assert items.pulled == 5  # one in flight, four buffered behind it
         assert (await first).item == 0
 
 
-async def test_what_to_request_raises_is_that_items_error() -> None:
+async def test_an_error_of_to_request_is_the_items_error() -> None:
     def convert(item: int) -> Captioning:
         if item % 2:
             raise KeyError(item)
@@ -250,7 +250,7 @@ async def test_items_that_are_requests_need_no_to_request() -> None:
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("ordered", [False, True])
-async def test_an_input_that_breaks_is_raised_after_what_was_in_flight(
+async def test_an_input_error_is_raised_after_items_in_flight(
     asynchronous: bool, ordered: bool
 ) -> None:
     items = Pulled(breaks_at=7)
@@ -283,9 +283,7 @@ PASSERS: list[Exception] = [
 
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("error", STOPPERS, ids=str)
-async def test_an_error_that_fails_all_stops_the_stream_after_what_is_in_flight(
-    error: Exception, ordered: bool
-) -> None:
+async def test_a_fatal_error_stops_after_items_in_flight(error: Exception, ordered: bool) -> None:
     service = Service()
     service.errors = {10: error}
     service.delay = lambda number: 2 if number == 10 else 20
@@ -307,14 +305,14 @@ async def test_an_error_that_fails_all_stops_the_stream_after_what_is_in_flight(
 
 
 @pytest.mark.parametrize("error", PASSERS, ids=str)
-async def test_any_other_error_is_its_items_alone(error: Exception) -> None:
+async def test_any_other_error_fails_its_item_alone(error: Exception) -> None:
     service = Service()
     service.errors = {3: error}
     found = [o async for o in stream(service, range(10), ordered=True)]
     assert [o.error for o in found] == [error if n == 3 else None for n in range(10)]
 
 
-async def test_leaving_the_block_cancels_what_is_in_flight_and_waits_for_it() -> None:
+async def test_leaving_the_block_cancels_items_in_flight() -> None:
     service = Service()
     service.delay = lambda number: 0 if number == 0 else 10_000
     async with stream(service, Pulled(), window=8) as outcomes:
@@ -340,7 +338,7 @@ async def test_breaking_out_without_a_block_cancels_too() -> None:
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-async def test_several_consumers_share_a_stream_and_each_outcome_goes_to_one(ordered: bool) -> None:
+async def test_each_outcome_goes_to_one_of_the_consumers(ordered: bool) -> None:
     service = Service()
     service.delay = lambda number: number % 5
     outcomes = stream(service, range(60), window=7, ordered=ordered)
@@ -396,7 +394,7 @@ def test_cancelling_a_consumer_loses_no_outcome(pauses: list[int]) -> None:
     asyncio.run(run())
 
 
-async def test_a_consumer_cancelled_when_its_turn_has_come_passes_the_turn_on() -> None:
+async def test_a_consumer_cancelled_on_its_turn_passes_it_on() -> None:
     service = Service()
     service.delay = lambda number: 3 if number == 0 else 100_000
     async with stream(service, range(2), window=2) as outcomes:
@@ -410,7 +408,7 @@ async def test_a_consumer_cancelled_when_its_turn_has_come_passes_the_turn_on() 
 
 
 async def test_a_consumer_of_a_closed_stream_gets_an_error() -> None:
-    """An early end must not look as if every item had had its outcome."""
+    """An early end must not look as if every item had an outcome."""
     service = Service(held=True)
     outcomes = stream(service, Pulled(), window=4)
     consumer = asyncio.create_task(anext(outcomes))
@@ -420,8 +418,8 @@ async def test_a_consumer_of_a_closed_stream_gets_an_error() -> None:
         await consumer
 
 
-async def test_an_error_that_fails_all_is_raised_even_with_nothing_left_to_pull() -> None:
-    """Whether all was pulled already is a matter of timing; what the caller gets is not."""
+async def test_a_fatal_error_is_raised_after_the_last_item() -> None:
+    """The caller gets the error whether or not the whole input was already pulled."""
     service = Service()
     service.errors = {1: AuthenticationError("no")}
     found = []
@@ -431,8 +429,8 @@ async def test_an_error_that_fails_all_is_raised_even_with_nothing_left_to_pull(
     assert len(found) == 2
 
 
-async def test_what_an_ordered_stream_held_back_is_handed_over_when_it_is_closed() -> None:
-    """Outcomes behind a gap are paid for; cutting the stream off must not lose them."""
+async def test_closing_an_ordered_stream_yields_held_outcomes() -> None:
+    """Outcomes behind a gap are already charged, so closing the stream must not lose them."""
     service = Service()
     service.delay = lambda number: 10_000 if number == 1 else 0
     outcomes = stream(service, range(6), window=6, ordered=True)
@@ -468,7 +466,7 @@ async def test_an_invalid_input_is_refused(items: Any) -> None:
 
 
 @pytest.mark.parametrize("window", [0, -1, 1.5, True, "4"])
-async def test_a_window_is_a_whole_number_from_one(window: Any) -> None:
+async def test_a_window_is_a_positive_integer(window: Any) -> None:
     with pytest.raises(ConfigurationError, match="whole number from 1"):
         stream(Service(), [], window=window)
 
@@ -488,7 +486,7 @@ async def raise_cancelled(*_: Any) -> Any:
 
 
 class Cancelled:
-    """An iterator, synchronous and asynchronous, that raises `CancelledError` in the end."""
+    """A synchronous and asynchronous iterator that ends with `CancelledError`."""
 
     left = 7
 
@@ -510,7 +508,7 @@ async def later_cancelled() -> AsyncIterator[int]:
 
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("items", [Cancelled, later_cancelled])
-async def test_a_cancelled_error_of_the_input_is_raised_after_what_was_in_flight(
+async def test_a_cancelled_input_ends_after_items_in_flight(
     items: Callable[[], Any], ordered: bool
 ) -> None:
     outcomes = stream(Service(), items(), window=3, ordered=ordered)
@@ -555,7 +553,7 @@ async def test_a_cancelled_error_of_other_code_fails_its_item_alone(culprit: str
     ]
 
 
-async def test_a_worker_that_others_cancel_does_not_look_like_the_end_of_the_input() -> None:
+async def test_a_cancelled_worker_does_not_end_the_input() -> None:
     service = Service(held=True)
     outcomes = stream(service, range(40), window=4)
     consumer = asyncio.create_task(anext(outcomes))
@@ -567,7 +565,7 @@ async def test_a_worker_that_others_cancel_does_not_look_like_the_end_of_the_inp
             await consumer
 
 
-async def test_a_stage_whose_end_raises_cancelled_error_is_not_a_cancellation() -> None:
+async def test_a_cancelled_error_on_closing_is_foreign() -> None:
     async def rows() -> AsyncIterator[int]:
         try:
             while True:
@@ -588,7 +586,7 @@ async def test_a_stream_works_on_a_loop_whose_tasks_start_eagerly(asynchronous: 
     loop = asyncio.get_running_loop()
     loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined,unused-ignore]
     service = Service()
-    service.delay = lambda _: 0  # so that an eager task would end before it is known
+    service.delay = lambda _: 0  # an eager task would end before the stream has recorded it
     items = later(range(3000)) if asynchronous else range(3000)
     async with asyncio.timeout(20):
         assert len([o async for o in stream(service, items, window=2000)]) == 3000
@@ -634,7 +632,7 @@ def stream_by_turns(perform: Any, items: Any, *, window: int, convert: Any = by_
     ],
     ids=["quota", "add-on"],
 )
-async def test_what_an_error_stops_is_a_feature_or_a_model_and_the_rest_goes_on(
+async def test_an_error_stops_only_its_feature_or_model(
     error: Exception, stopped: set[type]
 ) -> None:
     service = Service()
@@ -669,7 +667,7 @@ async def test_a_stream_of_one_stopped_kind_ends_at_once() -> None:
 
 
 async def test_a_stream_ends_after_a_window_of_unsent_items() -> None:
-    """Else an endless input would be drained as failures."""
+    """Otherwise, an endless input would be consumed as failures."""
     error = QuotaExceededError("quota", status=429)
     service, items = Service(), Pulled()
 
@@ -687,8 +685,8 @@ async def test_a_stream_ends_after_a_window_of_unsent_items() -> None:
     assert items.pulled == len(found) <= 10 + 6 + 6 + 6
 
 
-async def test_what_waits_for_its_turn_when_its_kind_stops_is_not_sent() -> None:
-    """The check is made again when the request may be sent."""
+async def test_a_waiting_item_of_a_stopped_kind_is_not_sent() -> None:
+    """The stream checks again when the request gets its permit."""
     error = QuotaExceededError("quota", status=429)
     service = Service()
     turn = asyncio.Semaphore(1)
@@ -717,7 +715,7 @@ async def test_what_waits_for_its_turn_when_its_kind_stops_is_not_sent() -> None
 
 @pytest.mark.parametrize("convert", [None, lambda _: 1 / 0, lambda _: None])
 @pytest.mark.parametrize("asynchronous", [False, True])
-async def test_an_input_of_which_nothing_makes_a_request_ends_after_a_hundred_items(
+async def test_an_input_without_requests_ends_after_100_items(
     convert: Any, asynchronous: bool
 ) -> None:
     items = Pulled()
@@ -731,7 +729,7 @@ async def test_an_input_of_which_nothing_makes_a_request_ends_after_a_hundred_it
     assert all(isinstance(outcome, Failed) and outcome.request is None for outcome in found)
 
 
-async def test_bad_items_after_a_good_one_are_their_own_failures_however_many() -> None:
+async def test_bad_items_after_a_good_one_fail_separately() -> None:
     def convert(item: int) -> Captioning:
         if item:
             raise ValueError(item)
@@ -745,7 +743,7 @@ async def test_bad_items_after_a_good_one_are_their_own_failures_however_many() 
 # misuse
 
 
-async def test_a_stream_that_is_used_like_a_list_says_how_to_use_it() -> None:
+async def test_a_stream_used_as_a_list_says_how_to_use_it() -> None:
     outcomes: Any = stream(Service(), range(3))
     with pytest.raises(TypeError, match="async for"):
         for _ in outcomes:
@@ -760,14 +758,14 @@ async def test_a_stream_that_is_used_like_a_list_says_how_to_use_it() -> None:
 
 
 class DataFrame:
-    """Iterates its columns, as those of pandas and polars do."""
+    """Iterates over its columns, like a pandas or polars DataFrame."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(["url"])
 
 
 @pytest.mark.parametrize("items", [{"a": 1}, bytearray(b"x"), memoryview(b"x"), DataFrame()])
-async def test_what_would_be_iterated_by_its_keys_is_refused(items: Any) -> None:
+async def test_an_input_that_iterates_over_keys_is_refused(items: Any) -> None:
     with pytest.raises(InvalidRequestError, match="rows of a table"):
         stream(Service(), items)
 
@@ -775,7 +773,7 @@ async def test_what_would_be_iterated_by_its_keys_is_refused(items: Any) -> None
 # figures
 
 
-async def test_an_outcome_has_the_seconds_of_its_queueing_and_its_attempts() -> None:
+async def test_an_outcome_has_its_waiting_and_attempt_times() -> None:
     clock = ManualClock()
 
     async def perform(work: Any) -> Any:
@@ -801,7 +799,7 @@ async def test_an_outcome_has_the_seconds_of_its_queueing_and_its_attempts() -> 
     assert (second.queued, second.seconds, second.restored) == (3.0, 0.0, False)
 
 
-async def test_consumers_that_give_up_leave_nothing_behind() -> None:
+async def test_cancelled_consumers_leave_nothing_behind() -> None:
     service = Service(held=True)
     outcomes = stream(service, range(3))
     for _ in range(50):
@@ -816,7 +814,7 @@ async def collect(outcomes: OutcomeStream[Any, Any]) -> list[Outcome[Any, Any]]:
     return [outcome async for outcome in outcomes]
 
 
-async def test_a_stopped_stream_sends_nothing_more_and_finishes_what_is_in_flight():
+async def test_a_stopped_stream_finishes_items_in_flight():
     service = Service(held=True)
     running = stream(service, iter(range(100)), window=8)
     taking = asyncio.create_task(collect(running))

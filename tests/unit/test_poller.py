@@ -1,4 +1,4 @@
-"""Polls: when they are made, what they mean, and that they never fail a task with a source."""
+"""Polls: their schedule, their meaning, and that they never fail a task that has a source."""
 
 import asyncio
 import itertools
@@ -47,7 +47,7 @@ class TestIntervals:
         assert intervals == sorted(intervals)
         assert all(after <= 2 * before for before, after in itertools.pairwise(intervals))
 
-    def test_settings_have_their_way(self):
+    def test_settings_override_the_defaults(self):
         settings = Settings(poll_first=2, poll_longest=3)
         assert compute_interval(0, settings, with_source=True) == 2
         assert compute_interval(2, settings, with_source=True) == 3
@@ -101,7 +101,7 @@ class TestPace:
     async def test_a_task_that_is_due_sooner_is_not_kept_waiting_by_another(self, clock):
         async with resolving(clock, poll_first=100) as (service, tracker):
             await submit(tracker)
-            await clock.advance(1)  # now the poller sleeps until that one is due
+            await clock.advance(1)  # now the poller sleeps until that task is due
             attach(tracker, "known-elsewhere")
             await clock.advance(0)
             assert service.when("known-elsewhere") == [1]
@@ -166,7 +166,7 @@ class TestPace:
             assert honest >= len(service.polls) / 2 - 20
             assert len(service.polls) >= 390
 
-    async def test_an_answered_task_is_polled_no_more(self, clock):
+    async def test_an_answered_task_is_not_polled_again(self, clock):
         async with resolving(clock, poll_first=1) as (service, tracker):
             await submit(tracker)
             await clock.advance(2)
@@ -176,7 +176,7 @@ class TestPace:
             assert len(service.polls) == made
             assert tracker.poller.scheduled == 0
 
-    async def test_attached_during_a_poll_it_is_polled_in_one_rhythm(self, clock):
+    async def test_a_task_attached_during_a_poll_has_one_schedule(self, clock):
         service = Service(clock, hold=asyncio.Event())
         async with resolving(clock, service=service, poll_first=10, poll_longest=10) as (
             _,
@@ -209,7 +209,7 @@ class TestCompleted:
             assert error.last_status.state == "completed"
             assert "1200 s" in str(error)
             assert "notification URL" in str(error)
-            assert len(service.polls) == 1  # what is over needs no further poll
+            assert len(service.polls) == 1  # a task that ended needs no further poll
 
     @pytest.mark.parametrize(("source", "grace"), [(None, 1200), (True, 0)])
     async def test_without_a_source_or_grace_the_result_is_missing_at_once(
@@ -263,7 +263,7 @@ class TestCompleted:
             assert service.calls == 2
             assert len(service.polls) == 1
 
-    async def test_the_error_of_the_repeated_call_is_the_tasks(self, clock):
+    async def test_the_error_of_the_repeated_call_fails_the_task(self, clock):
         service = Service(clock, state=lambda _: "completed", repeat=ServerError("broken"))
         async with resolving(clock, service=service, source=None, on_missing_result="analyze") as (
             _,
@@ -363,7 +363,7 @@ class TestPollsThatFail:
         ],
     )
     @pytest.mark.parametrize("source", [True, None])
-    async def test_of_the_moment_are_made_again(self, clock, error, source):
+    async def test_failed_polls_are_repeated(self, clock, error, source):
         service = Service(clock, state=lambda _: error)
         async with resolving(clock, service=service, source=source) as (_, tracker):
             wait = await submit(tracker)
@@ -473,4 +473,4 @@ class TestTimeouts:
             again = attach(tracker, "t1")
             assert again.entry is wait.entry
             await clock.advance(0.1)
-            assert len(service.polls) == made + 1  # it may be over by now
+            assert len(service.polls) == made + 1  # the task may have ended by now

@@ -1,4 +1,4 @@
-"""Progress: the figures, the lines, and the bar of a user's own map."""
+"""Progress: the figures, the lines, and the bar around a user's `map`."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_nothing_done_yet_has_no_rate() -> None:
     assert describe_reading(reading, meter) == "0 of 100 done, 0 failed, –/s, 0:05 elapsed"
 
 
-def test_a_line_names_everything() -> None:
+def test_a_line_shows_every_figure() -> None:
     quota = {"ai_vision": Limit("ai_vision", remaining=12_345), "x": Limit("x")}
     reading, meter = measure(
         (0.0, 0), (10.0, 50), total=1250, tasks=(120, 50, 70), quota=quota, notifications=50
@@ -148,7 +148,7 @@ async def test_a_users_map_has_the_same_bar(terminal: bool) -> None:
         assert not shown.getvalue()  # it took less than half a minute
 
 
-async def test_leaving_early_closes_the_stream_and_the_bar() -> None:
+async def test_leaving_early_closes_the_stream_and_bar() -> None:
     console = Console(file=io.StringIO(), force_terminal=True)
     async with Emulator(latency=0.01) as emulator:
         credentials = Credentials.from_url(emulator.cloudinary_url)
@@ -163,7 +163,7 @@ async def test_leaving_early_closes_the_stream_and_the_bar() -> None:
     assert len(asyncio.all_tasks()) == 1
 
 
-async def test_without_rich_a_sentence_says_what_to_install(
+async def test_without_rich_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "rich.console", None)
