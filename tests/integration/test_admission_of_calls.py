@@ -88,7 +88,7 @@ async def test_a_long_wait_stops_later_streams_too(clock: ManualClock) -> None:
         assert [o.error async for o in session.map(urls(3), Captioning)] == [None] * 3
 
 
-async def test_what_waits_fails_when_the_service_asks_for_too_long(clock: ManualClock) -> None:
+async def test_queued_calls_fail_if_the_service_asks_for_too_long(clock: ManualClock) -> None:
     handler = answer(429, headers={"Retry-After": "3600"})
     async with ScriptedServer(handler) as server, server.session(clock=clock, permits=2) as session:
         async with asyncio.timeout(5):
@@ -114,7 +114,7 @@ class Pacer:
         self.asked.append(self.clock.now)
 
 
-async def test_a_pacer_is_asked_after_a_pause_and_not_before(clock: ManualClock) -> None:
+async def test_a_pacer_is_awaited_only_after_a_pause(clock: ManualClock) -> None:
     pacer = Pacer(clock)
     handler = one_after_the_other(answer(503, headers={"Retry-After": "5"}), CAPTION)
     async with ScriptedServer(handler) as server:
@@ -226,7 +226,7 @@ async def test_an_outage_of_45_seconds_fails_no_item(clock: ManualClock, status:
 
 @pytest.mark.parametrize("status", [500, 503])
 @pytest.mark.parametrize("bad", ["odd", "coco"])
-async def test_what_always_fails_does_not_pass_for_an_outage(
+async def test_images_that_always_fail_are_not_an_outage(
     clock: ManualClock, status: int, bad: str
 ) -> None:
     """Images that the service cannot process, or a model that is down, fill the window."""
@@ -450,7 +450,7 @@ async def test_a_slow_claim_does_not_keep_its_permit(clock: ManualClock, tmp_pat
     await ledger.aclose()
 
 
-async def test_a_claim_that_is_cancelled_leaves_no_slot(clock: ManualClock, tmp_path: Path) -> None:
+async def test_a_cancelled_claim_frees_its_slot(clock: ManualClock, tmp_path: Path) -> None:
     ledger = SlowClaims(tmp_path / "ledger")
     async with ScriptedServer(CAPTION) as server:
         async with server.session(clock=clock, permits=2) as session:

@@ -50,7 +50,7 @@ async def run(emulator: Emulator, count: int, *, permits: int, ordered: bool) ->
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-async def test_a_thousand_items_with_faults_have_one_outcome_and_are_analyzed_once(
+async def test_1000_items_with_faults_are_analyzed_once(
     ordered: bool,
 ) -> None:
     async with Emulator(latency=0.01, faults=UNCHARGED, seed=7) as emulator:
@@ -70,7 +70,7 @@ async def test_a_thousand_items_with_faults_have_one_outcome_and_are_analyzed_on
         assert counts.max_in_flight <= 64
 
 
-async def test_what_was_done_and_not_answered_is_the_only_thing_done_twice() -> None:
+async def test_only_analyses_with_a_lost_response_are_repeated() -> None:
     plan = FaultPlan(drop_response=0.05)
     async with Emulator(faults=plan, seed=7) as emulator:
         assert await run(emulator, 300, permits=32, ordered=False) == Counter(range(300))

@@ -200,7 +200,7 @@ async def test_a_stream_closed_twice_withdraws_the_submission_in_flight(tmp_path
 
 
 @both
-async def test_a_close_with_pending_tasks_calls_and_streams_can_be_cancelled_everywhere(
+async def test_a_busy_close_can_be_cancelled_everywhere(
     late: bool,
 ) -> None:
     """Whenever a close is cancelled, a second one completes it, and every waiter ends."""

@@ -61,7 +61,7 @@ def test_bad_lines_are_numbered_and_do_not_stop_the_rest(
     assert "line 3: 'folder/public_id' is not an http(s) URL" in capfd.readouterr().err
 
 
-def test_each_model_gets_the_parameters_that_are_its_own():
+def test_each_model_gets_only_its_parameters():
     arguments = ["run", "ai_vision_general", "ai-vision-moderation", "ai_vision_tagging"]
     arguments += ["captioning", "--emulator", "--samples", "1"]
     arguments += ["--prompt", "What?", "--prompt", "Where?", "--question", "Is it?"]
@@ -81,7 +81,7 @@ def test_limit_takes_the_first_lines_only(start_emulator: StartEmulator):
     ]
 
 
-def test_results_that_were_there_before_are_kept(capfd: pytest.CaptureFixture[str]):
+def test_earlier_results_are_kept(capfd: pytest.CaptureFixture[str]):
     Path("results.jsonl").write_text("paid for", encoding="utf-8")
     Path("results.jsonl.1").write_text("also", encoding="utf-8")
     assert main(["run", "coco", "--emulator", "--samples", "1"]) == 0
@@ -96,7 +96,7 @@ def test_a_device_is_written_to_and_not_replaced():
     assert Path("/dev/null").is_char_device()
 
 
-def test_without_credentials_both_ways_forward_are_named(capfd: pytest.CaptureFixture[str]):
+def test_missing_credentials_name_both_alternatives(capfd: pytest.CaptureFixture[str]):
     name = write_lines(A)
     for command in (["run", "coco", "--input", name], ["analyze", "coco", A]):
         assert main(command) == 2
@@ -210,7 +210,7 @@ def test_a_failed_item_is_in_the_results_and_in_the_summary(
     assert main(["analyze", "coco", missing]) == 1
 
 
-def test_analyze_prints_the_answer_as_received_when_piped(capfd: pytest.CaptureFixture[str]):
+def test_analyze_prints_the_raw_response_when_piped(capfd: pytest.CaptureFixture[str]):
     assert main(["analyze", "captioning", A, "--emulator"]) == 0
     answer = json.loads(capfd.readouterr().out)
     assert answer["data"]["analysis"]["data"]["caption"]
@@ -253,7 +253,7 @@ def build_items(count: int, models: Sequence[str] = ("coco", "lvis")) -> Iterato
             yield InputItem(line, model)
 
 
-async def test_the_feed_reads_ahead_no_further_than_it_may():
+async def test_the_feed_reads_ahead_within_its_bound():
     """Memory does not depend on the length of the input."""
     read = 0
 
@@ -276,7 +276,7 @@ async def test_the_feed_reads_ahead_no_further_than_it_may():
     assert not feed.exhausted
 
 
-async def test_a_stopped_feed_gives_nothing_more():
+async def test_a_stopped_feed_yields_nothing_more():
     feed = ItemFeed(lambda: (item for item in build_items(3)), 2)
     feed.start()
     items = [await anext(feed) for _ in range(3)]
@@ -289,7 +289,7 @@ async def test_a_stopped_feed_gives_nothing_more():
     assert feed.finished_through == (None, 1)
 
 
-async def test_what_breaks_the_input_comes_after_the_lines_before_it():
+async def test_an_input_error_comes_after_earlier_lines():
     def read() -> Generator[InputItem, None, None]:
         yield from build_items(1, ["coco"])
         raise OSError(5, "Input/output error")
@@ -346,7 +346,7 @@ def test_transient_failures_are_listed_separately():
     )
 
 
-def test_an_output_in_place_of_its_ledger_names_that(capfd: pytest.CaptureFixture[str]):
+def test_an_output_passed_as_a_ledger_names_its_ledger(capfd: pytest.CaptureFixture[str]):
     assert main(["run", "coco", "--emulator", "--samples", "1"]) == 0
     assert main(["export", "results.jsonl", "-o", "x.csv"]) == 2
     assert "The ledger of that run is results.jsonl.ledger" in capfd.readouterr().err

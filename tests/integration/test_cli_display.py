@@ -181,7 +181,7 @@ def test_progress_is_json_too(
     assert progress[0]["done"] < progress[-1]["done"]
 
 
-def test_a_quiet_run_says_how_it_ended_alone(
+def test_a_quiet_run_prints_only_how_it_ended(
     start_emulator: StartEmulator, capfd: pytest.CaptureFixture[str]
 ) -> None:
     start_emulator()

@@ -136,7 +136,7 @@ def test_two_options_that_name_one_file_are_refused(
     ("command", "option"),
     [(command, option) for command in COMMANDS for option in COMMANDS[command]],
 )
-def test_each_path_may_be_spelt_in_any_manner(
+def test_a_path_may_have_any_spelling(
     service: Emulator, command: str, option: str, relation: Callable[[Path], str]
 ):
     paths = dict(COMMANDS[command])
@@ -281,7 +281,7 @@ def test_new_files_are_private_and_modes_are_kept(service: Emulator):
         os.umask(before)
 
 
-def test_what_a_kill_left_is_cleaned_up_by_the_next_run(service: Emulator):
+def test_the_next_run_cleans_up_after_a_kill(service: Emulator):
     for name in ("o.jsonl", "r.html"):
         Path(f".{name}.cloudinary-analyze.part").write_text(
             "half of it, and longer than the rest" * 9999

@@ -159,7 +159,7 @@ def test_several_files_and_patterns_are_one_input(start_emulator: StartEmulator)
     ]
 
 
-def test_a_file_may_be_called_like_a_pattern(start_emulator: StartEmulator):
+def test_a_file_name_may_look_like_a_pattern(start_emulator: StartEmulator):
     start_emulator()
     write_lines(A, name="[x]*.txt")
     assert main(["run", "coco", "--input", "[x]*.txt"]) == 0
@@ -206,7 +206,7 @@ def test_every_kind_of_file_is_an_input(start_emulator: StartEmulator, kind: str
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("output", ["results.jsonl", "-"])
-def test_an_input_without_rows_or_damaged_is_refused(
+def test_an_empty_or_damaged_input_is_refused(
     start_emulator: StartEmulator,
     capfd: pytest.CaptureFixture[str],
     case: tuple[str, bytes, str],
@@ -280,7 +280,7 @@ def test_one_key_for_two_sources_is_refused_with_both_lines(
     assert "line 4: The key 's1' already names another source, in line 2." in err
 
 
-def test_a_key_may_be_signed_again_but_not_be_another_picture(
+def test_a_key_accepts_new_signatures_of_one_image_only(
     start_emulator: StartEmulator, capfd: pytest.CaptureFixture[str]
 ):
     emulator = start_emulator()
@@ -380,7 +380,7 @@ async def test_interrupted_runs_over_an_edited_input_end_in_its_rows(tmp_path: P
 
 
 @pytest.mark.parametrize("first", ["ai_vision_general", "captioning"])
-def test_a_refusal_before_the_other_models_are_read_stops_only_its_model(
+def test_an_early_refusal_stops_only_its_model(
     start_emulator: StartEmulator, monkeypatch: pytest.MonkeyPatch, first: str
 ):
     """The service refuses the first item while the input is still being read."""

@@ -61,7 +61,7 @@ def write_random_input(seed: int) -> tuple[list[str], int]:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_dry_run_says_what_the_run_then_does(
+def test_a_dry_run_predicts_the_run(
     seed: int, start_emulator: StartEmulator, capfd: pytest.CaptureFixture[str]
 ) -> None:
     emulator = start_emulator()
@@ -291,7 +291,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @pytest.mark.slow
-async def test_answers_are_rescued_and_the_next_run_reads_them(tmp_path: Path) -> None:
+async def test_the_next_run_reads_rescued_responses(tmp_path: Path) -> None:
     write_urls(tmp_path, 600)
     ledger = tmp_path / "results.jsonl.ledger"
     run = [*RUN, "--ledger-patience", "1", "--permits", "8"]
@@ -317,7 +317,7 @@ async def test_answers_are_rescued_and_the_next_run_reads_them(tmp_path: Path) -
     assert [record["source"] for record in read_records()] == build_urls(600)
 
 
-def test_a_dry_run_counts_rescued_answers(
+def test_a_dry_run_counts_rescued_responses(
     tmp_path: Path, start_emulator: StartEmulator, capfd: pytest.CaptureFixture[str]
 ) -> None:
     start_emulator()

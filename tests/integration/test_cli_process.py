@@ -19,7 +19,7 @@ from cloudinary_analyze import AnalyzeSession, Captioning, Credentials
 from cloudinary_analyze.emulator import Emulator, FaultPlan
 
 
-async def test_interrupt_finishes_and_writes_what_is_in_flight_and_resumes(tmp_path: Path):
+async def test_an_interrupted_run_writes_results_and_resumes(tmp_path: Path):
     write_urls(tmp_path, 200)
     arguments = ("run", "coco", "lvis", "--input", "urls.txt", "--permits", "8")
     async with Emulator(latency=0.2) as emulator:
@@ -83,7 +83,7 @@ async def test_a_second_interrupt_aborts_at_once(tmp_path: Path):
     assert (tmp_path / "results.jsonl").read_bytes() == b""
 
 
-async def test_a_silent_pipe_neither_blocks_the_calls_nor_the_interrupt(tmp_path: Path):
+async def test_a_silent_pipe_blocks_neither_calls_nor_ctrl_c(tmp_path: Path):
     arguments = ("run", "coco", "--input", "-", "--output", "-")
     async with (
         Emulator() as emulator,
@@ -180,7 +180,7 @@ async def test_a_terminal_shows_progress_with_failures_rate_and_quota(tmp_path: 
         ("ai_vision_general --prompt What?", [r"prompt 1 │ \w"]),
     ],
 )
-async def test_analyze_is_for_reading_on_a_terminal(
+async def test_analyze_prints_readable_text_on_a_terminal(
     tmp_path: Path, arguments: str, shown: list[str]
 ):
     async with Emulator() as emulator:

@@ -47,7 +47,7 @@ def read_results(path: str = "results.jsonl") -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("reset_time", [None, datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC)])
-def test_a_quota_that_runs_out_stops_the_run_and_a_raised_one_lets_it_end(
+def test_a_run_stops_at_its_quota_and_resumes_later(
     reset_time: datetime | None,
     start_emulator: StartEmulator,
     capfd: pytest.CaptureFixture[str],
@@ -101,7 +101,7 @@ def test_permanent_failures_are_sent_again_only_on_request(
     assert [record["status"] for record in read_records()] == ["ok", "error"]
 
 
-def test_what_failed_for_now_is_in_the_results_and_asked_again(
+def test_transient_failures_are_reported_and_retried(
     start_emulator: StartEmulator, capfd: pytest.CaptureFixture[str]
 ):
     start_emulator(faults=FaultPlan(truncated_json=1.0, fault_times=100))
@@ -115,7 +115,7 @@ def test_what_failed_for_now_is_in_the_results_and_asked_again(
     assert [record["status"] for record in read_records()] == ["ok"]
 
 
-def test_signed_urls_that_change_are_known_by_their_key_column(start_emulator: StartEmulator):
+def test_the_key_column_identifies_signed_urls(start_emulator: StartEmulator):
     emulator = start_emulator()
 
     def write(signature: str, *names: str) -> None:
@@ -148,7 +148,7 @@ def test_a_line_without_its_key_is_a_bad_line(start_emulator: StartEmulator):
     assert "'id', which identifies the images, is empty" in bad["error"]["message"]
 
 
-def test_lines_that_were_added_are_asked_and_the_order_is_the_inputs(start_emulator: StartEmulator):
+def test_added_lines_are_sent_and_the_order_is_kept(start_emulator: StartEmulator):
     emulator = start_emulator()
     a, b, c, d = build_urls(4)
     write_lines(a, c)
@@ -164,7 +164,7 @@ def test_lines_that_were_added_are_asked_and_the_order_is_the_inputs(start_emula
     ]
 
 
-def test_results_that_a_changed_command_leaves_out_are_kept_aside(
+def test_results_of_another_command_are_set_aside(
     start_emulator: StartEmulator, capfd: pytest.CaptureFixture[str]
 ):
     emulator = start_emulator()
@@ -186,7 +186,7 @@ def test_results_that_a_changed_command_leaves_out_are_kept_aside(
     assert sorted(Path().iterdir()) == before
 
 
-def test_an_output_that_no_ledger_made_is_kept_aside(start_emulator: StartEmulator):
+def test_an_output_without_a_ledger_is_set_aside(start_emulator: StartEmulator):
     start_emulator()
     write_lines(*build_urls(1))
     Path("results.jsonl").write_text("paid for", encoding="utf-8")

@@ -72,7 +72,7 @@ def test_tasks_of_the_emulator_need_nothing_else(capfd: pytest.CaptureFixture[st
         ("--receive 127.0.0.1:8080 --public-url ftp://x.example/", ("notification URL",)),
     ],
 )
-def test_tasks_without_a_way_for_their_results_are_refused_before_anything_is_sent(
+def test_tasks_whose_results_cannot_arrive_are_refused(
     options: str,
     sentences: tuple[str, ...],
     start_emulator: StartEmulator,
@@ -87,7 +87,7 @@ def test_tasks_without_a_way_for_their_results_are_refused_before_anything_is_se
     assert not emulator.counts.total_received
 
 
-async def test_a_receiver_takes_what_the_service_sends_whatever_happens_to_it(tmp_path: Path):
+async def test_a_receiver_gets_all_results_despite_faults(tmp_path: Path):
     write_urls(tmp_path, 100)
     port = find_free_port()
     receive = ("--receive", f"127.0.0.1:{port}", "--public-url", f"http://127.0.0.1:{port}/hook")
@@ -138,9 +138,7 @@ def redis_server(tmp_path: Path):
     server.kill()
 
 
-async def test_results_come_out_of_redis_where_listen_puts_them(
-    tmp_path: Path, redis_server: RedisServer
-):
+async def test_a_run_reads_results_that_listen_stored(tmp_path: Path, redis_server: RedisServer):
     write_urls(tmp_path, 30)
     redis = ("--redis", redis_server.url)
     async with Emulator() as emulator:
@@ -200,7 +198,7 @@ async def test_no_command_line_needs_the_password_of_redis(
         (True, CALLS, "raise"),
     ],
 )
-def test_what_was_never_delivered_is_paid_for_again_only_if_that_is_wished(
+def test_undelivered_results_are_paid_again_on_request(
     retry_failed: bool, receiving: ReceivingOptions, expected: str
 ):
     plan = RunPlan(
@@ -280,7 +278,7 @@ async def accept_task(emulator: Emulator) -> str:
     return task_id
 
 
-async def test_status_is_json_when_piped_and_for_reading_on_a_terminal(tmp_path: Path):
+async def test_status_is_json_only_when_piped(tmp_path: Path):
     async with Emulator() as emulator:
         task_id = await accept_task(emulator)
         await until(lambda: emulator.tasks[task_id].outcome)

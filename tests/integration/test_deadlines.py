@@ -96,7 +96,7 @@ ENDS = [end_by_timeout_argument, end_by_scope, end_by_wait_for, end_by_cancel, e
 
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("loop", LOOPS)
-def test_a_callers_end_at_the_same_instant_as_the_read_timeout_wins(loop: str, end: Any) -> None:
+def test_a_callers_deadline_wins_over_the_read_timeout(loop: str, end: Any) -> None:
     async def main() -> None:
         async with ScriptedServer(hold) as server:
             async with server.session(**SLOW_RETRIES) as session:
@@ -112,9 +112,7 @@ def test_a_callers_end_at_the_same_instant_as_the_read_timeout_wins(loop: str, e
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("share", [0.5, 1.5])
 @pytest.mark.parametrize("loop", LOOPS)
-def test_a_callers_end_wins_when_the_loop_was_blocked_past_both_deadlines(
-    loop: str, end: Any, share: float
-) -> None:
+def test_a_callers_deadline_wins_after_a_blocked_loop(loop: str, end: Any, share: float) -> None:
     async def main() -> None:
         async with ScriptedServer(hold) as server:
             async with server.session(**SLOW_RETRIES) as session:

@@ -146,7 +146,7 @@ def tags(*names):
         ("ai_vision_tagging", tags("fine", "Not"), "MA_00003", "lower-case alphanumeric"),
     ],
 )
-async def test_a_request_that_breaks_a_rule_learns_which(model, body, code, detail):
+async def test_a_refusal_names_the_broken_rule(model, body, code, detail):
     async with Emulator() as emulator, open_client(emulator) as client:
         status, answer = await call(client, emulator, model, body)
     assert status == 400
@@ -178,7 +178,7 @@ async def test_invalid_json_and_large_or_unknown_requests_get_the_services_error
                 assert "synthetic" in response.headers["Server"]
 
 
-async def test_garbage_never_makes_a_500():
+async def test_garbage_never_causes_a_500():
     rng = random.Random(4)
     values = [None, True, -1, 1e300, "", "\ud7ff", "http://", "poll://", [], {}, ["x"], {"uri": {}}]
 
@@ -195,7 +195,7 @@ async def test_garbage_never_makes_a_500():
             assert status in {200, 202, 400}
 
 
-async def test_a_quota_runs_down_truly_and_then_answers_429():
+async def test_a_quota_decreases_and_then_gives_429():
     reset = datetime(2026, 12, 1, tzinfo=UTC)
     quotas = {"object_detection": 3}
     async with (
@@ -270,7 +270,7 @@ async def test_gallery_pictures_are_served_and_a_missing_one_cannot_be_analyzed(
         ("slow", 200, 1),
     ],
 )
-async def test_a_fault_hits_as_often_as_planned_and_then_the_source_recovers(fault, status, done):
+async def test_a_fault_occurs_as_often_as_planned(fault, status, done):
     plan = FaultPlan(**{fault: 1.0}, fault_times=2, retry_after=0.5, slow_seconds=0.2)
     async with Emulator(faults=plan) as emulator, open_client(emulator) as client:
         url = f"{emulator.url}/v2/analysis/{emulator.cloud_name}/analyze/coco"
@@ -300,7 +300,7 @@ async def test_a_fault_hits_as_often_as_planned_and_then_the_source_recovers(fau
         assert emulator.counts.received["coco", URI] == 3
 
 
-async def test_latency_overlaps_and_the_most_calls_in_flight_are_counted():
+async def test_concurrent_latencies_overlap_and_are_counted():
     async with Emulator(latency=0.2) as emulator, open_client(emulator) as client:
         started = asyncio.get_running_loop().time()
         await asyncio.gather(*(call(client, emulator) for _ in range(20)))

@@ -159,7 +159,7 @@ async def test_the_accounts_url_is_used_when_the_request_names_none():
     ("statuses", "sent", "notified"),
     [([500, 307, 201], 4, True), ([500] * 9, 4, False)],
 )
-async def test_what_is_not_answered_200_comes_again_three_times_at_most(statuses, sent, notified):
+async def test_a_refused_webhook_is_repeated_at_most_3_times(statuses, sent, notified):
     policy = WebhookPolicy(retry_scale=0.0001)
     async with (
         receive(statuses) as receiver,
@@ -175,7 +175,7 @@ async def test_what_is_not_answered_200_comes_again_three_times_at_most(statuses
     assert len({body for body, _ in receiver.got}) == 1
 
 
-async def test_a_receiver_that_is_down_is_tried_again():
+async def test_a_webhook_is_repeated_while_its_receiver_is_down():
     async with receive() as receiver:
         url = receiver.url
     policy = WebhookPolicy(retry_scale=0.0001)
@@ -236,7 +236,7 @@ async def test_the_hook_gets_deliveries_in_process_and_its_errors_count_as_refus
         ("lost", []),
     ],
 )
-async def test_faults_of_notifications_are_acted_out_and_recorded(fault, kinds):
+async def test_notification_faults_occur_and_are_recorded(fault, kinds):
     got = []
     plan = FaultPlan(**{fault: 1.0}, delay_seconds=0.2)
     async with (

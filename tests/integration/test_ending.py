@@ -254,7 +254,7 @@ def test_handles_made_while_the_source_ends_end_too(loop: str) -> None:
 
 
 @one_by_one
-async def test_handles_that_leave_meanwhile_keep_their_own_end() -> None:
+async def test_handles_that_end_meanwhile_keep_their_outcome() -> None:
     source = Source()
     async with build_session(source) as session:
         tasks = accept(session, MANY)

@@ -65,7 +65,7 @@ async def test_a_403_names_the_add_on_that_is_not_subscribed() -> None:
     assert caught.value.feature == "ai_vision"
 
 
-async def test_a_403_that_names_none_still_says_what_to_look_at() -> None:
+async def test_a_403_without_an_add_on_says_what_to_check() -> None:
     async with ScriptedServer(answer(403)) as server, server.session() as session:
         with pytest.raises(PermissionDeniedError, match="add-on is not subscribed") as caught:
             await session.analyze(Captioning(URL))

@@ -72,7 +72,7 @@ async def test_a_handler_awaits_its_own_result(open_worker):
         assert [content["uri"] for _, content in answers] == uris
 
 
-async def test_a_504_carries_the_task_id_and_any_worker_re_attaches_by_it(open_worker):
+async def test_any_worker_re_attaches_by_the_id_of_a_504(open_worker):
     async with (
         Emulator(task_seconds=3600) as emulator,
         open_worker(emulator) as (module, origin),

@@ -15,7 +15,7 @@ from scripted import SAMPLES, URL, ScriptedServer, answer
 from cloudinary_analyze import AnalyzeError, Captioning, Delivery
 
 
-async def test_ever_new_limits_are_forgotten() -> None:
+async def test_the_number_of_remembered_limits_is_bounded() -> None:
     content = json.loads((SAMPLES / "captioning.json").read_bytes())
     numbers = itertools.count()
 
@@ -31,7 +31,7 @@ async def test_ever_new_limits_are_forgotten() -> None:
         assert len(session.quota) == 1000
 
 
-async def test_ever_new_states_of_a_task_fill_no_log(caplog: pytest.LogCaptureFixture) -> None:
+async def test_warnings_about_unknown_states_are_bounded(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     numbers = itertools.count()
 

@@ -126,7 +126,7 @@ async def fail_run(emulator: Emulator, ledger: SQLiteLedger) -> tuple[list[Any],
     return got, caught.value
 
 
-async def test_answers_in_memory_are_handed_over_in_the_end(path: Path) -> None:
+async def test_unrecorded_responses_are_yielded_at_the_end(path: Path) -> None:
     async with Emulator() as emulator:
         async with SQLiteLedger(path, patience=0.3) as ledger:
             got, error = await fail_run(emulator, ledger)
@@ -141,7 +141,7 @@ async def test_answers_in_memory_are_handed_over_in_the_end(path: Path) -> None:
         assert all(not o.unrecorded for o in got if o.error is not None)
 
 
-async def test_rescued_answers_are_not_paid_for_again(path: Path, tmp_path: Path) -> None:
+async def test_rescued_responses_are_not_paid_for_again(path: Path, tmp_path: Path) -> None:
     rescued = tmp_path / "elsewhere" / "rescued.ledger"
     rescued.parent.mkdir()
     async with Emulator() as emulator:
@@ -200,7 +200,7 @@ async def test_open_proves_that_a_record_can_be_written(path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs limits of file sizes")
-async def test_room_on_a_full_disk_lets_the_run_go_on(path: Path) -> None:
+async def test_a_run_continues_once_a_full_disk_has_space(path: Path) -> None:
     async with Emulator() as emulator:
         async with SQLiteLedger(path) as ledger, open_session(emulator) as session:
             got: list[Any] = []

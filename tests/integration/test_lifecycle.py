@@ -123,7 +123,7 @@ def test_another_event_loop_is_one_clear_error() -> None:
         second.close()
 
 
-def test_a_refused_close_on_another_loop_can_still_be_done_on_the_right_one() -> None:
+def test_a_close_refused_on_another_loop_can_be_repeated() -> None:
     """A wrong `aclose` must not leave a session that says closed and has its pool open."""
     first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
     session = first.run_until_complete(AnalyzeSession(DEMO).__aenter__())
@@ -192,7 +192,7 @@ async def test_our_own_pool_is_closed_and_an_injected_one_is_not() -> None:
         ({"closed": True}, "is closed"),
     ],
 )
-async def test_an_injected_session_that_gets_in_the_way_is_refused(
+async def test_an_unsuitable_injected_session_is_refused(
     options: dict[str, Any], said: str
 ) -> None:
     closed = options.pop("closed", False)
@@ -211,7 +211,7 @@ async def test_an_injected_session_that_gets_in_the_way_is_refused(
             await session.__aenter__()
 
 
-async def test_an_injected_session_that_was_closed_meanwhile_is_one_clear_error() -> None:
+async def test_a_closed_injected_session_is_one_clear_error() -> None:
     async with ScriptedServer(CAPTION) as server, aiohttp.ClientSession() as http:
         async with server.session(http=http, permits=4) as session:
             await session.analyze(Captioning(URL))
@@ -223,7 +223,7 @@ async def test_an_injected_session_that_was_closed_meanwhile_is_one_clear_error(
             assert busy(session.stats) == (0, 0, 0)
 
 
-async def test_an_injected_session_that_raises_for_status_or_follows_does_not_interfere() -> None:
+async def test_options_of_an_injected_session_do_not_interfere() -> None:
     async with ScriptedServer(answer(404, sample="error_404_task")) as server:
         async with aiohttp.ClientSession(
             raise_for_status=True, timeout=aiohttp.ClientTimeout(total=0.001)
@@ -257,7 +257,7 @@ async def test_closing_is_idempotent_and_lets_attempts_in_flight_finish() -> Non
         assert busy(session.stats) == (0, 0, 0)
 
 
-async def test_closing_fails_what_queues_for_a_permit_unsent() -> None:
+async def test_closing_fails_queued_calls_unsent() -> None:
     held = Held()
     async with ScriptedServer(held) as server:
         session = await server.session(permits=1).__aenter__()
@@ -274,7 +274,7 @@ async def test_closing_fails_what_queues_for_a_permit_unsent() -> None:
         assert len(server.seen) == 1
 
 
-async def test_closing_wakes_what_sleeps_between_retries(caplog: pytest.LogCaptureFixture) -> None:
+async def test_closing_ends_the_waits_between_retries(caplog: pytest.LogCaptureFixture) -> None:
     handler = answer(503, headers={"Retry-After": "60"})
     async with ScriptedServer(handler) as server:
         session = await server.session().__aenter__()
@@ -289,7 +289,7 @@ async def test_closing_wakes_what_sleeps_between_retries(caplog: pytest.LogCaptu
     assert not caplog.records
 
 
-async def test_closing_with_a_stream_in_retry_sleep_leaves_no_unread_error_behind(
+async def test_closing_a_waiting_stream_leaves_no_unread_error(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.DEBUG, "asyncio")
@@ -309,7 +309,7 @@ async def test_closing_with_a_stream_in_retry_sleep_leaves_no_unread_error_behin
 
 
 @pytest.mark.parametrize("injected", [False, True])
-async def test_a_hanging_answer_does_not_hold_the_close_for_long(
+async def test_a_hanging_response_delays_the_close_briefly(
     monkeypatch: pytest.MonkeyPatch, injected: bool
 ) -> None:
     monkeypatch.setattr("cloudinary_analyze.session.CLOSE_PATIENCE", 0.05)
@@ -345,7 +345,7 @@ async def outcome_of(call: asyncio.Task[Any]) -> BaseException | None:
     return None
 
 
-async def test_a_stream_whose_session_is_closed_does_not_end_as_if_all_were_done() -> None:
+async def test_a_stream_of_a_closed_session_raises() -> None:
     held = Held()
     async with ScriptedServer(held) as server:
         session = await server.session(permits=2).__aenter__()
@@ -365,7 +365,7 @@ async def test_a_stream_whose_session_is_closed_does_not_end_as_if_all_were_done
         assert len(found) < 20
 
 
-async def test_analyze_all_has_an_outcome_for_each_even_when_the_session_is_closed() -> None:
+async def test_analyze_all_has_all_outcomes_after_a_close() -> None:
     held = Held()
     async with ScriptedServer(held) as server:
         session = await server.session(permits=2).__aenter__()
@@ -444,7 +444,7 @@ async def test_a_second_close_ends_when_the_first_is_cancelled() -> None:
 
 
 @pytest.mark.parametrize("first", ["input", "outside"])
-async def test_an_input_that_closes_the_session_in_its_clean_up_hangs_nothing(first: str) -> None:
+async def test_an_input_may_close_the_session_in_its_clean_up(first: str) -> None:
     async def rows() -> AsyncIterator[str]:
         try:
             yield URL
@@ -462,7 +462,7 @@ async def test_an_input_that_closes_the_session_in_its_clean_up_hangs_nothing(fi
         assert session._connection.closed.done()  # type: ignore[union-attr]
 
 
-async def test_a_close_in_the_turn_in_which_a_permit_is_granted_fails_that_call() -> None:
+async def test_a_close_fails_a_call_that_just_got_its_permit() -> None:
     """Whether or not a pause began in that turn, too."""
     for throttled in (False, True):
         async with asyncio.timeout(10), ScriptedServer(CAPTION) as server:
@@ -521,12 +521,12 @@ async def test_a_notification_url_may_be_a_url_object(url: Any) -> None:
     "url",
     [b"https://example.com/", 7, ["https://example.com/"], object(), Path("/x"), "ftp://x", ""],
 )
-def test_another_notification_url_is_refused_at_once(url: Any) -> None:
+def test_an_invalid_notification_url_is_refused_at_once(url: Any) -> None:
     with pytest.raises(ConfigurationError):
         AnalyzeSession(DEMO, notifications=asyncio.Queue(), notification_url=url)
 
 
-async def test_the_quota_follows_a_renewal_of_which_no_reset_time_is_sent() -> None:
+async def test_the_quota_follows_a_reset_without_a_reset_time() -> None:
     left = iter([5, 4, 3, 100_000, 99_000, 98_000])
     sample = json.loads((SAMPLES / "captioning.json").read_bytes())
 

@@ -66,7 +66,7 @@ async def test_a_budget_that_suffices_stops_nothing() -> None:
     assert (len(found), error, spent.units) == (60, None, {FEATURE: 60})
 
 
-async def test_restored_responses_and_shared_calls_cost_nothing(tmp_path: Path) -> None:
+async def test_restored_and_shared_responses_cost_nothing(tmp_path: Path) -> None:
     items = [url for url in URLS for _ in range(3)]
     async with Emulator() as emulator:
         for run in range(1, 5):

@@ -97,7 +97,7 @@ class Recorder(Ledger):
 # calls
 
 
-async def test_what_is_done_is_yielded_from_the_ledger_and_the_rest_is_asked_again(path):
+async def test_finished_items_are_restored_and_others_are_sent(path):
     error = {"error": {"message": "no"}}
     faults = {
         "1.jpg": answer(400, error),
@@ -142,7 +142,7 @@ async def test_an_outcome_is_yielded_only_once_its_record_is_durable():
     assert ledger.owner == {"base_url": server.url, "cloud_name": "demo"}
 
 
-async def test_equal_keys_in_flight_share_one_call_in_and_between_streams(path):
+async def test_equal_keys_in_flight_share_one_call(path):
     released = asyncio.Event()
 
     async def handle(request):
@@ -169,7 +169,7 @@ async def test_equal_keys_in_flight_share_one_call_in_and_between_streams(path):
     assert all(outcome.seconds > 0 for outcome in outcomes)
 
 
-async def test_when_the_one_who_asks_is_cancelled_another_asks(path):
+async def test_another_item_sends_if_the_sender_is_cancelled(path):
     released = asyncio.Event()
 
     async def handle(request):
@@ -221,7 +221,7 @@ async def test_a_key_identifies_sources_that_change(path):
         assert len(server.seen) == 6  # another model, another key
 
 
-async def test_arguments_that_do_not_fit_are_refused_with_a_sentence(path):
+async def test_arguments_that_do_not_fit_are_refused(path):
     async with ScriptedServer(CAPTION) as server, server.session() as session:
         with pytest.raises(ConfigurationError, match="pass `ledger` too"):
             session.map(URLS, Captioning, key=str)
@@ -253,7 +253,7 @@ async def test_a_slow_consumer_holds_the_window(path):
 
 
 @pytest.mark.parametrize("cause", [LedgerError("The disk is full."), OSError("gone")])
-async def test_a_ledger_that_breaks_stops_the_stream_and_nothing_more_is_sent(cause):
+async def test_a_broken_ledger_stops_the_stream(cause):
     ledger = Recorder()
     ledger.left, ledger.broken = 5, cause
     endless = (f"https://example.com/{n}.jpg" for n in range(10**6))
@@ -283,7 +283,7 @@ async def test_a_ledger_that_cannot_be_opened_fails_before_anything_is_pulled(pa
     assert not pulled
 
 
-async def test_an_error_that_fails_all_alike_stops_the_stream_and_is_not_recorded(path):
+async def test_an_error_of_all_items_stops_the_stream_unrecorded(path):
     async with ScriptedServer(answer(401, {"error": {"message": "who?"}})) as server:
         async with SQLiteLedger(path) as ledger, server.session(permits=1) as session:
             with pytest.raises(BulkStoppedError) as caught:
@@ -374,7 +374,7 @@ async def test_leaving_the_stream_records_submissions_in_flight(path):
 
 
 @pytest.mark.parametrize("with_source", [False, True])
-async def test_a_task_that_the_service_forgot_is_submitted_again(path, with_source):
+async def test_a_task_unknown_to_the_service_is_submitted_again(path, with_source):
     """Otherwise every later run would wait for it until its timeout."""
     service = TaskService()
     service.known = False
@@ -424,7 +424,7 @@ async def test_a_result_that_was_not_delivered_is_not_recorded(path):
 # a failure of a task is judged like that of a call
 
 
-async def test_a_task_that_failed_for_now_is_submitted_again_by_the_next_run(path):
+async def test_the_next_run_repeats_transient_task_failures(path):
     service = TaskService()
     async with ScriptedServer(service) as server:
         async with SQLiteLedger(path) as ledger, service.session(server) as session:
@@ -449,7 +449,7 @@ async def test_a_task_that_failed_for_now_is_submitted_again_by_the_next_run(pat
 # what outcomes and ledgers report
 
 
-async def test_a_restored_outcome_says_so_and_how_long_its_attempts_took(path):
+async def test_a_restored_outcome_has_its_recorded_duration(path):
     faults = {"1.jpg": answer(400, {"error": {"message": "no"}})}
     async with ScriptedServer(by_source(faults)) as server:
         for run in range(2):
@@ -466,7 +466,7 @@ async def test_a_restored_outcome_says_so_and_how_long_its_attempts_took(path):
         assert len(server.seen) == 3
 
 
-async def test_every_item_of_any_stream_can_be_read_from_the_ledger_again(path):
+async def test_a_ledger_keeps_the_items_of_all_its_streams(path):
     """The items of two streams over one ledger are all there, however often they run."""
     async with ScriptedServer(CAPTION) as server:
         for _ in range(2):
@@ -567,7 +567,7 @@ async def test_a_denied_claim_waits_and_asks_the_ledger_again():
         assert ledger.noted == {"source": URLS[0], "model": "captioning", "index": 0}
 
 
-async def test_what_another_worker_answers_meanwhile_is_restored():
+async def test_results_of_another_worker_are_restored():
     ledger = Claims(None)
     raw = {"data": {"analysis": {"data": {"caption": "theirs"}, "model_version": 1.0}}}
     ledger.on_watch = LedgerRecord(key="x", response=raw, seconds=2.0)
@@ -603,7 +603,7 @@ async def test_an_ambiguous_claim_counts_as_a_repeated_attempt_or_fails_unsent()
         assert len(server.seen) == 1
 
 
-async def test_a_passing_error_releases_the_claim_and_a_final_one_records_it():
+async def test_a_claim_is_released_or_its_final_error_recorded():
     faults = {"0.jpg": answer(503), "1.jpg": answer(400), "2.jpg": answer(500)}
     async with ScriptedServer(by_source(faults)) as server:
         async with server.session(attempts=1) as session:

@@ -62,7 +62,7 @@ class Tokens:
         return Credentials("demo", oauth_token=self)
 
 
-async def test_it_is_asked_when_a_session_opens_and_after_a_401() -> None:
+async def test_a_token_is_fetched_at_opening_and_after_a_401() -> None:
     tokens = Tokens()
     async with ScriptedServer(tokens.handle) as server:
         async with server.session(credentials=tokens.credentials) as session:

@@ -149,7 +149,7 @@ async def test_an_odd_answer_is_a_clear_error(name: str) -> None:
         assert error.model == "captioning"
 
 
-async def test_a_compressed_body_that_breaks_off_is_an_error_of_the_tree() -> None:
+async def test_a_truncated_compressed_body_is_an_analyze_error() -> None:
     data = head(20, b"Content-Encoding: gzip") + gzip.compress(GOOD)[:20]
     async with ScriptedServer(wire(data)) as server, server.session(attempts=1) as session:
         async with asyncio.timeout(10):
@@ -276,7 +276,7 @@ async def test_a_refused_connection_is_not_ambiguous() -> None:
     assert (caught.value.attempts, caught.value.ambiguous) == (2, False)
 
 
-async def test_nothing_of_an_odd_but_good_answer_is_lost() -> None:
+async def test_a_good_response_of_odd_shape_is_kept_whole() -> None:
     content: dict[str, Any] = {
         "data": {"analysis": {"tags": {"a": 5}, "x": [1]}, "y": 1},
         "limits": None,

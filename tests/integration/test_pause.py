@@ -117,7 +117,7 @@ async def test_other_failures_pause_no_other(handler: Any) -> None:
         assert (session.stats.pauses, session.stats.permits_allowed) == (0, 64)
 
 
-async def test_a_503_with_retry_after_pauses_everybody(clock: ManualClock) -> None:
+async def test_a_503_with_retry_after_pauses_the_session(clock: ManualClock) -> None:
     handler = answer(503, headers={"Retry-After": "5"})
     async with ScriptedServer(handler) as server:
         async with server.session(clock=clock, attempts=1) as session:
@@ -141,7 +141,7 @@ async def by_model(request: web.Request) -> web.StreamResponse:
     return await (QUOTA if name == "ai_vision_general" else CAPTION)(request)
 
 
-async def test_a_used_up_quota_closes_its_feature_alone_until_a_probe_succeeds(
+async def test_a_used_up_quota_closes_its_feature_until_a_probe(
     clock: ManualClock,
 ) -> None:
     async with ScriptedServer(by_model) as server, server.session(clock=clock) as session:
@@ -190,7 +190,7 @@ async def test_a_reset_time_from_the_service_is_waited_for(clock: ManualClock, s
     assert len(server.seen) == 2
 
 
-async def test_an_answer_of_before_the_quota_error_does_not_open_the_way_again(
+async def test_a_response_from_before_a_quota_error_reopens_nothing(
     clock: ManualClock,
 ) -> None:
     """Calls in flight when the quota ends still succeed; that proves nothing about the next."""
@@ -215,7 +215,7 @@ async def test_an_answer_of_before_the_quota_error_does_not_open_the_way_again(
     assert len(server.seen) == 2
 
 
-async def test_what_queued_for_a_permit_when_the_quota_ended_is_not_sent() -> None:
+async def test_queued_calls_of_a_used_up_quota_are_not_sent() -> None:
     async with ScriptedServer(QUOTA) as server, server.session(permits=2) as session:
         results = await asyncio.gather(
             *(session.analyze(VISION) for _ in range(20)), return_exceptions=True
@@ -225,7 +225,7 @@ async def test_what_queued_for_a_permit_when_the_quota_ended_is_not_sent() -> No
         assert busy(session.stats) == (0, 0, 0)
 
 
-async def test_a_call_that_may_be_charged_says_so_when_its_quota_ends_meanwhile(
+async def test_a_quota_error_keeps_an_earlier_ambiguity(
     clock: ManualClock,
 ) -> None:
     """The last error is that nothing was sent, but an attempt before it was."""
@@ -241,7 +241,7 @@ async def test_a_call_that_may_be_charged_says_so_when_its_quota_ends_meanwhile(
     assert len(server.seen) == 2
 
 
-async def test_a_call_that_was_not_sent_is_not_said_to_be_charged_for_anothers_sake() -> None:
+async def test_an_unsent_call_does_not_inherit_ambiguity() -> None:
     handlers = one_after_the_other(answer(502), QUOTA)
     async with ScriptedServer(handlers) as server, server.session() as session:
         with pytest.raises(QuotaExceededError) as first:
@@ -251,7 +251,7 @@ async def test_a_call_that_was_not_sent_is_not_said_to_be_charged_for_anothers_s
     assert (first.value.ambiguous, second.value.ambiguous) == (True, False)
 
 
-async def test_another_models_quota_is_its_own() -> None:
+async def test_an_unknown_models_quota_is_separate() -> None:
     async with ScriptedServer(QUOTA) as server, server.session() as session:
         with pytest.raises(QuotaExceededError):
             await session.analyze(OtherModel("new_model", URL))
@@ -288,7 +288,7 @@ async def test_the_session_keeps_the_lowest_remainder(sample: Any) -> None:
         assert session.quota["object_detection"].limit == 500
 
 
-async def test_a_probe_that_meets_a_passing_failure_is_repeated(clock: ManualClock) -> None:
+async def test_a_probe_with_a_transient_failure_is_repeated(clock: ManualClock) -> None:
     async with ScriptedServer(QUOTA) as server, server.session(clock=clock) as session:
         with pytest.raises(QuotaExceededError):
             await session.analyze(VISION)

@@ -84,7 +84,7 @@ async def test_receivers_sources_and_ledgers_refuse(tmp_path: Any) -> None:
         check_refuses(ledger)
 
 
-async def test_whatever_holds_credentials_refuses() -> None:
+async def test_objects_with_credentials_refuse() -> None:
     """Serializers of task queues also follow `__reduce_ex__` of what a session is made of."""
     async with ScriptedServer(CAPTION) as server, server.session() as session:
         seen: set[int] = set()

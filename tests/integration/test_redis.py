@@ -239,7 +239,7 @@ async def test_a_webhook_that_one_process_received_resolves_the_future_in_anothe
             assert (await task).analysis.caption == "Found"
 
 
-async def test_what_came_hours_before_the_process_started_is_found(open_worker, shared, namespace):
+async def test_deliveries_from_before_the_start_are_found(open_worker, shared, namespace):
     """Its age is judged at its first receipt, not when it is read."""
     hours_ago = ManualClock(started_at=time.time() - 10 * 3600)
     async with RedisNotifications(shared.url, namespace=namespace) as sink:
@@ -304,7 +304,7 @@ async def test_only_the_tasks_that_are_awaited_here_are_read(shared, namespace):
         assert notifications._awaited == {}
 
 
-async def test_tasks_that_are_no_longer_asked_for_are_forgotten(shared, namespace, clock):
+async def test_tasks_that_are_no_longer_fetched_are_forgotten(shared, namespace, clock):
     async with RedisNotifications(shared.url, namespace=namespace, clock=clock) as notifications:
         await notifications.fetch(["abandoned", "pending"])
         await clock.advance(100)
@@ -323,7 +323,7 @@ async def test_keys_are_namespaced_and_expire(shared, namespace):
         assert 0 < await client.pttl(f"{namespace}:delivery:t1") <= 60_000
 
 
-async def test_what_answers_no_task_has_no_mailbox(shared, namespace):
+async def test_a_delivery_without_a_task_has_no_mailbox(shared, namespace):
     async with RedisNotifications(shared.url, namespace=namespace) as notifications:
         with pytest.raises(MalformedNotificationError):
             await notifications.put(build_delivery("", notification_type="upload"))
@@ -348,9 +348,7 @@ async def test_an_unreadable_mailbox_is_counted_skipped_and_replaced(shared, nam
     assert "t1" in caplog.text
 
 
-async def test_a_gap_in_the_stream_makes_everything_pending_be_fetched(
-    open_worker, monkeypatch, caplog
-):
+async def test_after_a_gap_all_pending_tasks_are_fetched(open_worker, monkeypatch, caplog):
     """A process that was away for longer than the stream remembers still finds its results."""
     monkeypatch.setattr(room, "WAKE_UPS", 200)
     monkeypatch.setattr(room, "BATCH", 100)
@@ -396,9 +394,7 @@ async def test_a_stream_that_is_quiet_for_long_is_waited_for_again(shared, names
             assert (await listening).body == build_answer("t1")
 
 
-async def test_many_wake_ups_are_not_a_gap_as_long_as_none_was_trimmed(
-    shared, namespace, monkeypatch
-):
+async def test_many_untrimmed_wake_ups_are_not_a_gap(shared, namespace, monkeypatch):
     monkeypatch.setattr(room, "BATCH", 10)
     ids = [f"t{number}" for number in range(35)]
     async with RedisNotifications(shared.url, namespace=namespace) as notifications:
@@ -409,7 +405,7 @@ async def test_many_wake_ups_are_not_a_gap_as_long_as_none_was_trimmed(
             assert [(await anext(listening)).body for _ in ids] == [build_answer(i) for i in ids]
 
 
-async def test_listening_ends_when_it_is_cancelled_whatever_it_was_about_to_do(shared, namespace):
+async def test_listening_can_be_cancelled_at_any_step(shared, namespace):
     """Libraries below may swallow a cancellation; closing a session must not wait for them."""
     async with RedisNotifications(shared.url, namespace=namespace) as notifications:
         for steps in range(12):
@@ -426,9 +422,7 @@ async def test_listening_ends_when_it_is_cancelled_whatever_it_was_about_to_do(s
             await source.aclose()
 
 
-async def test_a_redis_that_hangs_makes_the_sender_try_again_and_blocks_nothing(
-    tmp_path, namespace, clock
-):
+async def test_a_hanging_redis_gives_503_and_blocks_nothing(tmp_path, namespace, clock):
     server = start_redis(tmp_path)
     try:
         async with RedisNotifications(
@@ -456,9 +450,7 @@ async def test_a_redis_that_hangs_makes_the_sender_try_again_and_blocks_nothing(
         server.kill()
 
 
-async def test_what_was_stored_while_the_connection_was_cut_is_found_afterwards(
-    tmp_path, open_worker
-):
+async def test_deliveries_during_a_lost_connection_are_found(tmp_path, open_worker):
     """Redis is killed with -9 under a session and comes back with a delivery it never announced."""
     server = start_redis(tmp_path)
     try:
@@ -483,9 +475,7 @@ async def test_what_was_stored_while_the_connection_was_cut_is_found_afterwards(
         server.kill()
 
 
-async def test_a_redis_that_lost_everything_and_whose_clock_is_behind_still_wakes(
-    tmp_path, open_worker
-):
+async def test_an_emptied_redis_with_a_late_clock_still_wakes(tmp_path, open_worker):
     """For example, after a failover to a replica that lags. The cursor is reset."""
     server = start_redis(tmp_path)
     try:
@@ -513,9 +503,7 @@ async def count_transactions(client):
     return (await client.info("commandstats")).get("cmdstat_exec", {}).get("calls", 0)
 
 
-async def test_a_burst_is_stored_in_few_round_trips_and_each_put_returns_once_it_is(
-    shared, namespace
-):
+async def test_a_burst_is_stored_in_few_round_trips(shared, namespace):
     async with RedisNotifications(shared.url, namespace=namespace) as notifications:
         client = notifications._connect()
         before = await count_transactions(client)
@@ -558,7 +546,7 @@ async def test_cancelling_a_put_disturbs_no_other(shared, namespace, steps):
         assert not notifications._waiting
 
 
-async def test_what_redis_refuses_fails_and_what_comes_later_is_stored(tmp_path, namespace):
+async def test_after_a_refusal_later_deliveries_are_stored(tmp_path, namespace):
     server = start_redis(tmp_path)
     try:
         async with RedisNotifications(server.url, namespace=namespace) as notifications:
@@ -593,7 +581,7 @@ async def test_thousands_that_wait_for_a_dead_redis_fail_together(tmp_path, name
         assert all(isinstance(result, RedisError) for result in results)
 
 
-async def test_closing_stores_what_waits(shared, namespace):
+async def test_closing_stores_waiting_deliveries(shared, namespace):
     notifications = RedisNotifications(shared.url, namespace=namespace)
     puts = [asyncio.create_task(notifications.put(build_delivery(f"t{n}"))) for n in range(700)]
     await asyncio.sleep(0)

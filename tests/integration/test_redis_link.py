@@ -82,7 +82,7 @@ async def test_commands_do_not_wait_for_earlier_replies(scripted):
     assert await second == b"2"
 
 
-async def test_a_broken_connection_repeats_what_has_no_reply(scripted):
+async def test_a_broken_connection_repeats_unanswered_commands(scripted):
     server, link, prepared = scripted
     server.break_after = 1
     await link.ask("PING")
@@ -106,7 +106,7 @@ async def test_more_commands_than_may_be_unanswered_all_arrive(scripted):
     assert await asyncio.gather(*asks) == [b"%d" % number for number in range(3000)]
 
 
-async def test_closing_ends_what_has_no_reply(scripted):
+async def test_closing_ends_unanswered_commands(scripted):
     server, link, _ = scripted
     asks = [asyncio.ensure_future(link.ask("ECHO", number)) for number in range(3)]
     await until(lambda: server.connections and len(server.connections[0]) == 3)

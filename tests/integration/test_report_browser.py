@@ -297,7 +297,7 @@ async def check_boxes(page, image, source):
             assert any(hits), (edge, shape, pixels)
 
 
-async def test_models_of_one_picture_share_a_card_and_filters_choose_among_them(page, tmp_path):
+async def test_filters_select_models_that_share_a_card(page, tmp_path):
     lines = [
         build_line(0, "https://a.invalid/1.png", "coco", tag("dog")),
         build_line(1, "https://a.invalid/1.png", "captioning", {"data": {"caption": "A dog."}}),
@@ -401,9 +401,7 @@ async def test_markup_in_the_data_is_shown_and_never_run(page, tmp_path):
     assert asked <= pictures | {(tmp_path / "report.html").as_uri()}
 
 
-async def test_ten_thousand_results_open_at_once_and_only_those_in_view_are_in_the_page(
-    page, tmp_path
-):
+async def test_10_000_results_open_and_only_those_in_view_are_drawn(page, tmp_path):
     async with Emulator() as emulator:
         source = emulator.sample_url(0).rsplit("/", 1)[0]
         entries = [

@@ -38,7 +38,7 @@ from cloudinary_analyze.testing import ManualClock
 
 
 @pytest.mark.parametrize("status", [408, 420, 423, 429, 500, 501, 502, 503, 504])
-async def test_a_passing_failure_is_repeated_until_it_is_well(status: int) -> None:
+async def test_a_transient_failure_is_retried_until_it_succeeds(status: int) -> None:
     handler = one_after_the_other(answer(status), answer(status), CAPTION)
     events: list[Any] = []
     async with ScriptedServer(handler) as server:
@@ -66,7 +66,7 @@ async def test_a_refusal_is_sent_once(status: int) -> None:
     assert len(server.seen) == 1
 
 
-async def test_a_broken_connection_is_repeated() -> None:
+async def test_a_request_on_a_lost_connection_is_retried() -> None:
     handler = one_after_the_other(hang_up(), CAPTION)
     async with ScriptedServer(handler) as server, server.session() as session:
         await session.analyze(Captioning(URL))
@@ -75,7 +75,7 @@ async def test_a_broken_connection_is_repeated() -> None:
 
 
 @pytest.mark.parametrize("attempts", [1, 2, 6])
-async def test_attempts_are_counted_and_come_to_an_end(attempts: int) -> None:
+async def test_attempts_are_counted_and_limited(attempts: int) -> None:
     async with ScriptedServer(answer(503)) as server, server.session(attempts=attempts) as session:
         with pytest.raises(ServerError) as caught:
             await session.analyze(Captioning(URL))
@@ -84,7 +84,7 @@ async def test_attempts_are_counted_and_come_to_an_end(attempts: int) -> None:
 
 
 @pytest.mark.parametrize("handler", [answer(500), answer(502), answer(504), hang_up()])
-async def test_without_retry_ambiguous_a_perhaps_charged_call_is_sent_once(handler: Any) -> None:
+async def test_retry_ambiguous_off_sends_ambiguous_calls_once(handler: Any) -> None:
     async with ScriptedServer(handler) as server, server.session(retry_ambiguous=False) as session:
         with pytest.raises((ServerError, TransportError), match="may have been accepted") as caught:
             await session.analyze(Captioning(URL))
@@ -93,14 +93,14 @@ async def test_without_retry_ambiguous_a_perhaps_charged_call_is_sent_once(handl
 
 
 @pytest.mark.parametrize("status", [408, 429, 503])
-async def test_without_retry_ambiguous_a_surely_free_call_is_still_repeated(status: int) -> None:
+async def test_retry_ambiguous_off_retries_uncharged_calls(status: int) -> None:
     handler = one_after_the_other(answer(status), CAPTION)
     async with ScriptedServer(handler) as server, server.session(retry_ambiguous=False) as session:
         await session.analyze(Captioning(URL))
     assert len(server.seen) == 2
 
 
-async def test_an_earlier_ambiguity_is_not_forgotten_by_the_last_error() -> None:
+async def test_the_last_error_keeps_an_earlier_ambiguity() -> None:
     handler = one_after_the_other(answer(500), answer(400))
     async with ScriptedServer(handler) as server, server.session() as session:
         with pytest.raises(BadRequestError, match="may have been accepted") as caught:
@@ -117,7 +117,7 @@ def in_seconds(clock: ManualClock, seconds: float) -> str:
     ("asked", "seconds"),
     [("7", 7), ("7.5", 7.5), ("date", 7), ("-1", 0), ("nan", 0), ("soon", 0), ("1e999", 0)],
 )
-async def test_the_servers_wait_is_kept_and_garbage_is_not_one(
+async def test_retry_after_is_honored_and_garbage_is_ignored(
     clock: ManualClock, status: int, asked: str, seconds: float
 ) -> None:
     header = in_seconds(clock, 7) if asked == "date" else asked
@@ -134,7 +134,7 @@ async def test_the_servers_wait_is_kept_and_garbage_is_not_one(
         assert seconds <= clock.now <= seconds * 1.1 + 0.5
 
 
-async def test_a_server_that_asks_for_too_long_is_not_waited_for(clock: ManualClock) -> None:
+async def test_too_long_a_retry_after_fails_the_call(clock: ManualClock) -> None:
     handler = answer(503, headers={"Retry-After": "121"})
     async with ScriptedServer(handler) as server, server.session(clock=clock) as session:
         async with asyncio.timeout(5):
@@ -206,7 +206,7 @@ async def test_the_call_timeout_ends_an_attempt_and_says_it_may_be_charged(
         assert busy(session.stats) == (0, 0, 0)
 
 
-async def test_a_timeout_in_a_wait_remembers_the_ambiguous_attempt_before_it(
+async def test_a_timeout_in_a_wait_keeps_an_earlier_ambiguity(
     clock: ManualClock,
 ) -> None:
     handler = answer(500, headers={"Retry-After": "60"})
@@ -217,7 +217,7 @@ async def test_a_timeout_in_a_wait_remembers_the_ambiguous_attempt_before_it(
     assert len(server.seen) == 1
 
 
-async def test_a_pacer_is_asked_once_for_each_attempt() -> None:
+async def test_a_pacer_is_awaited_once_per_attempt() -> None:
     asked: list[int] = []
 
     class Pacer:

@@ -44,7 +44,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("model", MODELS)
-async def test_every_model_is_asked_at_its_path_and_answered(model: str) -> None:
+async def test_every_model_is_called_at_its_path(model: str) -> None:
     async with ScriptedServer(answer(sample=model)) as server, server.session() as session:
         request = MODELS[model](URL, **PARAMETERS.get(model, {}))
         response = await session.analyze(request)
@@ -148,7 +148,7 @@ async def test_map_over_different_models_gives_each_its_type() -> None:
     assert [type(o.unwrap().analysis) for o in outcomes] == [r.analysis_type for r in requests]
 
 
-async def test_analyze_all_gives_one_outcome_for_each_even_when_the_stream_stops() -> None:
+async def test_analyze_all_has_all_outcomes_of_a_stopped_stream() -> None:
     async with ScriptedServer(answer(401, sample="error_401")) as server:
         async with server.session(permits=2) as session:
             outcomes = await session.analyze_all(requests_of(30, Captioning))
@@ -173,7 +173,7 @@ async def test_a_call_timeout_of_an_item_is_its_outcome_and_stops_nothing() -> N
     assert isinstance(failed[0].error, TimeoutError)
 
 
-async def test_a_call_whose_time_is_over_is_not_sent() -> None:
+async def test_an_expired_call_is_not_sent() -> None:
     """On a warm connection the request would be written, and charged, before the first yield."""
     async with ScriptedServer(CAPTION) as server, server.session() as session:
         await session.analyze(Captioning(URL))
@@ -258,7 +258,7 @@ async def test_the_default_body_is_what_the_service_expects_byte_for_byte() -> N
     assert "ä".encode() in server.seen[0].body
 
 
-def test_the_types_are_what_the_type_level_tests_say() -> None:
+def test_mypy_infers_the_promised_types() -> None:
     """`tests/typing/session.py` holds the promises; mypy reads them."""
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary"]

@@ -170,7 +170,7 @@ def test_refused_credentials_become_outcomes(emulate):
         assert any(isinstance(outcome.error, BulkStoppedError) for outcome in outcomes)
 
 
-def test_answers_in_the_ledger_are_shown_whatever_stops(emulate, build_ledger):
+def test_recorded_responses_are_returned_after_a_stop(emulate, build_ledger):
     with emulate(quotas={"object_detection": 5}) as emulator:
         stage = AnalyzeStage(Captioning, settings=SETTINGS, ledger=build_ledger())
         stage(URLS[-5:])

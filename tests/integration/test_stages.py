@@ -62,7 +62,7 @@ def is_idle(session):
     return busy(session.stats) == (0, 0, 0)
 
 
-async def test_only_what_the_first_stage_lets_through_is_asked_and_resumes_from_one_ledger(
+async def test_chained_stages_resume_from_one_ledger(
     tmp_path,
 ):
     path = tmp_path / "a.ledger"
@@ -84,7 +84,7 @@ async def test_only_what_the_first_stage_lets_through_is_asked_and_resumes_from_
             assert set(emulator.counts.done.values()) == {1}
 
 
-async def test_a_consumer_that_stops_taking_stops_the_first_stage(tmp_path):
+async def test_a_paused_consumer_stops_the_first_stage(tmp_path):
     items = Pulled()
     async with ScriptedServer(by_model()) as server, server.session() as session:
         found = find_captioned(session, items, window=5)
@@ -144,7 +144,7 @@ async def test_cancelling_the_consumer_cancels_both_stages():
 
 
 @pytest.mark.parametrize("stage", ["first", "second"])
-async def test_a_stage_that_stops_stops_the_other_and_says_why(stage):
+async def test_a_stopped_stage_stops_the_other_with_its_reason(stage):
     refused = answer(sample="error_403_subscription", status=403)
     handler = by_model(caption=refused) if stage == "first" else by_model(moderation=refused)
     items = Pulled()

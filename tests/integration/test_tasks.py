@@ -82,7 +82,7 @@ class TestAwaiting:
             assert task.exception() is None
             assert idle(session) == (0, 0, 0, 0)
 
-    async def test_every_way_of_asyncio_to_wait(self):
+    async def test_every_asyncio_function_can_wait(self):
         """gather, as_completed, wait_for, timeout, shield, TaskGroup, and wait by as_future."""
         async with connected(task_seconds=0.1) as (_, session):
             tasks = [session.submit(request(index)) for index in range(4)]
@@ -345,7 +345,7 @@ class TestDropped:
             assert not reported
 
 
-class TestTakingUp:
+class TestReattaching:
     async def test_after_a_504_the_second_request_handler_has_the_result_at_once(self):
         """One handler gives up; the result arrives; a later one asks for the same id."""
         async with connected(task_seconds=0.15) as (emulator, session):
@@ -435,7 +435,7 @@ class TestTimeouts:
             with pytest.raises(TaskTimeoutError):
                 hasty.result()  # a handle keeps to its outcome
 
-    async def test_bounds_the_queue_for_a_permit_too(self):
+    async def test_a_timeout_bounds_the_queue_for_a_permit(self):
         release = asyncio.Event()
 
         async def hold(_):
@@ -456,7 +456,7 @@ class TestTimeouts:
                 assert idle(session) == (0, 0, 0, 0)
                 release.set()
 
-    async def test_the_setting_holds_where_no_timeout_is_named(self):
+    async def test_the_setting_is_the_default_timeout(self):
         settings = quick(task_timeout=0.05, poll_first=NEVER, poll_longest=NEVER)
         async with connected(settings, task_seconds=NEVER) as (_, session):
             with pytest.raises(TaskTimeoutError):
@@ -536,7 +536,7 @@ class TestClosing:
             with pytest.raises(SessionClosedError):
                 session.task(ids[0], Captioning)
 
-    async def test_posts_in_flight_answer_so_that_their_ids_are_known(self):
+    async def test_a_close_waits_for_the_ids_of_sent_submissions(self):
         arrived = asyncio.Event()
 
         async def slowly(http):
@@ -557,7 +557,7 @@ class TestClosing:
             assert caught.value.task_id is None
             assert len(server.seen) == 1
 
-    async def test_drain_waits_for_answers_and_not_for_longer(self):
+    async def test_drain_waits_only_for_answers(self):
         async with connected(task_seconds=0.2) as (_, session):
             tasks = [session.submit(request(index)) for index in range(5)]
             for task in tasks:
@@ -593,7 +593,7 @@ class TestClosing:
             assert isinstance(task.exception(), SessionClosedError)
             await until(lambda: not library_tasks())
 
-    async def test_with_a_thousand_pending_it_is_quick_and_nothing_leaks(self, reported):
+    async def test_with_1000_pending_tasks_it_is_quick_and_clean(self, reported):
         async with connected(quick(permits=256), task_seconds=NEVER) as (_, session):
             tasks = [session.submit(request(index)) for index in range(1000)]
             await asyncio.gather(*(task.accepted() for task in tasks))

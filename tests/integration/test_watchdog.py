@@ -81,7 +81,7 @@ async def test_a_cancellation_from_outside_stays_one() -> None:
         assert busy(session.stats) == (0, 0, 0)
 
 
-async def test_a_timeout_round_the_call_is_not_taken_for_the_attempts() -> None:
+async def test_a_callers_timeout_is_not_the_read_timeout() -> None:
     async with (
         ScriptedServer(_drip) as server,
         server.session(read_timeout=5, attempts=1) as session,

@@ -176,7 +176,7 @@ async def test_aiohttp_applications_get_them_by_their_test_tools(emulator, kind)
             assert (await session.submit(Coco(URL), timeout=20)).entity == URL
 
 
-async def test_a_task_of_ones_own_is_answered(emulator, app):
+async def test_a_notification_built_by_the_test_ends_its_task(emulator, app):
     emulator.task_seconds = 3600
     simulator = WebhookSimulator(app, HOOK, credentials=emulator.credentials)
     task = app.state.session.submit(Coco(URL))
@@ -188,7 +188,7 @@ async def test_a_task_of_ones_own_is_answered(emulator, app):
     assert simulator.replies[0].status == 200
 
 
-async def test_what_is_not_answered_200_is_repeated():
+async def test_a_refused_notification_is_repeated():
     replies = [503, 500, 200]
     bodies = []
 
@@ -235,7 +235,7 @@ async def test_an_application_that_raises_is_reported(emulator, app, caplog):
     assert simulator.replies == []
 
 
-async def test_a_server_that_is_not_there_is_asked_again(emulator, caplog):
+async def test_an_unreachable_server_gets_the_notification_again(emulator, caplog):
     simulator = WebhookSimulator("http://127.0.0.1:1", HOOK, credentials=emulator.credentials)
     simulator.connect(emulator)
     async with AnalyzeSession(emulator.credentials, notifications=asyncio.Queue()) as session:
