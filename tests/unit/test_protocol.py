@@ -1,4 +1,4 @@
-"""Answers become values or errors of the tree; no header or body breaks the reader."""
+"""Responses become values or `AnalyzeError`s. No header or body raises any other error."""
 
 from __future__ import annotations
 
@@ -65,17 +65,17 @@ HEADERS = st.text(max_size=40) | st.from_regex(
         ("Mon, 32 Foo 2024 99:99:99 GMT", None),
     ],
 )
-def test_retry_after_in_every_form(value: str, seconds: float | None) -> None:
+def test_every_form_of_retry_after_is_read(value: str, seconds: float | None) -> None:
     read = protocol.read_retry_after({"Retry-After": value}, now=NOW)
     assert read == pytest.approx(seconds)
 
 
-def test_no_retry_after_is_none() -> None:
+def test_a_missing_retry_after_is_none() -> None:
     assert protocol.read_retry_after({}, now=NOW) is None
 
 
 @given(HEADERS)
-def test_no_retry_after_breaks_the_reader(value: str) -> None:
+def test_any_retry_after_is_read_or_ignored(value: str) -> None:
     seconds = protocol.read_retry_after({"Retry-After": value}, now=NOW)
     assert seconds is None or 0 < seconds < float("inf")
 
@@ -115,7 +115,7 @@ def test_no_retry_after_breaks_the_reader(value: str) -> None:
         ),
     ],
 )
-def test_limits_of_every_shape(raw: Any, limits: tuple[Limit, ...]) -> None:
+def test_limits_of_every_shape_are_read(raw: Any, limits: tuple[Limit, ...]) -> None:
     assert read_limits(raw) == limits
 
 
@@ -142,7 +142,7 @@ BODIES = st.binary(max_size=40) | JSON.map(codec.dumps)
     retry_after=HEADERS,
     model=st.sampled_from([None, "captioning"]),
 )
-def test_every_answer_makes_an_error_of_the_tree(
+def test_every_error_response_makes_an_analyze_error(
     status: int, body: bytes, retry_after: str, model: str | None
 ) -> None:
     error = protocol.read_error(
@@ -155,7 +155,7 @@ def test_every_answer_makes_an_error_of_the_tree(
 
 
 @given(BODIES)
-def test_every_body_is_read_or_refused_with_an_error_of_the_tree(body: bytes) -> None:
+def test_every_body_is_read_or_is_an_analyze_error(body: bytes) -> None:
     for read in (
         lambda: protocol.read_response(Captioning("https://example.com/"), body),
         lambda: protocol.read_accepted(body, model="captioning"),
@@ -184,7 +184,7 @@ def test_every_notification_is_read_or_malformed(body: bytes) -> None:
         assert str(failure)
 
 
-def test_the_notifications_of_the_contract(sample: Any) -> None:
+def test_notifications_of_the_contract_are_read(sample: Any) -> None:
     success = parse_notification(codec.dumps(sample("webhook_success")))
     assert success.task_id == sample("webhook_success")["task_id"]
     assert (success.http_status, success.error, success.failed) == (200, None, False)
@@ -214,7 +214,7 @@ def test_a_notification_without_a_task_id_is_foreign(task_id: Any) -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"5", b"null", b"{", b"\xff", b"[" * 100_000])
-def test_anything_but_an_object_is_malformed(body: bytes) -> None:
+def test_a_body_other_than_an_object_is_malformed(body: bytes) -> None:
     with pytest.raises(MalformedNotificationError):
         parse_notification(body)
 
@@ -229,7 +229,7 @@ def test_anything_but_an_object_is_malformed(body: bytes) -> None:
         ("odd", False),
     ],
 )
-def test_task_statuses_known_and_unknown(state: str, finished: bool) -> None:
+def test_known_and_unknown_task_statuses_are_read(state: str, finished: bool) -> None:
     status = protocol.read_task_status("id", codec.dumps({"data": {"status": state, "x": 1}}))
     assert (status.state, status.finished) == (state, finished)
     assert status.raw == {"data": {"status": state, "x": 1}}
@@ -327,7 +327,7 @@ def test_a_result_of_another_model_is_read_as_received(shape: str) -> None:
         {"data": [{"analysis": {"tags": {}}}]},
     ],
 )
-def test_what_carries_no_result_is_never_an_empty_one(raw: Any) -> None:
+def test_a_body_without_a_result_is_a_decode_error(raw: Any) -> None:
     for request in (Coco(URL), Captioning(URL), OtherModel("new", URL)):
         assert protocol.find_result(raw, request.analysis_type) is None
         with pytest.raises(ResponseDecodeError, match=r"at \$\.data") as caught:
@@ -346,7 +346,7 @@ def test_what_carries_no_result_is_never_an_empty_one(raw: Any) -> None:
         {"limits": {"items": []}, "data": {"limits": LIMITS}},
     ],
 )
-def test_limits_are_read_beside_data_and_in_it(raw: Any) -> None:
+def test_limits_are_read_beside_and_inside_data(raw: Any) -> None:
     expected = (Limit("object_detection", remaining=40),)
     assert Response(None, model="coco", raw=raw).limits == expected
     assert Notification("t", raw).limits == expected
@@ -355,7 +355,7 @@ def test_limits_are_read_beside_data_and_in_it(raw: Any) -> None:
 
 
 @given(JSON, st.sampled_from([*MODELS, "new"]))
-def test_any_json_is_a_response_or_an_error_of_the_tree(raw: Any, model: str) -> None:
+def test_any_json_is_a_response_or_an_analyze_error(raw: Any, model: str) -> None:
     body = codec.dumps(raw)
     kind = MODELS[model].analysis_type if model in MODELS else OtherAnalysis
     envelope = raw if isinstance(raw, dict) else {"data": raw}
@@ -438,7 +438,7 @@ def exhausted(status: int = 429, *, code: str | None = None, feature: str | None
         (exhausted(feature=None), True),
         (exhausted(code="MA_00429", remaining=5), False),
         (exhausted(remaining=None), False),
-        (exhausted(type="ai_vision"), False),  # of another feature
+        (exhausted(type="ai_vision"), False),  # the limits of another feature
         (exhausted(status=403), False),
         (exhausted(status=503), False),
     ],
@@ -454,7 +454,7 @@ def test_an_exhausted_quota_is_recognized_by_its_limits(error: ApiError, is_quot
     ["9999-12-31T23:59:59.999999Z", "0001-01-01", "0001-01-01T00:00:00Z", "2026-12-01T00:00:00Z",
      "9999-12-31T23:59:59-12:00", "0001-01-01T00:00:00+12:00", "", "soon", 5, [], None, 1e300],
 )  # fmt: skip
-def test_no_end_of_the_calendar_breaks_an_error(reset_time: Any) -> None:
+def test_errors_accept_any_reset_time(reset_time: Any) -> None:
     error = exhausted(reset_time=reset_time)
     assert isinstance(error, QuotaExceededError)
     assert "is used up" in str(error)
@@ -497,7 +497,7 @@ def test_no_end_of_the_calendar_breaks_an_error(reset_time: Any) -> None:
         ({"http_status": 503.0}, TaskFailedError, False, None),
     ],
 )  # fmt: skip
-def test_a_failed_task_is_judged_as_a_call_of_its_status(
+def test_a_failed_task_has_the_error_of_its_status(
     raw: dict[str, Any], kind: type[AnalyzeError], final: bool, stop: Stop | None
 ) -> None:
     notification = parse_notification(codec.dumps({"task_id": "t", **raw}))
@@ -511,7 +511,7 @@ def test_a_failed_task_is_judged_as_a_call_of_its_status(
 
 
 @pytest.mark.parametrize("depth", [100, 101, 600, 1010])
-def test_deep_details_of_an_error_survive_a_pickle(depth):
+def test_an_errors_deep_details_survive_pickling(depth):
     inner = "[" * depth + "]" * depth
     body = f'{{"error":{{"message":"No.","details":{inner}}}}}'.encode()
     error = protocol.read_error(400, {}, body, now=0)

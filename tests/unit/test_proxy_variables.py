@@ -1,4 +1,4 @@
-"""Which proxy the usual variables name for a host, and which values are refused."""
+"""Environment variables choose the proxy of a host. Invalid values are refused."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_no_proxy_excepts_names_addresses_and_networks(
         "://pLanted",
     ],
 )
-def test_an_invalid_proxy_is_refused_and_not_quoted(value: str) -> None:
+def test_an_invalid_proxy_is_refused_without_quoting_it(value: str) -> None:
     for build in (
         lambda: Settings(proxy=value),
         lambda: proxy_from_environment(environment={"HTTPS_PROXY": value}),
@@ -117,7 +117,7 @@ def test_an_invalid_proxy_is_refused_and_not_quoted(value: str) -> None:
 
 
 @given(st.text(max_size=20) | st.integers() | st.binary(max_size=5) | st.none())
-def test_any_proxy_is_taken_or_refused(value: object) -> None:
+def test_any_proxy_is_used_or_refused(value: object) -> None:
     try:
         proxy = Settings(proxy=value).proxy  # type: ignore[arg-type]
     except ConfigurationError:
@@ -126,5 +126,5 @@ def test_any_proxy_is_taken_or_refused(value: object) -> None:
 
 
 @given(st.text(max_size=20))
-def test_no_exception_list_breaks_the_reader(no_proxy: str) -> None:
+def test_any_exception_list_is_read(no_proxy: str) -> None:
     proxy_from_environment(environment={"HTTPS_PROXY": PROXY, "NO_PROXY": no_proxy})

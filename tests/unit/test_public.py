@@ -1,4 +1,4 @@
-"""The package: its names, the cost of its import, and no circular imports."""
+"""The package's public names, import cost, and freedom from circular imports."""
 
 from __future__ import annotations
 
@@ -155,9 +155,9 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
     main({})
 print(*(name for name in watched if name in sys.modules))
 """
-# a package is always imported before its modules, so what they may find half-made is the same
-# whether each has a fresh interpreter or a fork of one that has the package alone;
-# other people's libraries never import ours, so one import of them serves all forks
+# A package is always imported before its modules. So each module meets the same half-made
+# modules in a fresh interpreter and in a fork of one that imported the package alone.
+# Other libraries never import this package, so importing them once serves all forks.
 LIBRARIES = (
     "aiohttp.web",
     "cattrs",
@@ -195,7 +195,7 @@ MODULES = [
         found.name
         for found in pkgutil.walk_packages(cloudinary_analyze.__path__, "cloudinary_analyze.")
         if not found.name.endswith("__main__")
-        # engines are not part of the test environment
+        # the test environment does not install the engines
         and (found.name != "cloudinary_analyze.dask" or find_spec("distributed"))
     ),
 ]
@@ -224,12 +224,12 @@ def import_first(module: str, *watched: str) -> list[str]:
     return run_probe(PROBE, module, *watched)
 
 
-def test_the_public_names_are_these_and_all_are_there() -> None:
+def test_the_public_names_are_listed_and_exist() -> None:
     assert sorted(cloudinary_analyze.__all__) == sorted(NAMES)
     assert all(hasattr(cloudinary_analyze, name) for name in NAMES)
 
 
-def test_importing_the_package_imports_nothing_that_a_program_may_never_need() -> None:
+def test_the_import_loads_no_optional_module() -> None:
     watched = [
         *OPTIONAL,
         *LATER,
@@ -240,8 +240,8 @@ def test_importing_the_package_imports_nothing_that_a_program_may_never_need() -
     assert import_first("cloudinary_analyze", *watched) == []
 
 
-def test_the_first_session_imports_what_a_call_will_need() -> None:
-    """So that no call stops the loop for an import, or fails on one where files are short."""
+def test_the_first_session_imports_all_that_calls_need() -> None:
+    """No call blocks the loop for an import, or fails to import when descriptors run out."""
     assert run_probe(SESSION_PROBE, *LATER[:3], "cloudinary_analyze._wire.structure") == [
         *LATER[:3],
         "cloudinary_analyze._wire.structure",
@@ -253,13 +253,13 @@ def test_the_command_line_helps_without_a_network_library(arguments: list[str]) 
     assert run_probe(CLI_PROBE.format(arguments), *LATER[:3], "redis", "pyarrow") == []
 
 
-def test_the_probe_would_see_an_optional_library() -> None:
+def test_the_probe_detects_an_optional_library() -> None:
     assert import_first("rich", *OPTIONAL) == ["rich"]
 
 
 @pytest.mark.slow
 def test_every_module_can_be_imported_first() -> None:
-    """Each in a process that has none of ours yet, so that no circular import can hide."""
+    """Each process starts without the package's modules, so that no circular import can hide."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", FORKS, " ".join(LIBRARIES), *MODULES],
         capture_output=True,

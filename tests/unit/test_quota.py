@@ -1,4 +1,4 @@
-"""The newest figures are kept, and a used up feature is left alone until it may be renewed."""
+"""The newest figures are kept, and an exhausted feature is paused until it may be renewed."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def limit(remaining: int | None, of: int | None = 500, reset: datetime | None = 
 
 
 def learn(quota: Quota, *limits: Limit, number: int = 1, newest: int = 8) -> None:
-    """Learn from an attempt that was in flight with seven others, unless said otherwise."""
+    """Learn from an attempt that, by default, was in flight with seven others."""
     quota.learn(limits, number=number, newest=newest)
 
 
-def test_the_lowest_remainder_of_what_was_in_flight_counts_in_any_order(clock: ManualClock) -> None:
+def test_the_lowest_remainder_in_flight_counts(clock: ManualClock) -> None:
     quota = Quota(clock, permits=8)
     for remaining in (490, 480, 485, None, 481):
         learn(quota, limit(remaining))
@@ -36,7 +36,7 @@ def test_an_attempt_that_began_after_the_last_figures_needs_a_smaller_rise(
 ) -> None:
     quota = Quota(clock, permits=64)
     learn(quota, limit(300), number=1, newest=1)
-    learn(quota, limit(315), number=2, newest=2)  # a replica of the service that lags
+    learn(quota, limit(315), number=2, newest=2)  # an outdated replica of the service answered
     assert quota.limits["ai_vision"].remaining == 300
     learn(quota, limit(499), number=3, newest=3)
     assert quota.limits["ai_vision"].remaining == 499
@@ -52,10 +52,10 @@ def test_another_plan_replaces_the_figures(clock: ManualClock) -> None:
 
 
 @pytest.mark.parametrize("seen", [(3, 500, 499), (500, 3, 2), (3, 500, 2)])
-def test_a_remainder_that_rises_by_more_than_half_is_a_new_period(
+def test_a_remainder_up_by_over_half_is_a_new_period(
     clock: ManualClock, seen: tuple[int, ...]
 ) -> None:
-    """Also when all of it was in flight together; the next attempt settles what that left open."""
+    """Attempts in flight together may show both periods. The next attempt settles which one counts."""
     quota = Quota(clock, permits=8)
     for remaining in seen:
         learn(quota, limit(remaining))
@@ -71,7 +71,7 @@ def test_a_small_quota_used_in_one_burst_does_not_look_renewed(clock: ManualCloc
     assert quota.limits["ai_vision"].remaining == 0
 
 
-def test_a_later_reset_time_is_a_new_period_and_an_earlier_one_is_late(clock: ManualClock) -> None:
+def test_a_later_reset_time_starts_a_new_period(clock: ManualClock) -> None:
     quota = Quota(clock)
     learn(quota, limit(3, reset=DECEMBER))
     learn(quota, limit(499, reset=DECEMBER))
@@ -81,7 +81,7 @@ def test_a_later_reset_time_is_a_new_period_and_an_earlier_one_is_late(clock: Ma
     assert quota.limits["ai_vision"] == limit(499, reset=JANUARY)
 
 
-def test_features_are_counted_apart_and_the_view_is_read_only(clock: ManualClock) -> None:
+def test_features_have_separate_read_only_figures(clock: ManualClock) -> None:
     quota = Quota(clock)
     learn(quota, limit(3), Limit("object_detection", remaining=7))
     view = quota.limits
@@ -119,7 +119,7 @@ def test_without_a_reset_time_one_call_in_five_minutes_probes(clock: ManualClock
     quota.check("ai_vision")
 
 
-def test_a_failed_probe_starts_the_minutes_again(clock: ManualClock) -> None:
+def test_a_failed_probe_restarts_the_five_minutes(clock: ManualClock) -> None:
     quota = Quota(clock)
     error = QuotaExceededError("used up")
     quota.trip("ai_vision", error)
@@ -131,7 +131,7 @@ def test_a_failed_probe_starts_the_minutes_again(clock: ManualClock) -> None:
         quota.check("ai_vision")
 
 
-def test_a_reset_time_is_waited_for_and_then_all_may_go(clock: ManualClock) -> None:
+def test_after_the_reset_time_every_call_may_start(clock: ManualClock) -> None:
     quota = Quota(clock)
     quota.trip("ai_vision", QuotaExceededError("used up", reset_time=clock.wall() + 3600))
     clock.now = 3599.0
@@ -143,7 +143,7 @@ def test_a_reset_time_is_waited_for_and_then_all_may_go(clock: ManualClock) -> N
     assert not quota.breakers
 
 
-def test_a_reset_time_that_is_past_stops_nothing(clock: ManualClock) -> None:
+def test_a_reset_time_in_the_past_stops_nothing(clock: ManualClock) -> None:
     quota = Quota(clock)
     quota.trip("ai_vision", QuotaExceededError("used up", reset_time=clock.wall() - 60))
     quota.check("ai_vision")
@@ -153,7 +153,7 @@ USED_UP = QuotaExceededError("used up", status=429, task_id="t1")
 
 
 def fail(quota: Quota, *, since: float) -> None:
-    """Let a task fail for its quota that was accepted at an instant."""
+    """Let a task that was accepted at an instant fail because of its quota."""
     quota.take_failure("ai_vision", USED_UP, number=0, newest=8, since=since)
 
 
@@ -181,7 +181,7 @@ def test_a_task_accepted_before_a_renewal_trips_nothing(clock: ManualClock) -> N
 
 
 def test_only_the_result_of_a_task_shows_a_renewal(clock: ManualClock) -> None:
-    """The service accepts tasks although their quota is used up."""
+    """The service accepts tasks although their quota is exhausted."""
     quota = Quota(clock)
     fail(quota, since=0)
     quota.take_result("ai_vision", since=0)  # accepted before the quota ended

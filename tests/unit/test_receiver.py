@@ -31,7 +31,7 @@ def intake(queue, clock):
     return Intake(queue, CREDENTIALS, clock=clock)
 
 
-def test_only_the_signatures_headers_are_kept_whatever_their_case():
+def test_only_signature_headers_are_kept_in_any_case():
     pairs = [("x-cld-TIMESTAMP", "1790000000"), ("x-cld-signature", SHA1), ("Cookie", "secret")]
     assert read_headers(pairs) == dict(GOOD)
 
@@ -60,16 +60,14 @@ def test_invalid_headers_are_refused_before_the_body_is_read(pairs, status):
     assert caught.value.reply.status == status
 
 
-def test_a_v2_signature_alone_is_logged_with_the_name_of_the_setting(caplog):
+def test_a_v2_signature_alone_logs_the_setting_to_change(caplog):
     with pytest.raises(RefusedError):
         read_headers([TIMESTAMP, ("X-Cld-Signature_v2", "xyz")])
     assert "auth_scheme" in caplog.text
 
 
 @pytest.mark.parametrize("digest", ["sha1", "sha256"])
-async def test_a_signed_answer_is_stored_with_the_instant_of_its_receipt(
-    intake, queue, clock, digest
-):
+async def test_a_signed_result_is_stored_with_its_receipt_time(intake, queue, clock, digest):
     body = build_answer("t1")
     headers = sign(body, at=clock.wall() - 60, digest=digest)
     assert (await intake.take(body, headers)).status == 200
@@ -88,9 +86,7 @@ async def test_a_failure_is_stored_too(intake, queue, clock):
     ("age", "secret", "status"),
     [(0, "another", 401), (7300, SECRET, 401), (-400, SECRET, 401), (7100, SECRET, 200)],
 )
-async def test_what_is_forged_or_stale_is_answered_401_and_not_stored(
-    queue, clock, age, secret, status
-):
+async def test_a_forged_or_stale_body_gets_401_and_is_not_stored(queue, clock, age, secret, status):
     body = build_answer("t1")
     headers = sign(body, at=clock.wall() - age, secret=secret)
     reply = await Intake(queue, CREDENTIALS, clock=clock).take(body, headers)
@@ -98,7 +94,7 @@ async def test_what_is_forged_or_stale_is_answered_401_and_not_stored(
 
 
 @pytest.mark.parametrize("body", [b'{"task_id": ', b"[1]", bytes([0xFF, 0xFE])])
-async def test_a_signed_body_that_cannot_be_read_is_answered_400(intake, queue, clock, body):
+async def test_a_signed_unreadable_body_gets_400(intake, queue, clock, body):
     assert (await intake.take(body, sign(body, at=clock.wall()))).status == 400
     assert queue.empty()
 
@@ -113,9 +109,7 @@ async def test_a_signed_body_that_cannot_be_read_is_answered_400(intake, queue, 
         {},
     ],
 )
-async def test_what_names_no_task_is_dropped_with_200_so_that_it_fills_no_mailbox(
-    intake, queue, clock, content
-):
+async def test_a_body_without_a_task_gets_200_and_is_dropped(intake, queue, clock, content):
     body = json.dumps(content).encode()
     assert (await intake.take(body, sign(body, at=clock.wall()))).status == 200
     assert queue.empty()
@@ -130,15 +124,13 @@ async def test_what_names_no_task_is_dropped_with_200_so_that_it_fills_no_mailbo
         {"error": ["odd"], "http_status": "400"},
     ],
 )
-async def test_a_signed_notification_that_names_a_task_is_stored_whatever_its_shape(
-    intake, queue, clock, content
-):
+async def test_a_signed_body_of_any_shape_is_stored(intake, queue, clock, content):
     body = json.dumps({"task_id": "t1"} | content).encode()
     assert (await intake.take(body, sign(body, at=clock.wall()))).status == 200
     assert queue.get_nowait().body == body
 
 
-async def test_a_sink_that_fails_makes_the_sender_try_again(clock, caplog):
+async def test_a_sink_that_fails_makes_the_sender_retry(clock, caplog):
     class Broken:
         async def put(self, delivery, /):
             raise ConnectionError("the broker is away")
@@ -150,7 +142,7 @@ async def test_a_sink_that_fails_makes_the_sender_try_again(clock, caplog):
     assert SECRET not in caplog.text
 
 
-async def test_a_sink_has_twenty_seconds(clock):
+async def test_a_sink_times_out_after_twenty_seconds(clock):
     full = asyncio.Queue(maxsize=1)
     full.put_nowait(None)
     body = build_answer("t1")
@@ -169,8 +161,8 @@ def test_credentials_without_a_secret_are_refused_at_construction(queue):
         WebhookReceiver(queue, Credentials("demo", oauth_token="token"))
 
 
-async def test_a_lifespan_and_a_websocket_are_answered(queue):
-    """As the whole application, without a framework, the receiver starts, stops and refuses."""
+async def test_lifespan_and_websocket_scopes_are_handled(queue):
+    """Without a framework, the receiver handles startup and shutdown, and closes websockets."""
     receiver = WebhookReceiver(queue, CREDENTIALS)
 
     async def run(scope, *messages):
@@ -192,7 +184,7 @@ async def test_a_lifespan_and_a_websocket_are_answered(queue):
     assert await run("websocket", "websocket.connect") == ["websocket.close"]
 
 
-async def test_a_sender_that_has_gone_is_not_an_error(queue, clock):
+async def test_a_sender_that_disconnects_is_not_an_error(queue, clock):
     body = build_answer("t1")
     scope = {
         "type": "http",
@@ -214,7 +206,7 @@ async def test_a_sender_that_has_gone_is_not_an_error(queue, clock):
     assert queue.get_nowait().body == body
 
 
-async def test_a_sink_that_raises_a_cancellation_makes_the_sender_try_again(clock):
+async def test_a_sinks_cancelled_error_makes_the_sender_retry(clock):
     class Odd:
         async def put(self, delivery, /):
             raise asyncio.CancelledError
@@ -225,7 +217,7 @@ async def test_a_sink_that_raises_a_cancellation_makes_the_sender_try_again(cloc
 
 
 @pytest.mark.parametrize("deadline_first", [True, False])
-async def test_a_cancellation_in_the_turn_of_the_deadline_is_not_swallowed(clock, deadline_first):
+async def test_a_cancellation_at_the_deadline_is_not_swallowed(clock, deadline_first):
     body = build_answer("t1")
     full = asyncio.Queue(maxsize=1)
     full.put_nowait(None)
@@ -245,9 +237,7 @@ async def test_a_cancellation_in_the_turn_of_the_deadline_is_not_swallowed(clock
 
 @pytest.mark.parametrize("steps", range(10))
 @pytest.mark.parametrize("size", [0, 1])
-async def test_a_receiver_that_is_cancelled_at_any_step_ends_and_takes_the_next(
-    queue, clock, steps, size
-):
+async def test_a_cancelled_receiver_accepts_the_next_webhook(queue, clock, steps, size):
     sink = asyncio.Queue(maxsize=size)
     receiver, told = WebhookReceiver(sink, CREDENTIALS, clock=clock), []
     body = build_answer("t1")

@@ -33,7 +33,7 @@ class ListSource:
         self.acknowledged.append(delivery)
 
 
-async def test_only_verified_answers_are_forwarded_and_only_these_are_acknowledged():
+async def test_only_verified_results_are_forwarded():
     good, failure = build_delivery("t1"), build_delivery("t2", data=None, http_status=500)
     forged = Delivery(good.body, sign(good.body, at=good.received_at, secret="another"))
     unrelated = build_delivery("", notification_type="upload")
@@ -45,7 +45,7 @@ async def test_only_verified_answers_are_forwarded_and_only_these_are_acknowledg
     assert source.acknowledged == [good, failure]
 
 
-async def test_what_the_sink_does_not_take_is_put_again_and_acknowledged_only_then(clock):
+async def test_a_failed_put_is_retried_before_acknowledging(clock):
     source = ListSource(build_delivery("t1"))
     stored = []
 
@@ -68,7 +68,7 @@ async def test_what_the_sink_does_not_take_is_put_again_and_acknowledged_only_th
     await forwarding
 
 
-async def test_a_source_that_breaks_is_read_again(clock, caplog):
+async def test_a_source_that_fails_is_read_again(clock, caplog):
     source = ListSource(ConnectionError("cut"), build_delivery("t1"))
     queue = asyncio.Queue()
     forwarding = asyncio.create_task(forward(source, queue, CREDENTIALS, clock=clock))
@@ -91,7 +91,7 @@ class NotFoundError(Exception):
 
 
 class FakeJetStream:
-    """What the example uses of a broker, in memory."""
+    """An in-memory broker with the methods that the example uses."""
 
     def __init__(self):
         self.stored = []
@@ -123,7 +123,7 @@ class FakeJetStream:
 
 @pytest.fixture
 def example(monkeypatch):
-    """The broker that the documentation prints, as it is printed."""
+    """The example broker, executed as the documentation prints it."""
     js, api, errors = map(ModuleType, ("nats.js", "nats.js.api", "nats.js.errors"))
     js.JetStreamContext = FakeJetStream
     api.DeliverPolicy = SimpleNamespace(NEW="new")
@@ -136,7 +136,7 @@ def example(monkeypatch):
     return namespace["NatsNotifications"]
 
 
-async def test_the_printed_broker_resolves_tasks_that_wait_and_tasks_that_come_later(example):
+async def test_the_example_broker_resolves_tasks(example):
     jetstream = FakeJetStream()
     notifications = example(jetstream)
     intake = Intake(notifications, CREDENTIALS)

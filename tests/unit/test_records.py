@@ -1,4 +1,4 @@
-"""Records: one format for every outcome, nothing of the analysis lost, always JSON."""
+"""Records: one JSON format for every outcome, with the complete analysis."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Sample = Callable[[str], dict[str, Any]]
 
 
 def reload(outcome: AnyOutcome) -> dict[str, Any]:
-    """Return the record as a reader of the file would have it."""
+    """Return the record as a reader of the file receives it."""
     line = dump_record(build_record(outcome))
     assert line.endswith(b"\n")
     assert line.count(b"\n") == 1
@@ -36,7 +36,7 @@ PLAIN_MODELS = sorted(name for name in MODELS if not name.startswith("ai_vision"
 
 
 @pytest.mark.parametrize("model", PLAIN_MODELS)
-def test_an_answer_is_recorded_with_its_whole_analysis(model: str, sample: Sample):
+def test_a_result_is_recorded_with_its_whole_analysis(model: str, sample: Sample):
     payload = sample(model)
     request = MODELS[model](URL)
     item = InputItem(InputLine(17, URL, Uri(URL)), model)
@@ -58,7 +58,7 @@ def test_limits_are_recorded_in_one_shape(sample: Sample):
         assert list(limit) == ["type", "used_by_request", "remaining", "limit", "reset_time"]
 
 
-def test_a_refusal_is_recorded_with_what_the_service_said(sample: Sample):
+def test_a_refusal_is_recorded_with_the_services_message(sample: Sample):
     body = json.dumps(sample("error_429_quota")).encode()
     error = read_error(429, {}, body, now=0.0, model="coco", feature="object_detection")
     request = Coco(Asset("0a1b"))
@@ -94,7 +94,7 @@ def test_a_bad_line_is_recorded_without_a_model():
 
 def test_an_error_of_another_package_is_recorded_by_its_name():
     class Odd(Exception):
-        status = object()  # not ours, so not looked at
+        status = object()  # the fields of foreign errors are ignored
 
     told = reload(Failed(item=object(), index=0, error=Odd()))["error"]
     assert told["type"] == "Odd"
@@ -102,6 +102,6 @@ def test_an_error_of_another_package_is_recorded_by_its_name():
     assert told["status"] is None
 
 
-def test_what_json_cannot_hold_in_utf_8_does_not_break_the_record():
+def test_an_unpaired_surrogate_does_not_break_a_record():
     record = reload(Failed(item=None, index=0, error=ValueError("half a pair: \ud83d")))
     assert record["error"]["message"].startswith("half a pair: ")

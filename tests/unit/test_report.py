@@ -1,4 +1,4 @@
-"""The report: numbers over every line, a bounded gallery, and a page that nothing gets out of."""
+"""The report counts every line, shows a bounded gallery, and escapes all recorded text."""
 
 import base64
 import hashlib
@@ -45,7 +45,7 @@ def count(*records):
     return statistics
 
 
-def test_boxes_and_notes_are_read_from_every_form_they_come_in(sample):
+def test_boxes_and_notes_are_read_from_every_form(sample):
     def read(model):
         return read_findings(sample(model)["data"]["analysis"]).marks
 
@@ -66,7 +66,7 @@ keys = st.sampled_from(
 @pytest.mark.slow
 @given(st.recursive(JSON, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(keys, inner)))
 def test_no_analysis_breaks_the_report(analysis):
-    """Whatever was recorded is counted and embedded, and stays readable."""
+    """Every recorded analysis is counted, embedded and readable."""
     record = build(analysis, limits=analysis, error=analysis, seconds=analysis, source=analysis)
     for status in ("ok", "error"):
         record["status"] = status
@@ -78,14 +78,14 @@ def test_no_analysis_breaks_the_report(analysis):
         assert len(picture["results"]) == 1
 
 
-def test_an_analysis_of_unknown_form_is_shown_as_it_is():
+def test_an_analysis_of_an_unknown_form_is_shown_as_json():
     findings = read_findings({"depth": [1, 2], "model_version": 1})
     assert findings.rest == '{"depth": [1, 2], "model_version": 1}'
     assert read_findings({"tags": [], "model_version": 1}) == NOTHING
 
 
 @given(st.lists(st.floats(0.001, 1000), min_size=1, max_size=60), st.floats(0, 1))
-def test_quantiles_are_right_to_three_percent(values, quantile):
+def test_quantiles_are_accurate_to_three_percent(values, quantile):
     durations = Durations()
     for value in values:
         durations.add(value)
@@ -148,7 +148,7 @@ def test_pictures_are_grouped_in_the_order_of_the_input_and_capped():
     assert (len(gallery), gallery.left_out) == (2, 1)
 
 
-def test_an_answer_replaces_the_failure_of_the_same_request_and_never_the_reverse():
+def test_a_result_replaces_a_failure_but_not_vice_versa():
     gallery = Gallery()
     for record in (build(key="k"), build({"tags": {}}, key="k"), build(key="k")):
         gallery.add(record, NOTHING)
@@ -177,7 +177,7 @@ def test_failures_at_the_end_are_shown_too(monkeypatch):
     assert gallery.complete_failures
 
 
-def test_room_for_failures_is_bounded(monkeypatch):
+def test_memory_for_failures_is_bounded(monkeypatch):
     monkeypatch.setattr(gallery_module, "MOST_FAILURES", 2_000)
     gallery = Gallery()
     for index in range(100):
@@ -245,7 +245,7 @@ def test_the_header_names_title_input_models_and_date(tmp_path):
 
 
 def test_memory_is_bounded_whatever_the_lines_hold(monkeypatch):
-    """Many names, long texts, one picture a thousand times: none of it grows without end."""
+    """Many names, long texts and repeated pictures take bounded memory."""
     monkeypatch.setattr(gallery_module, "MOST_BYTES", 8 * 2**20)
 
     def run(rounds):
@@ -269,12 +269,12 @@ def test_memory_is_bounded_whatever_the_lines_hold(monkeypatch):
     finally:
         tracemalloc.stop()
     assert kept[0].total == 8_000
-    # labels are let grow to 20,000 names, each of 200 characters at most
+    # the report keeps up to 20,000 labels of up to 200 characters
     assert after - before < 2_000 * 1_000
 
 
 @given(st.text() | st.sampled_from(["</script>", "<!--", "]]>", "\u2028", "&lt;", "\ud800"]))
-def test_embedded_json_cannot_end_its_script_and_comes_back_whole(text):
+def test_embedded_json_cannot_end_its_script(text):
     embedded = embed_json({text: [text]})
     assert embedded.isascii()
     assert not set("<>&") & set(embedded)
@@ -282,7 +282,7 @@ def test_embedded_json_cannot_end_its_script_and_comes_back_whole(text):
 
 
 @pytest.mark.parametrize("source", ["https://x.test/a.jpg?b=1", "HTTP://x.test/", "http://[::1]/a"])
-def test_http_addresses_may_be_opened(source):
+def test_http_urls_become_links(source):
     assert find_address(source) == source
 
 
@@ -291,7 +291,7 @@ def test_http_addresses_may_be_opened(source):
     ["javascript:alert(1)", "JavaScript://x%0aalert(1)", "data:text/html,x", "file:///etc/passwd",
      "asset:0123", "//x.test/a", " https://x.test", "java\nscript://x", "https:alert(1)", "https://", ""],
 )  # fmt: skip
-def test_no_other_address_may_be_opened(source):
+def test_other_urls_do_not_become_links(source):
     assert find_address(source) is None
 
 
@@ -327,7 +327,7 @@ def write(path, *records):
     return write_report(lines, path), path.read_text("utf-8")
 
 
-def test_the_page_is_one_file_whose_policy_knows_its_own_script_and_style_alone(tmp_path):
+def test_the_policy_allows_only_its_script_and_style(tmp_path):
     _, page = write(tmp_path / "r.html", build({"tags": {"dog": [{"confidence": 0.5}]}}))
     elements = Elements(page)
     policy = next(
@@ -352,7 +352,7 @@ def test_the_page_is_one_file_whose_policy_knows_its_own_script_and_style_alone(
         assert not [name for name in attributes if name.startswith("on")]
 
 
-def test_what_was_recorded_is_text_in_the_page_never_markup(tmp_path):
+def test_recorded_text_is_never_markup(tmp_path):
     attack = "'\"></svg></script><script>alert(1)</script><img src=x onerror=alert(1)>"
     limits = [
         {"type": attack, "used_by_request": 1, "remaining": 1, "limit": 2, "reset_time": attack}
@@ -380,18 +380,18 @@ def test_the_page_says_what_it_leaves_out(tmp_path, monkeypatch):
     assert len(json.loads(Elements(page).all("script")[0][1])) == 10_000
 
 
-def test_a_report_without_results_is_a_page_too(tmp_path):
+def test_a_report_without_results_is_a_valid_page(tmp_path):
     written, page = write(tmp_path / "r.html")
     assert written.results == 0
     assert "0 answers" in page
 
 
-def test_half_a_surrogate_pair_does_not_stop_the_page(tmp_path):
+def test_an_unpaired_surrogate_does_not_break_the_page(tmp_path):
     _, page = write(tmp_path / "r.html", build({"tags": {"a\ud800": [{}]}}, model="m\udfff"))
     assert json.loads(Elements(page).all("script")[0][1])[0]["results"][0]["marks"] == [["a\ud800"]]
 
 
-def test_without_the_extra_a_sentence_says_what_to_install(monkeypatch, tmp_path):
+def test_without_the_extra_the_error_says_what_to_install(monkeypatch, tmp_path):
     from cloudinary_analyze.results.report import write_report
 
     monkeypatch.setitem(sys.modules, "jinja2", None)

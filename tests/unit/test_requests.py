@@ -1,4 +1,4 @@
-"""A request is checked when it is made, and says to the service exactly what was meant."""
+"""Requests are validated at construction and sent as the caller specified."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_there_are_fifteen_models_with_the_services_names() -> None:
         ),
     ],
 )
-def test_the_body_is_the_contracts(sample: Any, name: str, build: Any) -> None:
+def test_the_body_matches_the_contract(sample: Any, name: str, build: Any) -> None:
     assert json.loads(build(sample(name))) == sample(name)
 
 
@@ -141,7 +141,7 @@ def test_every_request_is_a_frozen_picklable_value(request_: Any) -> None:
     assert moved.key != request_.key
 
 
-def test_equal_questions_have_one_key_whatever_class_asks() -> None:
+def test_equal_requests_of_any_class_have_one_key() -> None:
     keys = {
         Captioning(URL).key,
         Captioning(Uri(URL)).key,
@@ -156,7 +156,7 @@ def test_equal_questions_have_one_key_whatever_class_asks() -> None:
     assert OtherModel("x", URL, {"a": 1, "b": 2}).key == OtherModel("x", URL, {"b": 2, "a": 1}).key
 
 
-def test_different_questions_have_different_keys() -> None:
+def test_different_requests_have_different_keys() -> None:
     requests = [
         Captioning(URL),
         Coco(URL),
@@ -173,7 +173,7 @@ def test_different_questions_have_different_keys() -> None:
 
 
 def test_a_key_never_changes() -> None:
-    """Ledgers on disk hold keys: changing the recipe means to pay again for everything."""
+    """Ledgers store keys, so a changed recipe would charge every item again."""
     recipes = {
         rb'["1","captioning",["uri","https://example.com/\u00e4.jpg"],{}]': Captioning(
             "https://example.com/ä.jpg"
@@ -196,7 +196,7 @@ def test_a_key_never_changes() -> None:
         "file:///etc/passwd",
         "data:image/png;base64,AAAA",
         "http://",
-        "http\u017f://images.example/a.jpg",  # a long s, which folds to s
+        "http\u017f://images.example/a.jpg",  # the long s, which case folding turns into s
         "https:///a.jpg",
         "https://example.com/a b.jpg",
         " https://example.com/a.jpg",
@@ -233,9 +233,7 @@ def test_an_invalid_source_is_refused_with_what_to_pass(source: Any) -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_a_file_or_its_bytes_are_refused_with_the_line_that_uploads_them(
-    source: Any, said: str
-) -> None:
+def test_a_file_is_refused_with_the_code_to_upload_it(source: Any, said: str) -> None:
     for build in (Captioning, Uri, lambda source: OtherModel("new", source)):
         with pytest.raises(InvalidRequestError) as caught:
             build(source)
@@ -247,7 +245,7 @@ def test_a_file_or_its_bytes_are_refused_with_the_line_that_uploads_them(
 
 
 @pytest.mark.parametrize("source", ["folder/sample", "a.jpg?x", "sample", "ftp://h/a.jpg", 5, None])
-def test_anything_but_a_file_is_not_called_one(source: Any) -> None:
+def test_other_sources_are_not_called_files(source: Any) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         Captioning(source)
     assert "upload(" not in str(caught.value)
@@ -280,7 +278,7 @@ def test_an_invalid_asset_id_is_refused(asset_id: Any) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 11, 50])
-def test_one_to_ten_parameters(count: int) -> None:
+def test_a_request_has_one_to_ten_parameters(count: int) -> None:
     texts = [f"question {index}" for index in range(count)]
     with pytest.raises(InvalidRequestError, match="1 to 10 prompts"):
         AIVisionGeneral(URL, prompts=texts)
@@ -304,8 +302,8 @@ def test_a_single_prompt_may_be_a_string() -> None:
     [{"a", "b"}, {"a": 1}, b"ab", 5, None, itertools.count(), (1 / 0 for _ in "a"), Path("a")],
     ids=lambda values: type(values).__name__,
 )
-def test_prompts_are_a_list_in_a_definite_order(values: Any) -> None:
-    """A set's order changes from run to run, and so would the key of the request."""
+def test_prompts_must_be_an_ordered_list(values: Any) -> None:
+    """The order of a set, and so the key of the request, would change between runs."""
     for build in (
         lambda: AIVisionGeneral(URL, prompts=values),
         lambda: AIVisionModeration(URL, rejection_questions=values),
@@ -315,7 +313,7 @@ def test_prompts_are_a_list_in_a_definite_order(values: Any) -> None:
             build()
 
 
-def test_an_endless_iterator_of_prompts_ends() -> None:
+def test_an_endless_iterator_of_prompts_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match="not 11 or more"):
         AIVisionGeneral(URL, prompts=itertools.repeat("Again?"))
 
@@ -323,7 +321,7 @@ def test_an_endless_iterator_of_prompts_ends() -> None:
 @given(
     kind=st.sampled_from([*MODELS.values(), OtherModel, Uri, Asset, TagDefinition]), data=st.data()
 )
-def test_every_request_takes_any_value_or_refuses_it(kind: Any, data: st.DataObject) -> None:
+def test_every_request_accepts_or_refuses_any_value(kind: Any, data: st.DataObject) -> None:
     values = {field.alias: data.draw(ANYTHING, field.alias) for field in attrs.fields(kind)}
     with contextlib.suppress(InvalidRequestError):
         made = kind(**values)
@@ -331,7 +329,7 @@ def test_every_request_takes_any_value_or_refuses_it(kind: Any, data: st.DataObj
 
 
 @given(name=ANYTHING)
-def test_no_name_of_a_model_breaks_the_look_up(name: Any) -> None:
+def test_any_model_name_is_found_or_refused(name: Any) -> None:
     with contextlib.suppress(InvalidRequestError):
         assert find_request_type(name) in MODELS.values()
 
@@ -377,12 +375,12 @@ def test_an_invalid_model_name_is_refused(name: Any) -> None:
         {"a": [[]] * 2 + [{}] * 2, "b": {object()}},
     ],
 )
-def test_parameters_that_are_not_json_or_take_our_names_are_refused(parameters: Any) -> None:
+def test_non_json_and_reserved_parameters_are_refused(parameters: Any) -> None:
     with pytest.raises(InvalidRequestError):
         OtherModel("x", URL, parameters)
 
 
-def test_every_request_evolves_other_models_included() -> None:
+def test_every_request_can_be_evolved() -> None:
     request = OtherModel("new", URL, {"a": [1, {"b": 2**80}]})
     moved = attrs.evolve(request, source="https://other.example/b.jpg")
     assert moved == OtherModel("new", "https://other.example/b.jpg", request.parameters)
@@ -406,7 +404,7 @@ def test_an_unknown_model_is_sent_as_it_is() -> None:
     }
 
 
-def test_a_frozen_request_does_not_see_later_changes_of_its_parameters() -> None:
+def test_a_request_copies_its_parameters() -> None:
     parameters = {"words": ["a"]}
     request = OtherModel("x", URL, parameters)
     parameters["words"].append("b")
@@ -423,7 +421,7 @@ def test_a_frozen_request_does_not_see_later_changes_of_its_parameters() -> None
         " google_logo_detections ",
     ],
 )
-def test_the_guides_plural_and_other_spellings_find_the_singular(name: str) -> None:
+def test_other_spellings_find_the_model(name: str) -> None:
     assert find_request_type(name) is GoogleLogoDetection
     assert OtherModel(name, URL).model == "google_logo_detection"
 
@@ -434,7 +432,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
 
 
 @given(st.text(min_size=1, max_size=40))
-def test_no_cloud_name_or_task_id_leaves_its_segment_of_the_path(text: str) -> None:
+def test_names_and_ids_stay_in_their_path_segment(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""What is repeated and when: never sooner than the server asked, never later than the cap."""
+"""Which failures are retried and when: never before the server allows, never after the cap."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def error_of(status: int, *, code: str = "", retry_after: str | None = None) -> 
         (599, True, False),
     ],
 )
-def test_which_statuses_are_repeated_and_which_may_have_been_charged(
+def test_each_status_has_its_retry_and_charge_rules(
     status: int, retried: bool, ambiguous: bool
 ) -> None:
     error = error_of(status)
@@ -92,13 +92,13 @@ def test_which_statuses_are_repeated_and_which_may_have_been_charged(
         (ResponseDecodeError("paid and unreadable"), False),
     ],
 )
-def test_which_failures_are_repeated(error: AnalyzeError, retried: bool) -> None:
+def test_each_failure_is_retried_or_final(error: AnalyzeError, retried: bool) -> None:
     assert is_retriable(error, retry_ambiguous=True) is retried
     if error.ambiguous:
         assert not is_retriable(error, retry_ambiguous=False)
 
 
-def test_only_a_call_that_costs_is_ambiguous() -> None:
+def test_only_a_charged_call_is_ambiguous() -> None:
     assert read_error(500, {}, b"", now=0, model="coco").ambiguous
     assert not read_error(500, {}, b"", now=0, model=None).ambiguous
 
@@ -117,17 +117,17 @@ def test_only_a_call_that_costs_is_ambiguous() -> None:
         (TransportError("broke"), False),
     ],
 )
-def test_who_asks_everybody_to_slow_down(error: AnalyzeError, throttle: bool) -> None:
+def test_only_throttling_errors_slow_all_calls_down(error: AnalyzeError, throttle: bool) -> None:
     assert is_throttle(error) is throttle
 
 
-def test_our_own_waits_double_up_to_the_cap() -> None:
+def test_backoff_doubles_up_to_the_cap() -> None:
     assert list(islice(build_waits(SETTINGS), 9)) == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
     assert max(islice(build_waits(Settings(attempts=5000)), 5000)) == 30
 
 
 @given(first=SECONDS, factor=st.floats(1, 100))
-def test_no_wait_of_ours_is_over_the_cap_or_shrinks(first: float, factor: float) -> None:
+def test_backoff_never_exceeds_the_cap_or_shrinks(first: float, factor: float) -> None:
     settings = Settings(backoff_first=first, backoff_max=first * factor)
     waits = list(islice(build_waits(settings), 50))
     assert waits[0] == first
@@ -136,19 +136,19 @@ def test_no_wait_of_ours_is_over_the_cap_or_shrinks(first: float, factor: float)
 
 
 @given(own=SECONDS, chance=CHANCE)
-def test_jitter_shortens_our_own_wait_to_its_half_at_the_least(own: float, chance: float) -> None:
+def test_jitter_shortens_backoff_by_half_at_most(own: float, chance: float) -> None:
     assert own / 2 <= compute_wait(own, None, chance=chance) <= own
 
 
 @given(own=SECONDS, asked=SECONDS, chance=CHANCE)
-def test_a_wait_is_never_below_the_servers(own: float, asked: float, chance: float) -> None:
+def test_a_wait_is_never_below_retry_after(own: float, asked: float, chance: float) -> None:
     wait = compute_wait(own, asked, chance=chance)
     assert wait >= asked
     assert wait <= max(own, asked + max(0.25, 0.1 * asked))
 
 
 @given(asked=SECONDS, chances=st.lists(CHANCE, min_size=2, max_size=2, unique=True))
-def test_throttled_calls_do_not_come_back_together(asked: float, chances: list[float]) -> None:
+def test_throttled_calls_do_not_retry_together(asked: float, chances: list[float]) -> None:
     low, high = sorted(chances)
     early = compute_wait(0.001, asked, chance=low)
     late = compute_wait(0.001, asked, chance=high)
@@ -164,7 +164,7 @@ def test_throttled_calls_do_not_come_back_together(asked: float, chances: list[f
     chance=CHANCE,
     cap=st.floats(0.1, 300),
 )
-def test_a_decision_keeps_the_servers_wait_and_both_caps(
+def test_a_decision_respects_retry_after_and_both_caps(
     *, status: int, asked: float | None, own: float, chance: float, cap: float
 ) -> None:
     settings = Settings(max_server_wait=cap)
@@ -200,5 +200,5 @@ def test_a_quota_error_is_final_even_with_retry_after() -> None:
     ],
     ids=str,
 )
-def test_what_failed_may_have_been_charged(error: Exception, charged: bool) -> None:
+def test_each_failure_reports_a_possible_charge(error: Exception, charged: bool) -> None:
     assert may_be_charged(error) is charged

@@ -1,4 +1,4 @@
-"""Which URLs name one image: those that differ by their signature and its expiry alone."""
+"""URLs that differ only in their signature and its expiry name the same image."""
 
 import pytest
 
@@ -42,7 +42,7 @@ SIGNED = {
 
 
 @pytest.mark.parametrize("name", SIGNED)
-def test_urls_that_differ_by_their_signature_are_one(name: str) -> None:
+def test_urls_that_differ_by_signature_are_one_image(name: str) -> None:
     one, other = SIGNED[name]
     assert is_same_image(one, other)
     assert is_same_image(other, one)
@@ -75,7 +75,7 @@ DIFFERENT = {
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
-def test_urls_that_differ_otherwise_are_two(name: str) -> None:
+def test_urls_that_differ_otherwise_are_two_images(name: str) -> None:
     one, other = DIFFERENT[name]
     assert not is_same_image(one, other)
     assert not is_same_image(other, one)

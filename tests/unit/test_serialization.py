@@ -69,7 +69,7 @@ def test_every_response_is_written_and_read_back(model: str, sample: Any) -> Non
     assert Response.from_raw(MODELS[model], with_raw["raw"]) == response
 
 
-def test_detections_have_all_that_their_attributes_say(sample: Any) -> None:
+def test_detections_are_written_with_every_attribute(sample: Any) -> None:
     response = read("cld_fashion", sample("cld_fashion"))
     written = to_dict(response.analysis)["detections"]
     assert written
@@ -202,7 +202,7 @@ def test_every_error_is_written(kind: type[AnalyzeError]) -> None:
 
 
 @pytest.mark.parametrize("kind", ANALYSES, ids=lambda kind: kind.__name__)
-def test_no_field_of_an_analysis_is_forgotten(kind: type[Any]) -> None:
+def test_every_field_of_an_analysis_is_written(kind: type[Any]) -> None:
     left_out = {"tags"} if issubclass(kind, analyses.DetectionAnalysis) else set()
     keys = serialization.list_keys(kind, raw=True)
     assert {field.name for field in attrs.fields(kind)} - left_out <= set(keys)
@@ -240,9 +240,7 @@ JSON = st.recursive(
     ),
     envelope=st.dictionaries(st.sampled_from(["limits", "request_id", "entity", "x"]), JSON),
 )  # fmt: skip
-def test_whatever_the_service_sends_is_written_as_strict_json(
-    model: str, tags: Any, envelope: Any
-) -> None:
+def test_any_response_is_written_as_strict_json(model: str, tags: Any, envelope: Any) -> None:
     raw = {"data": {"analysis": {"tags": tags, "model_version": envelope.get("x")}}, **envelope}
     kind = Coco if "vision" in model else MODELS[model]
     try:

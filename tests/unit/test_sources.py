@@ -1,4 +1,4 @@
-"""Who may read a source, what ends it, and what is stored of a delivery."""
+"""Sources: who may read one, what ends it, and how a delivery is stored."""
 
 import asyncio
 import gc
@@ -45,7 +45,7 @@ def build_pairs():
 
 
 @pytest.mark.parametrize("name", build_pairs())
-async def test_a_source_serves_one_session_and_the_next_one_once_that_is_closed(name):
+async def test_a_source_serves_one_session_at_a_time(name):
     first, second = build_pairs()[name]
     async with open_session(first):
         refused = open_session(second)
@@ -64,7 +64,7 @@ async def test_a_source_serves_one_session_and_the_next_one_once_that_is_closed(
         pass
 
 
-async def test_what_forward_reads_is_refused_to_a_session_until_it_ends():
+async def test_a_session_cannot_read_a_source_of_forward():
     queue = asyncio.Queue()
     forwarding = asyncio.create_task(forward(QueueSource(queue), asyncio.Queue(), CREDENTIALS))
     await asyncio.sleep(0)
@@ -81,7 +81,7 @@ async def test_sessions_with_separate_sources_do_not_disturb_one_another():
         pass
 
 
-def test_a_session_that_was_dropped_open_leaves_its_source_to_others():
+def test_a_dropped_session_releases_its_source():
     source = Silent()
 
     async def drop():
@@ -102,7 +102,7 @@ def test_a_session_that_was_dropped_open_leaves_its_source_to_others():
 
 @pytest.mark.skipif(not hasattr(asyncio, "QueueShutDown"), reason="of Python 3.13")
 @pytest.mark.parametrize("immediate", [True, False])
-async def test_a_queue_that_was_shut_down_is_a_source_that_ended(immediate):
+async def test_a_queue_that_was_shut_down_ends_the_source(immediate):
     queue = asyncio.Queue()
     async with open_session(queue) as session, asyncio.timeout(5):
         first, second = session.task("t1", Captioning), session.task("t2", Captioning)
@@ -123,7 +123,7 @@ async def test_forwarding_ends_with_a_queue_that_was_shut_down():
     assert sink.qsize() == 1
 
 
-def test_a_source_is_known_by_its_methods():
+def test_a_source_is_identified_by_its_methods():
     class Full(Silent):
         async def fetch(self, task_ids):
             return ()
@@ -168,7 +168,7 @@ def test_an_invalid_stored_delivery_is_a_value_error(stored):
         decode_delivery(stored)
 
 
-def test_what_every_stored_source_needs_is_there_without_the_redis_library():
+def test_delivery_encoding_works_without_redis():
     program = (
         "import sys; sys.modules['redis'] = None\n"
         "from cloudinary_analyze.notifications import encode_delivery, decode_delivery"
@@ -176,7 +176,7 @@ def test_what_every_stored_source_needs_is_there_without_the_redis_library():
     subprocess.run([sys.executable, "-c", program], check=True, timeout=30)
 
 
-async def test_an_iterator_that_is_not_a_generator_is_closed_with_its_session():
+async def test_any_iterator_is_closed_with_its_session():
     class Iterator:
         closed = 0
 
@@ -199,9 +199,9 @@ async def test_an_iterator_that_is_not_a_generator_is_closed_with_its_session():
     assert source.closed == 1
 
 
-async def test_forwarding_survives_cancellations_that_are_not_its_own_and_ends_by_its_own(clock):
+async def test_forwarding_ends_only_if_it_is_cancelled(clock):
     class Odd:
-        """Raises what a library leaks that cancels its own futures."""
+        """Raises the `CancelledError` of a library that cancels an internal future."""
 
         def __init__(self):
             self.ends = 3

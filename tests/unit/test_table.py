@@ -1,4 +1,4 @@
-"""The table: one entry per task, the first answer wins, and everything that is kept is bounded."""
+"""The table: one entry per task, the first answer wins, and memory is bounded."""
 
 import json
 
@@ -48,7 +48,7 @@ def attach(table, task_id, now=0.0, **options):
 
 
 def find(table, task_id):
-    """Return the answer that a handle would get at once."""
+    """Return the answer that a new handle gets at once."""
     wait, _ = attach(table, task_id)
     answer = wait.answer
     table.leave(wait, 0.0)
@@ -56,7 +56,7 @@ def find(table, task_id):
 
 
 def advance(table, now):
-    """Let everything happen that is due, and return the effects."""
+    """Process everything that is due, and return the effects."""
     effects = []
     while (due := table.take_due(now)) is not None:
         effects += due
@@ -78,7 +78,7 @@ class TestFirstAnswerWins:
         assert not table.answer(wait.entry, Answer("poll", ValueError()), 0)
         assert wait.answer is answer
 
-    def test_a_failure_has_its_reason(self):
+    def test_a_failure_has_the_services_reason(self):
         table = build_table()
         wait = accept(table, "t1")
         assert deliver(table, build_failure("t1", "too dark")) == "resolved"
@@ -116,7 +116,7 @@ class TestFirstAnswerWins:
             {},
         ],
     )
-    def test_what_names_no_task_touches_none(self, content):
+    def test_a_body_without_a_task_id_changes_no_task(self, content):
         table = build_table()
         wait = accept(table, "t1")
         assert deliver(table, json.dumps(content).encode()) == "unrelated"
@@ -170,7 +170,7 @@ UNREADABLE_ENDS = [
 
 
 class TestProgress:
-    """A signed body without a result does not end a task that it calls running."""
+    """A signed body without a result does not end a task that it reports as running."""
 
     @pytest.mark.parametrize("fields", PROGRESS)
     def test_ends_nothing_and_the_result_is_awaited(self, fields):
@@ -184,7 +184,7 @@ class TestProgress:
         assert b"a cat" in wait.answer.body
 
     @pytest.mark.parametrize("fields", UNREADABLE_ENDS)
-    def test_an_end_without_a_readable_result_is_none(self, fields):
+    def test_a_final_body_without_a_result_ends_the_task(self, fields):
         table = build_table()
         wait = accept(table, "t1")
         body = build_result("t1", **fields)
@@ -242,7 +242,7 @@ class TestProgress:
         table.take_error(wait.entry, unknown, 200)
         assert wait.answer is None
 
-    def test_it_is_not_parked_in_the_place_of_the_result(self):
+    def test_it_does_not_replace_a_parked_result(self):
         table = build_table()
         body = build_result("t1", data={"status": "processing"})
         assert deliver(table, body) == "progress"
@@ -279,7 +279,7 @@ class TestProgress:
 
 class TestParked:
     @pytest.mark.parametrize("body", [build_result("t1"), build_failure("t1")])
-    def test_what_can_be_read_replaces_what_cannot(self, body):
+    def test_a_readable_body_replaces_an_unreadable_one(self, body):
         table = build_table()
         unreadable = build_result("t1", data=None)
         assert [deliver(table, each) for each in (unreadable, body, unreadable)] == ["parked"] * 3
@@ -304,7 +304,7 @@ class TestParked:
         assert len(table.parked) == 1
         assert table.parked.bytes == len(body)
 
-    def test_bounded_by_time_and_then_foreign_without_further_activity(self):
+    def test_bounded_by_time_and_then_foreign(self):
         table = build_table(parked_seconds=600)
         deliver(table, build_result("t1"), 0)
         deliver(table, build_result("t2"), 599)
@@ -334,7 +334,7 @@ class TestParked:
 
 
 class TestAnsweredAreKept:
-    def test_by_time_also_in_an_idle_session(self):
+    def test_by_time_even_in_an_idle_session(self):
         table = build_table(answered_seconds=3600)
         accept(table, "t1")
         deliver(table, build_result("t1"))
@@ -345,7 +345,7 @@ class TestAnsweredAreKept:
         assert find(table, "t1") is None
         assert not table.answered
 
-    def test_a_corrected_guess_is_as_young_as_its_correction(self):
+    def test_a_corrected_guess_is_kept_from_its_correction_on(self):
         table = build_table(answered_seconds=10)
         for task_id in ("t1", "t2"):
             wait = accept(table, task_id)
@@ -372,7 +372,7 @@ class TestAnsweredAreKept:
         assert [index for index in range(9) if find(table, f"t{index}")] == [6, 7, 8]
         assert table.answered.bytes == 3 * size
 
-    def test_as_bytes_whatever_brought_the_answer(self):
+    def test_as_bytes_from_any_kind_of_answer(self):
         table = build_table()
         raw = {"data": {"analysis": {"data": {"caption": "a cat"}}}}
         wait = accept(table, "t1")
@@ -393,7 +393,7 @@ class TestAnsweredAreKept:
             Answer("poll", NotFoundError("not found")),
         ],
     )
-    def test_not_when_the_task_itself_had_no_outcome(self, answer):
+    def test_not_if_the_task_had_no_outcome(self, answer):
         table = build_table()
         wait = accept(table, "t1")
         table.answer(wait.entry, answer, 0)
@@ -446,7 +446,7 @@ class TestWaits:
         advance(table, 1000)
         assert again.entry is wait.entry is table.pending["t1"]
 
-    def test_abandoned_before_it_was_accepted_it_rests_from_the_202_on(self):
+    def test_a_task_abandoned_before_its_202_rests_after_it(self):
         table = build_table(answered_seconds=100)
         wait = table.submit(REQUEST)
         table.abandon(wait, 0)
@@ -474,7 +474,7 @@ class TestWaits:
         deliver(table, build_result("t1"))
         assert all((wait.answer is not None) == (i % 3 == 2) for i, wait in enumerate(waits))
 
-    def test_ids_that_the_service_never_confirmed_leave_nothing_behind(self):
+    def test_unconfirmed_ids_leave_nothing_behind(self):
         table = build_table()
         for index in range(1000):
             wait, _ = attach(table, f"made-up-{index}", deadline=3600)
@@ -486,7 +486,7 @@ class TestWaits:
 
 
 class TestUnconfirmed:
-    """Ids that may be made up are bounded by count; tasks that the service named are not."""
+    """Ids that may be made up are limited in number. Tasks that the service named are not."""
 
     @pytest.fixture(autouse=True)
     def _few(self, monkeypatch):
@@ -531,7 +531,7 @@ class TestUnconfirmed:
         for task_id in ("t1", "t2", "t3", "made-up-0"):
             assert attach(table, task_id)[0].answer is None
 
-    def test_an_id_whose_notification_waits_is_answered(self):
+    def test_an_id_with_a_parked_notification_is_answered(self):
         table = build_table()
         self.fill(table)
         deliver(table, build_result("real"))
@@ -553,7 +553,7 @@ class TestUnconfirmed:
         ],
         ids=["leave", "abandon", "trust", "merge", "result", "progress", "poll", "refusal"],
     )
-    def test_one_that_is_confirmed_or_over_makes_room(self, end):
+    def test_a_confirmed_or_finished_id_makes_room(self, end):
         table = build_table()
         end(table, self.fill(table)[0])
         self.check_room(table)
@@ -573,7 +573,7 @@ class TestUnconfirmed:
         assert isinstance(wait.answer.error, NotFoundError)
         self.check_room(table)
 
-    def test_after_the_end_the_end_is_the_reason(self):
+    def test_after_the_end_the_error_names_the_end(self):
         table = build_table()
         self.fill(table)
         table.end(lambda task_id: SessionClosedError("closed", task_id=task_id))
@@ -584,7 +584,7 @@ class TestUnconfirmed:
 
 
 class TestGrace:
-    """It begins with the first poll that says *completed*, whatever handles come and go."""
+    """The grace begins with the first *completed* poll, even if handles come and go."""
 
     def test_handles_that_come_and_go_do_not_restart_it(self):
         table = build_table(result_grace=100)
@@ -642,12 +642,12 @@ class TestUnknown:
 class TestOneEntryPerTask:
     """A 202 may name a task that was attached by its id before."""
 
-    def test_waits_move_to_the_entry_that_is_there(self):
+    def test_waits_move_to_the_existing_entry(self):
         table = build_table()
         early = accept(table, "t1", deadline=50)
         late = table.submit(REQUEST)
         effects = table.accept(late, "t1", 0, deadline=5)
-        assert [type(effect) for effect in effects] == [Changed]  # its polls are under way
+        assert [type(effect) for effect in effects] == [Changed]  # its polls are in flight
         assert late.entry is early.entry
         advance(table, 5)
         assert late.answer is not None
@@ -655,7 +655,7 @@ class TestOneEntryPerTask:
         deliver(table, build_result("t1"))
         assert early.answer.body is not None
 
-    def test_an_answer_that_is_there_is_theirs_at_once(self):
+    def test_an_existing_answer_ends_them_at_once(self):
         table = build_table()
         accept(table, "t1")
         deliver(table, build_result("t1"))
@@ -678,7 +678,7 @@ class TestOneEntryPerTask:
 
 
 class TestEnd:
-    def test_what_is_pending_or_comes_later_fails_and_nothing_is_retained(self):
+    def test_pending_and_later_waits_fail(self):
         table = build_table()
         resting = accept(table, "t0")
         table.leave(resting, 0)

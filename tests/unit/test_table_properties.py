@@ -1,4 +1,4 @@
-"""Any order of events: each wait ends once, the table's states stay legal, and nothing is kept."""
+"""In any order of events, each wait ends once, states stay legal, and nothing is retained."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -17,7 +17,7 @@ IDS = st.sampled_from(["t1", "t2", "t3", "t4"])
 
 
 class TableMachine(RuleBasedStateMachine):
-    """Does to a table what handles, the service and time can do."""
+    """Applies the actions of handles, the service and time to a table."""
 
     def __init__(self):
         super().__init__()

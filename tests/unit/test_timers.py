@@ -1,4 +1,4 @@
-"""The heap of what is due, and the shelves whose values expire."""
+"""The heap of deadlines, and the shelves whose values expire."""
 
 import random
 import time
@@ -39,7 +39,7 @@ class TestDueHeap:
         assert [item.due for item in given] == sorted(item.due for item in items)
         assert len(set(map(id, given))) == 500
 
-    def test_what_has_another_instant_or_none_is_not_given(self):
+    def test_rescheduled_and_cancelled_timers_are_skipped(self):
         heap, items = build_heap(range(6))
         items[0].due = None
         items[2].due = None

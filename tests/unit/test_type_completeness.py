@@ -1,4 +1,4 @@
-"""Every public name has a type that all type checkers infer alike."""
+"""Every public name has a declared type that all type checkers infer identically."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytest.importorskip("pyright", reason="pyright belongs to the group `dev`")
 
 
 @pytest.mark.slow
-def test_the_type_of_every_public_name_is_known_and_unambiguous() -> None:
+def test_every_public_name_has_a_known_type() -> None:
     environment = Path(sys.executable).parent
     done = subprocess.run(
         [

@@ -43,7 +43,7 @@ def start(queue: AdmissionQueue, **options: Any) -> asyncio.Task[Attempt]:
 
 
 async def stall(queue: AdmissionQueue) -> None:
-    """Take everything, and have it throttled."""
+    """Start every attempt, and let the service throttle all of them."""
     attempts = [await queue.start() for _ in range(queue.admission.permits)]
     for attempt in attempts:
         queue.throttle(attempt)
@@ -68,7 +68,7 @@ async def test_attempts_start_first_come_first_served_under_the_permits(clock: M
     assert queue.waiting == 0
 
 
-async def test_an_attempt_starts_at_once_while_nothing_limits_it(clock: ManualClock) -> None:
+async def test_an_attempt_starts_at_once_without_a_limit(clock: ManualClock) -> None:
     queue = build_queue(2, clock)
     first, second = queue.start_at_once(), queue.start_at_once()
     assert first is not None
@@ -80,7 +80,7 @@ async def test_an_attempt_starts_at_once_while_nothing_limits_it(clock: ManualCl
     assert queue.admission.in_use == 2
 
 
-async def test_attempts_that_start_again_come_first(clock: ManualClock) -> None:
+async def test_restarted_attempts_come_first(clock: ManualClock) -> None:
     queue = build_queue(1, clock)
     held = await queue.start()
     order: list[str] = []
@@ -117,7 +117,7 @@ async def test_urgent_attempts_get_three_of_four_starts(clock: ManualClock) -> N
     assert "".join(order) == "uuuouuuouuoooooo"
 
 
-async def test_a_stall_sends_started_attempts_that_did_not_run_back_to_the_head(
+async def test_a_stall_requeues_attempts_that_did_not_run(
     clock: ManualClock,
 ) -> None:
     queue = build_queue(16, clock)
@@ -159,7 +159,7 @@ async def test_one_probe_at_a_time_starts_during_a_stall(clock: ManualClock) -> 
     assert (queue.waiting, queue.admission.in_use) == (0, 0)
 
 
-async def test_waiting_attempts_fail_when_their_patience_ends(clock: ManualClock) -> None:
+async def test_waiting_attempts_fail_after_the_patience(clock: ManualClock) -> None:
     queue = build_queue(16, clock)
     await stall(queue)
     probe = start(queue)
@@ -191,7 +191,7 @@ async def test_a_stall_shorter_than_the_patience_fails_nothing(clock: ManualCloc
     assert all(task.done() and task.exception() is None for task in tasks)
 
 
-async def test_a_known_long_wait_fails_every_start_until_it_is_over(clock: ManualClock) -> None:
+async def test_a_long_wait_fails_every_start_until_it_ends(clock: ManualClock) -> None:
     queue = build_queue(1, clock)
     held = await queue.start()
     waiting = start(queue)
@@ -227,7 +227,7 @@ async def test_an_attempt_granted_while_the_queue_closes_is_not_sent(clock: Manu
 
 
 @pytest.mark.parametrize("how", ["close", "refuse"])
-async def test_many_waiters_fail_over_several_turns(clock: ManualClock, how: str) -> None:
+async def test_many_waiters_fail_over_several_loop_turns(clock: ManualClock, how: str) -> None:
     queue = build_queue(1, clock)
     held = await queue.start()
     count = 3 * FAILURES_IN_A_TURN + 5
@@ -252,7 +252,7 @@ async def test_many_waiters_fail_over_several_turns(clock: ManualClock, how: str
     assert all(isinstance(task.exception(), kind) for task in waiting[:-1])
 
 
-async def test_a_start_after_a_short_refusal_outlives_what_it_failed(clock: ManualClock) -> None:
+async def test_a_start_after_a_short_refusal_is_kept(clock: ManualClock) -> None:
     queue = build_queue(1, clock)
     held = await queue.start()
     refused = [start(queue) for _ in range(FAILURES_IN_A_TURN + 5)]
@@ -264,7 +264,7 @@ async def test_a_start_after_a_short_refusal_outlives_what_it_failed(clock: Manu
     queue.release(held)
     for task in refused:
         if await asyncio.wait({task}) and not task.exception():
-            queue.release(task.result())  # it was left when starts were allowed again
+            queue.release(task.result())  # it still waited when starts were allowed again
     queue.release(await late)
     assert (queue.admission.in_use, queue.waiting) == (0, 0)
 
@@ -284,7 +284,7 @@ async def test_closing_waits_until_every_waiter_failed(clock: ManualClock) -> No
         task.exception()
 
 
-async def test_closing_waits_for_what_is_in_flight(clock: ManualClock) -> None:
+async def test_closing_waits_for_attempts_in_flight(clock: ManualClock) -> None:
     queue = build_queue(2, clock)
     first, second = await queue.start(), await queue.start()
     queue.close(SessionClosedError("closed"))
@@ -412,7 +412,7 @@ def call_forever(
     return [asyncio.create_task(work()) for _ in range(count)]
 
 
-async def test_the_queue_serves_the_rate_that_the_service_allows(clock: ManualClock) -> None:
+async def test_the_queue_uses_the_rate_that_the_service_allows(clock: ManualClock) -> None:
     queue = build_queue(64, clock)
     tokens, last, good, bad = 10.0, 0.0, 0, 0
 
@@ -439,7 +439,7 @@ async def test_the_queue_serves_the_rate_that_the_service_allows(clock: ManualCl
     assert (queue.admission.in_use, queue.waiting) == (0, 0)
 
 
-async def test_interactive_calls_beside_bulk_work_take_less_than_twice_as_long(
+async def test_bulk_work_less_than_doubles_interactive_latency(
     clock: ManualClock,
 ) -> None:
     queue = build_queue(64, clock)
@@ -470,7 +470,7 @@ async def test_interactive_calls_beside_bulk_work_take_less_than_twice_as_long(
 
 
 @pytest.mark.slow
-async def test_a_hundred_thousand_waiters_cost_no_more_each(clock: ManualClock) -> None:
+async def test_the_cost_per_waiter_is_constant_to_100_000(clock: ManualClock) -> None:
     queue = build_queue(1, clock)
     held = await queue.start()
     tasks = [start(queue, urgent=index % 2 == 0) for index in range(100_000)]

@@ -1,4 +1,4 @@
-"""The signature is the vendor's to the byte, and ours is the stricter verifier."""
+"""Signatures match the vendor's to the byte. This verifier is stricter than the vendor's."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_every_signature_vector_verifies(vectors: dict[str, Any]) -> None:
                 verify_signature(**call)
 
 
-# what ours does in each situation of the vendor's verifier; `None` accepts
+# how this verifier decides each case of the vendor's verifier; `None` means accepted
 OURS: dict[str, tuple[dict[str, Any], type[Exception] | None]] = {
     "fresh": ({}, None),
     "stale_7201s": ({"timestamp": str(NOW - 7205)}, StaleNotificationError),
@@ -99,7 +99,10 @@ OURS: dict[str, tuple[dict[str, Any], type[Exception] | None]] = {
     "sha256_explicit": ({"signature": sign(digest="sha256"), "digests": ["sha256"]}, None),
     "empty_signature": ({"signature": ""}, InvalidSignatureError),
     "none_signature": ({"signature": None}, InvalidSignatureError),
-    "bytes_body": ({"body": BODY.decode()}, TypeError),  # the other way round: raw bytes only
+    "bytes_body": (
+        {"body": BODY.decode()},
+        TypeError,
+    ),  # the reverse of the vendor's rule: only raw bytes
     "non_numeric_timestamp": ({"timestamp": "abc"}, InvalidSignatureError),
     "none_timestamp": ({"timestamp": None}, InvalidSignatureError),
     "float_string_timestamp": ({"timestamp": f"{NOW}.5"}, InvalidSignatureError),
@@ -109,16 +112,16 @@ OURS: dict[str, tuple[dict[str, Any], type[Exception] | None]] = {
 }
 
 
-def test_every_case_of_the_vendors_verifier_has_an_answer_here(vectors: dict[str, Any]) -> None:
+def test_every_case_of_the_vendors_verifier_is_covered(vectors: dict[str, Any]) -> None:
     cases = {case["name"]: case["result"] for case in vectors["verifier_behaviour"]}
     assert cases.keys() == OURS.keys()
     for name, (_, expected) in OURS.items():
         if expected is None:
-            assert cases[name] is True, "ours may only be stricter"
+            assert cases[name] is True, "this verifier may only be stricter"
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_ours_decides_each_case(name: str) -> None:
+def test_each_case_is_accepted_or_refused(name: str) -> None:
     changes, expected = OURS[name]
     call: dict[str, Any] = {"body": BODY, "timestamp": str(NOW), "secrets": [SECRET], "now": NOW}
     call |= changes
@@ -137,7 +140,7 @@ def test_polled_messages_verify_over_their_decoded_payload(vectors: dict[str, An
         message = case["message"]
         body = base64.urlsafe_b64decode(message["signed_payload"] + "==")
         assert body == case["decoded_body"].encode()
-        # a pulled message may be old: its digest counts, its age does not
+        # a polled message may be old: only its digest is checked
         delivery = Delivery(
             body,
             {"X-Cld-Signature": message["signature"], "X-Cld-Timestamp": message["timestamp"]},
@@ -155,7 +158,7 @@ def test_a_message_without_its_keys_never_verifies(vectors: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("digest", ["sha1", "sha256"])
 @pytest.mark.parametrize("position", [0, 1, 2])
-def test_any_of_several_secrets_may_have_signed(digest: str, position: int) -> None:
+def test_any_configured_secret_verifies(digest: str, position: int) -> None:
     secrets = ["first", "second", "third"]
     signature = sign(secret=secrets[position], digest=digest)
     verify_signature(BODY, str(NOW), signature, iter(secrets), now=NOW)
@@ -167,7 +170,7 @@ def test_any_of_several_secrets_may_have_signed(digest: str, position: int) -> N
     ("age", "error"),
     [(0, None), (7200, None), (7201, "limit: 7200 s"), (-300, None), (-301, "in the future")],
 )
-def test_the_window_has_two_sides(age: int, error: str | None) -> None:
+def test_the_window_bounds_past_and_future(age: int, error: str | None) -> None:
     timestamp = str(NOW - age)
     if error is None:
         verify_signature(BODY, timestamp, sign(at=timestamp), [SECRET], now=NOW)
@@ -179,7 +182,7 @@ def test_the_window_has_two_sides(age: int, error: str | None) -> None:
     )
 
 
-def test_a_stale_forgery_is_a_forgery() -> None:
+def test_a_stale_forgery_is_reported_as_forged() -> None:
     with pytest.raises(InvalidSignatureError):
         verify_signature(BODY, "1", "0" * 40, [SECRET], now=NOW)
 
@@ -195,14 +198,14 @@ def test_a_timestamp_is_one_to_fifteen_ascii_digits(timestamp: str) -> None:
 
 
 @pytest.mark.parametrize("timestamp", ["0", "1" * 15])
-def test_the_shortest_and_the_longest_timestamp_are_read(timestamp: str) -> None:
+def test_timestamps_of_any_allowed_length_are_read(timestamp: str) -> None:
     verify_signature(
         BODY, timestamp, sign(at=timestamp), [SECRET], now=NOW, oldest=None, newest=None
     )
 
 
 @given(signature=st.text(max_size=70), body=st.binary(max_size=50), timestamp=st.text(max_size=20))
-def test_nothing_unsigned_verifies_and_nothing_else_is_raised(
+def test_unsigned_bodies_raise_only_a_notification_error(
     signature: str, body: bytes, timestamp: str
 ) -> None:
     with pytest.raises(NotificationError):
@@ -216,7 +219,7 @@ def test_an_empty_secret_never_verifies_anything(secrets: Any) -> None:
 
 
 @pytest.mark.parametrize("names", [str, str.lower, str.upper])
-def test_headers_are_found_without_regard_to_case(names: Any) -> None:
+def test_header_names_are_case_insensitive(names: Any) -> None:
     headers = {names("X-Cld-Signature"): sign(), names("X-Cld-Timestamp"): str(NOW)}
     verify_delivery(Delivery(BODY, headers, received_at=NOW), CREDENTIALS)
     assert find_header(headers, "x-cLD-timestamp") == str(NOW)
@@ -232,13 +235,13 @@ def test_freshness_is_judged_at_the_first_receipt() -> None:
         verify_delivery(Delivery(BODY, headers, received_at=NOW - 301), CREDENTIALS)
 
 
-def test_a_v2_signature_alone_is_refused_with_the_way_out() -> None:
+def test_a_v2_signature_alone_is_refused_with_the_fix() -> None:
     headers = {"X-Cld-Signature_v2": "abc", "X-Cld-Timestamp": str(NOW)}
     with pytest.raises(InvalidSignatureError, match="auth_scheme"):
         verify_delivery(Delivery(BODY, headers, received_at=NOW), CREDENTIALS)
 
 
-def test_no_error_says_what_the_right_signature_is() -> None:
+def test_no_error_reveals_the_expected_signature() -> None:
     with pytest.raises(InvalidSignatureError) as caught:
         verify_signature(BODY, str(NOW), "0" * 40, [SECRET], now=NOW)
     assert SECRET not in str(caught.value)
@@ -246,7 +249,7 @@ def test_no_error_says_what_the_right_signature_is() -> None:
 
 
 class TestVerifiedDelivery:
-    """A process digests and parses a webhook once; everything else is verified again."""
+    """A process verifies and parses each webhook once. Any other delivery is verified again."""
 
     @pytest.fixture
     def counted(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -270,7 +273,7 @@ class TestVerifiedDelivery:
     def seal() -> VerifiedDelivery:
         return seal_delivery(build_delivery(), CREDENTIALS)
 
-    def test_it_is_digested_and_parsed_once(self, counted: list[str]) -> None:
+    def test_a_delivery_is_verified_and_parsed_once(self, counted: list[str]) -> None:
         sealed = self.seal()
         assert counted == ["compute_signature", "parse_notification"]
         notification = read_delivery(sealed, Credentials("demo", "another-key", SECRET))
@@ -286,7 +289,7 @@ class TestVerifiedDelivery:
             Credentials("demo", "key", SECRET, notification_secrets=["another-secret"]),
         ],
     )
-    def test_other_secrets_and_digests_verify_it_again(self, credentials: Credentials) -> None:
+    def test_other_secrets_and_digests_verify_again(self, credentials: Credentials) -> None:
         with pytest.raises(InvalidSignatureError):
             read_delivery(self.seal(), credentials)
 
@@ -314,7 +317,7 @@ class TestVerifiedDelivery:
         "changes",
         [{}, {"body": b'{"task_id":"forged"}'}, {"received_at": NOW + 9000.0}, {"headers": {}}],
     )
-    def test_one_that_was_rebuilt_from_its_parts_is_verified_again(
+    def test_a_rebuilt_delivery_is_verified_again(
         self, changes: dict[str, Any], counted: list[str]
     ) -> None:
         sealed = self.seal()
@@ -328,8 +331,8 @@ class TestVerifiedDelivery:
             read_delivery(forged, CREDENTIALS)
         assert ("compute_signature" in counted) is ("headers" not in changes)
 
-    def test_a_seal_that_was_restored_is_worth_nothing(self) -> None:
-        """As a serializer leaves it that sets attributes one by one."""
+    def test_a_restored_seal_is_ignored(self) -> None:
+        """Some serializers restore objects by setting each attribute."""
         sealed, forged = self.seal(), VerifiedDelivery(b'{"task_id":"forged"}', {})
         for name in ("seal", "notification"):
             object.__setattr__(forged, name, copy.deepcopy(getattr(sealed, name)))
@@ -350,7 +353,7 @@ class TestVerifiedDelivery:
             (b"{", NOW, MalformedNotificationError),
         ],
     )
-    def test_what_is_stale_or_malformed_is_not_sealed(
+    def test_a_stale_or_malformed_delivery_is_not_sealed(
         self, body: bytes, at: int, error: type[Exception]
     ) -> None:
         with pytest.raises(error):
