@@ -1,6 +1,6 @@
-"""Finds calls in our code that block a running event loop, with blockbuster.
+"""Detects calls in the package that block a running event loop, with blockbuster.
 
-A blocking call raises, and fails the test even where the code under test handles the error.
+A blocking call raises, and the test fails even if the code under test handles the error.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import cloudinary_analyze
 
 PACKAGE: Final = Path(cloudinary_analyze.__file__).parent
 
-# (end of the file's name, functions): what may block, anywhere in the stack, and why
+# (end of the file name, functions): calls below these functions may block, for the stated reason
 ALLOWED: Final = (
-    # imports and logging: the interpreter's, and the application's choice of handlers
+    # imports are up to the interpreter, and log handlers up to the application
     ("<frozen importlib._bootstrap>", {"_find_and_load"}),
     ("logging/__init__.py", {"handle"}),
-    # finalizers of anybody's objects, which the collector runs anywhere
+    # finalizers of any object, because the garbage collector runs them anywhere
     ("weakref.py", {"__call__"}),
-    # local reads of some microseconds by key; handing each to a thread would cost ten times more
+    # local reads by key take a few microseconds; handing each to a thread would cost ten times more
     ("ledger/sqlite.py", {"find"}),
-    # synchronous by contract: documented as such, and called by the tests on their loop
+    # documented as synchronous, and called by the tests on their event loop
     ("ledger/sqlite.py", {"__init__", "absorb", "counts", "copy_states"}),
     ("ledger/items.py", {"read", "read_items", "read_noted", "read_newest_responses"}),
     ("ledger/redis.py", {"iter_records", "worker_stats", "_batch"}),
@@ -39,7 +39,7 @@ ALLOWED: Final = (
     # a user's synchronous iterator, and a user's hook
     ("cloudinary_analyze/_stream.py", {"_pull"}),
     ("cloudinary_analyze/_meter.py", {"_call"}),
-    # a test reads a setting of a connection that is closed
+    # a test reads a setting of a connection when it is closed
     ("unit/test_durability.py", {"close"}),
 )
 
@@ -47,7 +47,7 @@ _blocked: list[str] = []
 
 
 class _EveryFunction:
-    """What contains every name."""
+    """A container that contains every name."""
 
     def __contains__(self, _: object) -> bool:
         return True
@@ -61,7 +61,7 @@ class _BlockingError(blockbuster.BlockingError):
 
 @contextlib.contextmanager
 def forbid_blocking() -> Iterator[None]:
-    """Let a blocking call in a coroutine or callback of ours raise."""
+    """Make blocking calls raise in coroutines and callbacks of the package."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blockbuster.blockbuster, "BlockingError", _BlockingError)
         with blockbuster.blockbuster_ctx(cloudinary_analyze) as detector:
@@ -76,7 +76,7 @@ def forbid_blocking() -> Iterator[None]:
 
 
 def take_blocked() -> list[str]:
-    """Return the stacks of the blocking calls since the last time."""
+    """Return the stacks of the blocking calls since the last call of this function."""
     found = _blocked.copy()
     _blocked.clear()
     return found

@@ -1,4 +1,4 @@
-"""Tools for the tests of the command line: its process, an emulator, its files."""
+"""Helpers for tests of the command line: processes, an emulator, and files."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def cli_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def start_emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[StartEmulator]:
-    """Start an emulator on a separate loop, because the commands bring theirs.
+    """Start an emulator on a separate event loop, because commands run their own event loop.
 
-    A second one takes the place of the first, at its address.
+    A second emulator replaces the first at the same address.
     """
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
@@ -69,7 +69,7 @@ def start_emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[StartEmulator]:
 async def start(
     *arguments: str, folder: Path, emulator: Emulator | None = None, **options: Any
 ) -> AsyncIterator[Process]:
-    """Start the command line; it is killed if the block leaves it running."""
+    """Start the command line. Kill it if it still runs at the end of the block."""
     environment = {name: value for name, value in os.environ.items() if "CLOUDINARY" not in name}
     environment |= {"COLUMNS": "160", "TERM": "xterm"}
     if emulator is not None:
@@ -87,7 +87,7 @@ async def start(
 
 
 async def see(process: Process, sentence: str) -> str:
-    """Return what is said on stderr up to and with the line that has a sentence."""
+    """Return stderr up to and including the line that contains a sentence."""
     assert process.stderr is not None
     output = ""
     async with asyncio.timeout(PATIENCE):
@@ -99,7 +99,7 @@ async def see(process: Process, sentence: str) -> str:
 
 
 async def end(process: Process) -> tuple[int, str, str]:
-    """Return exit code, stdout and stderr of a process once it ends."""
+    """Wait for a process to end, and return its exit code, stdout and stderr."""
     async with asyncio.timeout(PATIENCE):
         out, err = await process.communicate()
     assert process.returncode is not None
@@ -107,7 +107,7 @@ async def end(process: Process) -> tuple[int, str, str]:
 
 
 async def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
-    """Wait until a condition holds elsewhere."""
+    """Wait until another thread or process makes a condition true."""
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.005)
@@ -143,12 +143,12 @@ def read_records(path: str | Path = "results.jsonl") -> list[dict[str, Any]]:
 
 
 def read_terminal(descriptor: int) -> str:
-    """Return all that was written to a terminal until its last writer went away."""
+    """Return everything written to a terminal until its last writer closed it."""
     shown = b""
     while True:
         try:
             chunk = os.read(descriptor, 65536)
-        except OSError:  # Linux says EIO at the end
+        except OSError:  # Linux raises EIO at the end
             chunk = b""
         if not chunk:
             return shown.decode()

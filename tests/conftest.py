@@ -45,7 +45,7 @@ def _no_outside_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_secret_is_logged() -> Iterator[None]:
-    """Search what each test has logged, at DEBUG, libraries included."""
+    """Search the DEBUG log of each test, including libraries, for secrets."""
     root = logging.getLogger()
     level, search = root.level, SecretSearch()
     root.setLevel(logging.DEBUG)
@@ -64,7 +64,7 @@ def _blocking_calls_raise() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _nothing_blocks_the_loop() -> Iterator[None]:
-    """Fail a test in which our code blocked a running event loop."""
+    """Fail a test in which the package blocked a running event loop."""
     take_blocked()
     yield
     blocked = take_blocked()
@@ -73,7 +73,7 @@ def _nothing_blocks_the_loop() -> Iterator[None]:
 
 @pytest.fixture
 def clock() -> ManualClock:
-    """Return a clock that stands still until it is moved."""
+    """Return a clock that does not move until the test advances it."""
     return ManualClock()
 
 

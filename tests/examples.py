@@ -13,7 +13,7 @@ import cloudinary_analyze
 PACKAGE = Path(cloudinary_analyze.__file__).parent
 GUIDES = PACKAGE / "docs"
 README = PACKAGE.parent / "README.md"
-# what an example that is only a part of a program takes for granted
+# names that partial examples assume to exist
 CONTEXT = """
 from fastapi import FastAPI as FastAPI
 from fastapi.testclient import TestClient as TestClient
@@ -58,7 +58,7 @@ def read_modules() -> Iterator[tuple[str, ast.Module]]:
 def find_public_names() -> set[tuple[str, str]]:
     """Return the names in every `__all__`, each with its module.
 
-    The names of the package are the package's only, also where a module lists them too.
+    A name that the package and a module both list is attributed to the package.
     """
     listed = {
         (module, name)
@@ -103,7 +103,7 @@ def _visit(node: ast.AST, name: str, found: dict[str, list[str]]) -> None:
 
 
 def write_context() -> str:
-    """Return what fragments take for granted: the public names, and some variables."""
+    """Return the context of partial examples: the public names, and some variables."""
     modules = {name: module for module, name in sorted(find_public_names(), reverse=True)}
     del modules["WebhookReceiver"]  # there are two
     lines = [f"from {module} import {name} as {name}" for name, module in modules.items()]

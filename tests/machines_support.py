@@ -1,4 +1,4 @@
-"""Many workers on this machine: an emulator on a separate thread, and what the workers call."""
+"""Helpers for tests with many local workers: an emulator on a thread, and the workers' functions."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from concurrent.futures import ProcessPoolExecutor
 from cloudinary_analyze.emulator import Emulator
 from cloudinary_analyze.stage import close_sessions, outcome_columns, worker_stats
 
-# Its server imports everything once, and its children inherit no thread. Their environment is that
-# of the server, so of an earlier test.
+# The fork server imports everything once, and its children inherit no thread. Children get the
+# environment of the server, which may be that of an earlier test.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["cloudinary_analyze._http.call", "machines_support", "redis"])
 
@@ -56,7 +56,7 @@ def serve_on_thread(service):
 
 @contextlib.contextmanager
 def emulate_in_environment(monkeypatch, **options):
-    """Run an emulator, and name it in ``CLOUDINARY_URL``; close the sessions to it at the end."""
+    """Run an emulator with its address in ``CLOUDINARY_URL``; close its sessions at the end."""
     with serve_on_thread(Emulator(**options)) as emulator:
         monkeypatch.setenv("CLOUDINARY_URL", emulator.cloudinary_url)
         try:
@@ -66,7 +66,7 @@ def emulate_in_environment(monkeypatch, **options):
 
 
 def count_statuses(stage, items):
-    """Analyze items in a worker; return the statuses, who did it, and its repeated attempts."""
+    """Analyze items in a worker; return the statuses, the worker's id, and its repeated attempts."""
     statuses = Counter(outcome_columns(stage(items))["status"])
     repeated = sum(shown["ambiguous_retries"] for shown in worker_stats())
     return statuses, os.getpid(), repeated
@@ -78,6 +78,6 @@ def split(items, count):
 
 @contextlib.contextmanager
 def open_pool(workers=2):
-    """Open a pool of processes that start fast."""
+    """Open a pool of processes that fork from a preloaded server."""
     with ProcessPoolExecutor(workers, mp_context=CONTEXT) as pool:
         yield pool

@@ -1,4 +1,4 @@
-"""Tools for the tests of notifications: signed webhooks, an ASGI server, a Redis server."""
+"""Helpers for tests of notifications: signed webhooks, an ASGI server, a Redis server."""
 
 import asyncio
 import contextlib
@@ -42,7 +42,7 @@ def build_delivery(task_id, caption="A cat", *, received_at=None, **fields):
 
 
 async def until(condition, seconds=10.0):
-    """Wait for what happens elsewhere."""
+    """Wait until another task, thread or process makes a condition true."""
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.002)
@@ -72,7 +72,7 @@ def find_free_port():
 
 @attrs.define(eq=False)
 class RedisServer:
-    """A Redis of our own that can be killed and started again. By default it fsyncs every write."""
+    """A private Redis server that can be killed and restarted. By default, it fsyncs every write."""
 
     directory: Path
     port: int = attrs.field(factory=find_free_port)
@@ -111,7 +111,7 @@ class RedisServer:
 
 
 def start_redis(directory, **options):
-    """Start a Redis server; skip the test where there is none, but never in CI."""
+    """Start a Redis server. Skip the test if Redis is not installed, but never in CI."""
     if shutil.which("redis-server") is None and not os.environ.get("CI"):
         pytest.skip("redis-server is not installed")
     server = RedisServer(directory, **options)

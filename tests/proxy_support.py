@@ -14,7 +14,7 @@ HEAD_END = b"\r\n\r\n"
 
 @attrs.frozen
 class Head:
-    """What a client sent to the proxy itself.
+    """The head of a request that a client sent to the proxy.
 
     Attributes:
         line: The request line.
@@ -27,14 +27,14 @@ class Head:
 
 @attrs.define(eq=False)
 class Proxy:
-    """Leads every connection to one port of this machine, whatever host is named.
+    """Forwards every connection to one local port, for any requested host.
 
     Attributes:
         port: The port of the service.
-        reply: Bytes to answer with instead; empty bytes hang up; ``None`` works as a proxy.
+        reply: Bytes to send instead of forwarding. Empty bytes hang up; ``None`` forwards.
         silent: Whether to accept and never answer.
-        context: TLS of the proxy itself.
-        heads: What was sent to the proxy.
+        context: The TLS context of the proxy's listener, if any.
+        heads: The heads of the requests that the proxy received.
     """
 
     port: int
@@ -86,7 +86,7 @@ class Proxy:
         try:
             if line.startswith("CONNECT "):
                 writer.write(b"HTTP/1.1 200 Connection established" + HEAD_END)
-            else:  # further requests on this connection go the same way, in absolute form
+            else:  # further requests on this connection are forwarded too, with absolute URLs
                 upstream.write(raw)
             await asyncio.gather(_copy(reader, upstream), _copy(service, writer))
         finally:

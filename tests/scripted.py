@@ -1,4 +1,4 @@
-"""A real server with responses that a test sets, and tools for sessions that call it."""
+"""A real server with scripted responses, and helpers for sessions that call it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SAMPLES = Path(__file__).parent / "samples"
 
 @attrs.frozen
 class Seen:
-    """A request as the server received it."""
+    """A request that the server received."""
 
     method: str
     path: str
@@ -39,7 +39,7 @@ class Seen:
 
 @attrs.define(eq=False)
 class ScriptedServer:
-    """Answers with one handler, and keeps what it saw."""
+    """Answers with one handler, and records the requests."""
 
     handler: Handler
     seen: list[Seen] = attrs.field(factory=list)
@@ -94,7 +94,7 @@ def answer(
     body: bytes | None = None,
     headers: dict[str, str] | None = None,
 ) -> Handler:
-    """Return a handler that always gives this answer: JSON, a sample's, or raw bytes."""
+    """Return a handler that always sends the same response: JSON, a sample, or raw bytes."""
     if sample is not None:
         body = (SAMPLES / f"{sample}.json").read_bytes()
     elif body is None:
@@ -126,7 +126,7 @@ def hang_up() -> Handler:
 
 
 def one_after_the_other(*handlers: Handler) -> Handler:
-    """Return a handler that uses each of these once, and then the last one."""
+    """Return a handler that uses each of these handlers once, and then repeats the last one."""
     left = list(handlers)
 
     async def handle(request: web.Request) -> web.StreamResponse:
@@ -142,18 +142,18 @@ async def until(condition: Callable[[], object], *, seconds: float = 10.0) -> No
     """Wait for a condition that real I/O causes. Fail if it does not occur."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, "the condition did not become true"
         await asyncio.sleep(0.001)
 
 
 def have_failed(session: AnalyzeSession, attempts: int) -> bool:
-    """Whether as many attempts were made, and none of them is in flight any more."""
+    """Return whether this many attempts were made and none of them is in flight."""
     stats = session.stats
     return stats.attempts == attempts and not stats.permits_in_use
 
 
 async def wind(clock: ManualClock, awaitable: Awaitable[Any], *, seconds: float = 20.0) -> Any:
-    """Move a clock on, timer by timer, until something is done; the sockets stay real."""
+    """Advance a clock, timer by timer, until an awaitable is done. Sockets use real time."""
     return await clock.run(awaitable, seconds=seconds)
 
 
@@ -171,7 +171,7 @@ class Suspensions:
     count: int = 0
 
     async def drive(self, coroutine: Any) -> Any:
-        """Run a coroutine. `late` cancels when the awaited thing has come, before it is seen."""
+        """Run a coroutine. `late` cancels after the awaited future is done but before the resumption."""
         return await self._step(coroutine)
 
     @types.coroutine
@@ -212,22 +212,22 @@ async def step_through(
         session: Must be idle again after each cancellation.
         build: Makes the coroutine to cancel.
         late: As for `Suspensions.drive`.
-        most: Suspensions at which it must have completed.
-        idle: Says whether everything is as before; default: no permit is used or waited for.
+        most: The number of suspensions within which it must complete.
+        idle: Returns whether the session is idle. By default, no permit is used or waited for.
     """
     idle = idle or (lambda: busy(session.stats) == (0, 0, 0))
     for number in range(1, most):
         steps = Suspensions(number, late)
         task = asyncio.ensure_future(asyncio.create_task(steps.drive(build())))
         await asyncio.wait([task], timeout=10)
-        assert task.done(), f"it hangs when cancelled at {number}"
+        assert task.done(), f"the coroutine hangs when cancelled at {number}"
         if not task.cancelled():
             assert task.exception() is None
             if steps.count < number:
                 return number
             continue  # the last cancel came when there was nothing left to cancel
         await until(idle, seconds=5)
-    raise AssertionError("it never completed")
+    raise AssertionError("the coroutine never completed")
 
 
 def requests_of(count: int, kind: Any) -> Iterable[Any]:

@@ -20,7 +20,7 @@ NEEDLES = [
 
 
 class SecretSearch(logging.Handler):
-    """Keeps every record, with its traceback, that shows a secret."""
+    """Collects every log record whose message or traceback contains a secret."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)

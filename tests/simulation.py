@@ -18,7 +18,7 @@ from typing import Any
 
 from cloudinary_analyze._http.admission import Admission, Attempt
 
-# at the end, so that an installed package is not hidden by the one beside the tests
+# at the end, so that an installed package has precedence over the one beside the tests
 sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks.services import (
@@ -38,14 +38,14 @@ from benchmarks.services import (
 
 @dataclass
 class Scenario:
-    """What is simulated.
+    """The parameters of a simulation.
 
     Attributes:
         service: Makes the service.
-        latency: Seconds until an accepted request is answered; the median if `sigma` is not 0.
-        sigma: Of the lognormal latency.
+        latency: Seconds until an accepted request is answered. It is the median if `sigma` is not 0.
+        sigma: Standard deviation of the logarithm of the latency.
         rejection: Seconds until any other request is answered.
-        seconds: How long it lasts.
+        seconds: The simulated duration.
     """
 
     service: Callable[[], Any]
@@ -117,7 +117,7 @@ class Simulation:
         )
 
     def goodput(self, begin: float) -> float:
-        """Return the share of what the service allows."""
+        """Return the successes as a share of the number that the service allows."""
         return self.count(OK, begin) / self.service.allow(begin, self.scenario.seconds)
 
     def throttled(self, begin: float) -> float:
@@ -126,7 +126,7 @@ class Simulation:
 
     @property
     def fairness(self) -> float:
-        """The successes of the slowest client per success of the fastest."""
+        """Return the successes of the slowest client per success of the fastest."""
         each = [self.count(OK, 10, client.number) for client in self.clients]
         return min(each) / max(each)
 
@@ -136,7 +136,7 @@ class Simulation:
 
     @property
     def recovery(self) -> float:
-        """Seconds from the end of the outage to the first success."""
+        """Return the seconds from the end of the outage to the first success."""
         return min(at for at, _, _ in self.requests if at >= self.service.ends) - self.service.ends
 
 
@@ -273,7 +273,7 @@ SCENARIOS = {
 
 @dataclass
 class Figures:
-    """Means over some seeds."""
+    """Mean figures over several seeds."""
 
     goodput: float
     throttled: float
@@ -283,7 +283,7 @@ class Figures:
 
 
 def measure(name: str, seeds: range) -> Figures:
-    """Return the figures of a scenario. The late ones begin after 10 s, or one window."""
+    """Return the figures of a scenario. Late figures exclude the first 10 s, or the first window."""
     runs = [Simulation(SCENARIOS[name], seed).run() for seed in seeds]
     window = getattr(runs[0].service, "seconds", 0.0)
     early, late = window or 1.0, window or 10.0
@@ -301,7 +301,7 @@ def measure(name: str, seeds: range) -> Figures:
 
 
 def describe(figures: Figures) -> str:
-    """Return what is special about a scenario."""
+    """Return the figures of an outage or of fairness, for scenarios that have them."""
     runs = figures.runs
     if isinstance(runs[0].service, Outage):
         return (

@@ -1,4 +1,4 @@
-"""Tools for the task tests: an emulator connected to a session, deliveries, quick settings."""
+"""Helpers for task tests: an emulator connected to a session, deliveries, quick settings."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ async def connected(
 async def unconnected(
     settings: Settings | None = None, *, session_options: Any = None, **emulator_options: Any
 ) -> AsyncIterator[tuple[Emulator, AnalyzeSession]]:
-    """Run an emulator and an open session that hears of no notification."""
+    """Run an emulator and an open session that receives no notifications."""
     async with Emulator(**emulator_options) as emulator:
         async with AnalyzeSession(
             Credentials.from_url(emulator.cloudinary_url),
@@ -126,9 +126,9 @@ class Service:
     """Replaces the calls of a session, so that only its clock measures time.
 
     Attributes:
-        state: Says what the status of a task is: a state, a `TaskStatus`, or an error to raise.
-        repeat: What an analyze call that asks for no task is answered.
-        polls: When each task was asked for, in order.
+        state: Returns the status of a task: a state, a `TaskStatus`, or an error to raise.
+        repeat: Returns the response of an analyze call without a task.
+        polls: The (time, task id) of each poll, in order.
     """
 
     clock: ManualClock
@@ -156,7 +156,7 @@ class Service:
         return self.repeat
 
     async def get_task_status(self, task_id: str, *, attempts: int | None = None) -> TaskStatus:
-        assert attempts == 1  # the poller's own schedule is the only repetition
+        assert attempts == 1  # only the poller's schedule repeats a poll
         self.polls.append((self.clock.now, task_id))
         self.on_the_wire += 1
         self.most_on_the_wire = max(self.most_on_the_wire, self.on_the_wire)
@@ -173,11 +173,11 @@ class Service:
         return state if isinstance(state, TaskStatus) else TaskStatus(task_id, state)
 
     def when(self, task_id: str = "t1") -> list[float]:
-        """Return when a task was asked for."""
+        """Return when a task was polled."""
         return [at for at, asked in self.polls if asked == task_id]
 
     def per_task(self) -> Counter[str]:
-        """Return how often each task was asked for."""
+        """Return how often each task was polled."""
         return Counter(asked for _, asked in self.polls)
 
 
@@ -185,7 +185,7 @@ class Service:
 async def resolving(
     clock: ManualClock, *, source: Any = True, service: Service | None = None, **settings: Any
 ) -> AsyncIterator[tuple[Service, Tracker]]:
-    """Run a tracker over a service that is none, with a queue as source or another or none."""
+    """Run a tracker over a fake service, with a queue, another source, or no source."""
     service = service or Service(clock)
     if source is True:
         source = QueueSource(asyncio.Queue())
@@ -214,7 +214,7 @@ def hold(task: Any) -> Any:
 
 
 def attach(tracker: Tracker, task_id: str, *, request: Any = None, **options: Any) -> Any:
-    """Re-attach a captioning and return its wait."""
+    """Attach to a captioning task and return its wait."""
     return hold(
         tracker.attach(task_id, "captioning", CaptioningAnalysis, request=request, **options)
     )

@@ -42,10 +42,10 @@ OF_CONNECTIONS = ("reset_at_accept", "tls_failure")
 
 @attrs.frozen(kw_only=True)
 class ProxyPlan:
-    """What goes wrong.
+    """The faults to inject.
 
     Attributes:
-        seed: Decides whom the faults hit.
+        seed: Determines which attempts and connections the faults hit.
         faults: The probability of each fault, per attempt or per connection.
         scripted: What is answered to the first attempt of an item instead of forwarding it: a name
             for the counts, the status, the body and Retry-After. ``@soon@`` is a date in a second.
@@ -80,7 +80,7 @@ def build_response(status: int, body: str, retry_after: str | None) -> bytes:
 
 @attrs.define(eq=False)
 class FaultyProxy:
-    """Forwards to one port of this machine. ``counts`` says what it broke.
+    """Forwards to one local port. ``counts`` holds the number of each injected fault.
 
     Faults of polls are counted apart, as ``poll …``. ``raced`` counts requests that crossed the
     close of an idle connection, ``abandoned`` charged responses whose client was gone.
@@ -136,7 +136,7 @@ class _Client(asyncio.Protocol):
         self.closed = False
         self.upstream: _Upstream | None = None
         self.fault: str | None = None
-        self.kind = ""  # of the request that waits for its response
+        self.kind = ""  # kind of the request that waits for its response
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
@@ -152,7 +152,7 @@ class _Client(asyncio.Protocol):
         elif fault == "tls_failure":
             self.refuses = True
         elif proxy._context is not None:
-            transport.pause_reading()  # the handshake is for the TLS protocol
+            transport.pause_reading()  # the TLS protocol must read the handshake
             proxy.spawn(self._start_tls(proxy._context))
 
     async def _start_tls(self, context: ssl.SSLContext) -> None:
@@ -224,9 +224,9 @@ class _Client(asyncio.Protocol):
         self.upstream.transport.write(request)
 
     def respond(self, response: bytes) -> None:
-        """Pass on a response of the service, or what the plan leaves of it."""
+        """Forward a response of the service, or the part of it that the plan allows."""
         fault, kind = self.fault, self.kind
-        # what the service itself truncated is left to be seen as that
+        # a response that the service itself truncated is not counted as paid
         paid = response[9:12] in (b"200", b"202") and response.endswith(b"}")
         if self.closed or self.transport.is_closing():
             if paid:
@@ -244,7 +244,9 @@ class _Client(asyncio.Protocol):
                 self.transport.write(response[: len(response) - 20])
                 self.transport.close()
             else:
-                self.transport.write(response[:30])  # and no more, until the client gives up
+                self.transport.write(
+                    response[:30]
+                )  # the rest never follows, until the client gives up
         elif fault == "slow_bytes":
             self.count(fault)
             self.proxy.spawn(self._write_slowly(response))
@@ -274,7 +276,7 @@ class _Client(asyncio.Protocol):
         self.transport.write(response)
 
     def close_half(self) -> None:
-        """Close an idle connection, and go on to read, to see whether a request crosses the close."""
+        """Close the sending side of an idle connection. Keep reading to detect a request that crosses it."""
         if self.kind or self.closed or self.transport.is_closing():
             return
         self.half_closed = True
@@ -288,12 +290,12 @@ class _Client(asyncio.Protocol):
         self.transport.abort()
 
     def find_socket(self) -> socket.socket:
-        """Return a duplicate, because uvloop gives out sockets without methods."""
+        """Return a duplicate of the socket, because sockets of uvloop lack these methods."""
         return socket.socket(fileno=os.dup(self.transport.get_extra_info("socket").fileno()))
 
 
 class _Upstream(asyncio.Protocol):
-    """The connection to the service that belongs to one of a client."""
+    """The connection to the service on behalf of one client connection."""
 
     transport: asyncio.Transport
 
@@ -310,7 +312,7 @@ class _Upstream(asyncio.Protocol):
         client.proxy.peers.discard(self)
         client.upstream = None
         if client.kind and not client.closed:
-            client.reset()  # the service's own fault
+            client.reset()  # a fault of the service itself
 
     def data_received(self, data: bytes) -> None:
         self.received += data

@@ -1,4 +1,4 @@
-"""Two processes of the kill test: the emulator that outlives it all, and the run that is killed."""
+"""Two processes of the kill test: the emulator, which is never killed, and the run, which is."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ def build_urls():
 
 
 async def emulate():
-    """Serve; answer each line on stdin with what was received so far, once nothing moves."""
+    """Run the emulator. Answer each line on stdin with the requests received, once none is in flight."""
     policy = WebhookPolicy(retry_scale=0.004)  # again after 0.7, 1.4 and 2.2 s
     async with Emulator(latency=0.1, task_seconds=0.1, webhooks=policy) as emulator:
         print(emulator.cloudinary_url, flush=True)
@@ -36,7 +36,7 @@ async def emulate():
 
 
 async def run(mode, cloudinary_url, ledger_path, log_path, port):
-    """Analyze everything, and note each outcome that was handed over."""
+    """Analyze every item, and log each outcome that was yielded."""
     deliveries = asyncio.Queue()
 
     async def receive(request):

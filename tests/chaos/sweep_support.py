@@ -54,7 +54,7 @@ PATIENCE = 15.0
 class ChaosServer:
     """Speaks HTTP/1.1 on a raw socket, so that it can also stop anywhere in a response.
 
-    It has no tasks: whatever task is left belongs to the client.
+    It starts no asyncio tasks, so every task that is left belongs to the client.
     """
 
     chance: random.Random
@@ -135,7 +135,7 @@ class ChaosServer:
                 peer.transport.write(half)
                 peer.transport.close()
             case 9:
-                peer.transport.write(half)  # and no more: a stall in the middle
+                peer.transport.write(half)  # the rest never follows: a stall in the middle
             case 10:
                 pass  # a stall before the first byte
             case 11:
@@ -188,12 +188,12 @@ class Peer(asyncio.Protocol):
 
 
 class InputError(Exception):
-    """What a user's own code raises."""
+    """An error of the user's code."""
 
 
 @attrs.define(eq=False)
 class Users:
-    """What applications do with a session, each chosen by chance."""
+    """Random actions of an application with a session."""
 
     session: AnalyzeSession
     chance: random.Random
@@ -363,14 +363,14 @@ async def run_users(users: Users, chance: random.Random) -> list[asyncio.Task[An
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(chance.choice((0, 0, 0.02, 0.1))):
             await users.hurry.wait()
-    for _ in range(chance.choice((0, 0, 1, 3))):  # what never takes a step before the close
+    for _ in range(chance.choice((0, 0, 1, 3))):  # tasks that never take a step before the close
         users.submit()
         tasks.append(asyncio.create_task(users.choose()))
     return tasks
 
 
 async def close(session: AnalyzeSession, chance: random.Random) -> None:
-    """Close, once or more often, in turn or at once, patiently or not."""
+    """Close the session once or several times, sequentially or concurrently, with or without patience."""
     drain = chance.choice((0.0, 0.0, 0.1))
     match chance.randrange(4):
         case 0:
@@ -393,7 +393,7 @@ async def close(session: AnalyzeSession, chance: random.Random) -> None:
 
 
 def check_ending(task: asyncio.Task[Any]) -> None:
-    """A user's task ends with a value, its cancellation, an error of ours, or the user's own."""
+    """Check that a task ended with a value, a cancellation, an `AnalyzeError` or a user's error."""
     if task.cancelled():
         assert task.cancelling(), f"cancelled without a reason: {task!r}"
         return
@@ -418,7 +418,7 @@ async def live(seed: int, folder: Path, complaints: list[str]) -> None:
         random.Random(seed + 1), chance.choice((0, 0.1, 0.4, 0.4, 1)), queue.put_nowait
     )
     listening = await loop.create_server(lambda: Peer(server), "127.0.0.1", 0)
-    # of half of the sessions, connections break, too
+    # in half of the sessions, connections also fail
     faults = dict.fromkeys((*BEFORE, *AFTER, *HARMLESS, *OF_CONNECTIONS), 0.03 * (seed // 2 % 2))
     proxy = FaultyProxy(listening.sockets[0].getsockname()[1], ProxyPlan(seed=seed, faults=faults))
     await proxy.__aenter__()
@@ -452,7 +452,7 @@ async def live(seed: int, folder: Path, complaints: list[str]) -> None:
         server.close()
         listening.close()
         await listening.wait_closed()
-    for _ in range(3):  # what was cancelled ends
+    for _ in range(3):  # cancelled tasks end here
         await asyncio.sleep(0)
     assert not library_tasks()
     left = asyncio.all_tasks() - {asyncio.current_task()}
@@ -465,10 +465,10 @@ def find_threads() -> set[threading.Thread]:
 
 
 def find_descriptors() -> dict[str, str]:
-    """Return descriptors, and what each of them is open on."""
+    """Return the open descriptors and the target of each."""
     found = {}
     for descriptor in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):  # the folder's own
+        with contextlib.suppress(OSError):  # the descriptor of the listed folder
             found[descriptor.name] = str(descriptor.readlink())
     return found
 

@@ -1,4 +1,4 @@
-"""A run over many rows is interrupted three times, its input is edited, and every charge is explained.
+"""A run is interrupted three times and its input is edited. Every charge must be accounted for.
 
 It takes about 90 seconds of CPU time. Fewer rows, and other seeds:
 
@@ -76,7 +76,7 @@ class Shop:
 
 @attrs.define
 class Books:
-    """What the emulator charged, and what the ledger and the summaries say of it."""
+    """Compares the emulator's charges with the ledger and the summaries."""
 
     emulator: Emulator
     folder: Path
@@ -92,7 +92,7 @@ class Books:
             return int(count)
 
     async def close(self, *, killed: bool = False) -> dict[str, Any]:
-        """Compare a run that has ended with what it reported; return its summary."""
+        """Compare the charges of a finished run with its report; return its summary."""
         await until(lambda: not self.emulator.counts.in_flight)
         charged = self.emulator.counts.total_done
         recorded = await asyncio.to_thread(self._read_recorded)
@@ -103,7 +103,7 @@ class Books:
             f"{unrecorded} charges without one, {dropped - self.dropped} responses dropped"
         )
         summary: dict[str, Any] = {}
-        if killed:  # it reports nothing: neither its retries, nor what was not yet durable
+        if killed:  # a killed run reports neither its retries nor the records that were not durable
             assert 0 <= unrecorded <= dropped - self.dropped + WINDOW
         else:
             summary = json.loads((self.folder / "summary.json").read_bytes())
@@ -116,7 +116,7 @@ class Books:
 
 
 def check_records(records: list[dict[str, Any]], shop: Shop, *, complete: bool) -> None:
-    """Check that records are those of the present input: once, in order, with their columns."""
+    """Check that each row of the current input has one record, in order, with its columns."""
     rows = {sku: (url, note) for sku, url, note in shop.rows}
     order = {(sku, model): n for n, (sku, model) in enumerate(_list_items(shop))}
     places = []
@@ -144,7 +144,7 @@ async def finish(process: Process) -> int:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-async def test_every_charge_is_a_row_or_reported(seed: str, tmp_path: Path):
+async def test_every_charge_belongs_to_a_row_or_a_report(seed: str, tmp_path: Path):
     dice = random.Random(seed)
     shop = Shop(dice)
     shop.write(tmp_path)

@@ -52,9 +52,7 @@ def read_answered(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("mode", ["call", "task"])
-async def test_a_run_that_is_killed_again_and_again_asks_nothing_twice_that_was_kept(
-    mode: str, tmp_path: Path
-):
+async def test_a_killed_run_repeats_no_recorded_request(mode: str, tmp_path: Path):
     write_urls(tmp_path, ITEMS)
     address = f"127.0.0.1:{find_free_port()}"
     arguments = ["run", "captioning", "--input", "urls.txt", "--mode", mode]
@@ -72,7 +70,7 @@ async def test_a_run_that_is_killed_again_and_again_asks_nothing_twice_that_was_
                 assert count_durable(tmp_path, ANSWERED) < ITEMS, "nothing was left to do"
                 process.kill()
                 await process.wait()
-            await asyncio.sleep(0.2)  # what was in flight reaches the emulator
+            await asyncio.sleep(0.2)  # requests in flight reach the emulator
             sent = emulator.counts.total_received
             repeats = sent - count_durable(tmp_path, *states)
             notified = {task.source for task in emulator.tasks.values() if task.notified}
@@ -81,7 +79,7 @@ async def test_a_run_that_is_killed_again_and_again_asks_nothing_twice_that_was_
             await until(lambda: emulator.counts.total_received == ITEMS + repeats, 60)
             for task in emulator.tasks.values():
                 if task.outcome and not task.notified:
-                    emulator._desk._finish(task)  # as the service does, again and again
+                    emulator._desk._finish(task)  # the service also delivers webhooks repeatedly
             code, out, err = await end(process)
         assert code == 0, err
         assert not out
@@ -95,8 +93,8 @@ async def test_a_run_that_is_killed_again_and_again_asks_nothing_twice_that_was_
     assert all(record["entity"] == record["source"] for record in records)
 
 
-async def test_a_million_done_items_are_passed_over_quickly_and_in_little_memory(tmp_path: Path):
-    """Memory is bounded here; the time is what `benchmarks` measures, on a machine at rest."""
+async def test_a_million_done_items_are_skipped_in_little_memory(tmp_path: Path):
+    """This test bounds memory. `benchmarks` measures the time on an idle machine."""
     with (tmp_path / "urls.txt").open("w", encoding="utf-8") as stream:
         stream.writelines(f"{build_url(number)}\n" for number in range(DONE + 5))
     async with Emulator(latency=300) as emulator:
@@ -121,7 +119,7 @@ def build_url(number: int) -> str:
 
 
 def fill(path: Path, emulator: Emulator) -> None:
-    """Make the ledger of a run that did a million items, in one transaction."""
+    """Write the ledger of a run with a million done items in one transaction."""
     keys = KeyBuilder(Captioning(build_url(0)))
     answer = b'{"data":{"analysis":{"data":{"caption":"A cat"}}}}'
     create(path, emulator.url, emulator.cloud_name)

@@ -1,4 +1,4 @@
-"""Twenty thousand items while everything goes wrong: none is lost, doubled unseen, or left behind."""
+"""Twenty thousand items under all faults: none is lost, charged twice unreported, or left behind."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ RETRY_AFTER = (  # every form, valid or not; the last one exceeds the longest wa
 
 
 def build_scripted(count: int) -> dict[int, tuple[str, int, str, str | None]]:
-    """Return what certain items are answered first: every Retry-After, and used up quotas."""
+    """Return the first responses of some items: every form of Retry-After, and exhausted quotas."""
     error = {"message": "no", "code": "MA_00000"}
     scripted: dict[int, tuple[str, int, str, str | None]] = {}
     for number, form in enumerate(RETRY_AFTER, 1):
@@ -99,7 +99,7 @@ def build_scripted(count: int) -> dict[int, tuple[str, int, str, str | None]]:
 
 
 class FailingResolver(abc.AbstractResolver):
-    """Finds every name on this machine, except when the lookup fails."""
+    """Resolves every name to this machine, except when the lookup fails."""
 
     def __init__(self) -> None:
         self.chance = random.Random(SEED)
@@ -120,7 +120,7 @@ class FailingResolver(abc.AbstractResolver):
 
 @attrs.define
 class Service:
-    """The process of the emulator and its proxy."""
+    """The process that runs the emulator and its proxy."""
 
     process: asyncio.subprocess.Process
     cloudinary_url: str
@@ -164,7 +164,7 @@ async def serve(count: int, mode: str) -> Any:
 
 @attrs.define(eq=False)
 class Record:
-    """What the client saw, over all of its sessions."""
+    """The client's events and statistics over all of its sessions."""
 
     stats: Counter[str] = attrs.field(factory=Counter)
     verdicts: Counter[str] = attrs.field(factory=Counter)
@@ -219,7 +219,7 @@ def build_settings() -> Settings:
 
 @attrs.define(eq=False)
 class Run:
-    """One run over all items: as many sessions and streams as the faults make necessary."""
+    """One run over all items, with as many sessions and streams as the faults require."""
 
     count: int
     mode: str
@@ -237,7 +237,7 @@ class Run:
     def __attrs_post_init__(self) -> None:
         self.handed_over = bytearray(self.count)
         self.left = list(range(self.count))
-        # what is done once so many items have an outcome
+        # actions that run once so many items have an outcome
         self.troubles = [
             (share * self.count // 100, what)
             for share, what in ((15, "block"), (30, "kill"), (55, "block"), (75, "kill"))
@@ -260,7 +260,7 @@ class Run:
 
     @contextlib.asynccontextmanager
     async def receive(self) -> Any:
-        """Take webhooks in through Redis; yield the options of sessions."""
+        """Receive webhooks through Redis; yield the options of sessions."""
         if self.mode == "call":
             yield {}
             return
@@ -282,7 +282,7 @@ class Run:
         return SQLiteLedger(self.folder / "ledger")
 
     async def perform(self) -> None:
-        """Analyze everything, over sessions and streams, until nothing is left."""
+        """Analyze all items, over sessions and streams, until none is left."""
         with ThreadPoolExecutor(1) as helper:
             async with self.open_ledger() as ledger:
                 while self.left:
@@ -290,7 +290,7 @@ class Run:
                 await self.restore(ledger)
 
     async def perform_session(self, ledger: Any, helper: ThreadPoolExecutor) -> None:
-        """Use one session until nothing is left, or the service asks for too long a wait."""
+        """Use one session until no item is left, or the service asks for too long a wait."""
         async with self.receive() as options, self.open_http() as http:
             async with AnalyzeSession(
                 self.credentials,
@@ -311,7 +311,7 @@ class Run:
     async def perform_stream(
         self, session: AnalyzeSession, ledger: Any, helper: ThreadPoolExecutor
     ) -> bool:
-        """Run one stream over what is left; return whether the session can go on."""
+        """Run one stream over the remaining items; return whether the session can continue."""
         items = self.left
         self.left = []
         pulled = 0
@@ -376,7 +376,7 @@ class Run:
                 await loop.run_in_executor(helper, self.redis.start)
 
     async def restore(self, ledger: Any) -> None:
-        """Run everything again: all of it is in the ledger, and nothing is sent."""
+        """Run all items again. All of them are in the ledger, so nothing is sent."""
         async with AnalyzeSession(
             self.credentials,
             settings=attrs.evolve(build_settings(), host=f"https://localhost:{self.service.port}"),
@@ -419,25 +419,25 @@ async def perform(count: int, mode: str, folder: Path) -> tuple[Run, dict[str, A
 
 
 def check_charges(run: Run, counts: dict[str, Any]) -> None:
-    """Compare what was charged with what the client says of it, exactly."""
+    """Compare the charges with the client's statistics exactly."""
     record, proxy, service = run.record, Counter(counts["proxy"]), Counter(counts["service"])
     lost = sum(proxy[name] for name in (*AFTER, "abandoned"))
     lost += service["drop_response"] + service["truncated_json"]
     uncharged = sum(proxy[name] for name in (*BEFORE, "raced"))
     uncharged += sum(service[name] for name in UNCHARGED)
     assert counts["done"] == record.successes + lost
-    # asyncio's TLS drops what is written in the turn of the loop after the peer's close
+    # asyncio's TLS drops data written in the turn of the loop after the peer's close
     assert 0 <= record.ambiguous - lost - uncharged <= proxy["idle_close"] - proxy["raced"]
-    # an attempt that a stop overtook, before it was repeated, is counted once more by the next run
+    # if a stop precedes the retry of an attempt, the next run counts the attempt again
     assert 0 <= record.reported - record.ambiguous <= sum(record.failures.values())
-    # a task that failed is submitted again by the next run, as the failure said
+    # the next run submits a failed task again, as its error announced
     again = record.repeats + record.given_up + record.failures["TaskFailedError"] - len(run.final)
     assert record.successes == run.count + again
     assert counts["done"] <= run.count + again + record.reported
 
 
 def take_stock() -> dict[str, Any]:
-    """Return what there is in this process."""
+    """Return the tasks, threads, descriptors and memory of this process."""
     for _ in range(3):
         gc.collect()
     kinds = Counter(
@@ -455,7 +455,7 @@ def take_stock() -> dict[str, Any]:
 
 
 def check_stock(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Nothing is left: no task, thread, descriptor or memory."""
+    """Check that no task, thread, descriptor or memory is left."""
     assert after["tasks"] == before["tasks"]
     assert after["threads"] <= before["threads"]
     assert len(after["descriptors"]) <= len(before["descriptors"]), after["descriptors"]
@@ -468,7 +468,7 @@ def check_stock(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("mode", ["call", "task"])
-async def test_everything_goes_wrong(
+async def test_all_faults_together_lose_no_item(
     mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("ERROR")  # pytest keeps all that is logged
@@ -491,7 +491,7 @@ async def test_everything_goes_wrong(
         **counts,
     }
     print(json.dumps(report, indent=1, ensure_ascii=False))
-    assert set(run.handed_over) == {1}  # none lost, and none twice
+    assert set(run.handed_over) == {1}  # no item is lost or yielded twice
     check_charges(run, counts)
     scripted = {name for name, *_ in build_scripted(ITEMS).values()}
     assert not {*PROXY_FAULTS, *scripted} - counts["proxy"].keys()

@@ -49,7 +49,7 @@ def read_received(emulator):
 
 
 def read_durable(path, sources):
-    """Return the sources that the ledger has an answer of, and those that it has a task of."""
+    """Return the sources with an answer in the ledger, and those with a task."""
     found = {ANSWERED: set(), SUBMITTED: set()}
     with closing(connect_for_reading(path)) as connection:
         query = "SELECT key, state FROM records WHERE state <> ?"
@@ -59,9 +59,9 @@ def read_durable(path, sources):
 
 
 def wait_for_a_moment(log, chance, *, known):
-    """Return at a random point of the run: now and then right at its beginning, else later.
+    """Return at a random point of the run, sometimes right at its beginning.
 
-    What earlier runs answered is handed over first, and is not counted.
+    Outcomes of earlier runs come first and are not counted.
     """
     wanted = chance.choice([0, known + chance.randint(1, 800)])
     deadline = time.monotonic() + 20
@@ -74,7 +74,7 @@ def wait_for_a_moment(log, chance, *, known):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["call", "task"])
-def test_a_run_that_is_killed_twenty_times_answers_every_item_once(tmp_path, mode):
+def test_a_run_killed_twenty_times_answers_each_item_once(tmp_path, mode):
     urls = build_urls()
     sources = {Captioning(url).key: url for url in urls}
     chance = random.Random(mode)
@@ -87,14 +87,14 @@ def test_a_run_that_is_killed_twenty_times_answers_every_item_once(tmp_path, mod
             with start("run", mode, cloudinary_url, path, log, port) as run:
                 assert run.stdout.readline() == "begun\n"
                 wait_for_a_moment(log, chance, known=len(durable))
-                assert run.poll() is None, "it was done too early for this test"
+                assert run.poll() is None, "the run ended before it could be killed"
                 run.kill()
             at_kill, tasks, _ = read_received(emulator)
             earlier = durable
             durable, under_way = read_durable(path, sources)
             assert earlier <= durable, "a durable answer was lost"
             handed_over = {urls[int(line.split()[0])] for line in log.read_text().splitlines()}
-            assert handed_over <= durable, "an outcome was handed over before it was durable"
+            assert handed_over <= durable, "an outcome was yielded before it was durable"
             for source in durable - earlier:
                 paid[source] = at_kill[source]
             for source in under_way:
@@ -108,8 +108,10 @@ def test_a_run_that_is_killed_twenty_times_answers_every_item_once(tmp_path, mod
     outcomes = [line.split() for line in log.read_text().splitlines()]
     assert sorted(int(index) for index, _ in outcomes) == list(range(ITEMS))
     assert {right for _, right in outcomes} == {"True"}
-    assert {source: received[source] for source in paid} == paid, "a durable answer was paid again"
-    assert {source: tasks[source] for source in submitted} == submitted, "a task was paid again"
+    assert {source: received[source] for source in paid} == paid, (
+        "a durable answer was charged again"
+    )
+    assert {source: tasks[source] for source in submitted} == submitted, "a task was charged again"
     repeated = sum(received.values()) - ITEMS
     lost = sum(received[s] - tasks[s] for s in tasks) if mode == "task" else 0
     undelivered = sum(tasks[s] - delivered.get(s, 0) for s in tasks)

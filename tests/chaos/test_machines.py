@@ -1,4 +1,4 @@
-"""Clusters that share a ledger: killed, suspended, cut off, each with its charges counted."""
+"""Clusters that share a ledger are killed, suspended or disconnected, and their charges counted."""
 
 import contextlib
 import os
@@ -66,7 +66,7 @@ def add_up(jobs):
 
 
 def wait_for(emulator, count, *, source=None):
-    """Wait until so much is done, and this source among it."""
+    """Wait until this many items are done, including the given source."""
     deadline = time.monotonic() + 60
     counts = emulator.counts
     while counts.total_done < count or (source and not counts.done["captioning", source]):
@@ -87,7 +87,7 @@ def test_two_clusters_over_the_same_keys_pay_once(emulator, build_stage):
         assert emulator.counts.total_received == 3000
 
 
-def test_a_killed_pool_is_resumed_by_the_next(emulator, build_stage):
+def test_the_next_pool_resumes_after_a_kill(emulator, build_stage):
     urls = build_urls(1500)
     with open_pool(1) as survivor:
         jobs = run(survivor, build_stage(), [urls])
@@ -119,7 +119,7 @@ def test_a_suspended_worker_is_harmless(emulator, build_stage):
     assert 0 < emulator.counts.total_done - 1500 <= repeated <= PERMITS
 
 
-def test_redis_killed_twice_costs_nothing(emulator, build_stage, redis_server):
+def test_killing_redis_twice_costs_no_charge(emulator, build_stage, redis_server):
     urls = build_urls(2000)
     with open_pool() as pool:
         jobs = run(pool, build_stage(), split(urls, 2))
@@ -134,7 +134,7 @@ def test_redis_killed_twice_costs_nothing(emulator, build_stage, redis_server):
 
 
 @pytest.mark.parametrize("emulator", [0.02], indirect=True)
-def test_redis_that_lost_its_last_writes_costs_nothing(emulator, build_stage, redis_server):
+def test_lost_writes_of_redis_cost_no_charge(emulator, build_stage, redis_server):
     urls = build_urls(4000)
     with open_pool() as pool:
         jobs = run(pool, build_stage(), split(urls, 2))
@@ -150,7 +150,7 @@ def test_redis_that_lost_its_last_writes_costs_nothing(emulator, build_stage, re
     assert emulator.counts.total_received == 4000
 
 
-def test_redis_away_beyond_the_patience_stops_the_job(emulator, build_stage, redis_server):
+def test_a_long_redis_outage_stops_the_job(emulator, build_stage, redis_server):
     urls = build_urls(2000)
     stage = build_stage(patience=1.0)
     with open_pool() as pool:
@@ -167,7 +167,7 @@ def test_redis_away_beyond_the_patience_stops_the_job(emulator, build_stage, red
     assert emulator.counts.total_done - 2000 <= 2 * PERMITS
 
 
-def test_workers_show_themselves_while_they_run(emulator, build_stage, redis_server):
+def test_running_workers_are_listed(emulator, build_stage, redis_server):
     stage = build_stage()
     with open_pool() as pool:
         jobs = run(pool, stage, split(build_urls(1500), 2))

@@ -1,4 +1,4 @@
-"""Workers that share notifications and a pace."""
+"""Workers that share notifications and a request rate."""
 
 import contextlib
 import os
@@ -42,7 +42,7 @@ def redis_server(tmp_path):
 
 @attrs.define(eq=False, slots=False)
 class Receiver:
-    """The one receiver of webhooks, which puts them into Redis for the worker that waits."""
+    """The only webhook receiver. It stores webhooks in Redis for the worker that waits."""
 
     redis_url: str
     credentials: Credentials
@@ -89,13 +89,13 @@ def test_tasks_of_a_killed_worker_are_taken_over(monkeypatch, redis_server):
             with open_pool(1) as pool:
                 statuses, _, repeated = pool.submit(count_statuses, stage, urls[::-1]).result(60)
         assert statuses == {"answered": 600}
-        # in flight, or accepted and not recorded yet
+        # requests in flight, or accepted and not recorded yet
         assert len(emulator.tasks) - 600 <= repeated <= 2 * PERMITS
 
 
 @attrs.define(eq=False)
 class Limiter:
-    """Refuses what exceeds a rate by more than a tenth of a second."""
+    """Refuses requests that exceed a rate by more than a tenth of a second."""
 
     free: float = 0.0
     answered: list = attrs.field(factory=list)

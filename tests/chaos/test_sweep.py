@@ -17,7 +17,7 @@ GROUP = 20
 @pytest.mark.timeout(120)
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [0, *range(4, 204, GROUP)])
-def test_nothing_hangs_and_nothing_is_left(first: int, tmp_path: Path) -> None:
+def test_nothing_hangs_and_nothing_leaks(first: int, tmp_path: Path) -> None:
     for seed in range(first, first + GROUP if first else 4):
         kind = LOOPS[seed % len(LOOPS)]
         folder = tmp_path / str(seed)

@@ -1,4 +1,4 @@
-"""Thousands of tasks while everything goes wrong at once: each ends once, for the right reason."""
+"""Thousands of tasks under all faults at once: each ends once, for the right reason."""
 
 import asyncio
 from collections import Counter
@@ -66,7 +66,7 @@ async def gather_all(handles):
 
 
 def list_kinds(faults):
-    """Return what is sent for a task."""
+    """Return the kinds of notifications that are sent for a task."""
     yield from (kind for kind in EXTRAS if kind in faults)
     if "lost" not in faults:
         yield "genuine"
@@ -75,7 +75,7 @@ def list_kinds(faults):
 
 
 async def receive_all(emulator, session, count):
-    """Wait until all tasks ended, and everything that was sent for them was read."""
+    """Wait until all tasks ended and all of their notifications were read."""
 
     def is_over():
         tasks = emulator.tasks.values()
@@ -88,7 +88,7 @@ async def receive_all(emulator, session, count):
 
 
 async def pass_time(session, clock, seconds):
-    """Move the clock on; each poll is answered at the instant when it is made."""
+    """Advance the clock; each poll is answered at the instant when it is made."""
     polls = session._connection.caller.attempts.poll_queue.admission
     for _ in range(round(seconds / 0.05)):
         await clock.advance(0.05)
@@ -108,7 +108,7 @@ def check_response(outcome, index):
 
 
 async def check_quiet(session):
-    """Nothing is left behind: no task, permit, poll or timer."""
+    """Check that no task, permit, poll or timer is left."""
     assert idle(session) == (0, 0, 0, 0)
     tracker = session._connection.tracker
     assert tracker.poller.scheduled == 0
@@ -142,7 +142,9 @@ class TestEverythingAtOnce:
                 seconds=PATIENCE,
             )
             assert emulator.counts.total_polls == 0
-            await pass_time(session, clock, 0.7)  # polls race with what is still to come
+            await pass_time(
+                session, clock, 0.7
+            )  # polls race with notifications that are still to come
             assert 0 < emulator.counts.total_polls <= count / 2
             await receive_all(emulator, session, count)
             await pass_time(session, clock, 3.0)
@@ -165,7 +167,7 @@ class TestEverythingAtOnce:
             twice = expected["duplicated"] - lost_twice
 
             def duplicates_bounds():
-                """Both of two are parked, and not duplicates, if they precede the 202."""
+                """Two notifications that precede the 202 are both parked, so neither is a duplicate."""
                 seen = session.stats.notifications
                 parked = seen["parked"] - expected["foreign"]
                 return twice - parked // 2, seen["duplicate"], twice
@@ -183,7 +185,7 @@ class TestEverythingAtOnce:
         assert not caplog.records
 
     async def test_with_notifications_alone(self, count, clock):
-        """Without polls, those whose notification is lost end with their handle's time."""
+        """Without polls, tasks whose notification is lost end at their handle's timeout."""
         settings = quick(
             poll_first=3000, poll_longest=3000, permits=256, task_timeout=5.0, answered_seconds=0.3
         )
@@ -204,7 +206,7 @@ class TestEverythingAtOnce:
                 else:
                     check_response(outcome, index)
             assert emulator.counts.total_polls == 0
-            await clock.advance(0.4)  # then what was given up is forgotten, too
+            await clock.advance(0.4)  # then the table also forgets abandoned tasks
             await check_quiet(session)
 
     @pytest.mark.parametrize("ways", ["raise", "analyze", "results_in_status"])

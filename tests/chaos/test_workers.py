@@ -1,4 +1,4 @@
-"""The printed FastAPI program with two workers and a Redis that is killed under it: none is lost."""
+"""The documented FastAPI program, with two workers and a Redis that is killed, loses no result."""
 
 import asyncio
 import contextlib
@@ -59,7 +59,7 @@ async def run_workers(emulator, redis):
 
 
 def open_emulator():
-    """Send 10 % of the webhooks before the 202, 5 % twice, and soon again what was not stored."""
+    """Send 10 % of webhooks before the 202 and 5 % twice. Quickly resend those that were not stored."""
     return Emulator(
         task_seconds=0.1,
         faults=FaultPlan(early=0.1, duplicated=0.05),
@@ -68,7 +68,7 @@ def open_emulator():
 
 
 async def ask(client, origin, uri, statuses):
-    """Ask for a caption as a client that asks again by the task id."""
+    """Request a caption as a client that repeats the request with the task id."""
     url, query = f"{origin}/captions", {"uri": uri}
     while True:
         async with client.get(url, params=query) as response:
@@ -86,7 +86,7 @@ def open_client():
 
 
 def check_faults(emulator):
-    """The plan was acted out, and nothing was asked of the service twice."""
+    """Check that the planned faults occurred and that no item was requested twice."""
     faults = Counter(fault for task in emulator.tasks.values() for fault in task.faults)
     assert faults["early"] > 0.07 * REQUESTS
     assert faults["duplicated"] > 0.03 * REQUESTS
@@ -94,7 +94,7 @@ def check_faults(emulator):
     assert len(emulator.tasks) == emulator.counts.total_done == REQUESTS
 
 
-async def test_a_thousand_handlers_in_two_workers_each_get_their_own_result(redis):
+async def test_each_of_a_thousand_handlers_gets_its_result(redis):
     async with open_emulator() as emulator, run_workers(emulator, redis) as origin:
         uris, statuses = emulator.sample_urls(REQUESTS), Counter()
         async with open_client() as client, asyncio.timeout(PATIENCE):
@@ -104,7 +104,7 @@ async def test_a_thousand_handlers_in_two_workers_each_get_their_own_result(redi
         check_faults(emulator)
 
 
-async def test_no_result_is_lost_while_redis_is_killed_and_comes_back(redis):
+async def test_no_result_is_lost_when_redis_restarts(redis):
     async with open_emulator() as emulator, run_workers(emulator, redis) as origin:
         uris, statuses = emulator.sample_urls(REQUESTS), Counter()
         async with open_client() as client, asyncio.timeout(PATIENCE):

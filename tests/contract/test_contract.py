@@ -41,7 +41,7 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
         {"tag_definitions": {f"tag-{n}": "A ☂." for n in range(10)}},
     ],
 }
-# without these a response is not one; all others may be left out
+# a response requires these fields; all others may be missing
 NEEDED = {
     ("data",),
     ("data", "analysis"),
@@ -64,7 +64,7 @@ def build_requests(model: str) -> list[Any]:
     ]
 
 
-def test_the_overlay_corrects_what_is_still_wrong() -> None:
+def test_every_correction_of_the_overlay_is_needed() -> None:
     document = read_vendor_schema()
     for correction in OVERLAY:
         assert correction.found(find_place(document, correction.place)), correction.place
@@ -73,7 +73,7 @@ def test_the_overlay_corrects_what_is_still_wrong() -> None:
         assert set(correction.provenance) <= set("LDOX, ")
 
 
-def test_the_schema_has_our_models(contract: Contract) -> None:
+def test_the_schema_has_every_model(contract: Contract) -> None:
     assert sorted(MODELS) == sorted(contract.list_models())
 
 
@@ -115,7 +115,7 @@ async def test_every_request_fits_the_schema(contract: Contract) -> None:
 
 
 class Prober:
-    """Talks to an emulator, and validates each response."""
+    """Sends requests to an emulator and validates each response."""
 
     def __init__(self, contract: Contract, emulator: Emulator, http: aiohttp.ClientSession) -> None:
         self.contract, self.emulator, self.http = contract, emulator, http
@@ -329,7 +329,7 @@ def test_the_samples_of_the_contract_fit(contract: Contract) -> None:
         lambda body: body.update({"async": "yes"}),
     ],
 )
-def test_what_does_not_fit_is_noticed(contract: Contract, spoil: Callable[[Any], Any]) -> None:
+def test_invalid_values_are_detected(contract: Contract, spoil: Callable[[Any], Any]) -> None:
     body = build_body(build_requests("ai_vision_general")[0])
     schema = contract.find_request_schema("/analyze/ai_vision_general")
     contract.validate(schema, body)

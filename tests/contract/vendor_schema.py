@@ -28,15 +28,15 @@ Document = dict[str, Any]
 
 @attrs.frozen
 class Correction:
-    """A defect of the schema, and what is validated instead.
+    """A defect of the schema and its correction.
 
     Attributes:
-        place: Where, as the keys that lead there.
-        defect: What the schema says.
-        reason: Why that is wrong or too little.
+        place: Where the defect is, as the keys that lead to it.
+        defect: The schema's faulty rule.
+        reason: Why the rule is wrong or incomplete.
         provenance: How it is known, as in the contract notes: L measured live, D documented, O the
             schema itself, X chosen by the emulator, because nothing is known.
-        correct: Changes the value at the place.
+        correct: A function that changes the value at the place.
         found: Whether the schema still has the defect. If not, the correction must be removed.
     """
 
@@ -49,7 +49,7 @@ class Correction:
 
 
 def build_requirement(*names: str) -> dict[str, Callable[[Any], Any]]:
-    """Require these properties instead of what is required."""
+    """Replace the list of required properties."""
     return {
         "correct": lambda value: value.update(required=list(names)),
         "found": lambda value: value.get("required", []) != list(names),
@@ -214,7 +214,7 @@ FORMATS.checks("date-time", ValueError)(
 
 
 def _convert(schema: Any, *, closed: bool) -> Any:
-    """Return a schema of OpenAPI 3.0 as one of JSON Schema 2020-12, with its objects closed."""
+    """Convert an OpenAPI 3.0 schema to JSON Schema 2020-12, with closed objects."""
     if isinstance(schema, list):
         return [_convert(entry, closed=closed) for entry in schema]
     if not isinstance(schema, dict):

@@ -1,4 +1,4 @@
-"""Dask: quotas, killed workers and the plugin, on a cluster of this machine."""
+"""Dask on a local cluster: quotas, killed workers and the plugin."""
 
 import os
 import signal
@@ -64,7 +64,7 @@ def add_up(results):
     return answered, stopped, sum(repeated.values())
 
 
-def test_a_quota_in_the_middle_loses_no_response(monkeypatch, build_stage, client):
+def test_a_quota_that_ends_midway_loses_no_response(monkeypatch, build_stage, client):
     parts = split(build_urls(4000), 16)
     options = {"latency": 0.02, "quotas": {"object_detection": 1000}}
     with emulate_in_environment(monkeypatch, **options) as emulator:
@@ -77,7 +77,7 @@ def test_a_quota_in_the_middle_loses_no_response(monkeypatch, build_stage, clien
         )
         assert add_up(again)[:2] == (1000, 3000)
         assert emulator.counts.total_done == 1000
-        # the resume asked whether the quota was renewed, and got no response but refusals
+        # the resumed job probed the quota and received only refusals
         assert emulator.counts.total_received - received <= 16 * PERMITS
 
 

@@ -1,4 +1,4 @@
-"""The programs in the guide of `cloudinary_analyze.stage`, each run as it is printed."""
+"""The programs in the guide of `cloudinary_analyze.stage`, executed as printed."""
 
 import os
 import shutil
@@ -37,7 +37,7 @@ def find_recipe(begin):
 
 
 @pytest.mark.parametrize("name", NEEDED)
-def test_a_recipe_analyses_every_row_once(name, tmp_path, monkeypatch):
+def test_a_recipe_analyzes_every_row_once(name, tmp_path, monkeypatch):
     begin, modules = NEEDED[name]
     for module in modules:
         if find_spec(module) is None:
@@ -46,7 +46,7 @@ def test_a_recipe_analyses_every_row_once(name, tmp_path, monkeypatch):
         pytest.skip("Spark needs Java")
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     urls = build_urls(1200)
-    recorded = urls[::2]  # by a job that did not get to the others
+    recorded = urls[::2]  # left by a job that stopped before the other rows
     parquet.write_table(arrow.table({"url": urls}), tmp_path / "urls.parquet")
     (tmp_path / "recipe.py").write_text(find_recipe(begin), encoding="utf-8")
     server = start_redis(tmp_path, fsync="no")

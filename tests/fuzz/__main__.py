@@ -1,11 +1,11 @@
-"""Fuzzes with coverage, which finds what random inputs do not. Needs the group ``fuzz``.
+"""Coverage-guided fuzzing, for faults that random inputs miss. Requires the group ``fuzz``.
 
     python tests/fuzz codec --seconds 300      one target
     python tests/fuzz --seconds 300            all of them, one after the other
     python tests/fuzz codec --input FILE       run one input again
 
-A broken promise does not end a run: each is printed once, with the file that holds its input. The
-exit code is 1 if there was one.
+A failure does not end a run. Each kind is printed once, with the file that holds its input. The
+exit code is 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def fuzz(name: str, seconds: int, found: Path) -> None:
         def run_one(data: bytes) -> None:
             try:
                 run(data)
-            except BaseException as error:  # each kind once; the run goes on
+            except BaseException as error:  # report each kind once and continue
                 frames = traceback.extract_tb(error.__traceback__)
                 place = tuple(f"{frame.filename}:{frame.lineno}" for frame in frames[-4:])
                 if (type(error).__name__, *place) in known:

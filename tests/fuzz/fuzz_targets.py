@@ -1,4 +1,4 @@
-"""What is fuzzed: one harness per target, for hypothesis (`test_fuzz.py`) and atheris (`__main__.py`).
+"""Fuzz targets: one harness each, for hypothesis (`test_fuzz.py`) and atheris (`__main__.py`).
 
 A target takes bytes and raises if a promise is broken:
 
@@ -101,9 +101,9 @@ class Target:
     """One harness.
 
     Attributes:
-        open: Opens what it needs, and returns the function that takes one input.
-        seeds: Inputs from which others are made.
-        words: Parts that a fuzzer would not guess.
+        open: Opens the resources of the target and returns the function that takes one input.
+        seeds: Inputs that the fuzzer mutates.
+        words: Fragments that a fuzzer would not guess.
     """
 
     open: Callable[[], AbstractContextManager[Run]]
@@ -112,7 +112,7 @@ class Target:
 
 
 def take(data: bytes, *sizes: int) -> tuple[Any, ...]:
-    """Return a choice below each size, one byte each, and the rest."""
+    """Consume one byte per size for a choice below that size. Return the choices and the rest."""
     choices = [(data[place] if place < len(data) else 0) % size for place, size in enumerate(sizes)]
     return (*choices, data[len(sizes) :])
 
@@ -130,7 +130,7 @@ REQUESTS: list[AnalyzeRequest[Any]] = [
 
 
 def check_text(text: str) -> None:
-    """A message for people: without secrets and control characters, and encodable."""
+    """Check that a message is encodable and contains no secret or control character."""
     assert SECRET not in text
     bad = [char for char in text if not char.isprintable() and char not in "\n\t"]
     assert not bad, f"unprintable {bad[:5]!r} in {text[:300]!r}"
@@ -138,7 +138,7 @@ def check_text(text: str) -> None:
 
 
 def check_error(error: AnalyzeError) -> None:
-    """An error keeps what it says through a pickle and the ledger's encoding."""
+    """Check that an error survives pickling and the ledger's encoding unchanged."""
     check_text(str(error))
     assert SECRET not in repr(error)
     again = pickle.loads(pickle.dumps(error))
@@ -149,7 +149,7 @@ def check_error(error: AnalyzeError) -> None:
 
 
 def check_response(request: AnalyzeRequest[Any], response: Response[Any]) -> None:
-    """Whatever was read can be shown, stored, exported and read again."""
+    """Check that a response can be shown, stored, exported and read again."""
     repr(response), hash(response), response.limits, response.entity, response.request_id
     text = codec.dumps(dict(response.raw))
     again = codec.loads(text)
@@ -170,7 +170,7 @@ def check_response(request: AnalyzeRequest[Any], response: Response[Any]) -> Non
 
 @contextmanager
 def only(*kinds: type[BaseException]) -> Iterator[None]:
-    """Accept errors of these kinds, once they are checked; any other is a finding."""
+    """Check and accept errors of these kinds. Any other error is a finding."""
     try:
         yield
     except kinds as error:
@@ -192,7 +192,7 @@ STATUSES = (400, 401, 403, 404, 413, 420, 429, 500, 502, 503, 302, 204)
 
 
 def fuzz_codec(data: bytes) -> None:
-    """Bodies of every response: the values are stored and read back, or one error says where."""
+    """Response bodies: each value is stored and read back, or one error names the faulty place."""
     number, choice, body = take(data, len(REQUESTS), len(STATUSES))
     request, status = REQUESTS[number], STATUSES[choice]
     with only(ResponseDecodeError):
@@ -218,7 +218,7 @@ def fuzz_retry_after(data: bytes) -> None:
 
 
 def read_constants(name: str) -> str:
-    """Return all texts in a module of the package: what its messages hold whatever was passed."""
+    """Return all strings in a module of the package, which its messages may contain for any input."""
     source = (TESTS.parent / "cloudinary_analyze" / name).read_text(encoding="utf-8")
     found = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
     return "\0".join(text for text in found if isinstance(text, str))
@@ -297,14 +297,14 @@ def check_notification(notification: Any, body: bytes) -> None:
 # -- servers
 
 
-# what servers raise, and log, about bytes that are not HTTP; uvicorn does so for any application
+# exceptions that servers raise and log for bytes that are not HTTP, with any application
 NOT_HTTP = {"BadHttpMessage", "BadHttpMethod", "BadStatusLine", "InvalidHeader", "InvalidURLError",
             "LineTooLong", "LocalProtocolError", "RequestPayloadError", "TransferEncodingError", "ContentLengthError",
             "ContentEncodingError", "HttpProcessingError"}  # fmt: skip
 
 
 class Watch(logging.Handler):
-    """Keeps what a server logs as an error: exceptions that nothing handled."""
+    """Collects the errors that a server logs: unhandled exceptions."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -317,7 +317,7 @@ class Watch(logging.Handler):
 
 
 class LoopThread:
-    """An event loop in a thread, so that a harness can be a plain function."""
+    """An event loop in a thread, so that a harness can be a synchronous function."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
@@ -367,7 +367,7 @@ def in_thread(
 
 
 def exchange(port: int, data: bytes, *, wait: float = 0.03) -> bytes:
-    """Send bytes and return the whole reply. What waits for more then sees the end of the stream."""
+    """Send bytes and return the whole reply. End the stream if the server waits for more."""
     received = bytearray()
     deadline = time.monotonic() + PATIENCE
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
@@ -501,7 +501,7 @@ def open_listen() -> Iterator[Run]:
 
 
 class Answering(asyncio.Protocol):
-    """Sends the same bytes to every request, and closes."""
+    """Sends the same bytes in response to every request, and closes."""
 
     answer = b""
 
@@ -531,7 +531,7 @@ async def run_session() -> Any:
 
 @contextmanager
 def open_response() -> Iterator[Run]:
-    """Bytes that a server sends instead of a response, to a session."""
+    """Arbitrary bytes that a session receives as a response."""
     with in_thread(run_session) as ((loop, session), check):
 
         def run(data: bytes) -> None:
@@ -614,7 +614,7 @@ def build_redis_values() -> tuple[bytes, ...]:
 
 @contextmanager
 def open_redis_entries() -> Iterator[Run]:
-    """Values that Redis holds, in place of ours: records, mailboxes and the workers' statistics."""
+    """Arbitrary values in Redis in place of records, mailboxes and the workers' statistics."""
     value = b""
 
     class Client:
@@ -697,7 +697,7 @@ def build_ledger_file(path: Path) -> bytes:
 
 @contextmanager
 def open_ledger_file() -> Iterator[Run]:
-    """A ledger's file with changed bytes, or cut short: each step reads it or raises `LedgerError`."""
+    """A damaged or truncated ledger file: each step reads it or raises `LedgerError`."""
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # no fsync
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         path = Path(folder) / "l.db"

@@ -21,7 +21,7 @@ FEWER = 50  # of the targets with servers or files
 
 @st.composite
 def make_input(draw: Any, target: Target) -> bytes:
-    """Return a seed with a few changes, or anything."""
+    """Return a seed with a few changes, or arbitrary bytes."""
     if draw(st.integers(0, 9)) == 0:
         return draw(st.binary(max_size=200))
     data = bytearray(draw(st.sampled_from(target.seeds)))
@@ -43,7 +43,7 @@ def make_input(draw: Any, target: Target) -> bytes:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_no_input_breaks_a_promise(name: str) -> None:
+def test_every_input_keeps_the_promises_of_its_target(name: str) -> None:
     target = TARGETS[name]
     with target.open() as run:
 

@@ -41,7 +41,7 @@ async def submit(emulator, **options):
 
 
 @pytest.mark.parametrize("digest", ["sha1", "sha256"])
-async def test_notifications_verify(configure, digest):
+async def test_pycloudinary_verifies_the_notifications(configure, digest):
     got = asyncio.Queue()
     policy = WebhookPolicy(digest=digest)
     async with Emulator(task_seconds=0, on_delivery=got.put_nowait, webhooks=policy) as emulator:

@@ -1,4 +1,4 @@
-"""The vendor's own ``cloudinary-analysis`` completes everything against the emulator."""
+"""The vendor's client ``cloudinary-analysis`` completes every operation against the emulator."""
 
 import asyncio
 
@@ -32,7 +32,7 @@ def _no_account(monkeypatch):
 
 
 def open_vendor(emulator, *, api_secret=None, cloud_name=None):
-    # The client object is to be kept: when it is collected its connections are closed.
+    # Keep the client object: its connections are closed when it is garbage collected.
     return vendor.CloudinaryAnalysis(
         security=vendor.models.Security(
             cloudinary_auth=vendor.models.SchemeCloudinaryAuth(
@@ -56,7 +56,7 @@ def check(model, answer, source):
 
 
 @pytest.mark.parametrize("model", MODELS)
-async def test_every_operation_completes_both_ways(model):
+async def test_every_operation_completes_sync_and_async(model):
     async with Emulator() as emulator:
         arguments = build_arguments(emulator, model)
         client = open_vendor(emulator)
@@ -98,9 +98,7 @@ async def test_a_task_is_accepted_and_its_status_read():
     ],
     ids=["400", "401", "403", "404", "429", "500"],
 )
-async def test_errors_are_the_ones_that_the_client_knows(
-    options, client_options, call, error, code
-):
+async def test_the_client_raises_its_documented_errors(options, client_options, call, error, code):
     async with Emulator(**options) as emulator:
         async with open_vendor(emulator, **client_options) as client:
             with pytest.raises(getattr(vendor.models, error)) as caught:

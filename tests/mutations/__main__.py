@@ -1,10 +1,10 @@
-"""Runs mutations: breaks one promise at a time in a copy, and reports whether a test notices.
+"""Runs mutations: breaks one promise at a time in a copy, and reports whether a test fails.
 
     python tests/mutations                            all of them, about 10 minutes
     python tests/mutations --only NAME                one; repeatable
     python tests/mutations --sample 10 --seed HASH    ten, chosen by a commit
 
-The exit code is 0 only if a failing test notices each mutation. A test that hangs does not count.
+The exit code is 0 only if each mutation makes a test fail. A test that hangs does not count.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Run:
 
 
 def copy_repository(target: Path) -> None:
-    """Copy what the tests need."""
+    """Copy the files that the tests need."""
     for name in _COPIED:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, target / name)  # with the bytecode, which saves seconds
+            shutil.copytree(source, target / name)  # including bytecode, which saves seconds
         elif source.exists():
             shutil.copy2(source, target / name)
 

@@ -1,4 +1,4 @@
-"""Reads the mutations: small patches, one per promise, that the suite must notice."""
+"""Reads the mutations: small patches, one per promise, that must make a test fail."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Mutation:
 
     Attributes:
         name: Its name in the file.
-        promise: What no longer holds.
+        promise: The promise that no longer holds.
         file: The module, relative to the package.
         old: Text that occurs exactly once in it.
         new: The replacement.

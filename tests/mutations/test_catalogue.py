@@ -1,4 +1,4 @@
-"""Every mutation still fits the source, and choosing is repeatable."""
+"""Every mutation applies to the source, and a seed always chooses the same mutations."""
 
 import pytest
 from catalogue import PACKAGE, ROOT, Mutation, choose, read_mutations

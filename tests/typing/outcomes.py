@@ -1,4 +1,4 @@
-"""What a type checker knows of outcomes and of lists with several models. Read, never run.
+"""Type-level tests of outcomes and of lists with several models. Checked, never run.
 
 mypy joins the analyses of a mixed list to `Analysis`; pyright infers their union. Both must be
 without an error, so this file assigns where they differ and asserts where they agree.

@@ -1,4 +1,4 @@
-"""What a type checker is to know of the public surface. Read by mypy, never run."""
+"""Type-level tests of the public names. Checked by mypy, never run."""
 
 from __future__ import annotations
 

@@ -27,14 +27,14 @@ class MemoryLedger(Ledger):
     """A custom ledger, which several streams of this process share."""
 
     def __init__(self) -> None:
-        """Begin empty."""
+        """Create an empty ledger."""
         self._records: dict[str, LedgerRecord] = {}
 
     async def open(self, *, base_url: str, cloud_name: str) -> None:
         """Do nothing."""
 
     async def find(self, key: str) -> LedgerRecord | None:
-        """Return what is known."""
+        """Return the record of a key."""
         return self._records.get(key)
 
     async def record_submitted(self, key: str, task_id: str | None) -> None:
@@ -56,7 +56,7 @@ class MemoryLedger(Ledger):
 
 
 async def run(session: AnalyzeSession, urls: list[str], folder: Path, redis_url: str) -> None:
-    """Run with each ledger, and write what was found."""
+    """Run with each ledger, and write the results."""
     async with SQLiteLedger(folder / "run.ledger") as file, RedisLedger(redis_url) as shared:
         ledgers: list[Ledger] = [file, shared, MemoryLedger()]
         for ledger in ledgers:

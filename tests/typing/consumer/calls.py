@@ -122,7 +122,7 @@ async def wait_for_tasks(session: AnalyzeSession) -> None:
 
 
 def report(task: AnalysisTask[CocoAnalysis]) -> None:
-    """Print what a task found."""
+    """Print the result of a task."""
     print(len(task.result().analysis.detections))
 
 
@@ -162,12 +162,12 @@ def describe_any(outcome: outcomes.AnyOutcome) -> str:
 
 
 def build_failure(**fields: Unpack[errors.RemoteFields]) -> ServerError:
-    """Return an error, as the test of an application makes one."""
+    """Return an error, constructed as in an application's tests."""
     return ServerError("The service failed.", **fields)
 
 
 def judge(error: Exception) -> str:
-    """Return what an error means, with what it carries."""
+    """Return the meaning of an error and its details."""
     match error:
         case BudgetReachedError() | BulkStoppedError():
             return f"stopped: {error.reason}"

@@ -1,4 +1,4 @@
-"""Every model: its request, and all that its analysis holds."""
+"""Every model: its request, and every field of its analysis."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -63,7 +63,7 @@ URL = "https://example.com/a.jpg"
 
 
 def build_requests(source: str | Uri | Asset) -> list[AnalyzeRequest[Analysis]]:
-    """A list of all models is a list of requests of analyses."""
+    """Return requests of every model, typed as requests of any analysis."""
     return [
         AIVisionGeneral(source, prompts=["What is it?"]),
         AIVisionModeration(source, rejection_questions=("Is it red?",)),
@@ -86,7 +86,7 @@ def build_requests(source: str | Uri | Asset) -> list[AnalyzeRequest[Analysis]]:
 
 
 async def analyze_each(session: AnalyzeSession, uri: Uri) -> Iterator[Analysis]:
-    """Each call knows the analysis of its model."""
+    """Call each model; the analysis has the model's type."""
     general: AIVisionGeneralAnalysis = (
         await session.analyze(AIVisionGeneral(uri, prompts="What is it?"))
     ).analysis
@@ -155,6 +155,6 @@ def describe_detection(detection: Detection) -> str:
 
 
 def read_stored(model: str, raw: Mapping[str, Any]) -> Response[Any]:
-    """Read a response of a model that is known at run time only."""
+    """Read a response of a model that is known only at run time."""
     kind = MODELS.get(model) or find_request_type(model)
     return Response.from_raw(kind, raw)

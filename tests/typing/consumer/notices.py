@@ -33,7 +33,7 @@ class Mailbox:
     """A custom source and sink, with all optional methods."""
 
     def __init__(self) -> None:
-        """Begin empty."""
+        """Create an empty mailbox."""
         self._stored: dict[str, bytes] = {}
         self._arrived: asyncio.Queue[Delivery] = asyncio.Queue()
 
@@ -55,7 +55,7 @@ class Mailbox:
         return [decode_delivery(stored) for stored in found if stored is not None]
 
     def acknowledge(self, delivery: Delivery) -> None:
-        """Note that it was used."""
+        """Record the acknowledgement."""
         print(delivery.received_at)
 
     def note_trace(self, task_id: str, trace: str) -> None:
@@ -63,12 +63,12 @@ class Mailbox:
         print(task_id, trace)
 
     def carry_traces(self, follow: Callable[[str, Awaitable[str | None]], Awaitable[None]]) -> None:
-        """Begin to carry trace contexts."""
+        """Enable trace contexts."""
         print(follow)
 
 
 async def serve(credentials: Credentials, redis_url: str) -> None:
-    """Route receivers, and forward from a broker to another."""
+    """Route receivers, and forward from one broker to another."""
     mailbox = Mailbox()
     source: NotificationSource = mailbox
     sink: NotificationSink = mailbox
@@ -115,7 +115,7 @@ def check(body: bytes, timestamp: str | None, signature: str | None) -> str:
 
 
 def print_event(event: events.Event) -> None:
-    """Look at every event."""
+    """Print a line for every event."""
     match event:
         case events.CallStarted():
             print(event.call, event.as_task)

@@ -5,7 +5,7 @@ from cloudinary_analyze.progress import Meter, ProgressReporter, Reading, descri
 
 
 async def run(session: AnalyzeSession, urls: list[str]) -> None:
-    """Show a bar."""
+    """Show a progress bar."""
     stream = session.map(urls, Captioning)
     async with progress.show_progress(session, stream, total=len(urls)) as outcomes:
         async for outcome in outcomes:
@@ -13,7 +13,7 @@ async def run(session: AnalyzeSession, urls: list[str]) -> None:
 
 
 async def watch(done: list[str]) -> None:
-    """Print lines about work of another kind."""
+    """Print progress lines about other work."""
     meter = Meter()
 
     def read() -> Reading:

@@ -32,7 +32,7 @@ async def application(
     await send({"type": "http.response.body", "body": str(scope["path"]).encode()})
 
 
-async def test_webhook(cloudinary_emulator: ScriptedEmulator) -> None:
+async def test_a_webhook_is_delivered(cloudinary_emulator: ScriptedEmulator) -> None:
     """Post a webhook."""
     simulator = WebhookSimulator(application, "/hook")
     reply: WebhookReply = await simulator.post(build_notification("t1", Captioning))
@@ -42,7 +42,7 @@ async def test_webhook(cloudinary_emulator: ScriptedEmulator) -> None:
     simulator.connect(cloudinary_emulator)
 
 
-async def test_caption(
+async def test_a_caption_is_returned(
     cloudinary_emulator: ScriptedEmulator,
     analyze_session: AnalyzeSession,
     manual_clock: ManualClock,
@@ -62,7 +62,7 @@ async def test_caption(
 
 
 @pytest.mark.parametrize("digest", ["sha1"])
-def test_plain(digest: str) -> None:
+def test_the_emulator_runs_without_the_fixture(digest: str) -> None:
     """Run an emulator by hand."""
     emulator = Emulator(webhooks=WebhookPolicy(retry_scale=0.1), latency="realistic")
     with run_emulator(emulator) as running:
