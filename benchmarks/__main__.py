@@ -19,7 +19,7 @@ from benchmarks.runner import Effort, run_cell
 from benchmarks.server import ROOT
 
 RESULTS: Final = ROOT / "benchmarks" / "results"
-LEAST_ROUNDS: Final = 5  # for a median that one busy moment does not move
+LEAST_ROUNDS: Final = 5  # so that one busy moment does not move the median
 
 
 def _read_arguments() -> argparse.Namespace:
@@ -37,17 +37,17 @@ def _read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="ours and the baseline alone, with few slices; the main cells, if none is named",
+        help="measure only this package and the baseline, in few slices; default: main cells",
     )
     parser.add_argument(
         "--check",
         action="store_true",
-        help="ours and the baseline alone, in the cells with targets; exit 1 if one is missed",
+        help="measure the cells with targets, without rivals; exit 1 if a target is missed",
     )
     parser.add_argument(
         "--rounds", type=int, default=0, help=f"samples per contender, from {LEAST_ROUNDS}"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the JSON goes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the file for the JSON")
     arguments = parser.parse_args()
     if arguments.rounds and arguments.rounds < LEAST_ROUNDS:
         parser.error(f"--rounds must be {LEAST_ROUNDS} or more.")
@@ -103,11 +103,11 @@ def main() -> int:
     results = []
     for cell in _select(arguments):
         if cell.program and shutil.which(cell.program) is None:
-            print(f"{cell.name}: left out, because {cell.program} is not installed")
+            print(f"{cell.name}: skipped, because {cell.program} is not installed")
             continue
         results.append(run_cell(cell, effort))
         print(format_result(results[-1]), flush=True)
-        # each time, so that a run that is broken off has not been for nothing
+        # after each cell, so that an interrupted run keeps its results
         path.write_text(json.dumps(build_document(results, effort), indent=1) + "\n")
     for caveat in find_caveats(results):
         print(f"Note: {caveat}")
@@ -118,7 +118,7 @@ def main() -> int:
         if not is_kept(result, target)
     ]
     if arguments.check:
-        print("\n".join(["", *missed]) if missed else "\nAll targets were kept.")
+        print("\n".join(["", *missed]) if missed else "\nAll targets were met.")
     return 1 if arguments.check and missed else 0
 
 

@@ -1,7 +1,7 @@
 """Cells of admission alone: an attempt starts, succeeds and ends, with nothing sent.
 
 The baseline is the gate that `AdmissionQueue` replaced: permits and a queue, but no pace, priorities
-or outages. The difference is what those cost a call of a service that does not throttle.
+or outages. The difference is their cost per call to a service that does not throttle.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from cloudinary_analyze._http.waiting import AdmissionQueue
 GATE: Final = "plain gate"
 SEMAPHORE: Final = "asyncio.Semaphore"
 TASKS: Final = 2 * PERMITS
-PART: Final = 10  # of the items of a job
+PART: Final = 10  # divides the items of a job
 
 Attempt = Callable[[Callable[[], Awaitable[None]]], Awaitable[None]]
 
 
 class _Gate:
-    """The paths without throttling of the gate before: first come, first served."""
+    """The unthrottled paths of the earlier gate, in order of arrival."""
 
     def __init__(self, permits: int) -> None:
         self.allowed = self.permits = permits
@@ -73,7 +73,7 @@ def _build_ours() -> Attempt:
     queue = AdmissionQueue(Admission(PERMITS), SystemClock(), lambda _: TimeoutError())
 
     async def attempt(work: Callable[[], Awaitable[None]]) -> None:
-        # as bulk work does, which knows when its call began
+        # bulk work also passes the time when its call began
         started = queue.start_at_once() or await queue.start(since=0.0, patience=120.0)
         try:
             await work()

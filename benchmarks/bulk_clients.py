@@ -1,7 +1,7 @@
 """The contenders of the throttling scenarios: each works through endless items with 64 at once.
 
 A process runs one: it prints ``ready``, begins at the first line on stdin, and prints what it counted
-as JSON at the end. Libraries are imported inside, so that a missing one leaves out its contender.
+as JSON at the end. Functions import the libraries, so a missing one only skips its contender.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _run_openai(url: str, seconds: float, _: int) -> Counts:
 
 
 def _run_botocore(url: str, seconds: float, _: int) -> Counts:
-    """Run 64 threads on a client of botocore, whose service does not matter."""
+    """Run 64 threads on a botocore client of an arbitrary AWS service."""
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.session import get_session

@@ -25,10 +25,10 @@ OPENERS: Final[dict[str, Opener]] = {
     "httpx + orjson": clients.open_httpx,
     "vendor's SDK": clients.open_vendor,
 }
-CONTROL: Final = "aiohttp + orjson, again"  # how far two equals seem to differ
+CONTROL: Final = "aiohttp + orjson, again"  # the same code again, to show the noise
 SPEEDUPS: Final = ("aiodns", "brotli", "brotlicffi", "backports.zstd")
 IN_FLIGHT: Final = (1, 16, 64, 256)
-WARM_UP: Final = 5  # calls by each caller, before anything is measured
+WARM_UP: Final = 5  # calls of each caller before the measurement
 WAVES: Final = 10
 LATENCY: Final = 0.2
 
@@ -49,7 +49,7 @@ def _run_loop(*, uvloop: bool) -> asyncio.Runner:
 def _measure_cpu(
     opener: Opener, job: Job, *, model: str, read: bool, in_flight: int, uvloop: bool
 ) -> Samples:
-    """Keep that many calls going, and stop the whole event loop between the slices."""
+    """Keep a number of calls in flight, and stop the event loop between the slices."""
     load = Workload(model=model, read=read, in_flight=in_flight, url=job.url)
     done = 0
 
@@ -72,7 +72,7 @@ def _measure_cpu(
     def check(tasks: list[asyncio.Task[None]]) -> None:
         for task in tasks:
             if task.done():
-                task.result()  # raises what ended it
+                task.result()  # raises the error that ended it
 
     async def end(tasks: list[asyncio.Task[None]], stack: contextlib.AsyncExitStack) -> None:
         for task in tasks:
@@ -128,7 +128,7 @@ def _build_cpu_cell(
     name: str, *, model: str, in_flight: int, target: Target | None, read: bool, uvloop: bool
 ) -> Cell:
     measure = partial(_measure_cpu, model=model, read=read, in_flight=in_flight, uvloop=uvloop)
-    # the vendor's SDK loses the detections, so it cannot take part where they are read
+    # the vendor's SDK drops the detections, so it is left out of cells that read them
     openers = {name: opener for name, opener in OPENERS.items() if not (read and "vendor" in name)}
     if target is not None:
         openers[CONTROL] = openers[BASELINE]

@@ -1,7 +1,8 @@
 """The contenders that call over the network: this package and its alternatives.
 
-Each opens its client once and gives a function that makes one call, from the image's URL to the
-value the caller works with. Libraries are imported inside, so that a process holds but its own.
+Each opens its client once and yields a function that makes one call: from the image's URL to the
+value that the caller uses. Functions import the libraries, so a process loads only those of its
+contender.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 @attrs.frozen(kw_only=True)
 class Workload:
-    """What is called, how often at once, and what is done with the answer.
+    """The model to call, the concurrency, and what is read from the response.
 
     Attributes:
         model: ``"captioning"`` or ``"coco"``.
@@ -54,7 +55,7 @@ Opener = Callable[[Workload], AbstractAsyncContextManager[Call]]
 
 
 def read_typed_detections(analysis: CocoAnalysis) -> float:
-    """Read label, confidence and box of every detection of ours."""
+    """Read label, confidence and box of every detection of a typed response."""
     total = 0.0
     for found in analysis.detections:
         box = found.bounding_box
@@ -99,7 +100,7 @@ def _open_aiohttp(
     async def open_client(load: Workload) -> AsyncIterator[Call]:
         import aiohttp
 
-        # a default session, but for a pool that the calls in flight do not have to queue for
+        # a default session, except that its pool has a connection for each call in flight
         connector = aiohttp.TCPConnector(limit=max(100, load.in_flight))
         url = load.target_url
         async with aiohttp.ClientSession(connector=connector, headers=_build_headers()) as http:
@@ -151,7 +152,7 @@ async def open_httpx(load: Workload) -> AsyncIterator[Call]:
 
 @contextlib.asynccontextmanager
 async def open_vendor(load: Workload) -> AsyncIterator[Call]:
-    """The vendor's SDK. Its answers to coco hold no detections, so there are none to read."""
+    """The vendor's SDK. Its coco responses contain no detections, so none are read."""
     import httpx
     from cloudinary_analysis import CloudinaryAnalysis, models
 

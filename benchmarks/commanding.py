@@ -48,7 +48,7 @@ def _run_command(url: str, items: int) -> None:
         (folder / "input.txt").write_text(lines)
         files = ("--input", f"{folder}/input.txt", "--output", f"{folder}/results.jsonl")
         sys.argv[1:] = ["run", MODEL, *files, "--permits", str(PERMITS)]
-        code = main()  # as its process calls it, which tunes the collector
+        code = main()  # with the command's tuning of the collector
         assert code == 0, said.getvalue()
         assert (folder / "results.jsonl").read_bytes().count(b"\n") == items
 

@@ -1,8 +1,8 @@
 """Cells of webhooks over Redis: from the POST to the resolved future, in another process.
 
 One process serves the receiver, with uvicorn; the worker sends the webhooks and awaits the
-futures. Redis acknowledges what its ``appendfsync`` says: with ``always`` a webhook is answered
-only once it is on the disk.
+futures. The ``appendfsync`` of Redis decides when it acknowledges: with ``always``, a webhook gets
+its 200 only once it is on disk.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cloudinary_analyze import AnalysisTask
     from cloudinary_analyze.notifications.asgi import WebhookReceiver
 
-PART: Final = 1000  # of the items of a job
+PART: Final = 1000  # divides the items of a job
 WARM_UP: Final = 50
 TOGETHER: Final = (1, 16)
 POLICIES: Final = ("everysec", "always")
@@ -58,7 +58,7 @@ def _find_free_port() -> int:
 
 @contextlib.contextmanager
 def _run(command: Sequence[str], port: int, **environment: str) -> Iterator[None]:
-    """Run a server, from when it can be connected to."""
+    """Run a server. The block starts once it accepts connections."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -81,7 +81,7 @@ def _run(command: Sequence[str], port: int, **environment: str) -> Iterator[None
 
 @contextlib.contextmanager
 def _run_servers(policy: str) -> Iterator[tuple[str, str]]:
-    """Give the URLs of a Redis and of a receiver in front of it."""
+    """Yield the URLs of a Redis and of a receiver in front of it."""
     redis_port, port = _find_free_port(), _find_free_port()
     redis_url = f"redis://127.0.0.1:{redis_port}/0"
     with tempfile.TemporaryDirectory() as directory:
@@ -96,7 +96,7 @@ def _run_servers(policy: str) -> Iterator[tuple[str, str]]:
 async def _send(
     client: aiohttp.ClientSession, url: str, task: AnalysisTask[Any], seconds: list[float]
 ) -> None:
-    """Send a task's webhook, and note the seconds until the task was resolved."""
+    """Send a task's webhook, and record the seconds until the task is resolved."""
     assert task.task_id is not None
     body, headers = build_notice(task.task_id, ANSWERS["captioning"])
     resolved = task.as_future()

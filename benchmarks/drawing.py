@@ -32,13 +32,13 @@ STYLE: Final = """
 
 @attrs.frozen(kw_only=True)
 class Curve:
-    """What a contender reached in each second.
+    """The results of a contender in each second.
 
     Attributes:
         name: The contender.
         rates: Its accepted requests in each second.
         throttled: Its throttled requests in each second.
-        failed: Items that it gave up.
+        failed: Items that ended with an error.
     """
 
     name: str

@@ -1,9 +1,8 @@
-"""The cell of import time, each import in a fresh interpreter that holds nothing else.
+"""The cell of import time. Each import runs in a fresh interpreter.
 
-Of ours the names that every program needs are imported, not the bare package, so that imports put
-off until a name is used still count. What is put off until there is a session, aiohttp itself and
-cattrs, counts in ``import-and-open``, which has a separate limit: nothing hides between the two.
-Bytecode is compiled in advance, as pip does.
+For this package, the names that every program needs are imported, so imports that are delayed until
+a name is used count. Imports that are delayed until a session opens (aiohttp and cattrs) count in
+``import-and-open``, which has a separate limit. Bytecode is compiled in advance, as pip does.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ print(time.process_time() - begun)
 
 @contextlib.contextmanager
 def _prepare(_items: int) -> Iterator[Place]:
-    """Give a directory for bytecode, as the environment may forbid to write it beside the source."""
+    """Yield a directory for bytecode, because the source's directory may be read-only."""
     with tempfile.TemporaryDirectory() as directory:
         yield Place(directory=directory)
 
@@ -44,7 +43,7 @@ def _measure(statement: str, job: Job) -> Samples:
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
         return float(done.stdout)
 
-    run()  # compiles what is not compiled yet
+    run()  # compiles the missing bytecode
     while True:
         yield Sample(value=1e3 * run())
 

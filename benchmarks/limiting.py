@@ -28,7 +28,7 @@ _ERRORS: Final = {
     THROTTLED: b'{"error":{"message":"slow down"},"__type":"ThrottlingException"}',
     500: b'{"error":{"message":"internal error"},"__type":"InternalFailure"}',
 }
-# After this, connections that a client keeps without using them are closed in an outage.
+# In an outage, idle connections are closed after this time.
 DRAIN_SECONDS: Final = 0.5
 
 
@@ -60,7 +60,7 @@ class _Server:
         self.port = self.listener.sockets[0].getsockname()[1]
 
     async def refuse(self, outage: Outage) -> None:
-        """Refuse connections for a time, as if the process were restarted gracefully."""
+        """Refuse connections for a time, like a process that restarts gracefully."""
         assert self.began is not None
         loop = asyncio.get_running_loop()
         await asyncio.sleep(self.began + outage.begins - loop.time())
@@ -83,7 +83,7 @@ class _Server:
             if isinstance(self.service, Outage) and self.service.status == REFUSED:
                 self.refusal = asyncio.create_task(self.refuse(self.service))
         now -= self.began
-        # connections that were open before the server refuses others are still answered once
+        # connections from before the outage get one more response
         status = self.service.answer(now) or OK
         client = self.paths.setdefault(request.path, len(self.paths))
         self.requests.append((round(now, 4), status, client))

@@ -145,7 +145,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--check", action="store_true", help="exit 1 if a target is missed")
     options = parser.parse_args(arguments)
     if shutil.which("redis-server") is None:
-        print("There is no redis-server here.")
+        print("redis-server is not installed.")
         return 1
     with run_server(delay=0.05) as place, run_redis() as redis_url:
         contenders: dict[str, Callable[[], float]] = {

@@ -1,8 +1,8 @@
-"""Cells of `map`: what the stream itself costs an item, and whether its memory stays flat.
+"""Cells of `map`: the cost of the stream per item, and whether its memory is constant.
 
-The call is replaced by a coroutine that costs nothing, and what remains is compared with the loop
-that one would write by hand: one task that calls item after item where the coroutine returns at
-once, or a pool of tasks over a shared iterator where it waits a turn of the event loop.
+A coroutine that costs nothing replaces the call. The rest is compared with a hand-written loop. If
+the coroutine returns at once, that is one task that calls it item by item. If it waits for a turn
+of the event loop, that is a pool of tasks over a shared iterator.
 """
 
 from __future__ import annotations

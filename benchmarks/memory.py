@@ -10,13 +10,13 @@ from pathlib import Path
 
 
 def read_memory() -> float:
-    """Return the MiB that are resident after a collection; where that is unknown, the most ever."""
+    """Return the resident MiB after a collection. If that is unknown, return the peak."""
     gc.collect()
     return _read_status("VmRSS:") or read_peak_memory()
 
 
 def read_resident() -> float:
-    """Return the MiB that are resident now, without a collection; on Linux alone."""
+    """Return the resident MiB now, without a collection. Linux only."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
 
@@ -32,9 +32,9 @@ class _MallocInfo(ctypes.Structure):
 
 
 def read_allocated() -> float:
-    """Return the MiB that malloc has handed out: large objects and those of C; with glibc alone.
+    """Return the MiB that malloc has allocated: large objects, and those of C code. glibc only.
 
-    Unlike resident memory, it does not count free memory between what is used.
+    Unlike resident memory, it excludes free memory between allocations.
     """
     read = ctypes.CDLL(None).mallinfo2
     read.restype = _MallocInfo
@@ -46,9 +46,9 @@ def read_peak_memory(process: int | None = None) -> float:
     """Return the most memory that a process has held, in MiB.
 
     Args:
-        process: Its id, on Linux alone. Default: this process.
+        process: Its id (Linux only). Default: this process.
     """
-    # Linux lets a child begin with its parent's ru_maxrss, which would hide growth up to there
+    # on Linux a child inherits its parent's ru_maxrss, which would hide growth below it
     if (peak := _read_status("VmHWM:", process)) is not None:
         return peak
     assert process is None, "only Linux reports it for another process"

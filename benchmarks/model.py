@@ -17,7 +17,7 @@ class Place:
 
     Attributes:
         url: Origin of the benchmark server, if there is one.
-        directory: Where prepared files lie, if there are any.
+        directory: The directory of the prepared files, if there are any.
     """
 
     url: str = ""
@@ -26,7 +26,7 @@ class Place:
 
 @attrs.frozen(kw_only=True)
 class Job:
-    """What one fresh process is to do.
+    """The work of one fresh process.
 
     Attributes:
         url: As in `Place`.
@@ -84,17 +84,18 @@ class Cell:
     """One line of the table: contenders that do the same work.
 
     Attributes:
-        name: What it is selected by.
+        name: The name that selects it on the command line.
         unit: Of the compared value: ``"µs CPU a call"``.
-        contenders: Name to measure, in the order they take turns.
+        contenders: The function that measures each contender, by name, in the order of their turns.
         baseline: The contender that ratios are taken against; the subject, where it is alone.
         subject: The contender that the targets are set for.
         targets: The limits that ``--check`` holds the subject to.
         quick: Whether ``--quick`` runs it.
         sliced: Whether the contenders of a round take turns slice by slice.
-        most_rounds: Rounds at most, where a sample takes a minute and varies little; 0: any number.
-        prepare: What makes its place ready, if it needs one.
-        program: A program that it cannot do without; it is left out where that is missing.
+        most_rounds: The maximum number of rounds, for samples that take a minute and vary little.
+            0: no limit.
+        prepare: Prepares its place, if it needs one.
+        program: A program that it requires. If it is missing, the cell is skipped.
     """
 
     name: str

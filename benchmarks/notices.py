@@ -12,7 +12,7 @@ SIGNATURE_HEADER = "X-Cld-Signature"
 
 
 def build_notice(task_id: str, answer: bytes) -> tuple[bytes, dict[str, str]]:
-    """Return body and headers for a task that a call would have answered with `answer`."""
+    """Return the body and headers of the notification of a task whose result is `answer`."""
     from cloudinary_analyze.webhooks import compute_signature
 
     content = {

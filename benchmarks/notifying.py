@@ -1,8 +1,8 @@
 """Cells of a notification: from its bytes to a resolved task, against minimal hand-written code.
 
-Ours is what the session's listener does with each delivery: verify the signature in constant time
-and against every secret, judge its age, read it, find the task and answer it. By hand: one SHA-1,
-``orjson.loads``, ``set_result``.
+This package's part is the work of the session's listener per delivery: verify the signature in
+constant time against every secret, check its age, parse it, find the task and resolve it. By hand:
+one SHA-1, ``orjson.loads``, ``set_result``.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from cloudinary_analyze import Delivery
 
 BASELINE: Final = "by hand"
-PART: Final = 500  # of the items of a job
+PART: Final = 500  # divides the items of a job
 
 Resolve = Callable[["list[Delivery]", list[str]], Coroutine[Any, Any, float]]
 
 
 async def _resolve_by_hand(deliveries: list[Delivery], task_ids: list[str]) -> float:
-    """Return the CPU seconds that the bare minimum takes."""
+    """Return the CPU seconds that the hand-written minimum takes."""
     from orjson import loads
 
     loop = asyncio.get_running_loop()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 HOOK: Final = "ours, with a hook"
 TELEMETRY: Final = "ours, instrumented, no SDK"
-PART: Final = 50  # of the items of a job
+PART: Final = 50  # divides the items of a job
 
 
 class _InstantTransport:

@@ -1,4 +1,4 @@
-"""The canned answers, and the plain way to read them."""
+"""The canned responses, and plain code that reads them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ ANSWERS: Final = {
 
 
 def read_plain_detections(answer: Any) -> float:
-    """Read label, confidence and box of every detection of a parsed answer."""
+    """Read label, confidence and box of every detection of a parsed response."""
     total = 0.0
     for label, entries in answer["data"]["analysis"]["tags"].items():
         for entry in entries:

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from cloudinary_analyze import AnalysisTask, AnalyzeSession, Captioning, Delivery
 
 BATCH: Final = 1000
-PART: Final = 10  # of the items of a job
+PART: Final = 10  # divides the items of a job
 WATCH_SECONDS: Final = 10.0
 TICK: Final = 0.002  # seconds
 LAG: Final = "loop lag p99 ms"
 
 
 class _Lag:
-    """Samples how late the loop runs what is due."""
+    """Samples how late the event loop runs its callbacks."""
 
     def __init__(self) -> None:
         self.samples: list[float] = []

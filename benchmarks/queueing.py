@@ -1,8 +1,8 @@
-"""Cells of deliveries that arrive at once, and of what answered tasks hold.
+"""Cells of deliveries that arrive at once, and of the memory of answered tasks.
 
 ``queued-deliveries``: the loop must stay responsive while the listener processes a backlog. A
 stall is the CPU time between two turns of the loop, so other processes do not count. `gc.freeze`
-hides what the program held before from the collector. One full collection of what the session and
+excludes earlier objects from collections. One full collection of what the session and
 100,000 handles then hold takes about 50 ms, so stalls are also given without collections.
 
 ``answered-memory``: tasks answered with fifty detections and kept for later handles.
@@ -29,7 +29,7 @@ from cloudinary_analyze import (
     Settings,
 )
 
-DELIVERIES_PART: Final = 10  # of the items of a job
+DELIVERIES_PART: Final = 10  # divides the items of a job
 ANSWERED: Final = 10_000
 BATCH: Final = 500
 TICK: Final = 0.002  # seconds
@@ -51,7 +51,7 @@ def _open(queue: asyncio.Queue[Delivery], *, kept: int = 10_000) -> AnalyzeSessi
 
 
 class _Watch:
-    """Samples the CPU time of each turn of the loop, and how late the loop runs what is due."""
+    """Samples the CPU time of each turn of the loop, and how late it runs its callbacks."""
 
     def __init__(self) -> None:
         self.longest = self.longest_without_collections = 0.0
@@ -174,7 +174,7 @@ CELLS: Final = (
         contenders={OURS: _measure_queued},
         baseline=OURS,
         targets=(
-            Target(figure="value", most=75),  # 25 is the aim: a full collection takes 50 of it
+            Target(figure="value", most=75),  # 25, and 50 for a full collection
             Target(figure="note", most=25, note=STALL),
             Target(figure="note", most=8, note=LAG),
         ),

@@ -98,7 +98,7 @@ def find_caveats(results: list[Result]) -> list[str]:
 
 
 def build_document(results: list[Result], effort: Effort) -> dict[str, Any]:
-    """Return everything that was measured, fit for JSON."""
+    """Return everything that was measured, as values for JSON."""
     return {
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),

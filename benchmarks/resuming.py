@@ -1,7 +1,7 @@
-"""The cell of resuming a run of a million items of which the last few are not done.
+"""The cell of resuming a run of a million items, all but the last few of them done.
 
-Measures the command itself, as its user starts it: the seconds from there until its first new call
-reaches the service, and the most memory that it held until then.
+Runs the command as a user does. Measures the seconds until its first new call reaches the service,
+and its peak memory until then.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ async def _resume(directory: Path) -> tuple[float, float]:
         await reader.readline()
         if not called.done():
             called.set_result(time.perf_counter())
-        await reader.read()  # what was begun is never answered
+        await reader.read()  # the call never gets a response
         writer.close()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)

@@ -50,7 +50,7 @@ class Result:
     Attributes:
         cell: What was measured.
         samples: Contender to its samples, one a round.
-        broken: The rivals that broke on the way, and have no samples therefore.
+        broken: The rivals that failed, and so have no samples.
     """
 
     cell: Cell
@@ -76,7 +76,7 @@ class Result:
         return [sample.value / base.value for sample, base in pairs]
 
     def compute_ratio(self, contender: str) -> float:
-        """Return the median of the rounds' ratios: what slowed a round down, slowed both."""
+        """Return the median of the rounds' ratios, because a slow round slows both contenders."""
         return statistics.median(self.list_ratios(contender))
 
     def find_note(self, contender: str, note: str) -> float | None:
@@ -99,10 +99,10 @@ class Result:
 
 
 def run_cell(cell: Cell, effort: Effort) -> Result:
-    """Run one cell. A rival that breaks is left out of it, and does not end a long run.
+    """Run one cell. A rival that fails is left out and does not end the run.
 
     Raises:
-        WorkerEndedError: The subject or the baseline broke.
+        WorkerEndedError: The subject or the baseline failed.
     """
     samples: dict[str, list[Sample]] = {
         contender: []
@@ -133,7 +133,7 @@ def _run_round(
             for contender in contenders
         }
         for number in range(effort.slices if cell.sliced else 1):
-            # in both directions, so that none always follows the same one
+            # the order alternates, so that no contender always follows the same one
             for contender in list(workers) if number % 2 == 0 else reversed(list(workers)):
                 try:
                     slices[contender].append(_measure(workers[contender]))
@@ -148,7 +148,7 @@ def _run_round(
 def _run_worker(
     cell: Cell, contender: str, place: Place, effort: Effort
 ) -> Iterator[subprocess.Popen[str]]:
-    # credentials of the machine's user have no business here, nor has asyncio's debug mode
+    # no user's credentials, and no debug mode of asyncio, which is slow
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -181,7 +181,7 @@ def _run_worker(
 def _measure(worker: subprocess.Popen[str]) -> Sample:
     assert worker.stdin is not None
     assert worker.stdout is not None
-    with contextlib.suppress(BrokenPipeError):  # then there is no line either
+    with contextlib.suppress(BrokenPipeError):  # the worker has ended, so no line follows
         worker.stdin.write("\n")
         worker.stdin.flush()
     line = worker.stdout.readline()

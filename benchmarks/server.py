@@ -1,7 +1,7 @@
 """The benchmark server: canned answers over a bare protocol, in a separate process.
 
-It reads nothing of a request but the model in its path, its Content-Length, and whether a task is
-asked for, so that the clients are what is measured. Tasks stay in process.
+It reads only the model in a request's path, its Content-Length, and whether it asks for a task, so
+that mostly the clients are measured. Tasks remain in the state "processing".
 ``GET /usage`` reports the CPU seconds it has used; from these comes the busy share that is printed.
 """
 
@@ -61,7 +61,7 @@ class _Answerer(asyncio.Protocol):
         self.pending = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's is of no such class
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's has another class
 
     def data_received(self, data: bytes) -> None:
         data = self.pending + data if self.pending else data
@@ -94,7 +94,7 @@ class _Answerer(asyncio.Protocol):
             self.transport.write(answer)
 
     def write(self, answer: bytes) -> None:
-        """Write an answer, unless the client has gone meanwhile."""
+        """Write a response, unless the client has disconnected."""
         if not self.transport.is_closing():
             self.transport.write(answer)
 

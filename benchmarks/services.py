@@ -16,11 +16,11 @@ import attrs
 OK: Final = HTTPStatus.OK.value
 THROTTLED: Final = HTTPStatus.TOO_MANY_REQUESTS.value
 FAILED: Final = HTTPStatus.INTERNAL_SERVER_ERROR.value
-REFUSED: Final = 0  # the connection
+REFUSED: Final = 0  # no connection
 
 
 class Service:
-    """No limit but that of the clients, which is a rate; and a share of sporadic 429s.
+    """Throttles a share of the requests at random. Only the clients limit the rate.
 
     Attributes:
         rate: Requests per second that the clients can use.
@@ -131,7 +131,7 @@ class Scenario:
         build: Builds the service.
         latency: Seconds until an accepted request is answered; the median if `sigma` is not 0.
         sigma: Of the lognormal latency.
-        retry_after: Seconds that a 429 asks for; 0: it does not say.
+        retry_after: The ``Retry-After`` of a 429 in seconds; 0: none.
         clients: Clients at once, in a process each.
         seconds: How long it lasts.
         quick: How long with ``--quick``; 0: it is left out.
@@ -212,7 +212,7 @@ def _throttle_at_random(share: float, required: float, goal: float, **more: obje
         latency=LATENCY,
         required=required,
         goal=goal,
-        throttled=share / (1 - share) + 0.03,  # the noise itself, and what it leads to
+        throttled=share / (1 - share) + 0.03,  # the noise, and the throttles that it causes
         **more,  # type: ignore[arg-type]
     )
 
@@ -266,5 +266,5 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "failing-45": _fail(45, FAILED, 0.0, peers=True),
     "refusing-45": _fail(45, REFUSED, 0.0),
 }
-# what the picture shows
+# the scenarios in the picture
 DRAWN: Final = ("rate-50", "noise-1", "concurrency-16", "changing-rate", "failing-45")

@@ -1,4 +1,4 @@
-"""The cell of interactive calls beside bulk work in one session: what they wait for each other."""
+"""The cell of interactive calls during bulk work in one session: how long each waits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.server import run_server
 
 BASELINE: Final = "interactive calls alone"
 PERMITS: Final = 64
-ITEMS: Final = 100_000  # more than the time is enough for
+ITEMS: Final = 100_000  # more than fit into the time
 LATENCY: Final = 0.1
 PER_SECOND: Final = 20
 SECONDS: Final = 10.0

@@ -33,11 +33,11 @@ from cloudinary_analyze.notifications.aiohttp import WebhookReceiver
 from cloudinary_analyze.serialization import to_dict
 
 SECONDS: Final = 600
-TICK: Final = 0.01  # seconds between looks at how late the loop is
+TICK: Final = 0.01  # seconds between two measurements of the loop's lag
 LEAST_SECONDS: Final = 10
-SPARE_DESCRIPTORS: Final = 8  # connections of one burst more
-# Shares by which memory may grow over the second half: what is allocated, and what is resident. The
-# free memory between what is used grows for a while, and the more so while the rate rises.
+SPARE_DESCRIPTORS: Final = 8  # for the connections of one more burst
+# The shares by which allocated and resident memory may grow over the second half. Free memory
+# between allocations grows for a while, faster while the rate rises.
 LARGEST_GROWTH: Final = 0.05
 LARGEST_GROWTH_OF_RESIDENT: Final = 0.25
 
@@ -49,8 +49,8 @@ class Sample:
     Attributes:
         at: Seconds since the start.
         resident: MiB.
-        allocated: MiB of them that malloc has handed out.
-        blocks: Small objects that Python's own allocator has handed out.
+        allocated: MiB of them that malloc has allocated.
+        blocks: Blocks of small objects in use by Python's allocator.
         descriptors: Open descriptors.
         lag: The longest time that the loop was late, in milliseconds.
         answered: Outcomes with a response.
@@ -89,7 +89,7 @@ class Soak:
             polls_per_second=500,
             result_grace=5,
             failure_grace=2,
-            # plateaus that are reached within a minute
+            # memory reaches its plateau within a minute
             answered_count=2_000,
             answered_seconds=30,
             parked_seconds=30,
@@ -236,7 +236,7 @@ def _list_counts(counts: Counter[str]) -> str:
 async def _receive(
     deliveries: asyncio.Queue[Delivery], credentials: Credentials
 ) -> AsyncIterator[str]:
-    """Take webhooks in over HTTP; give the URL for them."""
+    """Receive webhooks over HTTP. Yield their URL."""
     app = web.Application()
     app.router.add_post("/hook", WebhookReceiver(deliveries, credentials).handle)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
@@ -251,8 +251,8 @@ async def _receive(
 def _read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks soak", description=__doc__)
     parser.add_argument("--seconds", type=int, default=SECONDS, metavar="N", help="default: 600")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the JSON goes")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="where the picture goes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the file for the JSON")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="the file for the picture")
     read = parser.parse_args(arguments)
     if read.seconds < LEAST_SECONDS:
         parser.error(f"--seconds must be {LEAST_SECONDS} or more.")

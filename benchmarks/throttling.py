@@ -42,8 +42,8 @@ from benchmarks.services import (
     Service,
 )
 
-LONG_OUTAGE: Final = 45.0  # seconds; in a shorter one, the first pauses weigh more
-MARGIN: Final = 1.0  # clients run for longer than what is measured
+LONG_OUTAGE: Final = 45.0  # seconds; in a shorter outage, the first pauses weigh more
+MARGIN: Final = 1.0  # seconds that clients run longer than the measurement
 
 
 @attrs.define(slots=False)
@@ -73,11 +73,11 @@ class Run:
 
     @cached_property
     def service(self) -> Service:
-        """A service like the server's, for what it allows."""
+        """A copy of the server's service, to compute what it allows."""
         return self.scenario.build()
 
     def count(self, status: int, begin: float, end: float, client: int | None = None) -> int:
-        """Count the requests of a time with a status."""
+        """Count the requests of a period that got a status."""
         return sum(
             begin <= at < end and status == seen and client in (None, number)
             for at, seen, number in self.requests
@@ -225,7 +225,7 @@ def format_run(measured: Run) -> str:
 
 
 def build_document(runs: list[Run]) -> dict[str, Any]:
-    """Return everything that was measured, fit for JSON."""
+    """Return everything that was measured, as values for JSON."""
     return {
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -291,11 +291,11 @@ def _read_arguments(arguments: list[str]) -> argparse.Namespace:
         "--quick", action="store_true", help="four short scenarios without peers, in two minutes"
     )
     parser.add_argument("--check", action="store_true", help="exit 1 if a requirement is missed")
-    parser.add_argument("--no-peers", action="store_true", help="run ours alone")
+    parser.add_argument("--no-peers", action="store_true", help="run only this package")
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="runs of each")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the JSON goes")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="where the picture goes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the file for the JSON")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="the file for the picture")
     read = parser.parse_args(arguments)
     for pattern in read.scenarios:
         if not fnmatch.filter(SCENARIOS, pattern):
@@ -311,7 +311,7 @@ def _plan(arguments: argparse.Namespace) -> list[tuple[str, str, float]]:
             if importlib.util.find_spec(package) is not None:
                 peers.append(peer)
             else:
-                print(f"{peer}: left out, because {package} is missing (pip install {package})")
+                print(f"{peer}: skipped, because {package} is missing (pip install {package})")
     return [
         (name, contender, scenario.quick if arguments.quick else scenario.seconds)
         for name, scenario in SCENARIOS.items()
@@ -342,7 +342,7 @@ def main(arguments: list[str]) -> int:
                 print(f"{measured.name}  ({measured.scenario.title}; required {required:.2f})")
             print(format_run(measured), flush=True)
             runs.append(measured)
-            # each time, so that a run that is broken off has not been for nothing
+            # after each run, so that an interrupted benchmark keeps its results
             path.write_text(json.dumps(build_document(runs)) + "\n")
     if options.svg is not None:
         options.svg.write_text(draw_runs(runs), encoding="utf-8")

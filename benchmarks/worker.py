@@ -1,4 +1,4 @@
-"""A fresh process of one contender: for each line on stdin it measures a sample, to stdout."""
+"""The process of one contender. For each line on stdin, it measures and prints a sample."""
 
 from __future__ import annotations
 

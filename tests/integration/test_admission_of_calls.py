@@ -104,7 +104,7 @@ async def test_queued_calls_fail_if_the_service_asks_for_too_long(clock: ManualC
 
 
 class Pacer:
-    """Allows everything, and notes when it was asked."""
+    """Never waits, and records when it was awaited."""
 
     def __init__(self, clock: ManualClock) -> None:
         self.clock = clock
@@ -229,7 +229,7 @@ async def test_an_outage_of_45_seconds_fails_no_item(clock: ManualClock, status:
 async def test_images_that_always_fail_are_not_an_outage(
     clock: ManualClock, status: int, bad: str
 ) -> None:
-    """Images that the service cannot process, or a model that is down, fill the window."""
+    """Items that always fail (broken images, a model that is down) fill the window."""
     refuse = answer(status)
 
     async def handle(request: web.Request) -> web.StreamResponse:
@@ -368,7 +368,7 @@ async def test_a_call_that_was_not_sent_in_an_outage_says_so(clock: ManualClock)
 
 
 async def test_an_item_that_is_always_throttled_fails_alone() -> None:
-    """It waits for no longer than the waits of the settings, and costs others nothing."""
+    """It waits no longer than the settings allow, and delays no other item."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
         bad = "/1.jpg" in (await request.json())["source"]["uri"]

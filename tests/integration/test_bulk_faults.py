@@ -80,8 +80,7 @@ async def test_only_analyses_with_a_lost_response_are_repeated() -> None:
         assert Counter(counts.done.values()) == Counter({1: 300 - dropped, 2: dropped})
 
 
-# one throttle halves the permits of all, so a service that throttles every fiftieth call is a
-# test of the pause, not of the crowd; here it is one in five hundred
+# One call in 500 is throttled. More would test the slower pace, not the number of items.
 CROWD = FaultPlan(
     error_500=0.016,
     error_502_html=0.011,

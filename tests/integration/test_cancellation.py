@@ -27,7 +27,7 @@ SLOW_DOWN = answer(429, headers={"Retry-After": "0.001"})
 
 
 class Troubled:
-    """Every other request fails, each time in another way."""
+    """Every other request fails, each time in a different way."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -105,7 +105,7 @@ def nothing_is_left(session: AnalyzeSession) -> Callable[[], bool]:
 async def test_a_submission_can_be_cancelled_everywhere(
     mode: Any, troubled: bool, late: bool
 ) -> None:
-    """The submission continues, because its handle was not cancelled, and it ends, too."""
+    """The submission continues to its end, because its handle was not cancelled."""
     handles = []
     async with serve(troubled=troubled) as (_, session):
 
@@ -385,7 +385,7 @@ async def test_a_put_into_redis_can_be_cancelled_everywhere(
             return not task.cancelled() and steps.count < number
 
         assert await find_the_end(attempt) > 1
-        assert await count_clients(redis_server) <= before + 2  # nothing is lost to the pool
+        assert await count_clients(redis_server) <= before + 2  # the pool lost no connection
     await _until_clients(redis_server, before)
 
 

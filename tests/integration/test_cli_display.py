@@ -1,4 +1,4 @@
-"""The messages of a run: summaries, JSON messages, quiet runs, and the command for the report."""
+"""The messages of a run: summaries, JSON Lines, quiet runs, and the command for the report."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_the_command_for_the_report_is_named(
     assert "Report: " not in capfd.readouterr().err
 
 
-def test_what_is_not_text_is_left_out_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_non_text_is_left_out_of_json(capsys: pytest.CaptureFixture[str]) -> None:
     import sys
 
     console = MessageConsole(file=sys.stderr)

@@ -406,7 +406,7 @@ def test_an_early_refusal_stops_only_its_model(
 def test_open_items_of_a_refused_model_do_not_starve_the_others(
     start_emulator: StartEmulator, permits: str
 ):
-    """Of a long series of open items all are of one model, whose quota is used up."""
+    """Many consecutive open items belong to one model, whose quota is used up."""
     arguments = ["run", "ai_vision_general", "captioning", "google_tagging", "--prompt", "x"]
     arguments += ["--input", "urls.txt", "--permits", permits]
     quotas = {"ai_vision": 2000}

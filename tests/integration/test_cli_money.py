@@ -32,7 +32,7 @@ def read_table(text: str) -> dict[str, str]:
 
 
 def read_files() -> dict[str, bytes]:
-    """Return the files of the folder, apart from those that readers of a database make."""
+    """Return the files of the folder, except those that SQLite creates for readers."""
     return {
         path.name: path.read_bytes()
         for path in Path().iterdir()
@@ -45,7 +45,7 @@ def read_number(text: str) -> int:
 
 
 def write_random_input(seed: int) -> tuple[list[str], int]:
-    """Write an input with duplicates and invalid rows; return the models and how many rows."""
+    """Write an input with duplicates and invalid rows. Return the models and the number of rows."""
     rng = random.Random(seed)
     count = rng.randrange(20, 120)
     rows = [
@@ -67,7 +67,7 @@ def test_a_dry_run_predicts_the_run(
     emulator = start_emulator()
     models, rows = write_random_input(seed)
     run = ["run", *models, "--input", "in.csv"]
-    if seed % 2:  # some of it is answered already
+    if seed % 2:  # some items are already answered
         assert main([*run, "--max-calls", str(seed * 3)]) in {0, 1, 3}
     before = emulator.counts.total_done
     files = read_files()
@@ -312,7 +312,7 @@ async def test_the_next_run_reads_rescued_responses(tmp_path: Path) -> None:
         async with start(*run, folder=tmp_path, emulator=emulator) as process:
             code, _, err = await end(process)
         assert code == 0, err
-        assert emulator.counts.total_done == 600  # nothing was paid for twice
+        assert emulator.counts.total_done == 600  # nothing was charged twice
         assert not saved.exists()
     assert [record["source"] for record in read_records()] == build_urls(600)
 

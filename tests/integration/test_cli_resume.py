@@ -339,7 +339,7 @@ async def test_an_output_folder_that_vanishes_stops_the_run(tmp_path: Path):
 
 @pytest.mark.slow
 async def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path: Path):
-    """A bound on the size of files is the same as a full disk to a writer."""
+    """To a writer, a limit on file sizes looks like a full disk."""
     write_urls(tmp_path, 2000)
 
     def bound_files() -> None:

@@ -114,7 +114,7 @@ async def test_closed_and_full_streams_stop_nothing(tmp_path: Path, closed: str)
     [(*RUN, "--output", "-"), ("analyze", "coco", build_urls(1)[0]), ("status", "x"), ("listen",)],
     ids=lambda arguments: arguments[0],
 )
-async def test_results_without_a_place_are_refused_unsent(
+async def test_a_run_without_a_place_for_results_is_refused(
     tmp_path: Path, arguments: tuple[str, ...]
 ):
     write_urls(tmp_path, 2)
@@ -222,7 +222,7 @@ async def test_each_signal_lets_calls_in_flight_finish(tmp_path: Path, number: s
     assert len(read_records(tmp_path / "results.jsonl")) == 8
 
 
-async def test_the_hang_up_of_a_terminal_lets_the_run_finish(tmp_path: Path):
+async def test_a_closed_terminal_lets_the_run_finish(tmp_path: Path):
     write_urls(tmp_path, 500)
     ours, theirs = pty.openpty()
     async with Emulator(latency=0.3) as emulator:
@@ -270,7 +270,7 @@ async def test_a_second_request_to_end_ends_at_once(tmp_path: Path, first: str, 
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0, 0.3, 2])
 async def test_an_interrupt_while_the_input_is_read_sends_nothing(tmp_path: Path, seconds: float):
-    """Also if it comes before the program handles signals."""
+    """This includes an interrupt before the signal handlers are installed."""
     write_urls(tmp_path, 1_500_000)
     async with (
         Emulator() as emulator,
@@ -312,7 +312,7 @@ async def test_listen_answers_others_while_its_output_is_not_read(tmp_path: Path
         output = await see(process, "Ctrl-C ends it")
         url = re.search(r"http://\S+/", output)
         assert url
-        # more than the pipe holds: the sender waits for its response
+        # more than fits into the pipe, so the sender waits for its response
         waiting = asyncio.create_task(post_answers(url[0], 40, 8000))
         await asyncio.sleep(1)
         assert not waiting.done()

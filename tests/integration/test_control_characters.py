@@ -1,4 +1,4 @@
-"""Whatever a hostile server, sender or file name holds, no message or log line has it raw."""
+"""Messages and log lines escape what a hostile server, sender or file name contains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our timeouts and closes interrupt, others cancel: neither is ever taken for the other."""
+"""Timeouts and closes of a session are never mistaken for cancellations by a caller."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ from cloudinary_analyze.notifications.redis import RedisNotifications
 from cloudinary_analyze.stage import close_sessions
 from cloudinary_analyze.testing import ScriptedEmulator, run_emulator
 
-with warnings.catch_warnings():  # of Starlette, if it finds httpx and not httpx2
+with warnings.catch_warnings():  # Starlette warns if it finds httpx but not httpx2
     warnings.simplefilter("ignore")
     from fastapi.testclient import TestClient
 
@@ -47,7 +47,7 @@ EXAMPLES = {
     # tests/engines runs the other programs of the stage
     if name != "cloudinary_analyze.stage" or number == 1
 }
-NEEDS = {"nats": "from nats."}  # libraries of which the test extra has no use
+NEEDS = {"nats": "from nats."}  # libraries that the test extra does not install
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def import_names(code: str) -> dict[str, Any]:
-    """Import the public names that a part of a program takes for granted."""
+    """Import the public names that an example uses without importing them."""
     names: dict[str, Any] = {"FastAPI": FastAPI, "TestClient": TestClient, "Route": Route}
     for module, name in find_public_names():
         if re.search(rf"\b{name}\b", code):

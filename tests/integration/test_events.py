@@ -175,7 +175,7 @@ async def test_an_unreadable_response_has_its_status() -> None:
     assert (attempt.status, attempt.ambiguous, events[-1].status) == (200, True, 200)
 
 
-async def test_an_error_brings_its_request_id() -> None:
+async def test_an_error_has_its_request_id() -> None:
     events: list[Any] = []
     handler = answer(400, {"error": {"message": "no"}, "request_id": "r9"})
     async with ScriptedServer(handler) as server:
@@ -317,7 +317,7 @@ async def test_pauses_have_a_cause(clock: ManualClock, status: int, cause: str) 
     assert (pause.cause, pause.polls) == (cause, False)
 
 
-async def test_refused_polls_are_a_pause() -> None:
+async def test_refused_polls_emit_a_pause() -> None:
     events: list[Any] = []
 
     async def refuse_polls(request: Any) -> Any:
@@ -383,7 +383,7 @@ async def test_restored_and_retried_are_distinguished(tmp_path: Path) -> None:
 
 
 async def test_a_late_notification_is_reported_again() -> None:
-    """The task is known by its id alone then; an exhausted quota still stops its feature."""
+    """Only the task's id is known by then. An exhausted quota still stops its feature."""
     events: list[Any] = []
     queue: asyncio.Queue[Delivery] = asyncio.Queue()
 

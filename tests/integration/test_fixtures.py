@@ -87,7 +87,7 @@ LATE = (
 
 @pytest.mark.slow
 def test_tests_of_applications_run_as_documented(pytester: pytest.Pytester) -> None:
-    """The last one is wrong; its message names what was requested instead."""
+    """The last test fails on purpose. Its message names the actual request."""
     pytester.makeconftest('pytest_plugins = ["cloudinary_analyze.testing"]')
     pytester.makeini("[pytest]\nasyncio_mode=auto\nasyncio_default_fixture_loop_scope=function\n")
     pytester.makepyfile(

@@ -124,7 +124,7 @@ def test_another_event_loop_is_one_clear_error() -> None:
 
 
 def test_a_close_refused_on_another_loop_can_be_repeated() -> None:
-    """A wrong `aclose` must not leave a session that says closed and has its pool open."""
+    """A refused `aclose` must not mark a session as closed while its pool is open."""
     first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
     session = first.run_until_complete(AnalyzeSession(DEMO).__aenter__())
     assert session._connection.caller is not None
@@ -146,7 +146,7 @@ def test_a_close_refused_on_another_loop_can_be_repeated() -> None:
 
 async def test_a_session_dropped_open_warns() -> None:
     session = await AnalyzeSession(DEMO).__aenter__()
-    # what it opened is closed, so that the warning under test is the session's own
+    # without an open pool, the only warning is the session's
     await session._connection.caller.transport.close()  # type: ignore[union-attr]
     with pytest.warns(ResourceWarning, match="dropped without being closed"):  # noqa: PT031
         del session
@@ -325,7 +325,7 @@ async def test_a_hanging_response_delays_the_close_briefly(
 
 
 async def test_calls_failed_by_the_close_do_not_share_one_exception() -> None:
-    """A shared one would gather the tracebacks of all, and the frames that they hold."""
+    """A shared exception would collect the tracebacks of all calls and keep their frames alive."""
     handler = answer(503, headers={"Retry-After": "60"})
     async with ScriptedServer(handler) as server:
         session = await server.session(permits=2).__aenter__()
@@ -463,7 +463,7 @@ async def test_an_input_may_close_the_session_in_its_clean_up(first: str) -> Non
 
 
 async def test_a_close_fails_a_call_that_just_got_its_permit() -> None:
-    """Whether or not a pause began in that turn, too."""
+    """It fails even if a pause begins in the same turn."""
     for throttled in (False, True):
         async with asyncio.timeout(10), ScriptedServer(CAPTION) as server:
             session = await server.session(permits=1).__aenter__()

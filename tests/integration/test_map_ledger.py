@@ -36,7 +36,7 @@ def source_of(body):
 
 
 def by_source(answers, default=CAPTION):
-    """Answer by the last part of the source's path."""
+    """Respond according to the last part of the source's path."""
 
     async def handle(request):
         name = Path(source_of(await request.read())).name
@@ -62,7 +62,7 @@ def path(tmp_path):
 
 
 class Recorder(Ledger):
-    """A ledger in memory that a test can hold up and break."""
+    """A ledger in memory that a test can pause and break."""
 
     def __init__(self):
         self.records = {}
@@ -264,7 +264,7 @@ async def test_a_broken_ledger_stops_the_stream(cause):
             await drain(stream, got)
     assert isinstance(caught.value.reason, LedgerError)
     answered = [outcome for outcome in got if outcome.response is not None]
-    assert len(answered) == len(server.seen) <= 5 + 2 * 2 + 1  # all that was paid for
+    assert len(answered) == len(server.seen) <= 5 + 2 * 2 + 1  # all that was charged
     recorded = [outcome for outcome in answered if not outcome.unrecorded]
     assert len(recorded) == 5 < len(answered)
     assert {outcome.request.key for outcome in recorded} == set(ledger.records)
@@ -369,7 +369,7 @@ async def test_leaving_the_stream_records_submissions_in_flight(path):
             with pytest.raises(BulkStoppedError):
                 await waiting
             sent = len(service.accepted)
-            assert sent <= 6  # of 12: what was about to be sent, and no more
+            assert sent <= 6  # of 12: only those that were about to be sent
         assert SQLiteLedger(path).counts().submitted == sent
 
 
@@ -386,7 +386,7 @@ async def test_a_task_unknown_to_the_service_is_submitted_again(path, with_sourc
             server.handler = lambda request: (
                 service(request) if request.method == "GET" else CAPTION(request)
             )
-            # without a deadline, the clock moves from poll to poll and no further
+            # without a deadline, the clock moves only from poll to poll
             source = service.deliveries if with_source else None
             async with server.session(
                 clock=clock, task_timeout=None, notifications=source
@@ -563,7 +563,7 @@ async def test_a_denied_claim_waits_and_asks_the_ledger_again():
         (outcome,) = await collect(session, URLS[:1], ledger=ledger)
         assert outcome.response is not None
         assert ledger.steps == ["claim", "watch", "claim", "watch", "claim"]
-        assert (len(server.seen), session.stats.calls) == (1, 1)  # what was denied does not count
+        assert (len(server.seen), session.stats.calls) == (1, 1)  # denied claims do not count
         assert ledger.noted == {"source": URLS[0], "model": "captioning", "index": 0}
 
 

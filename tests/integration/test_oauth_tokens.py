@@ -1,4 +1,4 @@
-"""An OAuth token that expires is renewed: once for all that wait, and no call fails for it."""
+"""An expired OAuth token is renewed once for all waiting calls, and no call fails because of it."""
 
 import asyncio
 import copy

@@ -42,7 +42,7 @@ class Case:
     handler: Handler
     error: type[AnalyzeError]
     said: str
-    calls: int = 1  # how often it is tried: what was paid and is unreadable is not paid again
+    calls: int = 1  # attempts; an unreadable response that was charged is not requested again
     body: bytes | None = None
     ambiguous: bool = False
 

@@ -1,4 +1,4 @@
-"""Throttles slow the whole session down; quotas close a feature, and only that."""
+"""Throttling slows the whole session down. An exhausted quota closes only its feature."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Crowd:
 
 
 async def test_nothing_is_sent_while_everything_is_throttled(clock: ManualClock) -> None:
-    """Then one request tests whether the service accepts again; the others follow."""
+    """Then one request tests whether the service accepts requests again. The others follow."""
     events: list[Any] = []
     async with ScriptedServer(Crowd(64)) as server:
         async with server.session(clock=clock, on_event=events.append, **PATIENT) as session:
@@ -193,7 +193,7 @@ async def test_a_reset_time_from_the_service_is_waited_for(clock: ManualClock, s
 async def test_a_response_from_before_a_quota_error_reopens_nothing(
     clock: ManualClock,
 ) -> None:
-    """Calls in flight when the quota ends still succeed; that proves nothing about the next."""
+    """A call in flight when the quota ends may succeed. That proves nothing about later calls."""
     held, arrived = asyncio.Event(), asyncio.Event()
 
     async def answer_in_turn(request: web.Request) -> web.StreamResponse:
@@ -228,7 +228,7 @@ async def test_queued_calls_of_a_used_up_quota_are_not_sent() -> None:
 async def test_a_quota_error_keeps_an_earlier_ambiguity(
     clock: ManualClock,
 ) -> None:
-    """The last error is that nothing was sent, but an attempt before it was."""
+    """The last error says that nothing was sent, but an earlier attempt was sent."""
     handlers = one_after_the_other(answer(502), QUOTA)
     async with ScriptedServer(handlers) as server, server.session(clock=clock) as session:
         doubtful = asyncio.create_task(session.analyze(VISION))

@@ -1,4 +1,4 @@
-"""Calls and polls through a proxy: what it sees, how it fails, and where its password goes."""
+"""Calls and polls through a proxy: what it sees, how it fails, and who gets its password."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def read_port(url: str) -> int:
 
 async def test_calls_and_polls_go_through_the_proxy() -> None:
     async with Emulator() as emulator, Proxy(read_port(emulator.url)) as proxy:
-        # the proxy alone knows this name
+        # only the proxy resolves this name
         url = emulator.cloudinary_url.replace(emulator.url, "http://service.test:1234")
         credentials = Credentials.from_url(url)
         settings = Settings(proxy=proxy.url, poll_first=0.01)

@@ -1,4 +1,4 @@
-"""`listen` and `run --receive`, attacked by strangers who open connections and say little."""
+"""`listen` and `run --receive`, under attack by clients that open connections and send little."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_the_limits_are_seconds_and_below_the_descriptors() -> None:
     ],
     ids=["idle", "byte", "head", "kept alive", "second head", "405", "405 body", "413 body"],
 )
-async def test_what_says_too_little_is_closed(sent: bytes) -> None:
+async def test_connections_that_send_too_little_are_closed(sent: bytes) -> None:
     async with receive(SHORT) as receiver, asyncio.timeout(8):
         reader, writer = await receiver.connect(sent)
         assert await is_closed(reader)
@@ -118,7 +118,7 @@ async def test_slow_headers_gain_no_time() -> None:
 
 
 async def test_a_sender_that_reads_nothing_is_closed() -> None:
-    """Many requests at once fill the buffers of their responses."""
+    """Many requests at once fill the buffers of its responses."""
     async with receive(SHORT) as receiver:
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
@@ -142,7 +142,7 @@ async def test_a_sender_that_reads_nothing_is_closed() -> None:
     ids=["idle", "head", "body"],
 )
 async def test_strangers_keep_no_webhook_out(sent: bytes) -> None:
-    """Without waiting for any time to pass: the oldest stranger makes room."""
+    """No timeout has to expire, because the oldest waiting connection makes room."""
     async with receive(PATIENT) as receiver:
         strangers = [await receiver.connect(sent) for _ in range(50)]
         for _ in range(3):
@@ -156,8 +156,8 @@ async def test_strangers_keep_no_webhook_out(sent: bytes) -> None:
     assert receiver.queue.qsize() == 3
 
 
-async def test_what_is_being_stored_makes_no_room() -> None:
-    """A connection whose webhook is with the sink is not closed; a new one is, instead."""
+async def test_connections_that_store_a_webhook_stay_open() -> None:
+    """A connection whose webhook is being stored stays open. A new connection is closed instead."""
     stored = asyncio.Event()
     begun = 0
 

@@ -451,7 +451,7 @@ async def test_a_hanging_redis_gives_503_and_blocks_nothing(tmp_path, namespace,
 
 
 async def test_deliveries_during_a_lost_connection_are_found(tmp_path, open_worker):
-    """Redis is killed with -9 under a session and comes back with a delivery it never announced."""
+    """Redis is killed under a session, and restarts with a delivery that it never announced."""
     server = start_redis(tmp_path)
     try:
         async with open_worker(server=server) as (session, notifications):
@@ -618,7 +618,7 @@ async def test_the_mailbox_of_a_resolved_task_expires_soon(shared, namespace, em
                 await asyncio.sleep(0.01)
         assert await client.pttl(f"{namespace}:delivery:resolved") > most - 30_000
         assert await client.pttl(f"{namespace}:delivery:foreign") > 1000 * keep - 30_000
-        assert len(await notifications.fetch(["resolved"])) == 1  # for the handles of others
+        assert len(await notifications.fetch(["resolved"])) == 1  # for handles in other processes
 
 
 async def test_it_serves_one_session(open_worker):

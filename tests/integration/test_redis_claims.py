@@ -28,9 +28,9 @@ def client(server):
 
 
 class Walk:
-    """One key, four workers, and what must be true of them.
+    """One key, four workers, and their invariants.
 
-    A worker that counts as dead may only be suspended. It continues with its old token.
+    A worker that counts as dead may be suspended, and later continue with its old token.
     """
 
     def __init__(self, client, seed):

@@ -284,7 +284,7 @@ async def test_the_claims_of_a_dead_worker_are_taken_over(build):
     dead = build(lease=0.5)
     await dead.open(**OWNER)
     await dead.claim(KEY)
-    dead._worker._heart.cancel()  # it is not closed, as if it was killed
+    dead._worker._heart.cancel()  # not closed, as if its process was killed
     async with opened(build(lease=0.5)) as ledger:
         assert await ledger.claim(KEY) is None
         begun = time.monotonic()
@@ -292,7 +292,7 @@ async def test_the_claims_of_a_dead_worker_are_taken_over(build):
             await ledger.watch(KEY)
         assert time.monotonic() - begun > 0.4
         assert await ledger.claim(KEY) == Claim(ambiguous=True)
-        # its late answer is as good as any; the later one is ignored
+        # its late response counts; the error after it is ignored
         await dead.record_response(KEY, RESPONSE, seconds=1)
         await ledger.record_error(KEY, ServerError("no", status=500), seconds=2)
         assert (await ledger.find(KEY)).seconds == 1

@@ -207,7 +207,7 @@ def near(pixel, color, tolerance=40):
 
 
 def find_extent(rows, color):
-    """Return left, top, right, bottom of the pixels of a color."""
+    """Return the left, top, right and bottom edges of the pixels of a color."""
     places = [
         (x, y)
         for y, row in enumerate(rows)
@@ -337,11 +337,11 @@ async def test_filters_select_models_that_share_a_card(page, tmp_path):
 
     only_coco = await choose("model", "coco")
     assert len(only_coco) == 3
-    assert "A dog." not in only_coco[0]  # the other model's words are put aside
+    assert "A dog." not in only_coco[0]  # the other model's findings are hidden
     await choose("model", "")
 
-    assert len(await choose("label", "dog")) == 1  # a whole label means just that
-    assert len(await choose("label", "do")) == 2  # a part of one all that have it
+    assert len(await choose("label", "dog")) == 1  # a whole label matches only itself
+    assert len(await choose("label", "do")) == 2  # a part matches all labels that contain it
     assert len(await choose("label", "zebra")) == 0
     assert await page.run("getComputedStyle(document.getElementById('empty')).display") == "block"
     await page.run("document.getElementById('clear').click()")
@@ -385,7 +385,7 @@ async def test_markup_in_the_data_is_shown_and_never_run(page, tmp_path):
         address = await page.run("document.querySelector('#viewer a')?.href ?? null")
         assert (address or "https://").startswith("https://")
         assert (address is None) == (index >= 5)
-    # nor could it: a script, a style and a connection that the page does not know are refused
+    # it could not run: the page refuses unknown scripts, styles and connections
     assert not page.complaints()
     await page.run(
         """(() => { const script = document.createElement('script');
@@ -415,7 +415,7 @@ async def test_10_000_results_open_and_only_those_in_view_are_drawn(page, tmp_pa
         assert write_report(lines, tmp_path / "report.html").pictures == 10_000
         await page.open(tmp_path / "report.html")
         ready = await page.run("performance.getEntriesByType('navigation')[0].domComplete")
-        assert ready < 5_000  # milliseconds; the page is there in well under one on a free machine
+        assert ready < 5_000  # milliseconds; well under 1,000 on an idle machine
         assert await page.run("document.getElementById('shown').textContent") == "10,000 pictures"
         assert 0 < await page.run(f"{CARDS}.length") < 60
         spent = await page.run(

@@ -159,7 +159,7 @@ async def test_results_are_copied_and_keep_long_integers(emulator, session):
     assert [each.confidence for each in detections] == [2**80]
 
 
-def test_what_cannot_be_answered_is_refused_at_once():
+def test_results_that_cannot_be_sent_are_refused_at_once():
     for odd in ({"data": {"caption": {1, 2}}}, [("data", 7, 8)], "caption", 7):
         for build in (ScriptedEmulator().respond, build_response):
             with pytest.raises(InvalidRequestError, match="JSON"):

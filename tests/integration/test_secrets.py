@@ -93,7 +93,7 @@ def read_all(value: Any) -> Iterator[str]:
         try:
             yield pickle.dumps(value).decode("latin-1")
         except (TypeError, AttributeError, pickle.PicklingError):
-            yield ""  # what does not pickle does not get out by pickling
+            yield ""  # an object that cannot be pickled cannot leak that way
 
 
 @pytest.mark.parametrize("leak", NEEDLES[:4])
@@ -114,7 +114,7 @@ def test_the_search_of_the_whole_suite_would_find_a_leak(leak: str) -> None:
     """The search that `conftest` makes of every test's logs."""
     search = SecretSearch()
     logger = logging.getLogger("leaky")
-    logger.propagate = False  # or that search would find it, too
+    logger.propagate = False  # otherwise the search of the suite would find it
     logger.addHandler(search)
     logger.debug("nothing")
     assert not search.leaks
@@ -205,7 +205,8 @@ async def test_a_busy_session_shows_no_secret(
 @pytest.mark.parametrize("credentials", [BY_KEY, BY_TOKEN], ids=["key", "token"])
 @pytest.mark.parametrize("number", range(1, len(TROUBLES)))
 async def test_no_final_error_shows_a_secret(number: int, credentials: Credentials) -> None:
-    """The HTTP library's own errors hold the request's headers; none may hang on to ours."""
+    """The HTTP library's errors contain the request's headers. They must not stay attached to
+    ours."""
     events: list[Any] = []
     async with ScriptedServer(TROUBLES[number]) as server:
         async with server.session(

@@ -343,7 +343,7 @@ def test_processes_of_a_pool_share_the_work_and_end_cleanly(emulate, build_ledge
         assert os.getpid() not in {pid for _, pid in results}
         assert emulator.counts.total_received == 40
         assert count_answered(stage, URLS[:3]) == (3, os.getpid())
-        # the lease of a worker that ended in order is gone; ours is not
+        # workers that ended normally left no lease; this process still has one
         assert [shown["pid"] for shown in worker_stats(build_ledger())] == [os.getpid()]
 
 

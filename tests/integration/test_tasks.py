@@ -216,7 +216,7 @@ class TestAwaiting:
 
 @pytest.mark.timeout(20)
 class TestEveryHandleEnds:
-    """Whatever is closed, cancelled or dropped, and in whatever order."""
+    """This holds for any order of closes, cancellations and drops."""
 
     @pytest.mark.parametrize("mode", ["call", "task"])
     @pytest.mark.parametrize("turns", range(6))
@@ -300,7 +300,7 @@ class TestDropped:
             async with asyncio.timeout(10):
                 responses = await asyncio.gather(*tasks)
             assert all(response.analysis.caption for response in responses)
-            assert time.monotonic() - begun > 0.4  # half of them had to be polled
+            assert time.monotonic() - begun > 0.4  # half of them needed a poll
             flood.clear()
             gc.collect()
             await until(lambda: not session.stats.pending)
@@ -497,7 +497,7 @@ class TestNeverRetrieved:
             assert "never retrieved" in reported[0]["message"]
 
     async def test_a_handle_dropped_before_its_task_failed_is_reported_too(self, reported):
-        """Fire and forget must not swallow failures, as it does not with asyncio's tasks."""
+        """As with asyncio's tasks, "fire and forget" must not hide failures."""
         async with connected(faults=FAILING) as (_, session):
             session.submit(request())
             await until(lambda: session.stats.notifications.get("resolved"))

@@ -301,7 +301,7 @@ async def test_restored_items_are_measured(exported: Exported, tmp_path: Path) -
     assert len(exported.named("analyze captioning")) == 1
 
 
-async def test_the_users_own_hook_still_hears_all(exported: Exported) -> None:
+async def test_the_users_hook_still_gets_all_events(exported: Exported) -> None:
     events: list[Any] = []
 
     def hook(event: Any) -> None:

@@ -1,4 +1,4 @@
-"""The read timeout bounds a whole attempt, and never takes another's cancellation for its own."""
+"""The read timeout bounds a whole attempt, and is never confused with a cancellation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cloudinary_analyze import AttemptTimeoutError, Captioning
 
 
 async def _drip(request: web.Request) -> web.StreamResponse:
-    """Send a byte now and then, without an end: never silent, never done."""
+    """Send a byte now and then, without an end."""
     response = web.StreamResponse()
     await response.prepare(request)
     while True:
