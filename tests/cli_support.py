@@ -93,7 +93,7 @@ async def see(process: Process, sentence: str) -> str:
     async with asyncio.timeout(PATIENCE):
         while sentence not in output:
             line = await process.stderr.readline()
-            assert line, f"never said {sentence!r}, but: {output}"
+            assert line, f"missing {sentence!r} in: {output}"
             output += line.decode()
     return output
 

@@ -165,7 +165,7 @@ async def test_every_charge_belongs_to_a_row_or_a_report(seed: str, tmp_path: Pa
                 await until(lambda n=enough: emulator.counts.total_done > n, PATIENCE)
                 process.send_signal(number)
                 code = await finish(process)
-            assert code == (-9 if number == signal.SIGKILL else code), "it was killed"
+            assert code == (-9 if number == signal.SIGKILL else code), "SIGKILL did not end the run"
             summary = await books.close(killed=number == signal.SIGKILL)
             if number == signal.SIGKILL:
                 async with start(

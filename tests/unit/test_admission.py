@@ -53,7 +53,7 @@ REQUIRED = {
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_goodput_reaches_the_required_share_with_few_throttles(name: str) -> None:
+def test_goodput_is_high_and_throttles_are_few(name: str) -> None:
     goodput, throttled = REQUIRED[name]
     figures = measure(name, SEEDS)
     assert figures.goodput >= goodput
@@ -63,9 +63,7 @@ def test_goodput_reaches_the_required_share_with_few_throttles(name: str) -> Non
 
 
 @pytest.mark.parametrize(("name", "ambiguous"), [("500", True), ("refused connections", False)])
-def test_an_outage_of_45_s_costs_at_most_the_permits_and_the_probes(
-    name: str, ambiguous: bool
-) -> None:
+def test_an_outage_costs_at_most_permits_and_probes(name: str, ambiguous: bool) -> None:
     for run in measure(f"45 s of {name}", SEEDS).runs:
         admission = run.clients[0].admission
         bad = run.bad_in_outage
@@ -232,7 +230,7 @@ def test_a_pause_whose_probe_fails_is_an_outage() -> None:
     assert admission.state is State.SEARCHING
 
 
-def test_a_few_sporadic_failures_among_successes_do_not_stall() -> None:
+def test_sporadic_failures_among_successes_do_not_stall() -> None:
     admission, chance = Admission(64), random.Random(1)
     now, attempts = 0.0, start_all(Admission(1), 0.0)[:0]
     for _ in range(2000):
@@ -245,7 +243,7 @@ def test_a_few_sporadic_failures_among_successes_do_not_stall() -> None:
     assert admission.generation == 0
 
 
-def test_a_rate_bounds_the_starts_in_every_second_also_after_a_rest() -> None:
+def test_a_rate_limits_starts_even_after_a_rest() -> None:
     admission = Admission(64, rate=Turnstile(interval=1 / 20, slack=4 / 20))
     starts: list[float] = []
     now = 0.0

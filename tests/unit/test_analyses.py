@@ -105,7 +105,7 @@ def test_another_model_keeps_the_analysis_as_received(sample: Any, model: str) -
     assert response.analysis.model_version == content["data"]["analysis"].get("model_version")
 
 
-def test_the_custom_model_of_schema_0_1_is_read_with_its_older_limits(sample: Any) -> None:
+def test_the_custom_model_of_schema_0_1_is_read(sample: Any) -> None:
     response = read_response(
         OtherModel("custom", URL, {"model_name": "m", "model_version": 1}),
         codec.dumps(sample("custom_v0_1_0_removed")),
@@ -220,9 +220,7 @@ def test_every_detection_keeps_every_field(sample: Any, model: str) -> None:
         ([1], Detection("cat", None, None, [1])),
     ],
 )
-def test_a_detection_of_any_shape_is_read_and_keeps_what_was_sent(
-    entry: Any, expected: Detection
-) -> None:
+def test_a_detection_of_any_shape_is_read_and_kept(entry: Any, expected: Detection) -> None:
     (found,) = read(Coco(URL), {"tags": {"cat": [entry]}}).analysis.tags["cat"]
     assert found == expected
     assert type(found.raw) is type(entry)
@@ -316,7 +314,7 @@ def test_a_detection_that_was_read_is_frozen() -> None:
         del found.label
 
 
-def test_a_logo_keeps_its_polygon_and_missing_coordinates_are_zero(sample: Any) -> None:
+def test_missing_coordinates_of_a_logo_are_zero(sample: Any) -> None:
     (logo,) = read_response(
         GoogleLogoDetection(URL), codec.dumps(sample("google_logo_detection"))
     ).analysis.logos
@@ -489,7 +487,7 @@ def test_a_response_can_be_built_for_tests(model: str) -> None:
     assert len(response.request_id or "") == 32
 
 
-def test_a_response_for_tests_takes_a_request_and_an_analysis() -> None:
+def test_a_response_is_built_from_request_and_analysis() -> None:
     response = build_response(Captioning(URL), {"data": {"caption": "a cat"}})
     assert (response.analysis.caption, response.entity) == ("a cat", URL)
     other = build_response(OtherModel("new", URL), {"x": 1})

@@ -252,7 +252,7 @@ def test_an_oauth_token_is_enough(environment: dict[str, str]) -> None:
     assert (credentials.cloud_name, credentials.oauth_token) == ("demo", "tok+en/=")
 
 
-def test_the_signature_algorithm_and_the_host_come_from_the_url() -> None:
+def test_the_url_sets_signature_algorithm_and_host() -> None:
     credentials = Credentials.from_url(
         "cloudinary://1:a@demo?signature_algorithm=SHA256&upload_prefix=https://api-ap.cloudinary.com"
     )
@@ -260,7 +260,7 @@ def test_the_signature_algorithm_and_the_host_come_from_the_url() -> None:
     assert credentials.host == "https://api-ap.cloudinary.com"
 
 
-def test_the_api_secret_signs_unless_other_secrets_are_given() -> None:
+def test_the_api_secret_verifies_unless_others_are_given() -> None:
     assert Credentials("demo", "1", "a").signing_secrets == ("a",)
     assert Credentials("demo", "1", "a", notification_secrets=["b", "c"]).signing_secrets == (
         "b",

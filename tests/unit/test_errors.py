@@ -83,7 +83,7 @@ def fields_of(kind: type[AnalyzeError]) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)
-def test_every_error_pickles_and_copies_with_all_its_attributes(kind: type[AnalyzeError]) -> None:
+def test_every_error_pickles_and_copies_completely(kind: type[AnalyzeError]) -> None:
     fields = {name: VALUES[name] for name in fields_of(kind)}
     error = kind("It went wrong.", **fields)
     error.add_note("a note")

@@ -394,7 +394,7 @@ def test_a_source_is_a_url_or_an_asset_id():
         read_source("asset:")
 
 
-def test_an_unknown_extension_is_refused_with_the_known_ones():
+def test_an_unknown_extension_is_refused_with_a_list():
     for name in ("a.xlsx", "a.xlsx.gz", "a.lst"):
         with pytest.raises(ConfigurationError, match=r"\.csv.*\.parquet.*--input-format"):
             detect_format(name)

@@ -107,7 +107,7 @@ def list_bytes(path):
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_an_error_is_stored_as_json_and_comes_back_as_itself(error):
+def test_an_error_is_stored_as_json_and_restored(error):
     again = load_error(dump_error(error))
     assert type(again) is type(error)
     assert str(again) == str(error)
@@ -360,7 +360,7 @@ async def test_a_key_of_another_source_is_refused_in_later_runs(tmp_path):
         assert item.source == "https://a.example/2.jpg"
 
 
-async def test_a_lock_while_the_items_are_replaced_reads_them_again(tmp_path):
+async def test_a_locked_replacement_reads_the_items_again(tmp_path):
     path = tmp_path / "a.ledger"
     async with opened(path) as ledger:
         other = sqlite3.connect(path, isolation_level=None)
@@ -385,7 +385,7 @@ async def test_only_charges_of_the_latest_run_are_not_restored(tmp_path):
         assert [item.restored for item in ledger.iter_items()] == [True, False, True]
 
 
-async def test_open_items_are_read_in_order_over_any_number_of_done_ones(tmp_path):
+async def test_open_items_among_many_done_ones_are_in_order(tmp_path):
     keys = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(12_000)]
     left = [3, 4999, 5000, 11_999]
     async with opened(tmp_path / "a.ledger") as ledger:
@@ -493,7 +493,7 @@ async def test_a_log_without_its_ledger_is_refused(tmp_path):
             await ledger.open(**OWNER)
 
 
-async def test_a_second_writer_is_refused_in_this_process_and_in_another(tmp_path):
+async def test_a_second_writer_is_refused_in_any_process(tmp_path):
     path = tmp_path / "a.ledger"
     async with opened(path) as ledger:
         async with SQLiteLedger(path) as second:

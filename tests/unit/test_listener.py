@@ -149,7 +149,7 @@ class TestAcknowledge:
             assert source.acknowledged == [result, again]
             assert verdicts(tracker) == {"resolved": 1, "duplicate": 1, "parked": 2}
 
-    async def test_an_acknowledgement_that_raises_does_not_stop_the_listening(self, clock, caplog):
+    async def test_a_failed_acknowledgement_stops_no_listener(self, clock, caplog):
         source = Recorder()
         source.acknowledge = lambda _: 1 / 0
         async with resolving(clock, source=source) as (_, tracker):
@@ -195,7 +195,7 @@ class TestReceipt:
 
 
 class TestGrace:
-    async def test_the_notification_of_a_failed_task_brings_the_reason_in_time(self, clock):
+    async def test_a_failed_tasks_reason_arrives_within_the_grace(self, clock):
         source = Recorder()
         service = Service(clock, state=lambda _: "failed")
         async with resolving(clock, source=source, service=service) as (_, tracker):
@@ -208,7 +208,7 @@ class TestGrace:
             await clock.advance(1000)
             assert verdicts(tracker) == {"resolved": 1}
 
-    async def test_the_notification_of_a_completed_task_arrives_in_time(self, clock):
+    async def test_a_completed_result_arrives_within_the_grace(self, clock):
         source = Recorder()
         service = Service(clock, state=lambda _: "completed")
         async with resolving(clock, source=source, service=service) as (_, tracker):
@@ -273,8 +273,8 @@ class TestSourceEnds:
             assert immediate or waits[0].answer.body is not None
 
 
-class TestSourceBreaks:
-    async def test_it_is_resumed_with_backoff(self, clock, caplog):
+class TestSourceFails:
+    async def test_a_failed_source_is_resumed_with_backoff(self, clock, caplog):
         source = Brittle(*[ConnectionError("gone")] * 10)
         async with resolving(clock, source=source) as _:
             begun_at = []

@@ -225,7 +225,7 @@ async def test_an_error_of_to_request_is_the_items_error() -> None:
         found[1].unwrap()
 
 
-async def test_an_endless_input_of_bad_items_does_not_starve_the_loop() -> None:
+async def test_endless_bad_items_do_not_starve_the_loop() -> None:
     def convert(_: int) -> Captioning:
         raise ValueError("bad")
 
@@ -522,7 +522,7 @@ async def test_a_cancelled_input_ends_after_items_in_flight(
 
 
 @pytest.mark.parametrize("culprit", ["to_request", "key", "perform"])
-async def test_a_cancelled_error_of_other_code_fails_its_item_alone(culprit: str) -> None:
+async def test_a_foreign_cancelled_error_fails_its_item_alone(culprit: str) -> None:
     def fail_at_three(item: int, result: Any) -> Any:
         if item == 3:
             raise asyncio.CancelledError
@@ -828,7 +828,7 @@ async def test_a_stopped_stream_finishes_items_in_flight():
     assert [outcome.error for outcome in outcomes] == [None] * 8
 
 
-async def test_items_that_queue_when_a_stream_is_stopped_fail_unsent():
+async def test_queued_items_of_a_stopped_stream_fail_unsent():
     gate = asyncio.Event()
     sent: list[int] = []
     queued: list[int] = []
@@ -863,7 +863,7 @@ async def test_items_that_queue_when_a_stream_is_stopped_fail_unsent():
     assert all(type(outcome.error) is BulkStoppedError for outcome in outcomes[2:])
 
 
-async def test_a_stream_may_be_stopped_before_it_begins_and_after_it_ended():
+async def test_a_stream_can_be_stopped_before_and_after_use():
     service = Service()
     stopped = stream(service, iter(range(3)))
     stopped.stop()

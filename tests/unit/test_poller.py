@@ -69,7 +69,7 @@ class TestIntervals:
 
 
 class TestPace:
-    async def test_the_rate_holds_with_thousands_pending_and_the_oldest_due_go_first(self, clock):
+    async def test_polls_keep_the_rate_and_start_with_the_oldest(self, clock):
         async with resolving(clock, polls_per_second=20, poll_first=5) as (service, tracker):
             request = Captioning("https://example.com/a.jpg")
             handles = [tracker.submit(request, as_task=True, deadline=None) for _ in range(3000)]
@@ -98,7 +98,7 @@ class TestPace:
             assert len(service.polls) == 20
             assert service.most_on_the_wire == 3
 
-    async def test_a_task_that_is_due_sooner_is_not_kept_waiting_by_another(self, clock):
+    async def test_a_task_due_later_delays_no_earlier_one(self, clock):
         async with resolving(clock, poll_first=100) as (service, tracker):
             await submit(tracker)
             await clock.advance(1)  # now the poller sleeps until that task is due
@@ -149,7 +149,7 @@ class TestPace:
                 tracker.abandon(wait)
             assert attach(tracker, "one-more").answer is None
 
-    async def test_a_flood_of_made_up_ids_takes_half_of_the_polls_at_most(self, clock):
+    async def test_made_up_ids_use_half_of_the_polls_at_most(self, clock):
         def answer(task_id):
             return NotFoundError("404", status=404) if "made" in task_id else "pending"
 
@@ -193,7 +193,7 @@ class TestPace:
 
 
 class TestCompleted:
-    async def test_with_a_source_the_notification_has_the_grace_to_come(self, clock):
+    async def test_with_a_source_the_task_waits_for_the_grace(self, clock):
         service = Service(clock, state=lambda _: "completed")
         async with resolving(clock, service=service) as (_, tracker):
             wait = await submit(tracker, deadline=None)
@@ -212,9 +212,7 @@ class TestCompleted:
             assert len(service.polls) == 1  # a task that ended needs no further poll
 
     @pytest.mark.parametrize(("source", "grace"), [(None, 1200), (True, 0)])
-    async def test_without_a_source_or_grace_the_result_is_missing_at_once(
-        self, clock, source, grace
-    ):
+    async def test_without_source_or_grace_it_fails_at_once(self, clock, source, grace):
         service = Service(clock, state=lambda _: "completed")
         async with resolving(clock, service=service, source=source, result_grace=grace) as (
             _,
@@ -225,7 +223,7 @@ class TestCompleted:
             assert isinstance(wait.answer.error, ResultNotDeliveredError)
             assert "mode='call'" in str(wait.answer.error) or source
 
-    async def test_on_missing_result_analyze_repeats_it_once_as_a_call(self, clock):
+    async def test_on_missing_result_analyze_calls_once(self, clock):
         service = Service(clock, state=lambda _: "completed", repeat=RESPONSE)
         async with resolving(clock, service=service, source=None, on_missing_result="analyze") as (
             _,
@@ -237,7 +235,7 @@ class TestCompleted:
             assert wait.answer.by == "analyze"
             assert service.calls == 2
 
-    async def test_attached_during_its_repetition_it_is_not_paid_for_again(self, clock):
+    async def test_attached_during_the_call_it_is_not_repeated(self, clock):
         release = asyncio.Event()
 
         class Slow(Service):
@@ -390,7 +388,7 @@ class TestPollsThatFail:
             await clock.advance(330)
             assert all(isinstance(wait.answer.error, TaskFailedError) for wait in waits)
 
-    async def test_refusals_of_polls_sent_before_a_pause_do_not_prolong_it(self, clock):
+    async def test_late_refusals_do_not_prolong_a_pause(self, clock):
         service = Service(clock, hold=asyncio.Event())
         service.state = lambda _: AuthenticationError("no", status=401)
         options = {"polls_per_second": 1000, "poll_first": 1, "poll_longest": 1}

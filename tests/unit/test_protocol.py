@@ -201,7 +201,7 @@ def test_notifications_of_the_contract_are_read(sample: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["analyze", "analysis", "upload", "", None, 5, ["analyze"]])
-def test_a_notification_of_any_type_belongs_to_the_task_that_it_names(kind: Any) -> None:
+def test_notifications_of_any_type_name_their_task(kind: Any) -> None:
     body = codec.dumps({"task_id": "abc", "notification_type": kind})
     assert parse_notification(body).task_id == "abc"
     body = codec.dumps({"notification_type": kind, "data": {"task_id": "abc"}})

@@ -31,7 +31,7 @@ def test_the_lowest_remainder_in_flight_counts(clock: ManualClock) -> None:
     assert quota.limits["ai_vision"].remaining == 480
 
 
-def test_an_attempt_that_began_after_the_last_figures_needs_a_smaller_rise(
+def test_a_later_attempt_needs_a_smaller_rise(
     clock: ManualClock,
 ) -> None:
     quota = Quota(clock, permits=64)
@@ -64,7 +64,7 @@ def test_a_remainder_up_by_over_half_is_a_new_period(
     assert quota.limits["ai_vision"].remaining == 450
 
 
-def test_a_small_quota_used_in_one_burst_does_not_look_renewed(clock: ManualClock) -> None:
+def test_a_small_quota_used_in_a_burst_is_not_renewed(clock: ManualClock) -> None:
     quota = Quota(clock, permits=10)
     for number, remaining in enumerate((0, 9, 4, 8, 7), start=1):
         quota.learn((limit(remaining, of=10),), number=number, newest=10)
@@ -94,7 +94,7 @@ def test_features_have_separate_read_only_figures(clock: ManualClock) -> None:
         view["x"] = limit(1)  # type: ignore[index]
 
 
-def test_without_a_reset_time_one_call_in_five_minutes_probes(clock: ManualClock) -> None:
+def test_without_a_reset_time_a_call_probes_every_5_min(clock: ManualClock) -> None:
     quota = Quota(clock)
     error = QuotaExceededError("used up", feature="ai_vision", status=429, code="MA_00008")
     quota.trip("ai_vision", error)

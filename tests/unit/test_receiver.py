@@ -54,7 +54,7 @@ def test_only_signature_headers_are_kept_in_any_case():
         ([*GOOD, ("Content-Length", str(MAX_BODY + 1))], 413),
     ],
 )
-def test_invalid_headers_are_refused_before_the_body_is_read(pairs, status):
+def test_invalid_headers_are_refused_before_the_body(pairs, status):
     with pytest.raises(RefusedError) as caught:
         read_headers(pairs)
     assert caught.value.reply.status == status
@@ -156,7 +156,7 @@ async def test_a_sink_times_out_after_twenty_seconds(clock):
     assert full.qsize() == 1
 
 
-def test_credentials_without_a_secret_are_refused_at_construction(queue):
+def test_credentials_without_a_secret_are_refused(queue):
     with pytest.raises(ConfigurationError, match="notification_secrets"):
         WebhookReceiver(queue, Credentials("demo", oauth_token="token"))
 

@@ -92,7 +92,7 @@ def test_a_bad_line_is_recorded_without_a_model():
     assert record["error"]["type"] == "InvalidRequestError"
 
 
-def test_an_error_of_another_package_is_recorded_by_its_name():
+def test_a_foreign_error_is_recorded_by_its_name():
     class Odd(Exception):
         status = object()  # the fields of foreign errors are ignored
 

@@ -96,7 +96,7 @@ def test_quantiles_are_accurate_to_three_percent(values, quantile):
     assert all(0 <= place <= 1 for place, _ in axis.ticks())
 
 
-def test_numbers_cover_models_labels_verdicts_causes_and_quotas():
+def test_models_labels_causes_and_quotas_are_counted():
     quota = {"type": "object_detection", "used_by_request": 1, "limit": 500, "reset_time": None}
     refusal = {"type": "RateLimitedError", "status": 429, "code": "MA_1", "message": "Slow."}
     answers = [{"prompt": "Bad?", "value": "Yes"}, {"prompt": "Worse?", "value": "maybe"}]
@@ -135,7 +135,7 @@ def test_restored_responses_use_no_units():
     assert statistics.durations.count == statistics.ok == 3
 
 
-def test_pictures_are_grouped_in_the_order_of_the_input_and_capped():
+def test_pictures_are_grouped_in_order_and_limited():
     gallery = Gallery(most_pictures=2)
     for index, (source, model) in enumerate(
         [("b", "coco"), ("c", "coco"), ("d", "x"), ("b", "lvis")]

@@ -85,7 +85,7 @@ def test_detections_are_written_with_every_attribute(sample: Any) -> None:
         assert to_dict(found, raw=True)["raw"] == found.raw
 
 
-def test_the_analysis_of_an_unknown_model_is_written_as_received() -> None:
+def test_an_unknown_models_analysis_is_written_as_received() -> None:
     analysis = {"what": [1, {"ever": None}], "model_version": "x"}
     request = OtherModel("new", URL)
     response = Response.from_raw(request, {"data": {"analysis": analysis}})
@@ -304,7 +304,7 @@ def make_outcome(item: Any, error: Exception | None = None) -> Any:
     return Answered(item=item, index=3, request=Captioning(URL), response=read_caption("a cat"))
 
 
-def test_outcomes_are_written_with_item_request_and_response() -> None:
+def test_outcomes_are_written_with_item_and_response() -> None:
     outcome = make_outcome(URL)
     written = to_dict(outcome)
     assert set(written) == {field.name for field in attrs.fields(type(outcome))}

@@ -76,7 +76,7 @@ async def test_a_session_cannot_read_a_source_of_forward():
         pass
 
 
-async def test_sessions_with_separate_sources_do_not_disturb_one_another():
+async def test_sessions_with_separate_sources_are_independent():
     async with open_session(asyncio.Queue()), open_session(asyncio.Queue()), open_session(Silent()):
         pass
 
@@ -100,7 +100,7 @@ def test_a_dropped_session_releases_its_source():
     asyncio.run(take())
 
 
-@pytest.mark.skipif(not hasattr(asyncio, "QueueShutDown"), reason="of Python 3.13")
+@pytest.mark.skipif(not hasattr(asyncio, "QueueShutDown"), reason="needs Python 3.13")
 @pytest.mark.parametrize("immediate", [True, False])
 async def test_a_queue_that_was_shut_down_ends_the_source(immediate):
     queue = asyncio.Queue()
@@ -114,7 +114,7 @@ async def test_a_queue_that_was_shut_down_ends_the_source(immediate):
             assert (await first).analysis.caption == "A cat"
 
 
-@pytest.mark.skipif(not hasattr(asyncio, "QueueShutDown"), reason="of Python 3.13")
+@pytest.mark.skipif(not hasattr(asyncio, "QueueShutDown"), reason="needs Python 3.13")
 async def test_forwarding_ends_with_a_queue_that_was_shut_down():
     queue, sink = asyncio.Queue(), asyncio.Queue()
     queue.put_nowait(build_delivery("t1"))
@@ -137,7 +137,7 @@ def test_a_source_is_identified_by_its_methods():
 
 
 @pytest.mark.parametrize("received_at", [1790000000.123456, 1790000000, None])
-def test_a_delivery_is_stored_byte_for_byte_with_its_first_receipt(received_at):
+def test_a_delivery_is_stored_exactly_with_its_receipt(received_at):
     body = bytes(range(256)) + b"\n\n"
     headers = sign(body, at=1) | {"Authorization": "private"}
     delivery = decode_delivery(encode_delivery(Delivery(body, headers, received_at=received_at)))

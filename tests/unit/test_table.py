@@ -100,7 +100,7 @@ class TestFirstAnswerWins:
             {"notification_type": "upload"},
         ],
     )
-    def test_a_verified_body_of_any_shape_answers_a_waiting_handle(self, fields):
+    def test_a_verified_body_of_any_shape_answers_a_handle(self, fields):
         table = build_table()
         wait = accept(table, "t1")
         body = build_result("t1", **fields)
@@ -286,7 +286,7 @@ class TestParked:
         assert table.parked.bytes == len(body)
         assert not accept(table, "t1").answer.guess
 
-    def test_a_notification_before_the_202_answers_at_registration(self):
+    def test_a_notification_before_the_202_answers_the_task(self):
         table = build_table()
         assert deliver(table, build_result("t1")) == "parked"
         wait = table.submit(REQUEST)
@@ -325,7 +325,7 @@ class TestParked:
         assert foreign == [f"t{index:02}" for index in range(7)]
         assert table.parked.bytes == 3 * size
 
-    def test_one_over_the_bound_alone_is_not_kept_and_evicts_nothing(self):
+    def test_an_oversized_one_is_dropped_and_evicts_nothing(self):
         small = build_result("t1")
         table = build_table(parked_bytes=len(small) + 100)
         assert deliver(table, small) == "parked"
@@ -416,7 +416,7 @@ class TestWaits:
         assert patient.answer.error is None
         assert len(table.dues) == 0
 
-    def test_a_task_without_a_waiting_handle_rests_and_is_answered(self):
+    def test_a_task_without_a_handle_rests_and_is_answered(self):
         table = build_table(answered_seconds=100)
         wait = accept(table, "t1")
         table.abandon(wait, 0)
@@ -427,7 +427,7 @@ class TestWaits:
         assert deliver(table, build_result("t1"), 99) == "resolved"
         assert find(table, "t1") is not None
 
-    def test_a_resting_task_is_forgotten_after_a_while_or_when_there_are_many(self):
+    def test_resting_tasks_are_bounded_by_time_and_count(self):
         table = build_table(answered_seconds=100, answered_count=3)
         for index in range(5):
             table.leave(accept(table, f"t{index}"), index)
@@ -601,7 +601,7 @@ class TestGrace:
         advance(table, 110)
         assert isinstance(wait.answer.error, ResultNotDeliveredError)
 
-    def test_a_task_that_ended_unattended_ends_the_next_handle_at_once(self):
+    def test_an_ended_task_ends_its_next_handle_at_once(self):
         table = build_table(result_grace=100)
         wait, _ = attach(table, "t1", 0)
         poll(table, wait, "completed", 10)
@@ -610,7 +610,7 @@ class TestGrace:
         wait, _ = attach(table, "t1", 130)
         assert isinstance(wait.answer.error, ResultNotDeliveredError)
 
-    def test_a_poll_in_flight_counts_although_its_handle_was_dropped(self):
+    def test_a_poll_counts_after_its_handle_was_dropped(self):
         table = build_table(result_grace=100)
         wait = accept(table, "t1")
         table.leave(wait, 5)
@@ -620,7 +620,7 @@ class TestGrace:
 
 
 class TestUnknown:
-    def test_a_timeout_says_that_the_service_does_not_know_the_task(self):
+    def test_a_timeout_reports_that_the_task_is_unknown(self):
         table = build_table()
         wait, _ = attach(table, "nosuchtask", 0, deadline=6)
         table.take_error(wait.entry, NotFoundError("404", status=404), 1)

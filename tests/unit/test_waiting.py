@@ -52,7 +52,7 @@ async def stall(queue: AdmissionQueue) -> None:
     assert queue.admission.state is State.STALLED
 
 
-async def test_attempts_start_first_come_first_served_under_the_permits(clock: ManualClock) -> None:
+async def test_attempts_start_in_order_under_the_permits(clock: ManualClock) -> None:
     queue = build_queue(2, clock)
     tasks = [start(queue) for _ in range(5)]
     await settle()
@@ -211,7 +211,7 @@ async def test_a_long_wait_fails_every_start_until_it_ends(clock: ManualClock) -
     assert queue.admission.in_use == 0
 
 
-async def test_an_attempt_granted_while_the_queue_closes_is_not_sent(clock: ManualClock) -> None:
+async def test_an_attempt_granted_during_closing_is_not_sent(clock: ManualClock) -> None:
     queue = build_queue(1, clock)
     held = await queue.start()
     granted, waiting = start(queue), start(queue)
