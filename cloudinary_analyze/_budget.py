@@ -1,7 +1,7 @@
 """`Budget`, the limits of what a stream may spend, and the account of what it has spent.
 
-A call's cost is reserved before it queues, and settled once its outcome is known. If it depends on
-calls in flight whether another call fits, that call waits for them. So a stream stops with nothing
+A call's cost is reserved before it queues, and settled once its outcome is known. If calls in
+flight decide whether another call fits, that call waits for them. So a stream stops with nothing
 reserved, and its figures are final.
 
 This module neither sends nor counts: `Work` reserves and settles for its item.
@@ -126,7 +126,7 @@ class Spending:
         return Spent(calls=self._calls, units=dict(self._units), overshoot=over)
 
     async def reserve(self, feature: str) -> None:
-        """Reserve the cost of a call. Wait while it depends on calls in flight whether it fits.
+        """Reserve the cost of a call. Wait while calls in flight decide whether it fits.
 
         Cancelling is safe. Each reservation must be settled.
 
@@ -147,7 +147,7 @@ class Spending:
             _wake_one(waiting)
 
     def _fits(self, feature: str) -> bool:
-        """Whether another call fits now. ``False``: it depends on calls in flight.
+        """Whether another call fits now. ``False``: calls in flight decide it.
 
         Raises:
             BudgetReachedError: It does not fit, whatever the calls in flight cost.

@@ -22,7 +22,7 @@ class InterruptedSectionError(Exception):
 
 
 def get_task(loop: asyncio.AbstractEventLoop | None = None) -> asyncio.Task[object]:
-    """Return the running task. A caller that knows the running loop saves the search for it.
+    """Return the running task. Passing the running loop saves looking it up.
 
     Raises:
         RuntimeError: No task is running, so asyncio can neither time out nor cancel the code.
@@ -58,7 +58,7 @@ class Sections:
     if the task's count of cancellations is the same as before.
 
     Attributes:
-        inside: The tasks inside, each with the loop's time at which its section has taken too long.
+        inside: The tasks inside, each with the loop's time at which its section times out.
             Oldest first if all sections have the same limit.
     """
 

@@ -1,6 +1,6 @@
 """Proxies: their URLs, whose password no repr and no pickle shows, and the usual variables.
 
-Pure but for the environment that is passed in or read when a URL is unpickled.
+Pure, except that unpickling a URL reads the environment.
 """
 
 from __future__ import annotations

@@ -150,7 +150,8 @@ class Recording:
     async def _share(self, leader: Leader, key: str, work: Work[Item, A]) -> Response[A] | None:
         """Return the response of another item. ``None`` if its request must be sent again.
 
-        It must if that item was cancelled, or if its stream, a different one, led to its error.
+        It must if that item was cancelled, or if its error concerns only its stream, a different
+        one.
         """
         source, other = str(work.request.source), str(leader.work.request.source)
         if not is_same_image(source, other):
@@ -374,7 +375,7 @@ class Recording:
 
 
 def _is_of_stream(error: Exception, failed: Work[Any, Any], work: Work[Any, Any]) -> bool:
-    """Whether the stream of a failed item, which is not this item's, led to its error.
+    """Whether a failed item belongs to another stream, and its error concerns only that stream.
 
     Its stop, its budget and the errors of its other items do not apply to this stream.
     """

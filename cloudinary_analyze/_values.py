@@ -47,7 +47,7 @@ def quote(value: object) -> str:
 class Described:
     """An attrs object. One `repr`, ``==`` and `hash` serve all.
 
-    Those that attrs compiles for each class take a sixth of the time that the import takes.
+    If attrs compiled them for each class, that would take a sixth of the import time.
     """
 
     __slots__ = ()

@@ -141,7 +141,7 @@ def _is_number(value: Any) -> bool:
 class _Unfrozen(Detection):
     """A detection that is being filled. It has the same slots, so its class can be changed.
 
-    Every detection of every picture is made this way. Frozen objects take twice as long to fill.
+    Every detection is built this way, because frozen objects take twice as long to fill.
     """
 
     __slots__ = ()

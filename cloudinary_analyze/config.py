@@ -529,7 +529,7 @@ _count = _build_validator(
     "a whole number from 1",
     lambda value: isinstance(value, int) and type(value) is not bool and value >= 1,
 )
-MOST_PERMITS: Final = 65_535  # no address accepts more connections from another one
+MOST_PERMITS: Final = 65_535  # a client address has no more ports
 _permits = _build_validator(
     f"a whole number from 1 to {MOST_PERMITS}",
     lambda value: isinstance(value, int) and type(value) is not bool and 1 <= value <= MOST_PERMITS,

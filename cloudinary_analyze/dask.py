@@ -24,7 +24,7 @@ __all__ = ["AnalyzePlugin"]
 async def _teardown(_: Any, worker: Any) -> None:  # noqa: ARG001 -- the plugin's signature
     """Close the sessions of the worker process. Dask calls it when a worker ends.
 
-    Cancelling it leaves the closing to a thread, which goes on.
+    If cancelled, the closing continues in a thread.
     """
     await asyncio.to_thread(close_sessions)
 

@@ -28,7 +28,7 @@ from cloudinary_analyze.errors import ConfigurationError
 
 __all__ = ["RedisPacer"]
 
-LEASE_SECONDS: Final = 0.1  # how much time's worth of starts one round trip reserves
+LEASE_SECONDS: Final = 0.1  # the seconds of starts that one round trip reserves
 
 # The key holds the instant of the next free start, in microseconds. The script returns the time
 # until then, which is negative while a burst is left.

@@ -1,16 +1,21 @@
-r"""Values as JSON: `to_dict` and `to_json`, and their JSON Schema for pydantic and FastAPI.
+"""Values as JSON: `to_dict` and `to_json`, and their JSON Schema for pydantic and FastAPI.
 
 The keys are the names of attributes:
 
-| value | keys | |---|---| | `Response` | ``model``, ``entity``, ``request_id``, ``limits``,
-``analysis``, ``raw`` | | an analysis | its attributes; detecting models have ``detections`` instead
-of ``tags``, which \ group the same instances by label | | `Detection` | ``label``, ``confidence``,
-``bounding_box`` (``[x, y, width, height]``), \ ``categories``, ``attributes``, ``raw`` | |
-`Answered` | its attributes; an ``item`` that is not JSON becomes its text | | `Failed` | as
-`Answered` | | a request | ``model``, ``source`` (``{"uri": …}`` or ``{"asset_id": …}``),
-``parameters`` | | an error | ``type``, ``message``, ``ambiguous``, then its own attributes,
-``raw_body`` | | `Limit` | its attributes; ``reset_time`` in ISO 8601 | | `TaskStatus` |
-``task_id``, ``state``, ``finished``, ``request_id``, ``raw`` | | `SessionStats` | its attributes |
+| value | keys |
+|---|---|
+| `Response` | ``model``, ``entity``, ``request_id``, ``limits``, ``analysis``, ``raw`` |
+| an analysis | its attributes; ``detections`` replaces ``tags``, which groups them by label |
+| `Detection` | ``label``, ``confidence``, ``bounding_box``, ``categories``, ``attributes``, ``raw`` |
+| `Answered` | its attributes; an ``item`` that is not JSON becomes its text |
+| `Failed` | as `Answered` |
+| a request | ``model``, ``source`` (``{"uri": …}`` or ``{"asset_id": …}``), ``parameters`` |
+| an error | ``type``, ``message``, ``ambiguous``, then its own attributes, ``raw_body`` |
+| `Limit` | its attributes; ``reset_time`` in ISO 8601 |
+| `TaskStatus` | ``task_id``, ``state``, ``finished``, ``request_id``, ``raw`` |
+| `SessionStats` | its attributes |
+
+A ``bounding_box`` is ``[x, y, width, height]``.
 
 ``raw`` and ``raw_body`` contain what the service sent. They are included only with ``raw=True``,
 except the ``raw`` of an unknown model's analysis, which is always included. Unknown values are

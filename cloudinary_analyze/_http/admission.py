@@ -31,9 +31,10 @@ Legal states, from the fastest to the slowest:
                |                        | if the service only asked for a pause, a success leads
                |                        | back to the state before it
 
-Most results in a row bad (`RUN`, `MOST`) lead from any of the first five states to STALLED, but
-throttles from SEARCHING to CRUISING first.
-A `Settings.rate` is one more pace. It bounds the starts in every state and is never CALM.
+A run of mostly bad results (`RUN`, `MOST`) leads from any of the first five states to STALLED. In
+SEARCHING, throttles lead to CRUISING first.
+`Settings.rate` adds a second pace, which limits the starts in every state. With it, the state is
+never CALM.
 """
 
 from __future__ import annotations
@@ -47,13 +48,13 @@ import attrs
 
 from cloudinary_analyze._http.limits import Cap, Pace, State, Turnstile
 
-# A stall needs this many bad results in a row, and that they are most of all starts since the
-# first of them. Noise of 10 % does not reach 8; one half instead of two thirds stalls at a pace
-# of twice the limit, which a cut handles better.
+# A stall needs this many bad results in a row, which make up this share of the starts since the
+# first of them. Noise of 10 % does not reach 8. With a share of one half, a pace of twice the limit
+# would lead to a stall. A cut handles that better.
 RUN: Final = 8
 MOST: Final = 2 / 3
-# The first pause of a stall, its growth, and the longest, in seconds, before jitter of 50 %.
-# An outage is noticed to be over within 7.5 s, and costs 12 probes a minute.
+# The first pause of a stall, the factor of its growth, and the longest pause. Seconds, before
+# jitter of 50 %. The end of an outage is noticed within 7.5 s, at 12 probes a minute.
 FIRST_PAUSE: Final = 0.5
 PAUSE_GROWTH: Final = 1.5
 LONGEST_PAUSE: Final = 5.0

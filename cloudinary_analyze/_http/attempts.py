@@ -538,7 +538,7 @@ class Attempts(NotPicklable):
             if call.failed_in != generation:
                 call.failed_in, call.failed_first = generation, attempt.number
             # Otherwise a request that was sent later succeeded: the service fails this one only.
-            # Images that it cannot process would pass for an outage, once they fill the window.
+            # Images that it cannot process would look like an outage, once they fill the window.
             if attempt.probe or queue.newest_success < call.failed_first:
                 queue.fail(attempt)
         else:
@@ -608,7 +608,7 @@ class Attempts(NotPicklable):
 
 @types.coroutine
 def _resume(coroutine: Coroutine[Any, Any, T], awaited: Any) -> Generator[Any, Any, T]:
-    """Await the rest of a coroutine that has begun, from what it waits for."""
+    """Await the rest of a started coroutine, beginning with the future that it awaits."""
     while True:
         try:
             sent = yield awaited

@@ -94,7 +94,7 @@ class Caller(NotPicklable):
             Exception: The error of `claim` or `owner`. Nothing was sent.
         """
         model = request.model
-        url = self._urls.get(model)  # a URL has no quick truth value
+        url = self._urls.get(model)  # no `or`: the truth of a URL is slow to compute
         begun = self.clock.monotonic()
         call = Call(
             self._build_url(model) if url is None else url,

@@ -21,7 +21,7 @@ LARGEST_GAIN: Final = 1 / 2
 # Throttles that a round expects if the pace is above a limit. Fewer make wrong cuts likely.
 EXPECTED: Final = 4
 # `Doubt` compares two shares of throttles: what is expected, and what shows that the pace is too
-# high. Both are above the noise, but the noise is only an estimate, so that each has a floor. A probe
+# high. Both are above the noise, but the noise is only an estimate, so each has a floor. A probe
 # that fails costs two throttles. A wrong cut while cruising costs a search, and needs about five.
 EXPECTED_WHEN_PROBING: Final = 0.01
 EXPECTED_WHEN_CRUISING: Final = 0.03
@@ -29,8 +29,9 @@ TOO_MANY: Final = 1 / 4
 # The logarithm of the odds that end a probe, and those that lower the pace while cruising.
 PROBE_ODDS: Final = 4.0
 CRUISE_ODDS: Final = 9.0
-# The largest cut on such evidence, which a few starts show only roughly. The second one in a row is
-# at most half as large, and so on. Otherwise the slower of two clients of one limit starves.
+# The largest cut on such evidence, because a few starts show the limit only roughly. The second one
+# in a row is at most half as large, and so on. Otherwise the slower of two clients of one limit
+# starves.
 LARGEST_CUT: Final = 0.75
 # A failed probe lowers the rate from before it by half of this at most, for the same reason.
 FAILED_PROBE: Final = 0.08
@@ -45,10 +46,10 @@ FEWEST_STARTS: Final = 8
 # A cut stays this far below what was accepted. Otherwise half of the cuts end above the limit, and
 # throttle until the next one. It costs at most 2 % of the goodput, and halves the throttles at 10/s.
 UNDERSHOOT: Final = 0.98
-# Between probes this share of the time since the limit changed passes, at least 1 s and at most this
-# many. A probe costs about 2.5 throttles: at 10/s, with rests of 16 s, 1.6 % of the calls. So a limit
-# that changed recently is expected to change again, and the longest delay until a raised limit is
-# noticed is 20 s and a probe.
+# The time between probes is this share of the time since the limit changed, but at least 1 s and at
+# most this many seconds. A probe costs about 2.5 throttles: at 10/s, with rests of 16 s, 1.6 % of
+# the calls. So a limit that changed recently is expected to change again, and the longest delay
+# until a raised limit is noticed is 20 s and a probe.
 REST: Final = 0.4
 LONGEST_REST: Final = 16.0
 # A cut by half, or a probe that doubled the rate, shows that the limit changed. It divides the time
@@ -68,7 +69,7 @@ LOWEST_PACE: Final = 0.5
 FRESH_WEIGHT: Final = 1 / 2
 RISE_WEIGHT: Final = 1 / 4
 FALL_WEIGHT: Final = 1 / 8
-# What each round leaves of the counts per depth: they remember about 5 rounds.
+# The share of the counts per depth that is kept after each round. They cover about 5 rounds.
 FADE: Final = 0.8
 # Seconds between steps of the cap upward, and the longest wait after a step that failed.
 CAP_STEP: Final = 1.0
@@ -76,7 +77,7 @@ LONGEST_CAP_REST: Final = 16.0
 
 
 class State(enum.Enum):
-    """What limits the starts of attempts. The module's docstring describes the states."""
+    """What limits the starts of attempts. The docstring of `admission` describes the states."""
 
     CALM = "calm"
     WATCHED = "watched"
@@ -367,7 +368,7 @@ class Pace:
     def remember_ceiling(self, now: float, *, throttled: bool) -> None:
         """Record a stall. If nothing was accepted, or in an outage, the rate stays unknown.
 
-        The mean since the climb began is low if that was long ago, so that it has a floor.
+        The mean since the climb began is low if that was long ago, so it has a floor.
         """
         accepted = self._climbed / max(0.001, now - self._climb_at)
         accepted = max(1.0, accepted, (self.rate or 0.0) * STALL_FLOOR)
@@ -396,7 +397,7 @@ class Pace:
 
     @property
     def share(self) -> float:
-        """The share of the round's starts that was throttled, of those old enough to know."""
+        """The throttled share of the round's starts that are old enough to have a result."""
         return self.throttled / max(1, self.started - self._unanswered)
 
     @property
@@ -416,11 +417,11 @@ class Pace:
 
     @property
     def is_noise(self) -> bool:
-        """Whether two cuts in a row did not lower the share, so that it shows no limit."""
+        """Whether two cuts in a row did not lower the share. Then no limit causes it."""
         return self._cuts >= 2 and self._last_share / 2 < self.share <= 0.5
 
     def accept_noise(self, now: float) -> None:
-        """Take the share for noise, and raise the rate again soon."""
+        """Treat the share as noise, and raise the rate again soon."""
         self._noise, self._cuts = self.share, 0
         self._probe_at = now
 
@@ -445,7 +446,7 @@ class Pace:
         self._cuts += 1
 
     def _limit_cut(self, rate: float) -> float:
-        """Return where a probe ends whose throttles show a rate."""
+        """Return the rate after a failed probe, given the rate that its throttles show."""
         assert self.rate is not None
         step = 1 + self._gain
         if self.rate > 1.01 * step * self._cruised_at:
@@ -456,7 +457,7 @@ class Pace:
         return rate
 
     def step_back(self, now: float, chance: float) -> bool:
-        """Undo the last step of a search. Return whether there was one.
+        """Undo the last step of a search, and cruise. Return whether a search was in progress.
 
         A full bucket hides the limit for a step or two. Then the next one is so far above it that
         most starts are throttled. A stall would cost seconds.

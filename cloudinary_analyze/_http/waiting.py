@@ -43,7 +43,7 @@ BuildError = Callable[[float], Exception]
 
 
 Waiter = asyncio.Future[Attempt]
-# When the patience of each waiter began at the earliest, and the seconds of a stall that it lasts.
+# The earliest start of each waiter's patience, and the seconds of a stall that it lasts.
 # Waiters are in their line until they start or fail.
 Waiters = OrderedDict[Waiter, tuple[float, float]]
 

@@ -93,7 +93,7 @@ class Table:
         self.parked = Shelf(self.settings.parked_seconds, most_bytes=self.settings.parked_bytes)
         self.dues = DueHeap(attrgetter("due"))
 
-    # Handles come and go.
+    # Handles.
 
     def submit(self, request: AnalyzeRequest[Any]) -> Wait:
         """Add an entry that is about to be submitted, and return its wait."""
@@ -153,7 +153,7 @@ class Table:
     def accept(
         self, wait: Wait, task_id: str, now: float, *, deadline: float | None
     ) -> Sequence[Effect]:
-        """Register the task of a submission; its wait ends at a deadline from now on."""
+        """Register the task of a submission, and the deadline of its wait."""
         entry = wait.entry
         if entry.phase != Phase.SUBMITTING:
             return ()  # it was answered meanwhile
@@ -165,7 +165,7 @@ class Table:
     def leave(
         self, wait: Wait, now: float, *, error: Exception | None = None, unobserved: bool = False
     ) -> Sequence[Effect]:
-        """Remove a wait; with an error it ends with it, and without one its handle was dropped."""
+        """Remove a wait. It ends with the error; without an error, its handle was dropped."""
         if wait.answer is not None or wait.index == LEFT:
             return ()
         entry = wait.entry
@@ -311,7 +311,7 @@ class Table:
             self._keep(task_id, answer, now)
             return "resolved", (Ended((), answer, Entry(None, task_id, phase=Phase.OVER)),)
         if reports_progress(notification):
-            return "progress", ()  # parked, it would take the place of the result
+            return "progress", ()  # if it was parked, it would replace the result
         parked = self.parked.get(task_id)
         if parked is not None and not corrects(notification, parked):
             return "parked", ()
@@ -329,14 +329,14 @@ class Table:
         status: str | None = None,
         raw: Mapping[str, Any] | None = None,
     ) -> Sequence[Effect]:
-        """End a task, unless it is over already.
+        """End a task, unless it has already ended.
 
         Args:
             entry: The task.
             answer: Its outcome.
             now: Monotonic instant.
             status: Its remote state, if that is known now.
-            raw: What the answer's body was parsed to.
+            raw: The parsed body of the answer.
         """
         phase, task_id = entry.phase, entry.task_id
         if phase == Phase.OVER:
@@ -363,7 +363,7 @@ class Table:
     # Polls.
 
     def take_status(self, entry: Entry, status: TaskStatus, now: float) -> Sequence[Effect]:
-        """Act on what a poll says about a task."""
+        """Apply the status that a poll returned."""
         entry.misses = 0
         self._confirm(entry)
         phase, task_id = entry.phase, entry.task_id
@@ -397,7 +397,7 @@ class Table:
         return effects
 
     def take_error(self, entry: Entry, error: Exception, now: float) -> Sequence[Effect]:
-        """Act on a poll that brought no status. With a source it never fails a task."""
+        """Handle a poll that returned no status. With a source, it never fails a task."""
         if entry.phase != Phase.PENDING:
             return ()
         if isinstance(error, REFUSALS) and not self.with_source:
@@ -412,7 +412,7 @@ class Table:
         return (Changed(entry.waits), Poll(entry))
 
     def _end_grace(self, entry: Entry, now: float) -> Sequence[Effect]:
-        """Act on a finished task whose notification did not arrive in time."""
+        """Handle a finished task whose notification did not arrive in time."""
         task_id, due, request = entry.task_id, entry.due, entry.request
         if entry.phase != Phase.GRACE or task_id is None or due is None or due > now:
             return ()
@@ -428,7 +428,7 @@ class Table:
     # Time and the end.
 
     def take_due(self, now: float) -> Sequence[Effect] | None:
-        """Act on one item that is due; return ``None`` if there is none."""
+        """Handle one item that is due. Return ``None`` if there is none."""
         due = self.dues.next_due()
         if due is not None and due <= now:
             item = self.dues.pop()
@@ -461,7 +461,7 @@ class Table:
         self.ending = list(reversed(self.pending.values()))
 
     def take_ending(self, now: float) -> Sequence[Effect] | None:
-        """Fail the next task that was pending at the `end`; return ``None`` if none is left."""
+        """Fail the next task that was pending at the `end`. Return ``None`` if none is left."""
         while self.ending:
             entry = self.ending.pop()
             if entry.phase in AWAITED and self.build_end is not None:

@@ -361,11 +361,11 @@ def _run(arguments: Sequence[str], console: Console) -> ExitCode:
 
 
 def _read(arguments: Sequence[str]) -> Work | None:
-    """Read a command line; return what it wants done, or ``None`` if that is done already.
+    """Parse a command line. Return the work to do, or ``None`` if it is already done.
 
     Raises:
         CycloptsError: It is invalid.
-        CommandError: Its options do not fit together, or a file cannot be looked at.
+        CommandError: Its options do not fit together, or a file cannot be examined.
         AnalyzeError: A value is invalid.
     """
     try:

@@ -130,7 +130,7 @@ class Connection(asyncio.Protocol):
         self.wait()
 
     def serve(self, request: web.Request) -> None:
-        """Serve a request, without a limit of time: the receiver has its limits."""
+        """Serve a request, without a time limit here, because the receiver has its own limits."""
         self.request = request
         self._begin_state()
 
@@ -142,7 +142,7 @@ class Connection(asyncio.Protocol):
             self._timer = asyncio.get_running_loop().call_later(seconds, self.abort)
 
     def _begin_state(self) -> bool:
-        """Become the youngest, unless the connection is closed."""
+        """Move to the end of the table, as the newest, unless the connection is closed."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

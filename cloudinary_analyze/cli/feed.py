@@ -445,7 +445,7 @@ class ItemFeed:
                 for item in items:
                     if len(self._items) >= READ_AHEAD:
                         self._room.clear()
-                        # looked at again: what was taken before it was cleared does not set it
+                        # checked again: items taken before the clear do not set the event
                         if len(self._items) >= READ_AHEAD and not self._stopped:
                             self._room.wait()
                     self._items.append(item)

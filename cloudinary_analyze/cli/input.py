@@ -1,8 +1,7 @@
 """Bulk input: plain text, CSV, JSON Lines or Parquet, read lazily into numbered sources.
 
 This module reads binary streams and opens none. An invalid line becomes a value with its error, and
-the rest is read. If the borders of records are in doubt, for example after an open quote, it
-raises.
+the rest is read. If it is unclear where records end, for example after an open quote, it raises.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from cloudinary_analyze.results.records import InputLine
 
 InputFormat = Literal["text", "csv", "jsonl", "parquet"]
 
-DEEPEST: Final = 1000  # levels of a line, so that the record of its output can be read, too
+DEEPEST: Final = 1000  # levels of nesting in a line, so that its output can be read back
 SHOWN_TEXT: Final = 500  # characters that are kept of an invalid line
 FORMATS: Final[Mapping[str, InputFormat]] = {
     "": "text",

@@ -1,7 +1,7 @@
 """Tables of text (CSV), read strictly.
 
-One invalid record is a reason in place of its cells. What leaves the borders of records in doubt,
-such as an open quote, raises.
+An invalid record yields a reason instead of its cells. If it is unclear where records end, for
+example after an open quote, it raises.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def name_columns(header: Sequence[str]) -> list[str]:
 
 
 def find_column(header: list[str], column: str | None, option: str) -> int:
-    """Return the place of a column.
+    """Return the position of a column.
 
     Args:
         header: The names of the columns.
