@@ -244,9 +244,8 @@ class _Client(asyncio.Protocol):
                 self.transport.write(response[: len(response) - 20])
                 self.transport.close()
             else:
-                self.transport.write(
-                    response[:30]
-                )  # the rest never follows, until the client gives up
+                # the rest never follows, so the client gives up
+                self.transport.write(response[:30])
         elif fault == "slow_bytes":
             self.count(fault)
             self.proxy.spawn(self._write_slowly(response))

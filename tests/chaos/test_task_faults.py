@@ -142,9 +142,8 @@ class TestEverythingAtOnce:
                 seconds=PATIENCE,
             )
             assert emulator.counts.total_polls == 0
-            await pass_time(
-                session, clock, 0.7
-            )  # polls race with notifications that are still to come
+            # polls race with notifications that are still to come
+            await pass_time(session, clock, 0.7)
             assert 0 < emulator.counts.total_polls <= count / 2
             await receive_all(emulator, session, count)
             await pass_time(session, clock, 3.0)

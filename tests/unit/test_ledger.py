@@ -162,9 +162,8 @@ def test_the_last_final_record_wins_and_responses_stay(operations):
         jobs = []
         for name, *rest in [*operations, ("reopen",)]:
             if name == "reopen":
-                await asyncio.sleep(
-                    0
-                )  # these writes have begun, so they finish although their waits were cancelled
+                # these writes have begun, so they finish although their waits were cancelled
+                await asyncio.sleep(0)
                 await ledger.aclose()
                 await asyncio.gather(*jobs)
                 jobs.clear()

@@ -553,7 +553,7 @@ async def test_a_foreign_cancelled_error_fails_its_item_alone(culprit: str) -> N
     ]
 
 
-async def test_a_cancelled_worker_does_not_end_the_input() -> None:
+async def test_a_cancelled_worker_stops_with_an_error() -> None:
     service = Service(held=True)
     outcomes = stream(service, range(40), window=4)
     consumer = asyncio.create_task(anext(outcomes))
