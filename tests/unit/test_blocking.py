@@ -11,11 +11,12 @@ from typing import Any
 import blockbuster
 import pytest
 import uvloop
-from blocking import ALLOWED, PACKAGE, take_blocked
+from blocking import ALLOWED, PACKAGE, is_measured, take_blocked
 
 TESTS = Path(__file__).parents[1]
 
 
+@pytest.mark.skipif(is_measured(), reason="coverage's tracer blocks, too")
 @pytest.mark.parametrize("factory", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_a_blocking_coroutine_of_the_package_raises(factory: Callable[[], Any]) -> None:
     code = "async def block():\n    sleep(0)\n"
