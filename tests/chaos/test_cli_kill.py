@@ -102,7 +102,7 @@ async def test_a_million_done_items_are_skipped_in_little_memory(tmp_path: Path)
         arguments = ("run", "captioning", "--input", "urls.txt")
         begun = time.monotonic()
         async with start(*arguments, folder=tmp_path, emulator=emulator) as process:
-            await until(lambda: emulator.counts.total_received == 5, 60)
+            await until(lambda: emulator.counts.total_received == 5, 200)  # coverage traces it
             seconds = time.monotonic() - begun
             status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
             process.kill()
