@@ -14,9 +14,9 @@ from typing import Final
 from benchmarks import machines, soak, throttling
 from benchmarks.cells import CELLS
 from benchmarks.model import Cell
+from benchmarks.processes import ROOT
 from benchmarks.report import build_document, describe_target, find_caveats, format_result, is_kept
 from benchmarks.runner import Effort, run_cell
-from benchmarks.server import ROOT
 
 RESULTS: Final = ROOT / "benchmarks" / "results"
 LEAST_ROUNDS: Final = 5  # so that one busy moment does not move the median

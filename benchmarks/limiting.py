@@ -10,7 +10,6 @@ import contextlib
 import json
 import math
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import attrs
 from aiohttp import web
 
 from benchmarks.payloads import ANSWERS
-from benchmarks.server import ROOT
+from benchmarks.processes import run_module
 from benchmarks.services import OK, REFUSED, SCENARIOS, THROTTLED, Outage, Scenario, Service
 
 # The type is what botocore recognizes; the message is what ours reads.
@@ -126,20 +125,9 @@ async def _serve(scenario: Scenario) -> None:
 @contextlib.contextmanager
 def run_limited_server(name: str, seen: dict[str, Any]) -> Iterator[str]:
     """Run the server of a scenario; give its origin, and fill `seen` at the end."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.limiting", name],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            yield process.stdout.readline().strip()
-        finally:
-            process.stdin.close()
-            seen.update(json.loads(process.stdout.read() or "{}"))
+    with run_module("benchmarks.limiting", name) as printed:
+        yield printed.address
+    seen.update(json.loads(printed.rest or "{}"))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Final
 import attrs
 
 from benchmarks.model import Cell, Job, Place, Sample, Target
-from benchmarks.server import ROOT
+from benchmarks.processes import ROOT
 
 END_SECONDS: Final = 30.0
 

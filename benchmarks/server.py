@@ -11,18 +11,16 @@ import argparse
 import asyncio
 import contextlib
 import itertools
-import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final, cast
 
 from benchmarks.model import Place
 from benchmarks.payloads import ANSWERS, build_task_id
+from benchmarks.processes import run_module
 
-ROOT: Final = Path(__file__).parent.parent
 _HEAD: Final = (
     "HTTP/1.1 200 OK\r\n"
     "Content-Type: application/json; charset=utf-8\r\n"
@@ -114,20 +112,8 @@ async def _serve(delay: float) -> None:
 @contextlib.contextmanager
 def run_server(_items: int = 0, *, delay: float = 0.0) -> Iterator[Place]:
     """Run a server in a separate process."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.server", "--delay", str(delay)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            yield Place(url=process.stdout.readline().strip())
-        finally:
-            process.stdin.close()
-            process.wait(10)
+    with run_module("benchmarks.server", "--delay", str(delay)) as printed:
+        yield Place(url=printed.address)
 
 
 def read_usage(url: str) -> float:

@@ -26,7 +26,7 @@ from aiohttp import web
 
 from benchmarks.drawing import Line, Series, draw_series
 from benchmarks.memory import read_allocated, read_resident
-from benchmarks.server import ROOT
+from benchmarks.processes import ROOT
 from benchmarks.soaking import run_faulty_service
 from cloudinary_analyze import AnalyzeSession, Captioning, Credentials, Delivery, Settings
 from cloudinary_analyze.notifications.aiohttp import WebhookReceiver

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Final
 
-from benchmarks.server import ROOT
+from benchmarks.processes import run_module
 from cloudinary_analyze.emulator import Emulator, FaultPlan, WebhookPolicy
 
 FAULTS: Final = FaultPlan(
@@ -53,20 +52,8 @@ async def _serve() -> None:
 @contextlib.contextmanager
 def run_faulty_service() -> Iterator[str]:
     """Run the service; give its ``CLOUDINARY_URL``."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.soaking"],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            yield process.stdout.readline().strip()
-        finally:
-            process.stdin.close()
-            process.wait(20)
+    with run_module("benchmarks.soaking") as printed:
+        yield printed.address
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from benchmarks.bulk_clients import CONTENDERS, PACKAGES
 from benchmarks.drawing import Curve, Panel, draw
 from benchmarks.limiting import run_limited_server
 from benchmarks.model import OURS
-from benchmarks.server import ROOT
+from benchmarks.processes import ROOT
 from benchmarks.services import (
     DRAWN,
     OK,
