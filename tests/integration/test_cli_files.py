@@ -203,6 +203,30 @@ def test_a_ledger_cannot_be_a_pipe_or_device(service: Emulator, linked: bool):
     assert service.counts.total_received == 0
 
 
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [(command, option) for command in COMMANDS for option in COMMANDS[command]],
+)
+def test_a_device_is_refused_or_stays(
+    service: Emulator, command: str, option: str, linked: bool
+) -> None:
+    """A node of the null device in the temporary folder. Nothing takes its place."""
+    try:
+        os.mknod("device", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("making a device node needs root")
+    if linked:
+        Path("link").symlink_to("device")
+    code = run(command, COMMANDS[command] | {option: "link" if linked else "device"})
+    refused = option in {"--input", "--ledger"} or (command, option) == ("export", "")
+    assert code == (2 if refused else 0)  # `report device` reports on no results
+    assert stat.S_ISCHR(Path("device").lstat().st_mode)
+    assert Path("link").is_symlink() == linked
+    if refused:
+        assert service.counts.total_received == 0
+
+
 @pytest.mark.parametrize("suffix", COMPANIONS)
 @pytest.mark.parametrize("option", ["--input", "--output", "--report"])
 def test_files_next_to_the_ledger_are_its_own(service: Emulator, option: str, suffix: str):
