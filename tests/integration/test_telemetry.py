@@ -384,11 +384,11 @@ async def open_mailboxes(redis: Any, namespace: str) -> AsyncIterator[RedisNotif
         yield notifications
 
 
-async def test_submit_in_a_and_webhook_at_b_are_one_trace(
-    redis: Any, exported: Exported, request: pytest.FixtureRequest
-) -> None:
-    """Worker A submits, worker B receives the webhook, A answers: one trace over two exporters."""
-    at_a, at_b, namespace = exported, Exported(), request.node.name
+@contextlib.asynccontextmanager
+async def submit_in_a_and_receive_at_b(
+    redis: Any, namespace: str, at_a: Exported, at_b: Exported
+) -> AsyncIterator[AnalyzeSession]:
+    """Open a session in worker A. Its notifications arrive at worker B, and both are instrumented."""
     async with (
         open_mailboxes(redis, namespace) as mailboxes_a,
         open_mailboxes(redis, namespace) as mailboxes_b,
@@ -402,10 +402,19 @@ async def test_submit_in_a_and_webhook_at_b_are_one_trace(
     ):
         at_a.instrument(session)
         at_b.instrument(mailboxes_b)
-        response = await session.submit(Captioning(PLANTED), timeout=20)
-        assert response.analysis.caption
+        yield session
         await until(lambda: at_a.named("process notification"))
         await until(lambda: at_b.named("receive notification"))
+
+
+async def test_submit_in_a_and_webhook_at_b_are_one_trace(
+    redis: Any, exported: Exported, request: pytest.FixtureRequest
+) -> None:
+    """Worker A submits, worker B receives the webhook, A answers: one trace over two exporters."""
+    at_a, at_b, namespace = exported, Exported(), request.node.name
+    async with submit_in_a_and_receive_at_b(redis, namespace, at_a, at_b) as session:
+        response = await session.submit(Captioning(PLANTED), timeout=20)
+        assert response.analysis.caption
     submission = at_a.only("analyze captioning")
     received, processed = at_b.only("receive notification"), at_a.only("process notification")
     spans = [*at_a.spans.get_finished_spans(), *at_b.spans.get_finished_spans()]
@@ -445,26 +454,12 @@ async def test_tracestate_is_carried_with_the_trace(
     at_b, namespace = Exported(), f"state-{len(state)}"
     parent = f"00-{'1' * 32}-{'2' * 16}-01"
     outer = TraceContextTextMapPropagator().extract({"traceparent": parent, "tracestate": state})
-    async with (
-        open_mailboxes(redis, namespace) as mailboxes_a,
-        open_mailboxes(redis, namespace) as mailboxes_b,
-        serve_asgi(WebhookReceiver(mailboxes_b, CREDENTIALS)) as origin,
-        Emulator(task_seconds=0.2) as emulator,
-        AnalyzeSession(
-            Credentials.from_url(emulator.cloudinary_url),
-            notifications=mailboxes_a,
-            notification_url=f"{origin}/hook",
-        ) as session,
-    ):
-        exported.instrument(session)
-        at_b.instrument(mailboxes_b)
+    async with submit_in_a_and_receive_at_b(redis, namespace, exported, at_b) as session:
         token = attach(outer)
         try:
             await session.submit(Captioning(URL), timeout=20)
         finally:
             detach(token)
-        await until(lambda: exported.named("process notification"))
-        await until(lambda: at_b.named("receive notification"))
     received, processed = at_b.only("receive notification"), exported.only("process notification")
     assert dict(received.context.trace_state) == carried
     assert carried.items() <= dict(processed.context.trace_state).items()
