@@ -81,6 +81,12 @@ async def collect(session, urls=URLS, **options):
         return [outcome async for outcome in stream]
 
 
+async def release(ledger, key, *, ambiguous):
+    """Release a claim, and return when Redis has executed that, so that other workers see it."""
+    ledger.release(key, ambiguous=ambiguous)
+    await ledger.find(key)
+
+
 def source_of(seen):
     return seen.json["source"]["uri"]
 
@@ -151,8 +157,7 @@ async def test_a_named_task_is_not_resumed_for_another_source(build):
         assert await one.claim(KEY) == Claim()
         assert (await other.find(KEY)).source == URLS[0]  # while it is claimed
         await one.record_submitted(KEY, "task")
-        one.release(KEY, ambiguous=False)
-        await one.find(KEY)
+        await release(one, KEY, ambiguous=False)
         record = await other.find(KEY)
         assert (record.task_id, record.source) == ("task", URLS[0])
 
@@ -163,7 +168,7 @@ async def test_a_name_keeps_its_first_source_while_nothing_is_recorded(build):
         await one.note_source(KEY, strange)
         await other.note_source(KEY, URLS[1])
         assert await one.claim(KEY) == Claim()
-        one.release(KEY, ambiguous=False)
+        await release(one, KEY, ambiguous=False)
         assert await other.claim(KEY) is None
         await asyncio.wait_for(other.watch(KEY), 5)
         record = await other.find(KEY)
@@ -177,7 +182,7 @@ async def test_a_signed_url_keeps_its_name_with_a_new_signature(build):
     async with opened(build()) as one, opened(build()) as other:
         await one.note_source(KEY, signed.format("1"))
         await one.claim(KEY)
-        one.release(KEY, ambiguous=True)
+        await release(one, KEY, ambiguous=True)
         await other.note_source(KEY, signed.format("2"))
         assert await other.claim(KEY) == Claim(ambiguous=True)
 
@@ -254,10 +259,10 @@ async def test_a_claim_is_held_until_it_is_released(build):
         watching = asyncio.create_task(other.watch(KEY))
         await asyncio.sleep(0.1)
         assert not watching.done()
-        one.release(KEY, ambiguous=False)
+        await release(one, KEY, ambiguous=False)
         await watching
         assert await other.claim(KEY) == Claim()
-        other.release(KEY, ambiguous=True)
+        await release(other, KEY, ambiguous=True)
         assert await one.claim(KEY) == Claim(ambiguous=True)
         await one.record_response(KEY, RESPONSE, seconds=1.5)
         assert await other.claim(KEY) is None
@@ -272,11 +277,11 @@ async def test_a_task_is_handed_on_with_its_claim(build):
         await one.record_submitted(KEY, "task|1")
         assert (await one.find(KEY)).task_id == "task|1"
         assert await other.find(KEY) is None  # another worker waits for it
-        one.release(KEY, ambiguous=True)
+        await release(one, KEY, ambiguous=True)
         assert (await other.find(KEY)).task_id == "task|1"
         assert await other.claim(KEY) == Claim(task_id="task|1")
         await other.record_submitted(KEY, None)
-        other.release(KEY, ambiguous=False)
+        await release(other, KEY, ambiguous=False)
         assert await one.claim(KEY) == Claim()
 
 
@@ -311,8 +316,7 @@ async def test_a_cancelled_claim_leaves_the_key_free(build):
                     one.release(KEY, ambiguous=False)
             await one.find(KEY)
             assert await other.claim(KEY) == Claim()
-            other.release(KEY, ambiguous=False)
-            await other.find(KEY)
+            await release(other, KEY, ambiguous=False)
 
 
 async def test_records_noted_before_a_cancellation_are_kept(build):
@@ -348,8 +352,7 @@ async def test_writes_that_redis_lost_are_repeated(build, tmp_path):
             await one.claim(keys[2])
             await one.record_submitted(keys[2], "task")
             await one.claim(keys[3])
-            one.release(keys[3], ambiguous=True)
-            await one.find(keys[3])
+            await release(one, keys[3], ambiguous=True)
             forgetful.kill()
             forgetful.start()
             asked = asyncio.gather(*(other.claim(key) for key in keys))
