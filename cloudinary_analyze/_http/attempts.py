@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-import types
-from collections.abc import Callable, Coroutine, Generator, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
 from copy import copy
 from functools import partial
 from math import inf
@@ -19,8 +19,13 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 import attrs
 from yarl import URL
 
-from cloudinary_analyze._cancellation import InterruptedSectionError, Sections, get_task
-from cloudinary_analyze._clock import Clock, wake
+from cloudinary_analyze._cancellation import (
+    InterruptedSectionError,
+    Sections,
+    count_cancellations,
+    is_own_cancellation,
+)
+from cloudinary_analyze._clock import Clock
 from cloudinary_analyze._http.admission import LONGEST_PAUSE, RUN, Admission, Attempt
 from cloudinary_analyze._http.limits import CATCH_UP, Turnstile
 from cloudinary_analyze._http.quota import Quota
@@ -177,8 +182,7 @@ class Attempts(NotPicklable):
     _bulk_patience: float = attrs.field(init=False)
     _free_attempts: float = attrs.field(init=False)  # more than the pauses in that time
     _limits: tuple[float | None, int] = attrs.field(init=False)
-    _sleepers: set[asyncio.Future[None]] = attrs.field(factory=set, init=False)
-    _pacing: Sections = attrs.field(factory=Sections, init=False)
+    _pauses: Sections = attrs.field(factory=Sections, init=False)  # sleeps and waits for the pacer
     _closed: AnalyzeError | None = attrs.field(default=None, init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -319,7 +323,12 @@ class Attempts(NotPicklable):
                 await self._wait(call, self._await_pacer(self.settings.pacer))
             if call.claim is not None:
                 call.unsent = True
-                await self._await_claim(call.claim(), lambda: queue.withdraw(slot.pop()))
+                patient_until = self.clock.monotonic() + SLOT_PATIENCE
+                timer = self.clock.call_at(patient_until, lambda: queue.withdraw(slot.pop()))
+                try:
+                    await call.claim()
+                finally:
+                    timer.cancel()
                 call.unsent, call.claim = False, None
             if slot and queue.is_current(attempt):
                 slot.clear()
@@ -329,20 +338,6 @@ class Attempts(NotPicklable):
                 queue.withdraw(attempt)
         call.again = True
         return False
-
-    async def _await_claim(
-        self, claim: Coroutine[Any, Any, None], give_back: Callable[[], None]
-    ) -> None:
-        """Await a claim, and give the slot back if that takes too long."""
-        try:
-            awaited = claim.send(None)
-        except StopIteration:
-            return  # most claims need not wait, and so no timer
-        timer = self.clock.call_at(self.clock.monotonic() + SLOT_PATIENCE, give_back)
-        try:
-            await _resume(claim, awaited)
-        finally:
-            timer.cancel()
 
     def _may_renew(self, call: Call, error: AnalyzeError) -> bool:
         """Whether a failed call may be repeated, once, with a new OAuth token."""
@@ -434,22 +429,16 @@ class Attempts(NotPicklable):
             PacerError: It failed.
             SessionClosedError: The session was closed meanwhile.
         """
-        task = get_task()
-        cancelling = task.cancelling()
-        self._pacing.inside[task] = 0.0
+        cancelling = count_cancellations()
         cause: BaseException | None = None
         try:
-            await pacer.acquire()
-        except asyncio.CancelledError as error:
-            interrupted = self._pacing.leave(task)
-            if task.cancelling() > cancelling:
+            await self._pauses.run(pacer.acquire())
+        except InterruptedSectionError:
+            pass
+        except (Exception, asyncio.CancelledError) as error:
+            if is_own_cancellation(error, cancelling):
                 raise
-            if not interrupted:
-                cause = error
-        except Exception as error:
             cause = error
-        finally:
-            self._pacing.leave(task)
         if self._closed is not None:
             raise copy(self._closed) from cause
         if cause is not None:
@@ -578,48 +567,24 @@ class Attempts(NotPicklable):
 
     async def _sleep(self, seconds: float) -> None:
         """Sleep on the session's clock. Closing the session ends the sleep with its error."""
-        if self._closed is not None:
-            raise copy(self._closed)
-        woken = asyncio.get_running_loop().create_future()
-        timer = self.clock.call_at(self.clock.monotonic() + seconds, partial(wake, woken))
-        self._sleepers.add(woken)
-        try:
-            await woken
-        finally:
-            timer.cancel()
-            self._sleepers.discard(woken)
+        if self._closed is None:
+            with suppress(InterruptedSectionError):
+                return await self._pauses.run(self.clock.sleep(seconds))
+        assert self._closed is not None
+        raise copy(self._closed)
 
     def close(self, error: AnalyzeError) -> None:
         """Fail all calls that queue or sleep, and all later ones."""
         self._closed = error
         self.queue.close(error)
-        self._pacing.interrupt_all()
+        self._pauses.interrupt_all()
         if self.transport.token is not None:
             self.transport.token.close()
-        for woken in self._sleepers:
-            if not woken.done():
-                woken.set_exception(copy(error))
 
     def close_polls(self) -> None:
         """Fail all status polls that queue, and all later ones."""
         if self._closed is not None:
             self.poll_queue.close(self._closed)
-
-
-@types.coroutine
-def _resume(coroutine: Coroutine[Any, Any, T], awaited: Any) -> Generator[Any, Any, T]:
-    """Await the rest of a started coroutine, beginning with the future that it awaits."""
-    while True:
-        try:
-            sent = yield awaited
-        except BaseException as error:
-            step = partial(coroutine.throw, error)
-        else:
-            step = partial(coroutine.send, sent)
-        try:
-            awaited = step()
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
 
 
 def _is_halted(call: Call) -> bool:
