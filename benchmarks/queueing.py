@@ -97,9 +97,8 @@ async def _resolve(queue: asyncio.Queue[Delivery], session: AnalyzeSession, coun
     notices = [build_notice(task_id, ANSWERS["captioning"]) for task_id in task_ids]
     deliveries = [Delivery(body, headers) for body, headers in notices]
     tracker = session._connection.tracker  # type: ignore[union-attr]  # noqa: SLF001
-    kind = Captioning.analysis_type
     # as a stream does with a ledger's tasks; the public way bounds the ids that may be made up
-    tasks = [tracker.attach(each, "captioning", kind, trusted=True) for each in task_ids]
+    tasks = [tracker.attach(each, Captioning, trusted=True) for each in task_ids]
     for delivery in deliveries[count:]:  # imports and caches
         queue.put_nowait(delivery)
     await tasks[-1]

@@ -297,7 +297,7 @@ class Recording:
         if claim.task_id not in {None, progress.lost_task_id}:
             raise _NotAdmittedError(claim.task_id)
         if claim.ambiguous:
-            if not self.sender.settings.retry_ambiguous:
+            if not self.sender.tracker.settings.retry_ambiguous:
                 raise TransportError(
                     "Another worker stopped while it sent this request. It is not repeated, "
                     "because Settings.retry_ambiguous is false.",
@@ -307,7 +307,7 @@ class Recording:
 
     async def _await_acceptance(self, key: str, task: AnalysisTask[Any]) -> None:
         """Let a submission in flight finish, because its task will be charged."""
-        clock = self.sender.clock
+        clock = self.sender.tracker.clock
         try:
             async with clock.timeout_at(clock.monotonic() + POST_PATIENCE):
                 task_id = await task.accepted()

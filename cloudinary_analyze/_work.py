@@ -8,20 +8,13 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import attrs
 
-from cloudinary_analyze._cancellation import (
-    Sections,
-)
+from cloudinary_analyze._cancellation import Sections
 from cloudinary_analyze._clock import Clock
 from cloudinary_analyze._stops import Stops
 from cloudinary_analyze._tasks.handle import AnalysisTask, follow
 from cloudinary_analyze._tasks.tracker import Tracker
 from cloudinary_analyze._wire.protocol import Accepted
-from cloudinary_analyze.config import Settings
-from cloudinary_analyze.errors import (
-    BulkStoppedError,
-    ForeignCancellationError,
-    LedgerError,
-)
+from cloudinary_analyze.errors import BulkStoppedError, ForeignCancellationError, LedgerError
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import Response
 
@@ -168,14 +161,10 @@ class Sender:
     Attributes:
         as_tasks: Whether requests are submitted as tasks, or made as calls.
         tracker: Sends the requests, and resolves tasks.
-        settings: The settings of the session.
-        clock: The clock for deadlines.
     """
 
     as_tasks: bool
     tracker: Tracker
-    settings: Settings
-    clock: Clock
 
     async def perform(self, work: Work[Item, A]) -> Response[A]:
         """Send the request of an item and return the response.
@@ -199,7 +188,7 @@ class Sender:
         """Make a call, and follow the task if the service turns it into one."""
         answer = await self.tracker.caller.analyze(
             work.request,
-            deadline=self._build_deadline(self.settings.call_timeout),
+            deadline=self._build_deadline(self.tracker.settings.call_timeout),
             urgent=False,
             claim=claim,
             owner=work,
@@ -216,7 +205,7 @@ class Sender:
         return self.tracker.submit(
             work.request,
             as_task=True,
-            deadline=self._build_deadline(self.settings.task_timeout),
+            deadline=self._build_deadline(self.tracker.settings.task_timeout),
             urgent=False,
             claim=claim,
             owner=work,
@@ -226,17 +215,14 @@ class Sender:
         self, task_id: str, work: Work[Item, A], *, just_accepted: bool = False
     ) -> AnalysisTask[A]:
         """Return a handle on an accepted task."""
-        request = work.request
         return self.tracker.attach(
             task_id,
-            request.model,
-            request.analysis_type,
-            request=request,
+            work.request,
             just_accepted=just_accepted,
             trusted=True,
-            deadline=self._build_deadline(self.settings.task_timeout),
+            deadline=self._build_deadline(self.tracker.settings.task_timeout),
             owner=work,
         )
 
     def _build_deadline(self, seconds: float | None) -> float | None:
-        return None if seconds is None else self.clock.monotonic() + seconds
+        return None if seconds is None else self.tracker.clock.monotonic() + seconds

@@ -275,6 +275,14 @@ class AnalyzeRequest(Described, Generic[A_co]):
         return KeyBuilder(self).build(self.source)
 
 
+Kind = AnalyzeRequest[A_co] | type[AnalyzeRequest[A_co]]  # a request, or its class alone
+
+
+def name_model(kind: Kind[Any]) -> str:
+    """Return the name of a model in URLs. Empty for a class that names none."""
+    return kind.model_name if isinstance(kind, type) else kind.model
+
+
 _NO_PARAMETERS: Final[Mapping[str, Any]] = {}
 _encode_string: Final[Callable[[str], str]] = json.encoder.encode_basestring_ascii
 

@@ -199,9 +199,9 @@ class Response(Jsonable, Generic[A_co]):
             ResponseDecodeError: The JSON contains no analysis of the model.
         """
         from cloudinary_analyze._wire.protocol import read_result
+        from cloudinary_analyze.requests import name_model
 
-        model = request.model_name if isinstance(request, type) else request.model
-        return read_result(model, request.analysis_type, raw)
+        return read_result(name_model(request), request.analysis_type, raw)
 
     def __repr__(self) -> str:
         return (

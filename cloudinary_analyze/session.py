@@ -44,7 +44,7 @@ from cloudinary_analyze.errors import (
 )
 from cloudinary_analyze.outcomes import Failed, Outcome
 from cloudinary_analyze.protocols import Ledger, NotificationSource
-from cloudinary_analyze.requests import AnalyzeRequest
+from cloudinary_analyze.requests import AnalyzeRequest, name_model
 from cloudinary_analyze.responses import Delivery, Limit, Response, TaskStatus
 
 if TYPE_CHECKING:
@@ -288,9 +288,6 @@ class AnalyzeSession(NotPicklable, Closable):
         tracker = Tracker.start(
             caller,
             self._credentials,
-            self._settings,
-            clock=self._clock,
-            meter=self._meter,
             source=self._source,
             notification_url=self._notification_url,
         )
@@ -387,28 +384,13 @@ class AnalyzeSession(NotPicklable, Closable):
         deadline = self._build_deadline(timeout, self._settings.call_timeout)
         answer = await connection.caller.analyze(request, deadline=deadline)
         if type(answer) is Accepted:
-            return await self._follow(connection, answer.task_id, request, deadline)
+            if deadline is None:
+                deadline = self._build_deadline(None, self._settings.task_timeout)
+            tracker = connection.tracker
+            return await follow(
+                tracker.attach(answer.task_id, request, just_accepted=True, deadline=deadline)
+            )
         return answer  # type: ignore[return-value]  # a union that isinstance would narrow, slowly
-
-    async def _follow(
-        self,
-        connection: _Connection,
-        task_id: str,
-        request: AnalyzeRequest[A],
-        deadline: float | None,
-    ) -> Response[A]:
-        """Await the task that the service made of a call."""
-        if deadline is None:
-            deadline = self._build_deadline(None, self._settings.task_timeout)
-        task = connection.tracker.attach(
-            task_id,
-            request.model,
-            request.analysis_type,
-            request=request,
-            just_accepted=True,
-            deadline=deadline,
-        )
-        return await follow(task)
 
     def submit(
         self, request: AnalyzeRequest[A], *, mode: Mode = "auto", timeout: float | None = None
@@ -513,20 +495,13 @@ class AnalyzeSession(NotPicklable, Closable):
         kind = request_type if isinstance(request_type, type) else type(request_type)
         if not issubclass(kind, AnalyzeRequest):
             raise _build_no_request_error(request_type)
-        model = request_type.model_name if isinstance(request_type, type) else request_type.model
-        if not model:
+        if not name_model(request_type):
             raise InvalidRequestError(
                 "Pass the class of a model (Coco), or for other models the request itself: "
                 "session.task(task_id, OtherModel(name, source))."
             )
         deadline = self._build_deadline(timeout, self._settings.task_timeout)
-        return connection.tracker.attach(
-            task_id,
-            model,
-            request_type.analysis_type,
-            request=None if isinstance(request_type, type) else request_type,
-            deadline=deadline,
-        )
+        return connection.tracker.attach(task_id, request_type, deadline=deadline)
 
     def _build_deadline(self, timeout: float | None, default: float | None) -> float | None:
         timeout = default if timeout is None else timeout
@@ -654,9 +629,7 @@ class AnalyzeSession(NotPicklable, Closable):
             window = TASK_WINDOW if as_tasks else CALL_WINDOW * self._settings.permits
         if key is not None and ledger is None:
             raise ConfigurationError("`key` names items in a ledger: pass `ledger` too.")
-        sender = Sender(
-            as_tasks=as_tasks, tracker=tracker, settings=self._settings, clock=self._clock
-        )
+        sender = Sender(as_tasks=as_tasks, tracker=tracker)
         recording = None if ledger is None else self._attach_ledger(ledger, sender)
         if as_tasks and self._source is None:
             self._warn_of_tasks(stacklevel=3)

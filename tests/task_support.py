@@ -14,7 +14,6 @@ import attrs
 from cloudinary_analyze import (
     AnalyzeSession,
     Captioning,
-    CaptioningAnalysis,
     Credentials,
     Delivery,
     Settings,
@@ -139,6 +138,7 @@ class Service:
     on_the_wire: int = 0
     most_on_the_wire: int = 0
     hold: asyncio.Event | None = None
+    settings: Settings = attrs.field(factory=Settings)
     quota: Quota = attrs.field(init=False)
     meter: Meter = attrs.field(factory=Meter)
 
@@ -187,14 +187,12 @@ async def resolving(
 ) -> AsyncIterator[tuple[Service, Tracker]]:
     """Run a tracker over a fake service, with a queue, another source, or no source."""
     service = service or Service(clock)
+    service.settings = Settings(**settings)
     if source is True:
         source = QueueSource(asyncio.Queue())
     tracker = Tracker.start(
         service,  # type: ignore[arg-type]
         Credentials("demo", "key", SECRET),
-        Settings(**settings),
-        clock=clock,
-        meter=Meter(),
         source=source,
         notification_url=None,
     )
@@ -215,9 +213,7 @@ def hold(task: Any) -> Any:
 
 def attach(tracker: Tracker, task_id: str, *, request: Any = None, **options: Any) -> Any:
     """Attach to a captioning task and return its wait."""
-    return hold(
-        tracker.attach(task_id, "captioning", CaptioningAnalysis, request=request, **options)
-    )
+    return hold(tracker.attach(task_id, request or Captioning, **options))
 
 
 async def submit(tracker: Tracker, *, deadline: float | None = None) -> Any:

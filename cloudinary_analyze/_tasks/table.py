@@ -46,7 +46,7 @@ from cloudinary_analyze.errors import (
     NotFoundError,
     PermissionDeniedError,
 )
-from cloudinary_analyze.requests import AnalyzeRequest
+from cloudinary_analyze.requests import AnalyzeRequest, Kind, name_model
 from cloudinary_analyze.responses import Notification, TaskStatus, find_string
 from cloudinary_analyze.webhooks import parse_notification
 
@@ -97,16 +97,14 @@ class Table:
 
     def submit(self, request: AnalyzeRequest[Any]) -> Wait:
         """Add an entry that is about to be submitted, and return its wait."""
-        return _add(Entry(request), request.model, request.analysis_type)
+        return _add(Entry(request), request)
 
     def attach(
         self,
         task_id: str,
-        model: str,
-        analysis_type: type[Any],
+        kind: Kind[Any],
         now: float,
         *,
-        request: AnalyzeRequest[Any] | None = None,
         deadline: float | None = None,
         verified: bool = False,
         trusted: bool = False,
@@ -115,18 +113,16 @@ class Table:
 
         Args:
             task_id: The task.
-            model: The model's name in URLs.
-            analysis_type: How to decode the result.
+            kind: The request, or its class if only that is known.
             now: Monotonic instant.
-            request: The request, if it is known.
             deadline: Monotonic instant when the wait ends.
             verified: Whether the service named the task just now.
             trusted: Whether it named it once, so that the id is not made up.
         """
+        request = None if isinstance(kind, type) else kind
         answer = self.answered.get(task_id)
         if answer is not None:
-            over = Entry(request, task_id, answer.status, Phase.OVER)
-            return Wait(over, model, analysis_type, answer), ()
+            return _build_wait(Entry(request, task_id, answer.status, Phase.OVER), kind, answer), ()
         entry = self.pending.get(task_id) or self.resting.get(task_id)
         trusted |= verified
         if entry is None:
@@ -134,10 +130,10 @@ class Table:
                 if len(self.unconfirmed) >= MOST_UNCONFIRMED:
                     refused = Entry(request, task_id, UNKNOWN, Phase.OVER)
                     answer = Answer("session", build_limit_error(task_id, MOST_UNCONFIRMED))
-                    return Wait(refused, model, analysis_type, answer), ()
+                    return _build_wait(refused, kind, answer), ()
                 self.unconfirmed.add(task_id)
             entry = Entry(request, verified=verified)
-            wait = _add(entry, model, analysis_type)
+            wait = _add(entry, kind)
             effects = self._register(entry, task_id, now, at_once=not verified)
         else:
             entry.request = entry.request or request
@@ -145,7 +141,7 @@ class Table:
             if trusted:
                 self.unconfirmed.discard(task_id)
             entry.unobserved = False
-            wait = _add(entry, model, analysis_type)
+            wait = _add(entry, kind)
             effects = self._resume(entry, now)
         self._limit(wait, deadline)
         return wait, effects
@@ -478,8 +474,12 @@ class Table:
         self.wake_at = math.inf
 
 
-def _add(entry: Entry, model: str, analysis_type: type[Any]) -> Wait:
-    wait = Wait(entry, model, analysis_type)
+def _build_wait(entry: Entry, kind: Kind[Any], answer: Answer | None = None) -> Wait:
+    return Wait(entry, name_model(kind), kind.analysis_type, answer)
+
+
+def _add(entry: Entry, kind: Kind[Any]) -> Wait:
+    wait = _build_wait(entry, kind)
     if entry.waits:
         wait.index = len(entry.waits)
         entry.waits.append(wait)

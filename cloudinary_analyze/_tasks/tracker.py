@@ -45,7 +45,7 @@ from cloudinary_analyze.errors import (
     TaskTimeoutError,
 )
 from cloudinary_analyze.protocols import NotificationSource
-from cloudinary_analyze.requests import AnalyzeRequest
+from cloudinary_analyze.requests import AnalyzeRequest, Kind, name_model
 from cloudinary_analyze.responses import (
     Notification,
     Response,
@@ -98,14 +98,12 @@ class Tracker(NotPicklable):
         cls,
         caller: Caller,
         credentials: Credentials,
-        settings: Settings,
         *,
-        clock: Clock,
-        meter: Meter,
         source: NotificationSource | None,
         notification_url: str | None,
     ) -> Tracker:
         """Create the parts and start listening."""
+        settings, clock, meter = caller.settings, caller.clock, caller.meter
         table = Table(settings, with_source=source is not None)
         tracker = cls(caller, settings, clock, meter, notification_url, table)
         if source is not None:
@@ -191,10 +189,8 @@ class Tracker(NotPicklable):
     def attach(
         self,
         task_id: str,
-        model: str,
-        analysis_type: type[A],
+        kind: Kind[A],
         *,
-        request: AnalyzeRequest[A] | None = None,
         just_accepted: bool = False,
         trusted: bool = False,
         deadline: float | None = None,
@@ -204,23 +200,18 @@ class Tracker(NotPicklable):
 
         Args:
             task_id: The task.
-            model: The model's name in URLs, for messages.
-            analysis_type: How to decode the result.
-            request: The request, if it is known: for messages, and to repeat it if the settings ask
-                for that.
+            kind: The request, which can be repeated if the settings ask for that, or its class.
             just_accepted: The service accepted the task just now, as the response to a call.
             trusted: The id was recorded when the service accepted the task, so it is not made up.
             deadline: Monotonic instant when the wait ends.
             owner: Asked before the request is repeated as a call.
         """
         if just_accepted:
-            self._emit_accepted(task_id, model)
+            self._emit_accepted(task_id, name_model(kind))
         wait, effects = self.table.attach(
             task_id,
-            model,
-            analysis_type,
+            kind,
             self.clock.monotonic(),
-            request=request,
             deadline=deadline,
             verified=just_accepted,
             trusted=trusted,

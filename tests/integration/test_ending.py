@@ -67,9 +67,7 @@ def accept(session: AnalyzeSession, count: int) -> list[AnalysisTask[CaptioningA
     return [
         tracker.attach(
             f"t{index}",
-            "captioning",
-            CaptioningAnalysis,
-            request=REQUEST,
+            REQUEST,
             just_accepted=True,
             deadline=deadline,
         )

@@ -44,7 +44,7 @@ def accept(table, task_id, now=0.0, *, deadline=None):
 
 
 def attach(table, task_id, now=0.0, **options):
-    return table.attach(task_id, "captioning", CaptioningAnalysis, now, **options)
+    return table.attach(task_id, Captioning, now, **options)
 
 
 def find(table, task_id):
@@ -542,7 +542,7 @@ class TestUnconfirmed:
         [
             lambda table, wait: table.leave(wait, 0),
             lambda table, wait: table.abandon(wait, 0),
-            lambda table, wait: table.attach("made-up-0", "", CaptioningAnalysis, 0, trusted=True),
+            lambda table, wait: table.attach("made-up-0", Captioning, 0, trusted=True),
             lambda table, wait: accept(table, "made-up-0"),
             lambda table, wait: deliver(table, build_result("made-up-0")),
             lambda table, wait: deliver(

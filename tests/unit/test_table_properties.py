@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from task_support import build_failure, build_result
 
-from cloudinary_analyze import Captioning, CaptioningAnalysis, NotFoundError, Settings
+from cloudinary_analyze import Captioning, NotFoundError, Settings
 from cloudinary_analyze._tasks.entries import AWAITED, NOBODY, Answer, Ended, Phase, Repeat
 from cloudinary_analyze._tasks.table import Table
 from cloudinary_analyze.errors import ServerError, SessionClosedError
@@ -88,10 +88,8 @@ class TableMachine(RuleBasedStateMachine):
         deadline = None if seconds is None else self.now + seconds
         wait, effects = self.table.attach(
             task_id,
-            "captioning",
-            CaptioningAnalysis,
+            REQUEST if known else Captioning,
             self.now,
-            request=REQUEST if known else None,
             deadline=deadline,
             trusted=trusted,
         )
