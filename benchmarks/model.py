@@ -70,12 +70,14 @@ class Target:
     Attributes:
         figure: ``"ratio"``: to the baseline. ``"excess"``: its median minus the baseline's, in
             the cell's unit. ``"value"``: its median. ``"note"``: the median of the note `note`.
-        most: The limit; more fails the check.
+        most: The limit.
+        noise: More than `most` and this together fails the check.
         note: The note's name.
     """
 
     figure: Literal["ratio", "excess", "value", "note"]
     most: float
+    noise: float = 0.0
     note: str = ""
 
 

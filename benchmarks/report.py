@@ -63,8 +63,8 @@ def _describe_notes(result: Result, contender: str) -> str:
 
 
 def is_kept(result: Result, target: Target) -> bool:
-    """Whether a target was met."""
-    return result.compute_figure(target) <= target.most
+    """Whether a target was met, or missed by no more than noise."""
+    return result.compute_figure(target) <= target.most + target.noise
 
 
 def describe_target(result: Result, target: Target) -> str:
@@ -77,10 +77,13 @@ def describe_target(result: Result, target: Target) -> str:
         "note": "",
     }[target.figure]
     name = {"ratio": "ratio", "excess": "its own", "value": "", "note": target.note}[target.figure]
-    verdict = "kept" if is_kept(result, target) else "MISSED"
-    return (
-        f"target {verdict}: {f'{name} {figure:.2f}'.lstrip()}{unit}, at most {target.most:g}{unit}"
-    )
+    verdict = "MISSED"
+    if is_kept(result, target):
+        verdict = "kept" if figure <= target.most else "missed within the noise"
+    limit = f"{target.most:g}{unit}"
+    if target.noise:
+        limit += f", and {target.noise:g} for noise"
+    return f"target {verdict}: {f'{name} {figure:.2f}'.lstrip()}{unit}, at most {limit}"
 
 
 def find_caveats(results: list[Result]) -> list[str]:

@@ -101,7 +101,7 @@ async def _serve(delay: float) -> None:
     loop = asyncio.get_running_loop()
     answers = {model.encode(): build_answer(body) for model, body in ANSWERS.items()}
     server = await loop.create_server(
-        lambda: _Answerer(delay, answers), "127.0.0.1", 0, backlog=1024
+        lambda: _Answerer(delay, answers), "127.0.0.1", 0, backlog=4096
     )
     print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
     over = asyncio.Event()
