@@ -24,7 +24,7 @@ from typing import Any, Final, Literal
 import attrs
 from aiohttp import web
 
-from benchmarks.drawing import Line, Series, draw_series
+from benchmarks.drawing import Line, Panel, draw
 from benchmarks.memory import read_allocated, read_resident
 from benchmarks.processes import ROOT
 from benchmarks.soaking import run_faulty_service
@@ -196,22 +196,21 @@ class Soak:
         def take(name: str) -> list[float]:
             return [getattr(sample, name) for sample in self.samples]
 
-        return draw_series(
+        return draw(
             "A session at full rate while the service fails",
             [
-                Series(
+                Panel(
                     title="Memory, MiB",
                     lines=[
                         Line(name="resident", values=take("resident")),
                         Line(name="malloc", values=take("allocated")),
                     ],
                 ),
-                Series(title="Descriptors", lines=[Line(name="open", values=take("descriptors"))]),
-                Series(
-                    title="Longest loop lag in each second, ms",
-                    lines=[Line(name="lag", values=take("lag"))],
+                Panel(title="Descriptors", lines=[Line(values=take("descriptors"))]),
+                Panel(
+                    title="Longest loop lag in each second, ms", lines=[Line(values=take("lag"))]
                 ),
-                Series(
+                Panel(
                     title="Outcomes per second",
                     lines=[
                         Line(name="answered", values=take("answered")),

@@ -26,7 +26,7 @@ from typing import Any, Final
 import attrs
 
 from benchmarks.bulk_clients import CONTENDERS, PACKAGES
-from benchmarks.drawing import Curve, Panel, draw
+from benchmarks.drawing import Line, Panel, draw
 from benchmarks.limiting import run_limited_server
 from benchmarks.model import OURS
 from benchmarks.processes import ROOT
@@ -260,27 +260,24 @@ def draw_runs(runs: list[Run]) -> str:
         first = {
             measured.contender: measured for measured in reversed(runs) if measured.name == name
         }
-        if not first:
+        drawn = [first[contender] for contender in CONTENDERS if contender in first]
+        if not drawn:
             continue
-        service = SCENARIOS[name].build()
-        seconds = int(max(measured.seconds for measured in first.values()))
-        panels.append(
+        service, seconds = drawn[0].service, range(int(drawn[0].seconds))
+        accepted = [Line(values=measured.list_rates(OK)) for measured in drawn]
+        allowed = [service.allow(second, second + 1) for second in seconds]
+        throttled = [
+            Line(name=measured.contender, values=measured.list_rates(THROTTLED))
+            for measured in drawn
+        ]
+        panels += [
             Panel(
-                title=SCENARIOS[name].title,
-                limit=[service.allow(second, second + 1) for second in range(seconds)],
-                curves=[
-                    Curve(
-                        name=contender,
-                        rates=first[contender].list_rates(OK),
-                        throttled=first[contender].list_rates(THROTTLED),
-                        failed=int(first[contender].figures["failed"]),
-                    )
-                    for contender in CONTENDERS
-                    if contender in first
-                ],
-            )
-        )
-    return draw(panels)
+                title=SCENARIOS[name].title, lines=[*accepted, Line(values=allowed, kind="limit")]
+            ),
+            Panel(title="429s", lines=throttled),
+        ]
+    title = "Accepted requests per second (dashed: what the service allows), and throttled requests"
+    return draw(title, panels)
 
 
 def _read_arguments(arguments: list[str]) -> argparse.Namespace:
