@@ -25,7 +25,15 @@ from benchmarks.payloads import (
 )
 
 if TYPE_CHECKING:
-    from cloudinary_analyze import AnalyzeRequest, CocoAnalysis
+    import asyncio
+
+    from cloudinary_analyze import (
+        AnalyzeRequest,
+        AnalyzeSession,
+        CocoAnalysis,
+        Delivery,
+        NotificationSource,
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -64,16 +72,27 @@ def read_typed_detections(analysis: CocoAnalysis) -> float:
     return total
 
 
+def build_session(
+    url: str,
+    *,
+    notifications: asyncio.Queue[Delivery] | NotificationSource | None = None,
+    **settings: Any,
+) -> AnalyzeSession:
+    """Return a session that calls the server at `url`."""
+    from cloudinary_analyze import AnalyzeSession, Credentials, Settings
+
+    credentials = Credentials(CLOUD, API_KEY, API_SECRET, host=url)
+    return AnalyzeSession(credentials, settings=Settings(**settings), notifications=notifications)
+
+
 @contextlib.asynccontextmanager
 async def open_ours(load: Workload) -> AsyncIterator[Call]:
     """``await session.analyze(Captioning(url))``."""
-    from cloudinary_analyze import AnalyzeSession, Captioning, Coco, Credentials, Settings
+    from cloudinary_analyze import Captioning, Coco, Settings
 
-    settings = Settings(host=load.url, permits=max(Settings().permits, load.in_flight))
+    permits = max(Settings().permits, load.in_flight)
     kind: Callable[[str], AnalyzeRequest[Any]] = Captioning if load.model == "captioning" else Coco
-    async with AnalyzeSession(
-        Credentials(CLOUD, API_KEY, API_SECRET), settings=settings
-    ) as session:
+    async with build_session(load.url, permits=permits) as session:
 
         async def call(number: int) -> object:
             return await session.analyze(kind(build_image_url(number)))

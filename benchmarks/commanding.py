@@ -19,8 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from benchmarks.clients import build_session
 from benchmarks.model import OURS, Cell, Job, Sample, Samples, Target
-from benchmarks.payloads import API_KEY, API_SECRET, CLOUD, build_image_url
+from benchmarks.payloads import build_cloudinary_url, build_image_url, write_urls
 from benchmarks.server import run_server
 
 BASELINE: Final = "bare map"
@@ -38,14 +39,10 @@ Run = Callable[[str, int], None]
 def _run_command(url: str, items: int) -> None:
     from cloudinary_analyze.cli import main
 
-    address = url.removeprefix("http://")
-    os.environ["CLOUDINARY_URL"] = (
-        f"cloudinary://{API_KEY}:{API_SECRET}@{CLOUD}?upload_prefix=http://{address}"
-    )
+    os.environ["CLOUDINARY_URL"] = build_cloudinary_url(url)
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stderr(io.StringIO()) as said:
         folder = Path(name)
-        lines = "".join(f"{build_image_url(number)}\n" for number in range(items))
-        (folder / "input.txt").write_text(lines)
+        write_urls(folder / "input.txt", items)
         files = ("--input", f"{folder}/input.txt", "--output", f"{folder}/results.jsonl")
         sys.argv[1:] = ["run", MODEL, *files, "--permits", str(PERMITS)]
         code = main()  # with the command's tuning of the collector
@@ -58,11 +55,10 @@ def _run_map(url: str, items: int) -> None:
 
 
 async def _map(url: str, items: int) -> None:
-    from cloudinary_analyze import AnalyzeSession, Captioning, Credentials, Settings
+    from cloudinary_analyze import Captioning
 
-    credentials = Credentials(CLOUD, API_KEY, API_SECRET, host=url)
     seen = 0
-    async with AnalyzeSession(credentials, settings=Settings(permits=PERMITS)) as session:
+    async with build_session(url, permits=PERMITS) as session:
         urls = map(build_image_url, range(items))
         async with session.map(urls, Captioning) as stream:
             async for outcome in stream:

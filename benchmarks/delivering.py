@@ -10,19 +10,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from benchmarks.clients import build_session
 from benchmarks.model import Cell, Job, Sample, Samples
 from benchmarks.notices import build_notice
 from benchmarks.payloads import ANSWERS, API_KEY, API_SECRET, CLOUD, build_image_url
+from benchmarks.processes import run_listener, run_redis
 from benchmarks.server import run_server
 
 if TYPE_CHECKING:
@@ -35,8 +34,6 @@ PART: Final = 1000  # divides the items of a job
 WARM_UP: Final = 50
 TOGETHER: Final = (1, 16)
 POLICIES: Final = ("everysec", "always")
-REDIS: Final = "redis-server"
-START_SECONDS: Final = 20.0
 
 
 def build_receiver() -> WebhookReceiver:
@@ -49,48 +46,13 @@ def build_receiver() -> WebhookReceiver:
     return WebhookReceiver(RedisNotifications(os.environ["REDIS_URL"]), credentials)
 
 
-def _find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@contextlib.contextmanager
-def _run(command: Sequence[str], port: int, **environment: str) -> Iterator[None]:
-    """Run a server. The block starts once it accepts connections."""
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, **environment},
-    )
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                break
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{command[0]} did not start.")
-            time.sleep(0.01)
-        yield
-    finally:
-        process.kill()
-        process.wait()
-
-
 @contextlib.contextmanager
 def _run_servers(policy: str) -> Iterator[tuple[str, str]]:
     """Yield the URLs of a Redis and of a receiver in front of it."""
-    redis_port, port = _find_free_port(), _find_free_port()
-    redis_url = f"redis://127.0.0.1:{redis_port}/0"
-    with tempfile.TemporaryDirectory() as directory:
-        redis = [REDIS, "--bind", "127.0.0.1", "--port", str(redis_port), "--save", ""]
-        redis += ["--dir", directory, "--appendonly", "yes", "--appendfsync", policy]
-        uvicorn = [sys.executable, "-m", "uvicorn", "--factory", f"{__name__}:build_receiver"]
-        uvicorn += ["--port", str(port), "--log-level", "warning", "--no-access-log"]
-        with _run(redis, redis_port), _run(uvicorn, port, REDIS_URL=redis_url):
-            yield redis_url, f"http://127.0.0.1:{port}/"
+    uvicorn = [sys.executable, "-m", "uvicorn", "--factory", f"{__name__}:build_receiver"]
+    uvicorn += ["--log-level", "warning", "--no-access-log"]
+    with run_redis(policy) as redis_url, run_listener(*uvicorn, REDIS_URL=redis_url) as port:
+        yield redis_url, f"http://127.0.0.1:{port}/"
 
 
 async def _send(
@@ -118,17 +80,13 @@ async def _post(
 async def _deliver(job: Job, redis_url: str, hook: str, *, together: int) -> list[float]:
     import aiohttp
 
-    from cloudinary_analyze import AnalyzeSession, Captioning, Credentials, Settings
+    from cloudinary_analyze import Captioning
     from cloudinary_analyze.notifications.redis import RedisNotifications
 
     async with (
         aiohttp.ClientSession() as client,
         RedisNotifications(redis_url) as notifications,
-        AnalyzeSession(
-            Credentials(CLOUD, API_KEY, API_SECRET),
-            settings=Settings(host=job.url),
-            notifications=notifications,
-        ) as session,
+        build_session(job.url, notifications=notifications) as session,
     ):
         count = WARM_UP + job.items // PART
         tasks = [session.submit(Captioning(build_image_url(number))) for number in range(count)]
@@ -167,7 +125,7 @@ CELLS: Final = tuple(
         baseline=f"appendfsync {POLICIES[0]}",
         subject=f"appendfsync {POLICIES[1]}",
         prepare=run_server,
-        program=REDIS,
+        program="redis-server",
     )
     for together in TOGETHER
 )

@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import multiprocessing
 import shutil
-import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from typing import Any, Final
 
+from benchmarks.clients import build_session
+from benchmarks.payloads import API_KEY, API_SECRET, CLOUD
+from benchmarks.processes import run_redis
 from benchmarks.server import run_server
-from cloudinary_analyze import AnalyzeSession, Captioning, Credentials, Settings
+from cloudinary_analyze import Captioning, Credentials, Settings
 from cloudinary_analyze.ledger.redis import RedisLedger
 from cloudinary_analyze.stage import AnalyzeStage, close_sessions
 
@@ -39,33 +38,10 @@ def build_urls(count: int = ITEMS) -> list[str]:
     return [f"https://example.com/{uuid.uuid4()}/{number}.jpg" for number in range(count)]
 
 
-@contextlib.contextmanager
-def run_redis() -> Iterator[str]:
-    """Run a Redis that makes every write durable."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--save", ""]
-        command += ["--dir", folder, "--appendonly", "yes", "--appendfsync", "always"]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-            try:
-                for _ in range(500):
-                    with (
-                        contextlib.suppress(OSError),
-                        socket.create_connection(("127.0.0.1", port)),
-                    ):
-                        break
-                    time.sleep(0.01)
-                yield f"redis://127.0.0.1:{port}/0"
-            finally:
-                process.terminate()
-
-
 def build_stage(url: str, redis_url: str, permits: int) -> AnalyzeStage[str, Any]:
     return AnalyzeStage(
         Captioning,
-        credentials=Credentials("demo", "key", "secret", host=url),
+        credentials=Credentials(CLOUD, API_KEY, API_SECRET, host=url),
         settings=Settings(permits=permits),
         ledger=RedisLedger(redis_url),
         pickle_credentials=True,
@@ -85,10 +61,8 @@ def measure(perform: Callable[[], int]) -> float:
 
 
 def run_plain(url: str) -> float:
-    credentials = Credentials("demo", "key", "secret", host=url)
-
     async def run() -> float:
-        async with AnalyzeSession(credentials, settings=Settings(permits=PERMITS)) as session:
+        async with build_session(url, permits=PERMITS) as session:
             await session.analyze_all([Captioning(each) for each in build_urls(200)])
             urls, begun = build_urls(), time.perf_counter()
             async with session.map(urls, Captioning) as stream:
@@ -147,7 +121,7 @@ def main(arguments: list[str]) -> int:
     if shutil.which("redis-server") is None:
         print("redis-server is not installed.")
         return 1
-    with run_server(delay=0.05) as place, run_redis() as redis_url:
+    with run_server(delay=0.05) as place, run_redis("always") as redis_url:
         contenders: dict[str, Callable[[], float]] = {
             "plain session": lambda: run_plain(place.url),
             "stage": lambda: run_stage(place.url, redis_url),

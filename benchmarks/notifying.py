@@ -15,9 +15,10 @@ from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from benchmarks.clients import build_session
 from benchmarks.model import OURS, Cell, Job, Sample, Samples, Target
 from benchmarks.notices import SIGNATURE_HEADER, TIMESTAMP_HEADER, build_notice
-from benchmarks.payloads import ANSWERS, API_KEY, API_SECRET, CLOUD, build_task_id
+from benchmarks.payloads import ANSWERS, API_SECRET, build_task_id
 
 if TYPE_CHECKING:
     from cloudinary_analyze import Delivery
@@ -54,14 +55,12 @@ async def _resolve_by_hand(deliveries: list[Delivery], task_ids: list[str]) -> f
 
 async def _resolve_with_ours(deliveries: list[Delivery], task_ids: list[str]) -> float:
     """Return the CPU seconds that a session takes."""
-    from cloudinary_analyze import AnalyzeSession, Captioning, Coco, Credentials, Settings
+    from cloudinary_analyze import Captioning, Coco
 
     queue: asyncio.Queue[Delivery] = asyncio.Queue()
     kind = Coco if b'"tags"' in deliveries[0].body else Captioning
-    async with AnalyzeSession(
-        Credentials(CLOUD, API_KEY, API_SECRET),
-        settings=Settings(host="http://127.0.0.1:9", poll_first=3600, poll_longest=3600),
-        notifications=queue,
+    async with build_session(
+        "http://127.0.0.1:9", notifications=queue, poll_first=3600, poll_longest=3600
     ) as session:
         tasks = [session.task(task_id, kind) for task_id in task_ids]
         tracker = session._connection.tracker  # type: ignore[union-attr]  # noqa: SLF001

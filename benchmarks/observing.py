@@ -12,8 +12,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from benchmarks.clients import build_session
 from benchmarks.model import OURS, Cell, Job, Sample, Samples, Target
-from benchmarks.payloads import ANSWERS, API_KEY, API_SECRET, CLOUD, build_image_url
+from benchmarks.payloads import ANSWERS, build_image_url
 
 if TYPE_CHECKING:
     from cloudinary_analyze import AnalyzeSession
@@ -50,10 +51,9 @@ def _watch_with_telemetry(session: AnalyzeSession) -> None:
 
 async def _call(count: int, watch: Callable[[AnalyzeSession], None]) -> float:
     """Return the CPU seconds that calls take, one after the other."""
-    from cloudinary_analyze import AnalyzeSession, Captioning, Credentials
+    from cloudinary_analyze import Captioning
 
-    credentials = Credentials(CLOUD, API_KEY, API_SECRET, host="http://127.0.0.1:9")
-    async with AnalyzeSession(credentials) as session:
+    async with build_session("http://127.0.0.1:9") as session:
         watch(session)
         attempts = session._connection.caller.attempts  # type: ignore[union-attr]  # noqa: SLF001
         transport = attempts.transport

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any, Final
 
 CLOUD: Final = "emulator-benchmarks"
@@ -17,6 +18,16 @@ _LABELS: Final = ("person", "car", "dog", "chair", "bottle", "cup", "traffic lig
 def build_image_url(number: int) -> str:
     """Return a URL that differs from call to call, as in real use."""
     return f"https://res.cloudinary.com/demo/image/upload/v1/folder/{number}.jpg"
+
+
+def write_urls(path: Path, count: int) -> None:
+    """Write the input of a command: one URL a line."""
+    path.write_text("".join(f"{build_image_url(number)}\n" for number in range(count)))
+
+
+def build_cloudinary_url(url: str) -> str:
+    """Return the ``CLOUDINARY_URL`` of the server at `url`."""
+    return f"cloudinary://{API_KEY}:{API_SECRET}@{CLOUD}?upload_prefix={url}"
 
 
 def build_task_id(number: int) -> str:

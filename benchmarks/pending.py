@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import statistics
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+from benchmarks.clients import build_session
+from benchmarks.lag import LoopLag, compute_p99
 from benchmarks.memory import read_memory
 from benchmarks.model import OURS, Cell, Job, Sample, Samples, Target
 from benchmarks.notices import build_notice
-from benchmarks.payloads import ANSWERS, API_KEY, API_SECRET, CLOUD, build_image_url
+from benchmarks.payloads import ANSWERS, build_image_url
 from benchmarks.server import run_server
 
 if TYPE_CHECKING:
@@ -24,27 +25,7 @@ if TYPE_CHECKING:
 BATCH: Final = 1000
 PART: Final = 10  # divides the items of a job
 WATCH_SECONDS: Final = 10.0
-TICK: Final = 0.002  # seconds
 LAG: Final = "loop lag p99 ms"
-
-
-class _Lag:
-    """Samples how late the event loop runs its callbacks."""
-
-    def __init__(self) -> None:
-        self.samples: list[float] = []
-        self._task = asyncio.create_task(self._sample())
-
-    async def _sample(self) -> None:
-        while True:
-            due = time.perf_counter() + TICK
-            await asyncio.sleep(TICK)
-            self.samples.append(1000 * max(0.0, time.perf_counter() - due))
-
-    def stop(self) -> float:
-        """Return the 99th percentile, in milliseconds."""
-        self._task.cancel()
-        return statistics.quantiles(self.samples, n=100, method="inclusive")[98]
 
 
 async def _submit(session: AnalyzeSession, requests: list[Captioning]) -> list[AnalysisTask[Any]]:
@@ -69,14 +50,14 @@ async def _measure_session(
     memory = read_memory() - memory
 
     gc.collect()
-    polls, lag, cpu = session.stats.polls, _Lag(), time.process_time()
+    polls, lag, cpu = session.stats.polls, LoopLag(), time.process_time()
     await asyncio.sleep(WATCH_SECONDS)
     busy = (time.process_time() - cpu) / WATCH_SECONDS
-    waiting = lag.stop()
+    waiting = compute_p99(lag.stop())
     rate = (session.stats.polls - polls) / WATCH_SECONDS
 
     notices = [build_notice(task.task_id or "", ANSWERS["captioning"]) for task in tasks]
-    lag, cpu = _Lag(), time.process_time()
+    lag, cpu = LoopLag(), time.process_time()
     for body, headers in notices:
         queue.put_nowait(Delivery(body, headers))
     while session.stats.pending:
@@ -87,7 +68,7 @@ async def _measure_session(
         value=memory * 2**20 / count,
         notes={
             LAG: waiting,
-            "loop lag p99 ms while resolving": lag.stop(),
+            "loop lag p99 ms while resolving": compute_p99(lag.stop()),
             "CPU % while pending": 100 * busy,
             "polls a second": rate,
             "polls a resolved task": session.stats.polls / len(tasks),
@@ -99,14 +80,8 @@ async def _measure_session(
 
 
 async def _run(job: Job) -> Sample:
-    from cloudinary_analyze import AnalyzeSession, Credentials, Settings
-
     queue: asyncio.Queue[Delivery] = asyncio.Queue()
-    async with AnalyzeSession(
-        Credentials(CLOUD, API_KEY, API_SECRET),
-        settings=Settings(host=job.url),
-        notifications=queue,
-    ) as session:
+    async with build_session(job.url, notifications=queue) as session:
         return await _measure_session(session, queue, job.items // PART)
 
 

@@ -12,53 +12,45 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import statistics
 import time
 from typing import Final
 
+from benchmarks.clients import build_session
+from benchmarks.lag import TICK, LoopLag, compute_p99
 from benchmarks.memory import read_memory
 from benchmarks.model import OURS, Cell, Job, Sample, Samples, Target
 from benchmarks.notices import build_notice
-from benchmarks.payloads import ANSWERS, API_KEY, API_SECRET, CLOUD, build_task_id
-from cloudinary_analyze import (
-    AnalyzeSession,
-    Captioning,
-    Coco,
-    Credentials,
-    Delivery,
-    Settings,
-)
+from benchmarks.payloads import ANSWERS, build_task_id
+from cloudinary_analyze import AnalyzeSession, Captioning, Coco, Delivery
 
 DELIVERIES_PART: Final = 10  # divides the items of a job
 ANSWERED: Final = 10_000
 BATCH: Final = 500
-TICK: Final = 0.002  # seconds
 STALL: Final = "longest without collections ms CPU"
 LAG: Final = "loop lag p99 ms"
 WARM_UP: Final = 200
 
 
 def _open(queue: asyncio.Queue[Delivery], *, kept: int = 10_000) -> AnalyzeSession:
-    settings = Settings(
-        host="http://127.0.0.1:9",
+    return build_session(
+        "http://127.0.0.1:9",
+        notifications=queue,
         poll_first=3600,
         poll_longest=3600,
         polls_per_second=0.001,  # re-attached tasks are polled soon; nothing listens here
         answered_count=kept,
     )
-    credentials = Credentials(CLOUD, API_KEY, API_SECRET)
-    return AnalyzeSession(credentials, settings=settings, notifications=queue)
 
 
 class _Watch:
-    """Samples the CPU time of each turn of the loop, and how late it runs its callbacks."""
+    """Samples the CPU time of each turn of the loop, and the loop's lag."""
 
     def __init__(self) -> None:
         self.longest = self.longest_without_collections = 0.0
-        self.lags: list[float] = []
         self._collecting = self._collection_began = 0.0
         gc.callbacks.append(self._note_collection)
-        self._tasks = [asyncio.create_task(self._turn()), asyncio.create_task(self._tick())]
+        self._turns = asyncio.create_task(self._turn())
+        self._lag = LoopLag()
 
     def _note_collection(self, phase: str, _info: object) -> None:
         if phase == "start":
@@ -79,17 +71,12 @@ class _Watch:
             )
             before = now
 
-    async def _tick(self) -> None:
-        while True:
-            due = time.perf_counter() + TICK
-            await asyncio.sleep(TICK)
-            self.lags.append(max(0.0, time.perf_counter() - due))
-
-    async def stop(self) -> None:
+    async def stop(self) -> list[float]:
+        """Return the lags in milliseconds."""
         await asyncio.sleep(2 * TICK)  # sees the last turn, too
         gc.callbacks.remove(self._note_collection)
-        for task in self._tasks:
-            task.cancel()
+        self._turns.cancel()
+        return self._lag.stop()
 
 
 async def _resolve(queue: asyncio.Queue[Delivery], session: AnalyzeSession, count: int) -> Sample:
@@ -111,14 +98,14 @@ async def _resolve(queue: asyncio.Queue[Delivery], session: AnalyzeSession, coun
     watch = _Watch()
     await tasks[count - 1]
     taken = time.process_time() - begun
-    await watch.stop()
+    lags = await watch.stop()
     assert all(task.done() for task in tasks)
     return Sample(
         value=1e3 * watch.longest,
         notes={
             STALL: 1e3 * watch.longest_without_collections,
-            LAG: 1e3 * statistics.quantiles(watch.lags, n=100, method="inclusive")[98],
-            "most loop lag ms": 1e3 * max(watch.lags),
+            LAG: compute_p99(lags),
+            "most loop lag ms": max(lags),
             "µs CPU a delivery": 1e6 * taken / count,
             "deliveries": count,
         },

@@ -21,7 +21,13 @@ from typing import Any, Final
 
 from benchmarks.memory import read_peak_memory
 from benchmarks.model import OURS, Cell, Job, Place, Sample, Samples, Target
-from benchmarks.payloads import ANSWERS, API_KEY, API_SECRET, CLOUD, build_image_url
+from benchmarks.payloads import (
+    ANSWERS,
+    CLOUD,
+    build_cloudinary_url,
+    build_image_url,
+    write_urls,
+)
 
 LEFT: Final = 20
 MODEL: Final = "captioning"
@@ -35,8 +41,7 @@ def prepare(items: int) -> Iterator[Place]:
     """Give the input and the ledger of a run that was killed shortly before its end."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        lines = "".join(f"{build_image_url(number)}\n" for number in range(items))
-        (directory / INPUT).write_text(lines)
+        write_urls(directory / INPUT, items)
         _write_ledger(directory / LEDGER, items)
         yield Place(directory=name)
 
@@ -77,17 +82,17 @@ async def _resume(directory: Path) -> tuple[float, float]:
         writer.close()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    address = "{}:{}".format(*server.sockets[0].getsockname())
+    url = "http://{}:{}".format(*server.sockets[0].getsockname())
     ledger = directory / "results.jsonl.ledger"
     shutil.copyfile(directory.parent / LEDGER, ledger)
     with closing(sqlite3.connect(ledger)) as connection, connection:
-        connection.execute("UPDATE owner SET base_url = ?", (f"http://{address}",))
+        connection.execute("UPDATE owner SET base_url = ?", (url,))
     begun = time.perf_counter()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "cloudinary_analyze", "run", MODEL),
         *("--input", str(directory.parent / INPUT), "--output", "results.jsonl"),
         cwd=directory,
-        env=os.environ | {"CLOUDINARY_URL": _build_environment_url(address)},
+        env=os.environ | {"CLOUDINARY_URL": build_cloudinary_url(url)},
         stderr=asyncio.subprocess.DEVNULL,
     )
     ended = asyncio.create_task(process.wait())
@@ -101,10 +106,6 @@ async def _resume(directory: Path) -> tuple[float, float]:
             process.kill()
         await ended
         server.close()
-
-
-def _build_environment_url(address: str) -> str:
-    return f"cloudinary://{API_KEY}:{API_SECRET}@{CLOUD}?upload_prefix=http://{address}"
 
 
 def _measure(job: Job) -> Samples:

@@ -9,8 +9,9 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Final
 
+from benchmarks.clients import build_session
 from benchmarks.model import OURS, Cell, Job, Sample, Samples, Target
-from benchmarks.payloads import API_KEY, API_SECRET, CLOUD, build_image_url
+from benchmarks.payloads import build_image_url
 from benchmarks.server import run_server
 
 BASELINE: Final = "interactive calls alone"
@@ -41,12 +42,10 @@ async def _call_at_a_rate(perform: Perform, seconds: float) -> list[float]:
 
 
 async def _measure_calls(url: str, *, bulk: bool) -> Sample:
-    from cloudinary_analyze import AnalyzeSession, Captioning, Credentials, Settings
+    from cloudinary_analyze import Captioning
 
-    credentials = Credentials(CLOUD, API_KEY, API_SECRET)
-    settings = Settings(host=url, permits=PERMITS)
     done = 0
-    async with AnalyzeSession(credentials, settings=settings) as session:
+    async with build_session(url, permits=PERMITS) as session:
 
         async def work() -> None:
             nonlocal done

@@ -25,6 +25,7 @@ import attrs
 from aiohttp import web
 
 from benchmarks.drawing import Line, Panel, draw
+from benchmarks.lag import LoopLag
 from benchmarks.memory import read_allocated, read_resident
 from benchmarks.processes import ROOT
 from benchmarks.soaking import run_faulty_service
@@ -33,7 +34,6 @@ from cloudinary_analyze.notifications.aiohttp import WebhookReceiver
 from cloudinary_analyze.serialization import to_dict
 
 SECONDS: Final = 600
-TICK: Final = 0.01  # seconds between two measurements of the loop's lag
 LEAST_SECONDS: Final = 10
 SPARE_DESCRIPTORS: Final = 8  # for the connections of one more burst
 # The shares by which allocated and resident memory may grow over the second half. Free memory
@@ -74,7 +74,6 @@ class Soak:
     samples: list[Sample] = attrs.field(factory=list)
     answered: int = 0
     failures: Counter[str] = attrs.field(factory=Counter)
-    longest_lag: float = 0.0
     stats: dict[str, Any] = attrs.field(factory=dict)
 
     async def run(self, cloudinary_url: str, seconds: float) -> None:
@@ -103,7 +102,6 @@ class Soak:
             tasks = [
                 asyncio.create_task(self._stream(session, "call")),
                 asyncio.create_task(self._stream(session, "task")),
-                asyncio.create_task(self._watch_lag()),
                 asyncio.create_task(self._take_samples()),
             ]
             done, _ = await asyncio.wait(
@@ -126,14 +124,8 @@ class Soak:
                 else:
                     self.failures[type(outcome.error).__name__] += 1
 
-    async def _watch_lag(self) -> None:
-        while True:
-            due = time.monotonic() + TICK
-            await asyncio.sleep(TICK)
-            self.longest_lag = max(self.longest_lag, 1000 * (time.monotonic() - due))
-
     async def _take_samples(self) -> None:
-        begun = time.monotonic()
+        begun, lag = time.monotonic(), LoopLag()
         answered = failed = 0
         for second in itertools.count(1):
             await asyncio.sleep(begun + second - time.monotonic())
@@ -144,13 +136,12 @@ class Soak:
                     allocated=read_allocated(),
                     blocks=sys.getallocatedblocks(),
                     descriptors=len([*Path("/proc/self/fd").iterdir()]),
-                    lag=self.longest_lag,
+                    lag=max(lag.take(), default=0.0),
                     answered=self.answered - answered,
                     failed=self.failures.total() - failed,
                 )
             )
             answered, failed = self.answered, self.failures.total()
-            self.longest_lag = 0.0
 
     def judge(self) -> tuple[list[str], bool]:
         """Return what the samples say, and whether memory and descriptors stayed constant."""
