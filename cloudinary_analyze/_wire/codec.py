@@ -29,8 +29,8 @@ def loads(text: bytes) -> Any:
         ValueError: It is not valid JSON.
         RecursionError: It is nested too deeply.
     """
-    # `find`, because bytes first try what `in` is given as a number
-    if orjson is not None and text.translate(_SAME_DIGIT).find(_LONG_NUMBER) < 0:
+    # `rfind` takes half the time of `find` for a pattern of equal bytes
+    if orjson is not None and text.translate(_SAME_DIGIT).rfind(_LONG_NUMBER) < 0:
         try:
             return orjson.loads(text)
         except ValueError:
