@@ -572,6 +572,11 @@ def shorten(text: bytes | str, length: int = SHOWN_BODY) -> str:
     return text if len(text) <= length else f"{text[:length]}…"
 
 
+def describe_reason(error: BaseException) -> str:
+    """Return the text of an error that is not ours, to be followed by a full stop."""
+    return shorten(str(error).encode(errors="replace")).rstrip(".") or type(error).__name__
+
+
 def describe(error: BaseException) -> str:
     """Return a short text about an error of any kind, for a log line.
 

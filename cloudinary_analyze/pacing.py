@@ -24,7 +24,7 @@ import attrs
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
 from cloudinary_analyze._redis import Link, LinkFailedError, RedisLocation, read_location
 from cloudinary_analyze._values import Closable
-from cloudinary_analyze.errors import ConfigurationError
+from cloudinary_analyze.errors import ConfigurationError, describe_reason
 
 __all__ = ["RedisPacer"]
 
@@ -152,7 +152,7 @@ class RedisPacer(Closable):
         except LinkFailedError as error:
             await self.aclose()
             raise ConnectionError(
-                f"The pacer at {self.location} cannot be used: {error}. Nothing was sent."
+                f"The pacer at {self.location} cannot be used: {describe_reason(error)}. Nothing was sent."
             ) from error
         now = self.clock.monotonic()
         reserved.starts.extend(now + away + number / self.rate for number in range(count))

@@ -28,6 +28,7 @@ from cloudinary_analyze.errors import (
     ConfigurationError,
     ResponseDecodeError,
     TransportError,
+    describe_reason,
     shorten,
 )
 
@@ -205,7 +206,7 @@ class Transport(NotPicklable):
                     "The aiohttp session passed as `http` was closed. Keep it open until this "
                     "session is closed."
                 ) from error
-            reason = shorten(str(error).encode())
+            reason = describe_reason(error)
             failure = TransportError(
                 f"The HTTP session failed with {type(error).__name__}: {reason}.", permanent=True
             )
@@ -281,7 +282,7 @@ def build_transport_error(
     if isinstance(error, aiohttp.ServerDisconnectedError):
         reason = "Server disconnected"
     else:
-        reason = shorten(str(error).encode()) or type(error).__name__
+        reason = describe_reason(error)
     if isinstance(error, _CERTIFICATE):
         return TransportError(
             f"The server's certificate is not trusted, so nothing was sent: {reason}.",
@@ -298,7 +299,7 @@ def build_transport_error(
         place = " to the proxy" if isinstance(error, aiohttp.ClientProxyConnectionError) else ""
         return TransportError(f"Could not connect{place}, so nothing was sent: {reason}.")
     if isinstance(error, aiohttp.ClientResponseError):
-        reason = shorten(str(error.message or error.status).encode())
+        reason = shorten(str(error.message or error.status).encode()).rstrip(".")
         whose = "response" if sent or not proxied else "proxy's response"
         return TransportError(f"The {whose} is not valid HTTP: {reason}.")
     if not sent:

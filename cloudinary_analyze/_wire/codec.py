@@ -54,24 +54,24 @@ def _parse_integer(digits: str) -> int | str:
 
 
 def dumps(value: Any) -> bytes:
-    """Return compact JSON without loss, for any strings, integers and nesting."""
+    """Return compact JSON without loss, for any strings, integers and nesting.
+
+    Numbers that JSON does not have (NaN, infinity) are written as null.
+    """
     if orjson is not None:
         try:
             return orjson.dumps(value)
         except TypeError:  # an integer over 64 bits, an unpaired surrogate, or 255 levels
             pass
     try:
-        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    except RecursionError:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except (RecursionError, ValueError):  # nested too deeply, or NaN or infinity
         text = dump_deep(value)
     return text.encode("utf-8", "backslashreplace")  # writes half a surrogate pair as JSON does
 
 
 def dump_deep(value: Any) -> str:
-    """Return JSON without recursion, for what is nested almost too deeply to be read.
-
-    Numbers that JSON does not have (NaN, infinity) are written as null.
-    """
+    """Return JSON without recursion, for what is nested almost too deeply; see `dumps`."""
     parts: list[str] = []
     stack: list[tuple[Any, bool]] = [(value, False)]  # and whether it is JSON already
     while stack:

@@ -12,7 +12,7 @@ from cyclopts import App, CycloptsError, Parameter, validators
 from rich.console import Console
 
 from cloudinary_analyze._version import __version__
-from cloudinary_analyze.cli.feed import NO_INPUT, InputOptions, open_source
+from cloudinary_analyze.cli.feed import NO_INPUT, InputOptions, check_rows, open_source
 from cloudinary_analyze.cli.files import check_conflicts, check_output
 from cloudinary_analyze.cli.models import NO_PARAMETERS, Parameters, choose_models, print_models
 from cloudinary_analyze.cli.money import NO_LIMITS, SpendingOptions, perform_dry_run
@@ -49,9 +49,11 @@ from cloudinary_analyze.cli.screen import (
 )
 from cloudinary_analyze.cli.service import (
     DEFAULT_CALLS,
+    HIGHEST_PORT,
     CallOptions,
     EmulatorPlan,
     ProxyOption,
+    check_host,
     read_latency,
     read_quotas,
     serve,
@@ -59,7 +61,7 @@ from cloudinary_analyze.cli.service import (
 from cloudinary_analyze.cli.shared import is_shared, shard_source
 from cloudinary_analyze.cli.single import SinglePlan, perform_analyze, perform_status
 from cloudinary_analyze.cli.text import read_source
-from cloudinary_analyze.errors import AnalyzeError
+from cloudinary_analyze.errors import AnalyzeError, describe_reason
 from cloudinary_analyze.results.report import DEFAULT_TITLE
 
 DEFAULT_SAMPLES: Final = 300
@@ -107,8 +109,14 @@ Emulated = Annotated[
 Work = Callable[[Console], "ExitCode | Coroutine[Any, Any, ExitCode]"]
 """The work of a command, once its options are read."""
 
-Host = Annotated[str, Parameter(help="Address to listen on.")]
-Port = Annotated[int, Parameter(help="Port to listen on; 0 takes a free one.")]
+Host = Annotated[str, Parameter(help="Address to listen on.", validator=check_host)]
+Port = Annotated[
+    int,
+    Parameter(
+        help="Port to listen on; 0 takes a free one.",
+        validator=validators.Number(gte=0, lte=HIGHEST_PORT),
+    ),
+]
 
 
 @app.command(help=RUN_HELP)
@@ -148,6 +156,8 @@ def run(
     if source.shard is not None and lines is not None:
         lines = shard_source(lines, source.shard)
     places = plan_places(results, inputs=() if lines is None else lines.files, needs_ledger=named)
+    if lines is not None and lines.repeatable:
+        check_rows(lines)
     if retry_failed and places.ledger is None:
         raise CommandError("--retry-failed needs a ledger; add --ledger.")
     if places.shared is not None and (retry_failed or emulated):
@@ -376,7 +386,9 @@ def _read(arguments: Sequence[str]) -> Work | None:
             result_action="return_value",
         )
     except OSError as error:
-        raise CommandError(f"{error.filename or 'A file'}: {error.strerror or error}.") from None
+        raise CommandError(
+            f"{error.filename or 'A file'}: {error.strerror or describe_reason(error)}."
+        ) from None
     return work
 
 

@@ -28,7 +28,7 @@ from cyclopts import Parameter, validators
 from cloudinary_analyze._sources import is_same_image
 from cloudinary_analyze.cli.input import Columns, InputFormat, detect_format, read_input
 from cloudinary_analyze.cli.screen import STANDARD, CommandError
-from cloudinary_analyze.errors import ConfigurationError, InvalidRequestError
+from cloudinary_analyze.errors import ConfigurationError, InvalidRequestError, describe_reason
 from cloudinary_analyze.requests import Uri
 from cloudinary_analyze.results.records import InputItem, InputLine
 
@@ -178,6 +178,18 @@ def open_source(options: InputOptions) -> LineSource:
     )
 
 
+def check_rows(source: LineSource) -> None:
+    """Check in advance, before a ledger is created, that an input of files has rows.
+
+    Raises:
+        CommandError: It has none.
+        ConfigurationError: It cannot be read.
+    """
+    with closing(source.read()) as lines:
+        if next(lines, None) is None:
+            raise CommandError(f"The input, {source.name}, has no rows. Nothing was sent.")
+
+
 def _find_files(names: Sequence[str]) -> list[str]:
     """Expand glob patterns, unless a file has that name.
 
@@ -237,7 +249,7 @@ def _open_one(
                 yield from lines
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise ConfigurationError(
-                    f"The compressed input {name} is damaged: {error}."
+                    f"The compressed input {name} is damaged: {describe_reason(error)}."
                 ) from error
             except ConfigurationError as error:
                 raise ConfigurationError(f"{name}: {error.message}") from error

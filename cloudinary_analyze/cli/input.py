@@ -7,14 +7,13 @@ the rest is read. If it is unclear where records end, for example after an open 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from datetime import date, time
-from importlib import import_module
 from pathlib import PurePath
 from typing import Any, BinaryIO, Final, Literal
 
 import attrs
 
 from cloudinary_analyze._wire import codec
+from cloudinary_analyze.cli.parquet import read_rows
 from cloudinary_analyze.cli.table import (
     USUAL_COLUMNS,
     find_column,
@@ -27,10 +26,11 @@ from cloudinary_analyze.cli.text import (
     explain_text,
     list_names,
     make_encodable,
+    read_count,
     read_lines,
     read_source,
 )
-from cloudinary_analyze.errors import ConfigurationError, InvalidRequestError, shorten
+from cloudinary_analyze.errors import ConfigurationError, InvalidRequestError
 from cloudinary_analyze.results.records import InputLine
 
 InputFormat = Literal["text", "csv", "jsonl", "parquet"]
@@ -48,8 +48,6 @@ FORMATS: Final[Mapping[str, InputFormat]] = {
     ".parquet": "parquet",
     ".pq": "parquet",
 }
-
-_ROWS_AT_ONCE: Final = 1000
 
 
 @attrs.frozen(kw_only=True)
@@ -210,33 +208,8 @@ class _Reader:
                 yield self._build_object_line(number, record, text)
 
     def read_parquet(self, stream: BinaryIO) -> Iterator[InputLine]:
-        try:
-            # by name: the library has no types
-            arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
-        except ModuleNotFoundError as error:
-            raise ConfigurationError(
-                f"Parquet needs the package {error.name}, which is not installed: "
-                "pip install 'cloudinary-analyze[parquet]'"
-            ) from None
-        try:
-            table = parquet.ParquetFile(stream)
-            names = [
-                field.name
-                for field in table.schema_arrow
-                if not (
-                    arrow.types.is_binary(field.type) or arrow.types.is_large_binary(field.type)
-                )
-            ]
-            number = 0
-            for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=names):
-                for row in batch.to_pylist():
-                    number += 1
-                    record = _make_json(row)
-                    yield self._build_object_line(number, record, "")
-        except (arrow.ArrowException, OSError) as error:
-            raise ConfigurationError(
-                f"The input is not a readable Parquet file: {shorten(str(error))}."
-            ) from None
+        for number, record in enumerate(read_rows(stream), start=1):
+            yield self._build_object_line(number, record, "")
 
     def _build_object_line(self, number: int, record: dict[str, Any], text: str) -> InputLine:
         source_column = self.columns.source
@@ -259,8 +232,13 @@ class _Reader:
         if self.columns.name is None:
             return self._build_line(number, value.strip(), columns)
         known_as = _find_field(record, self.columns.name)
+        known_as = "" if known_as is None else known_as
         if isinstance(known_as, bool) or not isinstance(known_as, str | int):
-            known_as = ""
+            reason = (
+                f"The field {self.columns.name!r}, which identifies the images, must be text or an "
+                "integer."
+            )
+            return self._build_bad_line(number, text, reason, columns)
         return self._build_named_line(
             number, value.strip(), columns, str(known_as).strip(), self.columns.name
         )
@@ -291,28 +269,21 @@ class _Reader:
         return InputLine(number, shown, error=error, file=self.file, columns=columns or None)
 
 
-def _find_field(record: Any, name: str) -> Any:
-    """Return a field of an object, by its name or by a dotted path. ``None`` if it is missing."""
-    if isinstance(record, dict) and name in record:
-        return record[name]
-    for part in name.split("."):
-        if isinstance(record, dict):
-            record = record.get(part)
-        elif isinstance(record, list) and part.isdecimal() and int(part) < len(record):
-            record = record[int(part)]
-        else:
-            return None
-    return record
+def _find_field(value: Any, name: str) -> Any:
+    """Return a field of an object, by its name or by a dotted path. ``None`` if it is missing.
 
-
-def _make_json(value: Any) -> Any:
-    """Return a value of Parquet as a value of JSON."""
-    if value is None or isinstance(value, str | int | float):
-        return value
+    The names on the path may contain dots, too.
+    """
     if isinstance(value, dict):
-        return {str(name): _make_json(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_make_json(entry) for entry in value]
-    if isinstance(value, bytes):
-        return None
-    return value.isoformat() if isinstance(value, date | time) else str(value)
+        if name in value:
+            return value[name]
+        for place in (place for place, char in enumerate(name) if char == "."):
+            found = _find_field(value.get(name[:place]), name[place + 1 :])
+            if found is not None:
+                return found
+    elif isinstance(value, list):
+        first, _, rest = name.partition(".")
+        number = read_count(first)
+        if number is not None and number < len(value):
+            return _find_field(value[number], rest) if rest else value[number]
+    return None

@@ -23,6 +23,7 @@ from cloudinary_analyze.cli.ledger import Book, RunLedger, build_makers, find_re
 from cloudinary_analyze.cli.output import write_summary
 from cloudinary_analyze.cli.screen import CommandError, ExitCode, MessageConsole, say
 from cloudinary_analyze.cli.service import open_service
+from cloudinary_analyze.cli.text import read_count
 from cloudinary_analyze.errors import LedgerError
 from cloudinary_analyze.ledger.items import Inventory, read_newest_responses
 from cloudinary_analyze.outcomes import AnyOutcome
@@ -102,16 +103,16 @@ class SpendingOptions:
         for text in self.max_units:
             feature, _, number = text.partition("=")
             feature = feature.strip()
-            if not number.strip().isdecimal():
+            if (count := read_count(number)) is None:
                 raise CommandError(
-                    f"--max-units must be FEATURE=N, such as ai_vision=50000, not {text!r}."
+                    f"--max-units must be FEATURE=N, such as ai_vision=50000, not {text!r:.60}."
                 )
             if feature not in features:
                 raise CommandError(
                     f"--max-units {text}: no model of this run uses {feature!r}. "
                     f"They use {', '.join(sorted(features))}."
                 )
-            units[feature] = int(number)
+            units[feature] = count
         if self.sample is None and self.max_calls is None and not units:
             return None
         return Budget(calls=self.max_calls, units=units)

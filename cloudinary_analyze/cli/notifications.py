@@ -33,8 +33,9 @@ from cloudinary_analyze.cli.screen import (
     say,
     show_logs,
 )
-from cloudinary_analyze.cli.service import EMULATOR_ASIDE, Service, read_credentials
-from cloudinary_analyze.errors import LedgerError
+from cloudinary_analyze.cli.service import EMULATOR_ASIDE, HIGHEST_PORT, Service, read_credentials
+from cloudinary_analyze.cli.text import read_count
+from cloudinary_analyze.errors import LedgerError, describe_reason
 from cloudinary_analyze.events import Event, NotificationSeen
 from cloudinary_analyze.notifications.receiver import DROPPED
 from cloudinary_analyze.outcomes import AnyOutcome
@@ -147,9 +148,10 @@ def read_address(text: str) -> tuple[str, int]:
         CommandError: It has another form.
     """
     host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65_535:
-        raise CommandError(f"--receive takes HOST:PORT, such as 0.0.0.0:8080; not {text!r}.")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    number = read_count(port)
+    if not host or number is None or number > HIGHEST_PORT:
+        raise CommandError(f"--receive takes HOST:PORT, such as 0.0.0.0:8080; not {text!r:.60}.")
+    return host.removeprefix("[").removesuffix("]"), number
 
 
 @attrs.define(eq=False)
@@ -306,8 +308,9 @@ async def serve(
         stack.push_async_callback(runner.cleanup)
         try:
             server = await asyncio.get_running_loop().create_server(accept, host, port)
-        except (OSError, OverflowError) as error:
-            raise CommandError(f"Webhooks cannot be received on {host}:{port}: {error}.") from None
+        except (OSError, ValueError) as error:
+            reason = describe_reason(error)
+            raise CommandError(f"Webhooks cannot be received on {host}:{port}: {reason}.") from None
         stack.callback(server.close)
         shown = f"[{host}]" if ":" in host else host
         yield f"http://{shown}:{server.sockets[0].getsockname()[1]}"

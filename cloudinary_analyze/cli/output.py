@@ -28,6 +28,7 @@ from cloudinary_analyze.cli.ledger import HaltedError
 from cloudinary_analyze.cli.outlet import Outlet, escape_controls
 from cloudinary_analyze.cli.screen import STANDARD, CommandError, ExitCode, explain_stdout, say
 from cloudinary_analyze.cli.shared import SharedItems, build_shared_ledger, is_shared
+from cloudinary_analyze.errors import ConfigurationError
 from cloudinary_analyze.ledger.items import LedgerItem
 from cloudinary_analyze.ledger.sqlite import SQLiteLedger
 from cloudinary_analyze.requests import read_model_name
@@ -456,7 +457,8 @@ def export_ledger(
     if wanted and not statistics.total:
         known = sorted({item.model for item in export.ledger.iter_items() if item.model})
         say(console, f"The ledger has no results of that kind; its models: {', '.join(known)}.")
-    sentence = f"{statistics.total:,} items in {output}: {statistics.ok:,} ok, "
+    place = "standard output" if output == STANDARD else output
+    sentence = f"{statistics.total:,} items in {place}: {statistics.ok:,} ok, "
     sentence += f"{statistics.failed:,} failed"
     if export.unanswered:
         sentence += f"; {export.unanswered:,} more have no outcome yet"
@@ -490,11 +492,11 @@ def _write(
         written = write_report(lines, output, title=title, source=str(results))
     except OSError as error:
         raise _explain(output, error) from None
-    if not written.results and written.bad_lines:
+    except ConfigurationError:
         raise CommandError(
-            f"{results} holds no record of a run, so {output} is empty. Name the results in JSON "
-            "Lines, or the ledger of the run."
-        )
+            f"{results} holds no record of a run, so {output} was not written. Name the results in "
+            "JSON Lines, or the ledger of the run."
+        ) from None
     say(console, f"{written.results:,} results, {written.pictures:,} pictures in {output}.")
     if written.bad_lines:
         say(console, f"{written.bad_lines:,} lines were no record and left out.", style="yellow")

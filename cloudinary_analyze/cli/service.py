@@ -13,6 +13,7 @@ from cyclopts import Parameter, validators
 from rich.console import Console
 
 from cloudinary_analyze.cli.screen import CommandError, ExitCode, handle_interrupts, say, show_logs
+from cloudinary_analyze.cli.text import read_count
 from cloudinary_analyze.config import (
     DEFAULT_HOST,
     MOST_PERMITS,
@@ -23,7 +24,7 @@ from cloudinary_analyze.config import (
     proxy_from_environment,
     read_base_url,
 )
-from cloudinary_analyze.errors import ConfigurationError
+from cloudinary_analyze.errors import ConfigurationError, describe_reason
 from cloudinary_analyze.ledger.sqlite import PATIENCE
 
 if TYPE_CHECKING:
@@ -33,6 +34,19 @@ CLOUD_VARIABLE: Final = "CLOUDINARY_CLOUD_NAME"
 WEBHOOKS: Final = 256
 EMULATOR_ASIDE: Final = "start `cloudinary-analyze emulator`, and export what it prints"
 NO_ACCOUNT: Final = "add --emulator to try it on this machine, without an account"
+
+
+HIGHEST_PORT: Final = 65_535
+
+
+def check_host(_kind: Any, host: str) -> None:
+    """Refuse an empty address, which would listen on all of them; a validator of cyclopts.
+
+    Raises:
+        ValueError: It is empty.
+    """
+    if not host.strip():
+        raise ValueError("Name an address, such as 127.0.0.1, or 0.0.0.0 for all of them.")
 
 
 def _get_default(name: str) -> Any:
@@ -255,9 +269,11 @@ def read_quotas(texts: Sequence[str]) -> dict[str, int] | None:
     quotas: dict[str, int] = {}
     for text in texts:
         name, _, units = text.partition("=")
-        if not units.strip().isdecimal():
-            raise CommandError(f"--quota takes feature=units, such as ai_vision=500; not {text!r}.")
-        quotas[name.strip()] = int(units)
+        if (count := read_count(units)) is None:
+            raise CommandError(
+                f"--quota takes feature=units, such as ai_vision=500; not {text!r:.60}."
+            )
+        quotas[name.strip()] = count
     return quotas or None
 
 
@@ -299,9 +315,9 @@ async def serve(plan: EmulatorPlan, console: Console) -> ExitCode:
     with handle_interrupts(ended.set, ended.set), show_logs(console):
         try:
             await emulator.start()
-        except (OSError, OverflowError) as error:
+        except (OSError, ValueError) as error:
             raise CommandError(
-                f"The emulator cannot listen on {plan.host}:{plan.port}: {error}. "
+                f"The emulator cannot listen on {plan.host}:{plan.port}: {describe_reason(error)}. "
                 "Pass another --port, or 0 for a free one."
             ) from None
         try:

@@ -21,6 +21,7 @@ from cloudinary_analyze._wire import codec
 from cloudinary_analyze.cli.feed import LineSource
 from cloudinary_analyze.cli.ledger import RunLedger
 from cloudinary_analyze.cli.screen import CommandError
+from cloudinary_analyze.cli.text import read_count
 from cloudinary_analyze.errors import AnalyzeError
 from cloudinary_analyze.ledger.encoding import dump_error
 from cloudinary_analyze.ledger.file import ANSWERED, FAILED
@@ -182,12 +183,13 @@ def read_shard(text: str) -> tuple[int, int]:
     Raises:
         CommandError: It has another form.
     """
-    number, _, count = text.partition("/")
-    if not (number.isascii() and number.isdecimal() and count.isascii() and count.isdecimal()):
+    first, _, second = text.partition("/")
+    number, count = read_count(first), read_count(second)
+    if number is None or count is None:
         raise CommandError(f"--shard must be I/N, such as 1/4, not {text!r:.40}.")
-    if not 1 <= int(number) <= int(count):
+    if not 1 <= number <= count:
         raise CommandError(f"--shard must be I/N with I from 1 to N, not {text!r:.40}.")
-    return int(number), int(count)
+    return number, count
 
 
 def shard_source(source: LineSource, text: str) -> LineSource:
@@ -202,4 +204,4 @@ def shard_source(source: LineSource, text: str) -> LineSource:
         with closing(source.read()) as lines:
             yield from islice(lines, min(number - 1, sys.maxsize), None, min(count, sys.maxsize))
 
-    return attrs.evolve(source, read=read)
+    return attrs.evolve(source, read=read, name=f"shard {number}/{count} of {source.name}")

@@ -19,7 +19,7 @@ from cloudinary_analyze.cli.text import (
     make_encodable,
     read_source,
 )
-from cloudinary_analyze.errors import ConfigurationError, InvalidRequestError
+from cloudinary_analyze.errors import ConfigurationError, InvalidRequestError, describe_reason
 
 LONGEST_RECORD: Final = 100  # lines of a record
 USUAL_COLUMNS: Final = ("url", "uri", "source")
@@ -58,7 +58,7 @@ def read_header(
         try:
             header = next(_build_csv_reader(text.splitlines(keepends=True), delimiter))
         except csv.Error as error:
-            reason = str(error)
+            reason = describe_reason(error)
             continue
         header = [name.strip() for name in header]
         folded = {name.casefold() for name in header}
@@ -112,11 +112,12 @@ def read_records(
         except csv.Error as error:
             quotes = sum(text.count('"') for _, text in record)
             if len(record) == 1 and quotes % 2 == 0:
-                yield record[0][0], f"The record is not valid CSV: {error}."
+                yield record[0][0], f"The record is not valid CSV: {describe_reason(error)}."
                 continue
             first = record[0][0]
             raise _refuse_record(
-                record, f"is not valid CSV: {error}. Is a quote open in line {first}?"
+                record,
+                f"is not valid CSV: {describe_reason(error)}. Is a quote open in line {first}?",
             ) from None
         for number, text in record[1:]:
             cells = text.partition('"')[0].split(delimiter)

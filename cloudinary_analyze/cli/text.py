@@ -11,6 +11,7 @@ from cloudinary_analyze.requests import Asset, Uri
 
 LONGEST_LINE: Final = 64 * 2**20  # bytes
 ASSET_PREFIX: Final = "asset:"
+MOST_DIGITS: Final = 1000
 CUT: Final = "\0"  # ends a line that was cut short; no URL, id or JSON can hold it
 UNDECODED: Final = re.compile("[\ud800-\udfff]")
 
@@ -39,6 +40,13 @@ def read_source(text: str) -> Uri | Asset:
     if text[: len(ASSET_PREFIX)].lower() == ASSET_PREFIX:
         return Asset(text[len(ASSET_PREFIX) :].strip())
     return Uri(text)
+
+
+def read_count(text: str) -> int | None:
+    """Return a whole number of at most a thousand digits. ``None`` for any other text."""
+    text = text.strip()
+    digits = text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS
+    return int(text) if digits else None
 
 
 def read_lines(stream: BinaryIO) -> Iterator[tuple[int, str]]:

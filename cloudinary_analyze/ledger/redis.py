@@ -32,7 +32,13 @@ from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
 from cloudinary_analyze._redis import LinkFailedError, RedisError, RedisLocation, read_location
 from cloudinary_analyze._values import Closable
 from cloudinary_analyze._wire import codec
-from cloudinary_analyze.errors import AnalyzeError, ConfigurationError, LedgerError, shorten
+from cloudinary_analyze.errors import (
+    AnalyzeError,
+    ConfigurationError,
+    LedgerError,
+    describe_reason,
+    shorten,
+)
 from cloudinary_analyze.ledger.claims import KeyState, build_answer, read_state
 from cloudinary_analyze.ledger.compression import compress, decompress
 from cloudinary_analyze.ledger.encoding import dump_error, load_error, make_encodable
@@ -228,7 +234,7 @@ class RedisLedger(Closable, Ledger):
 
     def _explain(self, error: LinkFailedError) -> LedgerError:
         return LedgerError(
-            f"The ledger {self.location} cannot be used: {error}. Existing records are intact. Fix "
+            f"The ledger {self.location} cannot be used: {describe_reason(error)}. Existing records are intact. Fix "
             "the problem and run again."
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from io import TextIOWrapper
@@ -65,6 +66,7 @@ SEPARATOR: Final = "; "  # between the labels of one cell
 
 # Characters that begin a formula in a spreadsheet. Some skip tabs and carriage returns.
 _FORMULA_STARTS: Final = tuple("=+-@\t\r\n＝＋－＠")
+_NUMBER: Final = re.compile(r"[+-]\d+(\.\d+)?([eE][+-]?\d+)?", re.ASCII)  # for example, a longitude
 _GROUP_ROWS: Final = 10_000
 _GROUP_CHARACTERS: Final = 16 * 2**20  # bytes of analyses; a Parquet row group ends at either limit
 _LARGEST_INTEGER: Final = 2**63 - 1
@@ -132,7 +134,8 @@ def export_results(
     JSON Lines keeps every field. CSV and Parquet have the columns of the input and those of
     `COLUMNS`. ``labels`` contains each label once, highest score first. ``answers`` has lines of
     ``question: answer``. ``units_used`` is the cost of the response. ``limits`` and ``analysis``
-    are JSON. In CSV, an apostrophe precedes text that a spreadsheet would interpret as a formula.
+    are JSON. In CSV, an apostrophe precedes text that a spreadsheet would interpret as a formula and
+    not as a number.
 
     Args:
         records: The records, for example from `read_records`. They are read lazily, in bounded
@@ -297,7 +300,11 @@ def _write_csv(records: Iterable[Mapping[str, Any]], stream: BinaryIO, own: OwnC
 def _guard(value: Any) -> Any:
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, str) and value.startswith(_FORMULA_STARTS):
+    if (
+        isinstance(value, str)
+        and value.startswith(_FORMULA_STARTS)
+        and not _NUMBER.fullmatch(value)
+    ):
         return f"'{value}"
     return "" if value is None else value
 

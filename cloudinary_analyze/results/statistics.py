@@ -183,14 +183,14 @@ class Cause:
         count: The number of failures.
         ambiguous: How many of them may have been charged.
         models: The number of failures of each model.
-        lines: The first input lines that failed.
+        lines: The first input lines that failed, with their file if there are several.
     """
 
     message: str
     count: int = 0
     ambiguous: int = 0
     models: Counter[str] = attrs.field(factory=Counter)
-    lines: list[int] = attrs.field(factory=list)
+    lines: list[int | str] = attrs.field(factory=list)
 
     @property
     def example(self) -> str:
@@ -309,8 +309,10 @@ class Statistics:
         cause.count += 1
         cause.ambiguous += error.get("ambiguous") is True
         cause.models[model] += 1
-        line = record.get("line")
-        if isinstance(line, int) and len(cause.lines) < _EXAMPLES and line not in cause.lines:
+        line, file = record.get("line"), record.get("file")
+        if isinstance(line, int) and isinstance(file, str):
+            line = f"{line} of {file}"
+        if isinstance(line, int | str) and len(cause.lines) < _EXAMPLES and line not in cause.lines:
             cause.lines.append(line)
 
     def _add_limit(self, limit: Any, *, charged: bool) -> None:

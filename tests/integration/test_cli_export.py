@@ -57,6 +57,20 @@ async def test_an_export_chooses_by_model_and_status(
     assert main(["export", "my.ledger", "-o", "n.jsonl", "--model", "lvis"]) == 0
     assert "its models: captioning, coco" in capfd.readouterr().err
     assert main(["export", "my.ledger", "-o", "n.jsonl", "--status", "done"]) == 2
+    assert main(["export", "my.ledger", "-o", "-", "--model", "coco"]) == 0
+    streams = capfd.readouterr()
+    assert "10 items in standard output: 10 ok" in streams.err
+    assert streams.out.count("\n") == 10
+
+
+def test_a_report_of_no_results_keeps_an_earlier_page(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    Path("report.html").write_text("the earlier page")
+    Path("urls.txt").write_text("https://images.example/a.jpg\n")
+    assert main(["report", "urls.txt"]) == 2
+    assert "report.html was not written" in capfd.readouterr().err
+    assert Path("report.html").read_text() == "the earlier page"
 
 
 def test_a_report_of_a_run_names_its_input() -> None:

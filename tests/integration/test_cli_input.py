@@ -221,6 +221,8 @@ def test_an_empty_or_damaged_input_is_refused(
     assert sentence in capfd.readouterr().err
     assert emulator.counts.total_received == 0
     assert not Path("results.jsonl").exists()
+    if sentence == "has no rows":
+        assert [path.name for path in Path().iterdir()] == [name]
 
 
 def test_an_empty_input_leaves_earlier_items_alone(start_emulator: StartEmulator):
@@ -424,7 +426,18 @@ def test_open_items_of_a_refused_model_do_not_starve_the_others(
 # odd options
 
 
-LONG = "x" * 300
+LONG, DIGITS = "x" * 300, "9" * 5000
+TASKS = [
+    "run",
+    "coco",
+    "--input",
+    "urls.txt",
+    "--mode",
+    "task",
+    "--public-url",
+    "https://x.example",
+]
+TASKS += ["--receive"]
 ODD = {
     "an output name that is too long": ["run", "coco", "--input", "urls.txt", "-o", LONG],
     "a report name that is too long": ["run", "coco", "--input", "urls.txt", "--report", LONG],
@@ -438,6 +451,33 @@ ODD = {
     "a directory in place of a ledger": ["export", ".", "-o", "x.jsonl"],
     "no ledger": ["export", "", "-o", "x.jsonl"],
     "no task": ["status", ""],
+    "a shard with too many digits": [
+        "run",
+        "coco",
+        "--input",
+        "urls.txt",
+        "--shard",
+        f"1/{DIGITS}",
+    ],
+    "units with too many digits": [
+        "run",
+        "coco",
+        "--input",
+        "urls.txt",
+        "--max-units",
+        f"object_detection={DIGITS}",
+    ],
+    "a quota with too many digits": ["emulator", "--quota", f"ai_vision={DIGITS}"],
+    "a webhook port with too many digits": [*TASKS, f"127.0.0.1:{DIGITS}"],
+    "a webhook port that is too high": [*TASKS, "127.0.0.1:65536"],
+    "a port that is too high": ["emulator", "--port", "65536"],
+    "a negative port": ["listen", "--port", "-1"],
+    "no address to listen on": ["listen", "--host", ""],
+    "an address that cannot be encoded": ["listen", "--host", LONG],
+    "an address that is none": ["emulator", "--host", "no address"],
+    "a port that is in use": ["listen", "--port", "USED"],
+    "an emulator's port that is in use": ["emulator", "--port", "USED"],
+    "a webhook port that is in use": [*TASKS, "127.0.0.1:USED"],
 }
 
 
@@ -445,11 +485,12 @@ ODD = {
 def test_odd_options_are_refused_with_a_sentence(
     start_emulator: StartEmulator, capfd: pytest.CaptureFixture[str], name: str
 ):
-    start_emulator()
+    port = start_emulator().url.rpartition(":")[2]
     write_urls(Path(), 2)
-    assert main(ODD[name]) == 2
+    assert main([argument.replace("USED", port) for argument in ODD[name]]) == 2
     (sentence,) = capfd.readouterr().err.splitlines()
     assert sentence
+    assert ".." not in sentence
     assert LONG in sentence or "file system failed" not in sentence
 
 

@@ -105,6 +105,19 @@ def test_the_speed_extra_refuses_no_readable_json(
     assert response.analysis.caption == "half \ud800"
 
 
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("beside", [1, 2**70, "\ud800"])
+def test_json_is_written_without_nan(
+    monkeypatch: pytest.MonkeyPatch, fast: bool, beside: object
+) -> None:
+    if not fast:
+        monkeypatch.setattr(codec, "orjson", None)
+    numbers = [float("nan"), float("inf"), float("-inf"), 0.5]
+    written = codec.dumps({"numbers": numbers, "beside": beside})
+    assert b'"numbers":[null,null,null,0.5]' in written
+    assert codec.loads(written)["beside"] == beside
+
+
 def test_the_standard_library_reads_json_without_orjson(monkeypatch: pytest.MonkeyPatch) -> None:
     from cloudinary_analyze._wire.protocol import read_error
 

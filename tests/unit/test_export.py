@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloudinary_analyze import ConfigurationError
-from cloudinary_analyze.results.export import COLUMNS, build_row, export_results, read_records
+from cloudinary_analyze.results.export import (
+    COLUMNS,
+    build_row,
+    export_results,
+    find_own_columns,
+    read_records,
+)
 
 MODELS = (
     "ai_vision_general", "ai_vision_moderation", "ai_vision_tagging", "captioning", "cld_fashion",
@@ -101,6 +107,15 @@ def test_no_csv_cell_begins_a_formula(tmp_path_factory, text):
         assert not cell.startswith(tuple("=+-@\t\r\n＝"))
     for name in ("source", "caption"):
         assert row[name].removeprefix("'" if not text.startswith("'") else "") == text
+
+
+@pytest.mark.parametrize("number", ["-73.98", "+1", "-5", "-1e-9"])
+def test_a_csv_keeps_text_that_is_a_number(tmp_path, number):
+    columns = {"longitude": number, "-1": "name", "n": "-1 "}
+    own = find_own_columns([columns])
+    export_results([build(input=columns)], tmp_path / "r.csv", "csv", own=own)
+    (row,) = read_csv(tmp_path / "r.csv")
+    assert (row["longitude"], row["-1"], row["n"]) == (number, "name", "'-1 ")
 
 
 def test_a_number_that_no_column_can_hold_is_left_out(tmp_path):

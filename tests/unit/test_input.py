@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import itertools
+import json
 from datetime import date
 from typing import Any
 
@@ -279,6 +280,83 @@ def test_parquet_rows_are_lines():
         "image": {"url": A, "day": "2026-01-02"},
         "tags": ["x"],
     }
+
+
+def build_odd_parquet() -> tuple[bytes, list[dict[str, Any]]]:
+    """Return a file with values that Python cannot hold, and its rows."""
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    instants = arrow.array([1577836800123456789, 1577836800000000000, None], arrow.timestamp("ns"))
+    exact, rounded = "2020-01-01T00:00:00.123456789", "2020-01-01T00:00:00"
+    bad = arrow.array([b"\xff", b"ok", None])
+    texts = arrow.Array.from_buffers(arrow.string(), 3, bad.buffers())
+    columns: dict[str, tuple[Any, list[Any]]] = {
+        "ns": (instants, [exact, rounded, None]),
+        "zone": (
+            instants.cast(arrow.timestamp("ns", "UTC")),
+            [exact + "Z", rounded + "+00:00", None],
+        ),
+        "struct": (
+            arrow.StructArray.from_arrays([instants, instants], names=["x", "x"]),
+            [{"x": text, "x_2": text} for text in (exact, rounded, None)],
+        ),
+        "list": (
+            arrow.ListArray.from_arrays([0, 2, 2, 3], instants),
+            [[exact, rounded], [], [None]],
+        ),
+        "map": (
+            arrow.MapArray.from_arrays([0, 1, 2, 2], arrow.array(["a", "b", "c"]), instants),
+            [[["a", exact]], [["b", rounded]], []],
+        ),
+        "far": (arrow.array([2**62, None, 0], arrow.timestamp("ms")), [2**62, None, "1970-01-01T00:00:00"]),
+        "span": (arrow.array([1, None, 0], arrow.duration("ns")), ["1", None, "0:00:00"]),
+        "text": (texts, ["\udcff", "ok", None]),
+        "coded": (texts.dictionary_encode(), ["\udcff", "ok", None]),
+    }  # fmt: skip
+    urls = [A, A, A]
+    names = [*columns, "url", "url"]
+    arrays = [array for array, _ in columns.values()] + [arrow.array(urls), arrow.array(urls)]
+    stream = io.BytesIO()
+    parquet.write_table(arrow.Table.from_arrays(arrays, names=names), stream)
+    rows = [{name: values[row] for name, (_, values) in columns.items()} for row in range(3)]
+    return stream.getvalue(), [{**row, "url": A, "url_2": A} for row in rows]
+
+
+def test_parquet_values_that_python_cannot_hold_are_read():
+    content, rows = build_odd_parquet()
+    lines = read(content, "parquet")
+    assert [line.error for line in lines] == [None] * 3
+    assert [line.columns for line in lines] == rows
+
+
+def test_binary_fields_of_parquet_are_never_read():
+    image = {"bytes": b"x", "path": "a.jpg"}
+    (line,) = read(write_parquet([{"url": A, "image": image, "all": [b"x"]}]), "parquet")
+    assert line.columns == {"url": A, "image": {"path": "a.jpg"}}
+
+
+@pytest.mark.parametrize("key", [1.5, True, [1], {"a": 1}])
+def test_a_key_that_is_neither_text_nor_integer_is_refused(key: object):
+    (line,) = read(json.dumps({"url": A, "id": key}), "jsonl", name="id")
+    assert "must be text or an integer" in str(line.error)
+
+
+@pytest.mark.parametrize(
+    ("record", "name"),
+    [
+        ({"a.b": {"url": A}}, "a.b.url"),
+        ({"a": {"b.c": A}}, "a.b.c"),
+        ({"a": {"x": 1}, "a.b": [{"c.d": A}]}, "a.b.0.c.d"),
+        ({"a": [A]}, "a.0"),
+    ],
+)
+def test_names_on_a_dotted_path_may_contain_dots(record: dict[str, Any], name: str):
+    assert [line.source for line in read(json.dumps(record), "jsonl", name)] == [Uri(A)]
+
+
+def test_a_path_into_a_list_may_have_any_number():
+    (line,) = read(json.dumps({"a": [A]}), "jsonl", "a." + "9" * 5000)
+    assert "The field" in str(line.error)
 
 
 def test_an_invalid_parquet_file_is_refused():

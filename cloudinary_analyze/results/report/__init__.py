@@ -73,7 +73,7 @@ def write_report(
         The counts of what was written.
 
     Raises:
-        ConfigurationError: The [report] extra is missing.
+        ConfigurationError: None of the lines is a record, or the [report] extra is missing.
         OSError: The file cannot be written.
     """
     template = _load_template()
@@ -84,6 +84,8 @@ def write_report(
         findings = read_findings(record.get("analysis")) if answered else NOTHING
         statistics.add(record, findings)
         gallery.add(record, findings)
+    if bad_lines and not statistics.total:
+        raise ConfigurationError("None of the lines is a record of a run.")
     with open_replacement(output) as stream:
         # half a surrogate pair, which JSON can hold, has no UTF-8
         text = TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="\n")
