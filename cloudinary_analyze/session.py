@@ -229,7 +229,7 @@ class AnalyzeSession(NotPicklable, Closable):
         self._http = http
         self._clock = clock
         self._meter = Meter(on_event)
-        self._quota = Quota(clock, settings.permits)
+        self._quota = Quota(clock, settings.permits, self._meter)
         # not open: None, not closed; open: a connection, not closed; closing or closed: closed
         self._connection: _Connection | None = None
         self._closed = False

@@ -482,9 +482,7 @@ class Attempts(NotPicklable):
             call.patience -= min(wait, own_wait)
             wait = wait if call.patience > -0.001 else None  # but for rounding errors
         if call.model is not None and isinstance(error, ApiError):
-            self.quota.take_failure(
-                call.feature, error, number=call.number, newest=self.meter.attempts
-            )
+            self.quota.take_failure(call.feature, error, number=call.number)
         if wait is not None:
             if probe and not error.ambiguous:
                 wait = 0.0  # the queue pauses

@@ -189,9 +189,9 @@ class Caller(NotPicklable):
         if status == 200:
             response = read_response(request, body)
             if raw := response.raw.get("limits"):
-                self.quota.note(call.feature, raw, number=call.number, newest=self.meter.attempts)
+                self.quota.note(call.feature, raw, number=call.number)
             elif limits := response.limits:  # in another place
-                self.quota.learn(limits, number=call.number, newest=self.meter.attempts)
+                self.quota.learn(limits, number=call.number)
             result: Response[A] | Accepted = response
         elif status == 202:
             result = read_accepted(body, model=request.model)

@@ -11,6 +11,7 @@ from typing import Any, Final
 import attrs
 
 from cloudinary_analyze._clock import Clock
+from cloudinary_analyze._meter import Meter
 from cloudinary_analyze.errors import QuotaExceededError, RemoteError, build_unsent
 from cloudinary_analyze.responses import Limit, read_limits
 
@@ -44,11 +45,13 @@ class Quota:
     Attributes:
         clock: For the breakers.
         permits: Attempts in flight at most.
+        meter: Counts the attempts that have begun.
         breakers: The breakers, by feature.
     """
 
     clock: Clock
     permits: int = 64
+    meter: Meter = attrs.field(factory=Meter)
     breakers: dict[str, _Breaker] = attrs.field(factory=dict)
     _renewed: dict[str, float] = attrs.field(factory=dict)  # monotonic
     _known: dict[str, _Known] = attrs.field(factory=dict)
@@ -59,27 +62,29 @@ class Quota:
         """The newest figures by feature: the lowest remainder of the newest period."""
         for feature in list(self._unread):
             for raw, number, newest in self._unread.pop(feature):
-                self.learn(read_limits(raw), number=number, newest=newest)
+                self._learn(read_limits(raw), number, newest)
         return MappingProxyType({feature: known.limit for feature, known in self._known.items()})
 
-    def note(self, feature: str, raw: Any, *, number: int, newest: int) -> None:
-        """Keep the limits of a response as received, until they are needed.
+    def note(self, feature: str, raw: Any, *, number: int) -> None:
+        """Keep the limits of a response as received, until they are needed; see `learn`.
 
         Reading them costs more than the rest of a small response.
         """
         unread = self._unread.get(feature)
         if unread is None:
             unread = self._unread[feature] = deque(maxlen=UNREAD)
-        unread.append((raw, number, newest))
+        unread.append((raw, number, self.meter.attempts))
 
-    def learn(self, limits: tuple[Limit, ...], *, number: int, newest: int) -> None:
+    def learn(self, limits: tuple[Limit, ...], *, number: int) -> None:
         """Record the limits of a response. Responses of attempts in flight arrive in any order.
 
         Args:
             limits: The limits.
             number: The number of the attempt, in the order in which attempts begin.
-            newest: The number of the attempt that began last.
         """
+        self._learn(limits, number, self.meter.attempts)
+
+    def _learn(self, limits: tuple[Limit, ...], number: int, newest: int) -> None:
         for limit in limits:
             known = self._known.get(limit.type)
             if known is None:
@@ -121,7 +126,6 @@ class Quota:
         error: RemoteError,
         *,
         number: int,
-        newest: int,
         since: float = math.inf,
     ) -> None:
         """Record what the failure of a call or a task shows about a quota.
@@ -130,11 +134,10 @@ class Quota:
             feature: The feature that the call or task is charged to. Empty if unknown.
             error: The failure.
             number: As for `learn`.
-            newest: As for `learn`.
             since: Monotonic instant when the service accepted the task. If the feature was reset
                 later, it stays open.
         """
-        self.learn(error.limits, number=number, newest=newest)
+        self.learn(error.limits, number=number)
         if not feature or not isinstance(error, QuotaExceededError):
             return
         if since >= self._renewed.get(feature, since):

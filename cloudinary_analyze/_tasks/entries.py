@@ -30,11 +30,12 @@ from cloudinary_analyze.errors import (
     RemoteError,
     TaskFailedError,
 )
-from cloudinary_analyze.requests import AnalyzeRequest
+from cloudinary_analyze.requests import MODELS, AnalyzeRequest
 from cloudinary_analyze.responses import Limit, Response, find_limits
 
 if TYPE_CHECKING:
     from cloudinary_analyze._http.attempts import Owner
+    from cloudinary_analyze._http.quota import Quota
     from cloudinary_analyze.events import TaskAnswered
 
 MISSES: Final = 2
@@ -182,6 +183,13 @@ class Ended:
     entry: Entry | None = None
     raw: Mapping[str, Any] | None = None
 
+    @property
+    def model(self) -> str | None:
+        """The model's name in URLs, if the request or a handle is known."""
+        if self.entry is not None and self.entry.request is not None:
+            return self.entry.request.model
+        return self.waits[0].model if self.waits else None
+
 
 @final
 @attrs.define(eq=False, weakref_slot=False)
@@ -223,11 +231,9 @@ Effect = Ended | Changed | Poll | Repeat | Seen
 NOBODY: Final[list[Wait]] = []  # of every entry that is over; nothing is ever appended
 
 
-def build_event(ended: Ended, task_id: str, entry: Entry, seconds: float) -> TaskAnswered:
+def build_event(ended: Ended, task_id: str, seconds: float) -> TaskAnswered:
     """Return the event of a task's answer, some seconds after the registration of its entry."""
-    answer, model = ended.answer, None
-    if entry.request is not None or ended.waits:
-        model = ended.waits[0].model if entry.request is None else entry.request.model
+    answer = ended.answer
     limits: tuple[Limit, ...] = ()
     if ended.raw is not None:
         limits = find_limits(ended.raw)
@@ -238,8 +244,33 @@ def build_event(ended: Ended, task_id: str, entry: Entry, seconds: float) -> Tas
     return TaskAnswered(
         task_id=task_id,
         by=answer.by,
-        model=model,
+        model=ended.model,
         seconds=None if math.isinf(seconds) else seconds,
         limits=limits,
         error=answer.error,
     )
+
+
+def note_quota(quota: Quota, entry: Entry, ended: Ended) -> None:
+    """Record the quotas of a task as the oldest figures, because tasks end in any order."""
+    answer, raw = ended.answer, ended.raw
+    error = answer.error
+    if error is None and raw is not None:
+        limits = raw.get("limits")
+        if limits is None and isinstance(data := raw.get("data"), dict):
+            limits = data.get("limits")
+        if limits:
+            quota.note(entry.model, limits, number=0)
+        if quota.breakers and not answer.guess:
+            quota.take_result(_find_feature(entry, ended), since=entry.since)
+    elif isinstance(error, RemoteError) and answer.lasting and answer.by != "analyze":
+        quota.take_failure(_find_feature(entry, ended), error, number=0, since=entry.since)
+
+
+def _find_feature(entry: Entry, ended: Ended) -> str:
+    """Return the feature that a task is charged to. Empty if neither side names it."""
+    request, error = entry.request, ended.answer.error
+    if request is not None:
+        return request.feature or request.model
+    kind = MODELS.get(ended.model or getattr(error, "model", None) or "")
+    return (kind.feature if kind is not None else getattr(error, "feature", None)) or ""

@@ -27,10 +27,10 @@ from cloudinary_analyze._tasks.entries import (
     Repeat,
     Wait,
     build_event,
+    note_quota,
 )
 from cloudinary_analyze._tasks.handle import AnalysisTask, complete, report
 from cloudinary_analyze._tasks.poller import Poller
-from cloudinary_analyze._tasks.quotas import note_quota
 from cloudinary_analyze._tasks.table import Table
 from cloudinary_analyze._tasks.timers import SLICE
 from cloudinary_analyze._values import NotPicklable
@@ -315,12 +315,12 @@ class Tracker(NotPicklable):
         if entry is None:
             return
         error = ended.answer.error
-        note_quota(self.caller.quota, entry, ended, newest=self.meter.attempts)
+        note_quota(self.caller.quota, entry, ended)
         if entry.unobserved and error is not None:
             report(error, self.loop)
         if self.meter.hook is not None and entry.task_id is not None:
             seconds = self.clock.monotonic() - entry.since
-            self.meter.emit(build_event(ended, entry.task_id, entry, seconds))
+            self.meter.emit(build_event(ended, entry.task_id, seconds))
 
     def _wake(self, waits: Iterable[Wait]) -> None:
         for wait in waits:

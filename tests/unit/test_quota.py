@@ -21,7 +21,8 @@ def limit(remaining: int | None, of: int | None = 500, reset: datetime | None = 
 
 def learn(quota: Quota, *limits: Limit, number: int = 1, newest: int = 8) -> None:
     """Learn from an attempt that, by default, was in flight with seven others."""
-    quota.learn(limits, number=number, newest=newest)
+    quota.meter.attempts = newest
+    quota.learn(limits, number=number)
 
 
 def test_the_lowest_remainder_in_flight_counts(clock: ManualClock) -> None:
@@ -67,7 +68,7 @@ def test_a_remainder_up_by_over_half_is_a_new_period(
 def test_a_small_quota_used_in_a_burst_is_not_renewed(clock: ManualClock) -> None:
     quota = Quota(clock, permits=10)
     for number, remaining in enumerate((0, 9, 4, 8, 7), start=1):
-        quota.learn((limit(remaining, of=10),), number=number, newest=10)
+        learn(quota, limit(remaining, of=10), number=number, newest=10)
     assert quota.limits["ai_vision"].remaining == 0
 
 
@@ -154,7 +155,7 @@ USED_UP = QuotaExceededError("used up", status=429, task_id="t1")
 
 def fail(quota: Quota, *, since: float) -> None:
     """Let a task that was accepted at an instant fail because of its quota."""
-    quota.take_failure("ai_vision", USED_UP, number=0, newest=8, since=since)
+    quota.take_failure("ai_vision", USED_UP, number=0, since=since)
 
 
 def test_tasks_that_fail_for_hours_do_not_delay_the_probe(clock: ManualClock) -> None:
@@ -197,5 +198,5 @@ def test_only_the_result_of_a_task_shows_a_renewal(clock: ManualClock) -> None:
 
 def test_a_failure_of_an_unknown_feature_trips_nothing(clock: ManualClock) -> None:
     quota = Quota(clock)
-    quota.take_failure("", USED_UP, number=0, newest=8)
+    quota.take_failure("", USED_UP, number=0)
     assert not quota.breakers
