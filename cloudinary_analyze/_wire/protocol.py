@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from datetime import UTC
-from typing import Any, Final, TypedDict, TypeVar
+from typing import Any, Final, TypeVar
 from urllib.parse import quote
 
 import attrs
@@ -25,6 +25,7 @@ from cloudinary_analyze.errors import (
     PermissionDeniedError,
     QuotaExceededError,
     RateLimitedError,
+    RemoteFields,
     ResponseDecodeError,
     ServerError,
     TaskFailedError,
@@ -33,7 +34,6 @@ from cloudinary_analyze.errors import (
 from cloudinary_analyze.requests import MODELS, AnalyzeRequest, Uri
 from cloudinary_analyze.responses import (
     JSONObject,
-    Limit,
     Notification,
     Response,
     TaskStatus,
@@ -337,12 +337,12 @@ def read_error(
     fields = _read_fields(
         read_error_object(raw.get("error") or {}), raw, status=status, body=body, model=model
     )
-    fields["request_id"] = fields["request_id"] or headers.get("X-Request-Id")
+    fields["request_id"] = fields.get("request_id") or headers.get("X-Request-Id")
     fields["retry_after"] = read_retry_after(headers, now=now)
     said = _quote_error(fields, body)
     about = f" for {model}" if model else ""
-    named = _find_feature(fields["details"])
-    if is_exhausted(status, None, fields["code"], fields["limits"], named or feature):
+    named = _find_feature(fields.get("details"))
+    if is_exhausted(status, None, fields.get("code"), fields.get("limits", ()), named or feature):
         return _build_quota_error(said, named or feature, fields)
     rule = find_rule(status)
     if rule.error is PermissionDeniedError:
@@ -367,25 +367,9 @@ _UNEXPECTED: Final = (
 )
 
 
-class _Fields(TypedDict):
-    """The arguments of a `RemoteError` that an error object contains."""
-
-    status: int
-    code: str | None
-    category: str | None
-    api_message: str | None
-    details: JSONObject | None
-    request_id: str | None
-    retry_after: float | None
-    limits: tuple[Limit, ...]
-    raw_body: bytes
-    model: str | None
-    ambiguous: bool
-
-
 def _read_fields(
     error: JSONObject, raw: JSONObject, *, status: int, body: bytes, model: str | None
-) -> _Fields:
+) -> RemoteFields:
     """Read an error object, and what its envelope adds."""
     details = error.get("details")
     if codec.is_deep(details, DEEPEST_DETAILS):
@@ -399,27 +383,25 @@ def _read_fields(
         if details is None or isinstance(details, dict)
         else {"details": details},
         "request_id": _string_or_none(error.get("request_id")) or find_string(raw, "request_id"),
-        "retry_after": None,
         "limits": find_limits(raw),
         "raw_body": body,
         "model": model,
-        "ambiguous": False,
     }
 
 
-def _quote_error(fields: _Fields, body: bytes) -> str:
+def _quote_error(fields: RemoteFields, body: bytes) -> str:
     """Describe the error in one line: status, code, message, details, request id."""
-    said = [str(fields["status"] or "no status")]
-    if fields["code"]:
-        said.append(shorten(fields["code"]))
-    if fields["api_message"]:
-        said.append(shorten(fields["api_message"]))
+    said = [str(fields.get("status") or "no status")]
+    if code := fields.get("code"):
+        said.append(shorten(code))
+    if message := fields.get("api_message"):
+        said.append(shorten(message))
     elif body:
         said.append(f"'{shorten(body)}'")
-    if fields["details"]:
-        said.append(shorten(codec.dumps(fields["details"])))
-    if fields["request_id"]:
-        said.append(f"(request {shorten(fields['request_id'])})")
+    if fields.get("details"):
+        said.append(shorten(codec.dumps(fields.get("details"))))
+    if request_id := fields.get("request_id"):
+        said.append(f"(request {shorten(request_id)})")
     return " ".join(said)
 
 
@@ -440,12 +422,12 @@ def _explain_refusal(feature: str | None, said: str, about: str) -> str:
 
 
 def _build_quota_error(
-    said: str, feature: str | None, fields: _Fields, *, task_id: str | None = None
+    said: str, feature: str | None, fields: RemoteFields, *, task_id: str | None = None
 ) -> QuotaExceededError:
     reset_time = max(
         (
             limit.reset_time
-            for limit in fields["limits"]
+            for limit in fields.get("limits", ())
             if limit.reset_time and feature in {None, limit.type}
         ),
         default=None,
@@ -488,7 +470,9 @@ def build_task_failure(
     )
     said = _quote_error(fields, b"")
     kind = MODELS.get(model)
-    feature = _find_feature(fields["details"]) or (kind.feature if kind is not None else None)
-    if is_exhausted(status, fields["category"], fields["code"], fields["limits"], feature):
+    feature = _find_feature(fields.get("details")) or (kind.feature if kind is not None else None)
+    if is_exhausted(
+        status, fields.get("category"), fields.get("code"), fields.get("limits", ()), feature
+    ):
         return _build_quota_error(f"{about}: {said}", feature, fields, task_id=task_id)
     return TaskFailedError(f"{about}: {said}.", task_id=task_id, **fields)
