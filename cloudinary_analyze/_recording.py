@@ -347,8 +347,9 @@ class Recording:
             seconds, _ = work.measure()
             await self._record(work, self.ledger.record_error(key, error, seconds=seconds))
             return
-        if progress.task_id is not None and isinstance(error, TaskFailedError | QuotaExceededError):
-            await self._record(work, self.ledger.record_submitted(key, None))  # it has ended
+        if isinstance(error, TaskFailedError | QuotaExceededError) and error.task_id is not None:
+            # the task has ended; without its id, the error is that of a call that repeats it
+            await self._record(work, self.ledger.record_submitted(key, None))
         self._release(key, progress, ambiguous=error.ambiguous)
 
     def _release(self, key: str, progress: _Progress, *, ambiguous: bool) -> None:

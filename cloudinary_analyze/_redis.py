@@ -343,9 +343,10 @@ class Link:
     of the commands. Each command is either queued or sent; a broken connection queues what was
     sent again, before the rest.
 
-    States: *down* (no connection, or it is not prepared; the next command connects), *up*, *failed* (everything raises
-    `LinkFailedError`), *closed*. Down → up when `prepare` returned; up → down when the connection
-    breaks; down → failed when `patience` is over, or Redis refuses the credentials.
+    States: *down* (no connection, or it is not prepared; the next command connects), *up*,
+    *failed* (everything raises `LinkFailedError`), *closed*. Down → up when `prepare` returned; up →
+    down when the connection breaks; down → failed when `patience` is over, or Redis refuses the
+    credentials.
 
     Attributes:
         location: The server.
@@ -353,7 +354,7 @@ class Link:
         clock: For waits and deadlines.
         prepare: Awaited with each new connection, before the commands that wait. Raises
             `LinkFailedError` if this server must not be used.
-        scripts: The Lua scripts by name, which `run` calls.
+        scripts: The Lua scripts by name; `build_call` builds the command that runs one.
         failure: Why nothing is sent any more.
     """
 

@@ -132,7 +132,7 @@ def test_the_needles_are_what_is_sent() -> None:
     sent = build_headers(BY_KEY, version="1")["Authorization"]
     assert find_secrets(sent)
     assert find_secrets(build_headers(BY_TOKEN, version="1")["Authorization"])
-    assert find_secrets(pickle.dumps(BY_KEY).decode("latin-1")), "Credentials' own pickle may"
+    assert find_secrets(pickle.dumps(BY_KEY).decode("latin-1")), "a pickle holds the secret"
 
 
 @pytest.mark.parametrize("credentials", [BY_KEY, BY_TOKEN], ids=["key", "token"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +15,14 @@ from task_support import build_result, sign
 from cloudinary_analyze import (
     AIVisionGeneral,
     AnalyzeSession,
+    BulkStoppedError,
     Captioning,
     Delivery,
     OtherModel,
     QuotaExceededError,
     TaskFailedError,
 )
+from cloudinary_analyze.ledger.sqlite import SQLiteLedger
 from cloudinary_analyze.testing import ManualClock
 
 LIMITS = {"addons_quota": [{"type": "ai_vision", "remaining": 0, "limit": 500}]}
@@ -126,6 +129,31 @@ async def test_a_task_attached_by_its_id_trips_it(request_type: Any) -> None:
         with pytest.raises(QuotaExceededError):
             await task
         await check_stopped(session, tasks)
+
+
+@pytest.mark.filterwarnings("ignore:A task was submitted on a session without:UserWarning")
+async def test_a_repeat_refused_for_quota_keeps_the_task(tmp_path: Path) -> None:
+    """The task is completed and paid for, so the next run waits for its notification again."""
+    tasks = Tasks()
+    tasks.status = {"data": {"status": "completed"}}
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        if request.method == "POST" and "async" not in await request.json():
+            return await answer(429, {"error": QUOTA_ERROR, "limits": LIMITS})(request)
+        return await tasks(request)
+
+    async with (
+        ScriptedServer(handle) as server,
+        SQLiteLedger(tmp_path / "ledger.sqlite") as ledger,
+        server.session(poll_first=0.01, on_missing_result="analyze") as session,
+    ):
+        stream = session.map([VISION], mode="task", ledger=ledger)
+        assert isinstance((await anext(stream)).error, QuotaExceededError)
+        with pytest.raises(BulkStoppedError):
+            await anext(stream)
+        record = await ledger.find(VISION.key)
+        assert record is not None
+        assert (record.task_id, record.final) == ("t1", False)
 
 
 async def test_a_task_whose_handle_was_dropped_trips_it() -> None:
