@@ -305,8 +305,3 @@ def find_stop(error: Exception, settings: Settings) -> Stop | None:
     if stop is None and isinstance(error, ApiError) and not error.attempts:
         return Stop.EVERYTHING  # not sent, because of a wait that the service asked for
     return stop
-
-
-def stops_the_stream(error: Exception, settings: Settings) -> bool:
-    """Whether an error ends a bulk stream of one model."""
-    return find_stop(error, settings) is not None

@@ -211,6 +211,11 @@ def hold(task: Any) -> Any:
     return task._wait
 
 
+def count_scheduled(tracker: Tracker) -> int:
+    """Return the number of tasks whose poll is scheduled."""
+    return len(tracker.poller._known) + len(tracker.poller._unknown)
+
+
 def attach(tracker: Tracker, task_id: str, *, request: Any = None, **options: Any) -> Any:
     """Attach to a captioning task and return its wait."""
     return hold(tracker.attach(task_id, request or Captioning, **options))

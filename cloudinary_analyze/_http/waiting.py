@@ -72,6 +72,7 @@ class AdmissionQueue:
         clock: The source of time.
         build_outage_error: Builds the error of an attempt whose patience is over, from the seconds
             of the stall.
+        waiting: Attempts that wait.
         newest_success: The highest number of an attempt that succeeded.
     """
 
@@ -81,7 +82,7 @@ class AdmissionQueue:
     newest_success: int = attrs.field(default=0, init=False)
     _urgent: _Lines = attrs.field(factory=_Lines, init=False)
     _others: _Lines = attrs.field(factory=_Lines, init=False)
-    _waiting: int = attrs.field(default=0, init=False)
+    waiting: int = attrs.field(default=0, init=False)
     _in_a_row: int = attrs.field(default=0, init=False)
     _timer: TimerHandle | None = attrs.field(default=None, init=False)
     _timer_at: float = attrs.field(default=inf, init=False)
@@ -95,18 +96,13 @@ class AdmissionQueue:
     _build_refusal: BuildError | None = attrs.field(default=None, init=False)
     _emptied: asyncio.Future[None] | None = attrs.field(default=None, init=False)
 
-    @property
-    def waiting(self) -> int:
-        """Attempts that wait."""
-        return self._waiting
-
     def start_at_once(self) -> Attempt | None:
         """Start an attempt if nothing limits starts. The fast path: no coroutine, no queue."""
         admission = self.admission
         if (
             admission.calm
             and admission.in_use < admission.permits
-            and not self._waiting
+            and not self.waiting
             and self._open
         ):
             return admission.start(self.clock.monotonic())
@@ -142,7 +138,7 @@ class AdmissionQueue:
             line = lines.again if first else lines.fresh
             waiter: Waiter = asyncio.get_running_loop().create_future()
             line[waiter] = since, patience
-            self._waiting += 1
+            self.waiting += 1
             if not admission.calm or admission.in_use < admission.permits:
                 if self._expiries_of is not None:
                     self._push_expiry(line, waiter)
@@ -191,7 +187,7 @@ class AdmissionQueue:
         admission = self.admission
         if admission.calm and self._open:  # the fast path: only the permits limit starts
             admission.in_use -= 1
-            while self._waiting and admission.in_use < admission.permits:
+            while self.waiting and admission.in_use < admission.permits:
                 self._start_next(self.clock.monotonic())
             return
         admission.release(attempt)
@@ -224,7 +220,7 @@ class AdmissionQueue:
 
     async def wait_empty(self) -> None:
         """Wait until nothing waits or is in flight. For one waiter, after `close`."""
-        if self._waiting or self.admission.in_use:
+        if self.waiting or self.admission.in_use:
             self._emptied = asyncio.get_running_loop().create_future()
             await self._emptied
 
@@ -245,10 +241,10 @@ class AdmissionQueue:
 
     def _remove(self, line: Waiters, waiter: Waiter) -> None:
         del line[waiter]
-        self._waiting -= 1
+        self.waiting -= 1
 
     def _go_on(self) -> None:
-        if self._waiting:
+        if self.waiting:
             if self._open:  # otherwise they are about to fail
                 self._start_waiters()
         elif self._emptied is not None and not self.admission.in_use:
@@ -258,7 +254,7 @@ class AdmissionQueue:
         """Start what may start now, fail what waited too long, and set the timer for the rest."""
         now = self.clock.monotonic()
         due = inf
-        while self._waiting:
+        while self.waiting:
             due = self.admission.find_start(now)
             if due > now:
                 break
@@ -268,7 +264,7 @@ class AdmissionQueue:
         elif self._expiries_of is not None:
             self._expiries_of = None
             self._expiries.clear()
-        if self._waiting and due < self._timer_at:
+        if self.waiting and due < self._timer_at:
             self._set_timer(due)
 
     def _start_next(self, now: float) -> None:
@@ -281,7 +277,7 @@ class AdmissionQueue:
         else:
             self._in_a_row = 0
         waiter, _ = line.popitem(last=False)
-        self._waiting -= 1
+        self.waiting -= 1
         if not waiter.done():  # otherwise its task was cancelled, but has not run yet
             waiter.set_result(self.admission.start(now))
 

@@ -80,11 +80,6 @@ class Poller:
     _stopped: bool = attrs.field(default=False, init=False)
     _warned: set[str] = attrs.field(factory=set, init=False)
 
-    @property
-    def scheduled(self) -> int:
-        """The number of tasks whose poll is scheduled."""
-        return len(self._known) + len(self._unknown)
-
     def schedule(self, entry: Entry, *, at_once: bool = False) -> None:
         """Schedule a task's next poll. It replaces an earlier schedule."""
         if self._stopped:

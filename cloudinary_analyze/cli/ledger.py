@@ -15,7 +15,7 @@ from typing import Final
 import attrs
 from rich.console import Console
 
-from cloudinary_analyze._policy import is_final, stops_the_stream
+from cloudinary_analyze._policy import find_stop, is_final
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze.cli.feed import LineSource, read_items
 from cloudinary_analyze.cli.models import BuildRequest
@@ -200,7 +200,7 @@ class Book:
             LedgerError: It cannot be written.
         """
         error, item = outcome.error, outcome.item
-        if error is None or stops_the_stream(error, settings):
+        if error is None or find_stop(error, settings) is not None:
             return False
         if not isinstance(error, AnalyzeError):
             error = AnalyzeError(f"{type(error).__name__}: {error}")

@@ -10,7 +10,7 @@ import attrs
 from rich.console import Console
 
 from cloudinary_analyze._budget import Spent
-from cloudinary_analyze._policy import Stop, find_stop, is_final, stops_the_stream
+from cloudinary_analyze._policy import Stop, find_stop, is_final
 from cloudinary_analyze.cli.feed import (
     ItemFeed,
     LineSource,
@@ -240,7 +240,7 @@ class Run:
             self.cut += 1  # Ctrl-C arrived before it was sent
             return
         if error is not None and (
-            isinstance(error, BulkStoppedError) or stops_the_stream(error, self.settings)
+            isinstance(error, BulkStoppedError) or find_stop(error, self.settings) is not None
         ):
             self._note_stop(outcome, error)
         elif self.book is not None and await self.book.note_failure(outcome, self.settings):

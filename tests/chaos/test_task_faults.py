@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 from scripted import until
-from task_support import connected, idle, quick, unconnected
+from task_support import connected, count_scheduled, idle, quick, unconnected
 
 from cloudinary_analyze import (
     Captioning,
@@ -111,7 +111,7 @@ async def check_quiet(session):
     """Check that no task, permit, poll or timer is left."""
     assert idle(session) == (0, 0, 0, 0)
     tracker = session._connection.tracker
-    assert tracker.poller.scheduled == 0
+    assert count_scheduled(tracker) == 0
     assert len(tracker.table.dues) == 0
     assert not tracker._calls
 

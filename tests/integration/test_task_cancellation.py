@@ -5,7 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 from scripted import ScriptedServer, Suspensions, answer, busy, until
-from task_support import build_result, connected, library_tasks, quick, resolving, sign, submit
+from task_support import (
+    build_result,
+    connected,
+    count_scheduled,
+    library_tasks,
+    quick,
+    resolving,
+    sign,
+    submit,
+)
 
 from cloudinary_analyze import AnalyzeSession, Captioning, Credentials, NotificationSource
 from cloudinary_analyze.emulator import Emulator
@@ -118,7 +127,7 @@ class TestEverySuspension:
                 async def check(_):
                     await until(lambda: busy(session.stats) == (0, 0, 0))
                     await until(lambda: tracker.caller.attempts.poll_queue.admission.in_use == 0)
-                    assert tracker.poller.scheduled == 0
+                    assert count_scheduled(tracker) == 0
                     pending = tracker.table.pending.values()
                     assert not any(entry.waits or entry.poll_at for entry in pending)
                     assert not tracker._calls

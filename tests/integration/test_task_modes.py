@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from scripted import ScriptedServer, answer, busy, until
-from task_support import build_result, connected, idle, quick, sign, unconnected
+from task_support import build_result, connected, count_scheduled, idle, quick, sign, unconnected
 
 from cloudinary_analyze import (
     AnalyzeSession,
@@ -247,7 +247,7 @@ class TestMap:
             polls = emulator.counts.total_polls
             await asyncio.sleep(0.05)
             assert emulator.counts.total_polls == polls
-            assert tracker.poller.scheduled == 0
+            assert count_scheduled(tracker) == 0
 
     async def test_an_item_whose_task_failed_is_an_outcome_and_stops_nothing(self):
         queue = QueueSource(asyncio.Queue())

@@ -12,6 +12,7 @@ from task_support import (
     build_failure,
     build_result,
     connected,
+    count_scheduled,
     idle,
     library_tasks,
     quick,
@@ -281,7 +282,7 @@ class TestDropped:
                 session.task(f"made-up-{index}", Captioning)
             await until(lambda: not tracker.table.pending)
             assert len(tracker.table.resting) == len(tracker.table.dues) == 0
-            assert tracker.poller.scheduled == 0
+            assert count_scheduled(tracker) == 0
 
     @pytest.mark.slow
     async def test_100_000_made_up_ids_delay_no_task(self):

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 
 import pytest
-from task_support import Service, attach, resolving, submit
+from task_support import Service, attach, count_scheduled, resolving, submit
 
 from cloudinary_analyze import (
     Captioning,
@@ -174,7 +174,7 @@ class TestPace:
             tracker.end_source(NotificationSourceError("ended"))
             await clock.advance(1000)
             assert len(service.polls) == made
-            assert tracker.poller.scheduled == 0
+            assert count_scheduled(tracker) == 0
 
     async def test_a_task_attached_during_a_poll_has_one_schedule(self, clock):
         service = Service(clock, hold=asyncio.Event())
@@ -189,7 +189,7 @@ class TestPace:
             service.hold.set()
             await clock.advance(300)
             assert len(service.polls) <= 2 + 300 / 8
-            assert tracker.poller.scheduled == 1
+            assert count_scheduled(tracker) == 1
 
 
 class TestCompleted:
