@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,20 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 SLOW_TIMEOUT = 300.0
+
+
+def pytest_configure() -> None:
+    """Let the processes of tests handle signals that the parent of this process ignored.
+
+    A shell ignores SIGINT for a script's background jobs, and ``nohup`` ignores SIGHUP. A child
+    inherits an ignored signal, but not a handler.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ("SIGHUP", "SIGQUIT"):
+        number = getattr(signal, name, None)  # not on Windows
+        if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

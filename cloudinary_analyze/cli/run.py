@@ -59,12 +59,12 @@ async def perform_run(plan: RunPlan, console: Console) -> ExitCode:
         with handle_interrupts(run.interrupt, run.interrupt, run.end):
             try:
                 await run.prepare_input()
+                return await _perform(run)
             except HaltedError:
                 raise CommandError(
                     "Interrupted while the input was read. Nothing was sent.",
                     exit_code=ExitCode.INTERRUPTED,
                 ) from None
-            return await _perform(run)
 
 
 async def _prepare(plan: RunPlan, service: Service, console: Console, stack: AsyncExitStack) -> Run:
@@ -118,8 +118,7 @@ async def _perform(run: Run) -> ExitCode:
         and not (plan.places.output == STANDARD and sys.stdout.isatty())
     )
     async with run.session:
-        run.work = work = asyncio.create_task(run.consume())
-        run.stage = "working"
+        work = run.begin()
         await _drive(run, work, console if drawn else None)
     run.stage = "writing"
     aborted = work.cancelled()

@@ -19,7 +19,7 @@ from cloudinary_analyze.cli.feed import (
     read_items,
 )
 from cloudinary_analyze.cli.files import set_aside
-from cloudinary_analyze.cli.ledger import SHOWN_BAD_LINES, Book
+from cloudinary_analyze.cli.ledger import SHOWN_BAD_LINES, Book, HaltedError
 from cloudinary_analyze.cli.money import (
     Estimate,
     choose_sample,
@@ -95,7 +95,7 @@ class Run:
     estimate: Estimate = attrs.field(factory=Estimate)
     spent: Spent | None = None
     queued: Durations = attrs.field(factory=Durations)
-    interrupted: bool = False
+    interrupted: bool = False  # at any stage but writing
     outcomes: OutcomeStream[InputItem, Any] | None = None
     work: asyncio.Task[None] | None = None
 
@@ -160,6 +160,18 @@ class Run:
         kept = set_aside(self.plan.places.output)
         if kept is not None:
             say(self.console, f"The earlier file {self.plan.places.output} is now {kept}.")
+
+    def begin(self) -> asyncio.Task[None]:
+        """Begin to work, and return the task that does.
+
+        Raises:
+            HaltedError: An interrupt arrived while the input was read.
+        """
+        if self.interrupted:
+            raise HaltedError
+        self.work = asyncio.create_task(self.consume())
+        self.stage = "working"
+        return self.work
 
     async def consume(self) -> None:
         """Take every outcome of the stream."""
@@ -294,6 +306,7 @@ class Run:
     def interrupt(self) -> None:
         """Finish the calls in flight. At a second call, abort them. Also ends reading and writing."""
         if self.stage == "reading":
+            self.interrupted = True
             if self.book is not None:
                 self.book.halt()
         elif self.stage == "writing":

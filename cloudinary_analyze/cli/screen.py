@@ -275,7 +275,7 @@ def handle_interrupts(
     """Call ``finish`` at the first signal, and another function at each later one, on the loop.
 
     SIGTERM and SIGHUP count as interrupts, because calls in flight are paid for. If one of them
-    arrives again, the process must end at once.
+    arrives again, the process must end at once. Under ``nohup``, SIGHUP stays ignored.
 
     Args:
         finish: Finishes the calls in flight.
@@ -299,7 +299,10 @@ def handle_interrupts(
         loop.call_soon_threadsafe(interrupt, number)
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number in SIGNALS:
+    for number in ENDING_SIGNALS:
+        if before[number] is signal.SIG_IGN:
+            del before[number]
+    for number in before:
         try:
             loop.add_signal_handler(number, interrupt, number)
         except NotImplementedError:  # Windows

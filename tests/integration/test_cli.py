@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import signal
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import cli_support
 import pytest
@@ -14,6 +18,7 @@ from cli_support import StartEmulator, read_records, write_lines
 from cloudinary_analyze import MODELS
 from cloudinary_analyze.cli import main
 from cloudinary_analyze.cli.feed import READ_AHEAD, ItemFeed
+from cloudinary_analyze.cli.ledger import Book
 from cloudinary_analyze.cli.summary import Balance, Position, decide_ending
 from cloudinary_analyze.requests import Uri
 from cloudinary_analyze.results.records import InputItem, InputLine
@@ -59,6 +64,42 @@ def test_bad_lines_are_numbered_and_do_not_stop_the_rest(
     assert (bad["line"], bad["status"], bad["source"]) == (3, "error", "folder/public_id")
     assert emulator.counts.total_received == 4
     assert "line 3: 'folder/public_id' is not an http(s) URL" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_an_interrupt_after_the_last_line_sends_nothing(
+    start_emulator: StartEmulator,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    register = Book.register
+
+    async def register_and_interrupt(*arguments: Any) -> object:
+        inventory = await register(*arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(3):  # the loop calls the handler
+            await asyncio.sleep(0)
+        return inventory
+
+    monkeypatch.setattr(Book, "register", register_and_interrupt)
+    emulator = start_emulator()
+    assert main(["run", "coco", "--input", write_lines(A, B)]) == 130
+    assert "Nothing was sent" in capfd.readouterr().err
+    assert emulator.counts.total_received == 0
+
+
+def test_an_interrupt_during_imports_prints_one_line(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    class Finder:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "cloudinary_analyze.cli.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "cloudinary_analyze.cli.app", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    assert main(["models"]) == 130
+    assert capfd.readouterr().err == "Interrupted.\n"
 
 
 def test_each_model_gets_only_its_parameters():

@@ -267,15 +267,41 @@ async def test_a_second_request_to_end_ends_at_once(tmp_path: Path, first: str, 
     assert "Traceback" not in err
 
 
+@contextlib.contextmanager
+def ignoring(number: signal.Signals) -> Iterator[None]:
+    """Ignore a signal in the processes that are started in the block."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+async def test_a_run_under_nohup_survives_its_terminal(tmp_path: Path):
+    write_urls(tmp_path, 60)
+    async with contextlib.AsyncExitStack() as stack:
+        emulator = await stack.enter_async_context(Emulator(latency=0.05))
+        running = start(*RUN, "--permits", "2", folder=tmp_path, emulator=emulator)
+        with ignoring(signal.SIGHUP):
+            process = await stack.enter_async_context(running)
+        await until(lambda: emulator.counts.total_received >= 4)
+        process.send_signal(signal.SIGHUP)
+        code, _, err = await end(process)
+    assert code == 0, err
+    assert len(read_records(tmp_path / "results.jsonl")) == 60
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0, 0.3, 2])
 async def test_an_interrupt_while_the_input_is_read_sends_nothing(tmp_path: Path, seconds: float):
-    """This includes an interrupt before the signal handlers are installed."""
+    """This includes an interrupt before the signal handlers are installed, as a background job."""
     write_urls(tmp_path, 1_500_000)
-    async with (
-        Emulator() as emulator,
-        start(*RUN, folder=tmp_path, emulator=emulator) as process,
-    ):
+    async with contextlib.AsyncExitStack() as stack:
+        emulator = await stack.enter_async_context(Emulator())
+        with ignoring(signal.SIGINT):
+            process = await stack.enter_async_context(
+                start(*RUN, folder=tmp_path, emulator=emulator)
+            )
         await until((tmp_path / "results.jsonl.ledger").exists)
         await asyncio.sleep(seconds)
         process.send_signal(signal.SIGINT)
