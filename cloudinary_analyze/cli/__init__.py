@@ -58,7 +58,6 @@ processes. Results received by ``--receive`` are acknowledged once the ledger ho
 from __future__ import annotations
 
 import gc
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -89,8 +88,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _start(arguments: Sequence[str] | None) -> int:
-    if arguments is None:
-        _heed_interrupts()
     try:
         from cloudinary_analyze.cli.app import run_app
     except ModuleNotFoundError as error:
@@ -106,16 +103,6 @@ def _start(arguments: Sequence[str] | None) -> int:
         return run_app(arguments)
     _tune_collector()
     return run_app(sys.argv[1:])
-
-
-def _heed_interrupts() -> None:
-    """Handle SIGINT from the start, also in a process whose parent ignored it.
-
-    A shell ignores it for a script's background jobs. Without this, an interrupt before a command
-    installs its own handlers would be lost.
-    """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _tune_collector() -> None:

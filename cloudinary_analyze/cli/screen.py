@@ -275,7 +275,8 @@ def handle_interrupts(
     """Call ``finish`` at the first signal, and another function at each later one, on the loop.
 
     SIGTERM and SIGHUP count as interrupts, because calls in flight are paid for. If one of them
-    arrives again, the process must end at once. Under ``nohup``, SIGHUP stays ignored.
+    arrives again, the process must end at once. A signal that is ignored when the command starts
+    stays ignored: SIGHUP under ``nohup``, and SIGINT in a background job of a script.
 
     Args:
         finish: Finishes the calls in flight.
@@ -298,10 +299,8 @@ def handle_interrupts(
     def interrupt_soon(number: int, _frame: FrameType | None) -> None:
         loop.call_soon_threadsafe(interrupt, number)
 
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number in ENDING_SIGNALS:
-        if before[number] is signal.SIG_IGN:
-            del before[number]
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: old for number, old in handlers.items() if old is not signal.SIG_IGN}
     for number in before:
         try:
             loop.add_signal_handler(number, interrupt, number)

@@ -277,15 +277,17 @@ def ignoring(number: signal.Signals) -> Iterator[None]:
         signal.signal(number, before)
 
 
-async def test_a_run_under_nohup_survives_its_terminal(tmp_path: Path):
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+async def test_a_signal_ignored_at_the_start_stays_ignored(tmp_path: Path, number: signal.Signals):
+    """As SIGHUP is under ``nohup``, and SIGINT in a background job of a script."""
     write_urls(tmp_path, 60)
     async with contextlib.AsyncExitStack() as stack:
         emulator = await stack.enter_async_context(Emulator(latency=0.05))
         running = start(*RUN, "--permits", "2", folder=tmp_path, emulator=emulator)
-        with ignoring(signal.SIGHUP):
+        with ignoring(number):
             process = await stack.enter_async_context(running)
         await until(lambda: emulator.counts.total_received >= 4)
-        process.send_signal(signal.SIGHUP)
+        process.send_signal(number)
         code, _, err = await end(process)
     assert code == 0, err
     assert len(read_records(tmp_path / "results.jsonl")) == 60
@@ -294,14 +296,12 @@ async def test_a_run_under_nohup_survives_its_terminal(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0, 0.3, 2])
 async def test_an_interrupt_while_the_input_is_read_sends_nothing(tmp_path: Path, seconds: float):
-    """This includes an interrupt before the signal handlers are installed, as a background job."""
+    """This includes an interrupt before the signal handlers are installed."""
     write_urls(tmp_path, 1_500_000)
-    async with contextlib.AsyncExitStack() as stack:
-        emulator = await stack.enter_async_context(Emulator())
-        with ignoring(signal.SIGINT):
-            process = await stack.enter_async_context(
-                start(*RUN, folder=tmp_path, emulator=emulator)
-            )
+    async with (
+        Emulator() as emulator,
+        start(*RUN, folder=tmp_path, emulator=emulator) as process,
+    ):
         await until((tmp_path / "results.jsonl.ledger").exists)
         await asyncio.sleep(seconds)
         process.send_signal(signal.SIGINT)
