@@ -267,9 +267,10 @@ class Recording:
 
         if progress.task_id is not None:
             return await self._resume(progress.task_id, work)
+        work.claim = claim
         if not self.sender.as_tasks:
-            return await self.sender.call(work, claim=claim, on_accepted=record_task)
-        task = self.sender.submit(work, claim=claim)
+            return await self.sender.call(work, on_accepted=record_task)
+        task = self.sender.submit(work)
         try:
             await task.accepted()
         except asyncio.CancelledError:

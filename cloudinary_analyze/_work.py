@@ -53,6 +53,7 @@ class Work(Generic[Item, A]):
         recorded_seconds: The recorded duration of its attempts.
         unsent: Whether it was not sent because its kind of request is stopped.
         reserved: Whether the cost of its request is reserved.
+        claim: See `Owner`; set by a stream with a ledger.
         unrecorded: Why the ledger could not record its response or error.
     """
 
@@ -70,6 +71,7 @@ class Work(Generic[Item, A]):
     recorded_seconds: float = attrs.field(default=0.0, init=False)
     unsent: bool = attrs.field(default=False, init=False)
     reserved: bool = attrs.field(default=False, init=False)
+    claim: Callable[[], Coroutine[Any, Any, None]] | None = attrs.field(default=None, init=False)
     unrecorded: LedgerError | None = attrs.field(default=None, init=False)
 
     @property
@@ -182,15 +184,12 @@ class Sender:
         self,
         work: Work[Item, A],
         *,
-        claim: Callable[[], Coroutine[Any, Any, None]] | None = None,
         on_accepted: Callable[[str], Awaitable[None]] | None = None,
     ) -> Response[A]:
         """Make a call, and follow the task if the service turns it into one."""
         answer = await self.tracker.caller.analyze(
             work.request,
             deadline=self._build_deadline(self.tracker.settings.call_timeout),
-            urgent=False,
-            claim=claim,
             owner=work,
         )
         if not isinstance(answer, Accepted):
@@ -198,16 +197,12 @@ class Sender:
         task = self.attach(answer.task_id, work, just_accepted=True)
         return await follow(task, on_accepted=on_accepted)
 
-    def submit(
-        self, work: Work[Item, A], *, claim: Callable[[], Coroutine[Any, Any, None]] | None = None
-    ) -> AnalysisTask[A]:
+    def submit(self, work: Work[Item, A]) -> AnalysisTask[A]:
         """Submit the request of an item as a task."""
         return self.tracker.submit(
             work.request,
             as_task=True,
             deadline=self._build_deadline(self.tracker.settings.task_timeout),
-            urgent=False,
-            claim=claim,
             owner=work,
         )
 

@@ -284,12 +284,12 @@ class AnalyzeSession(NotPicklable, Closable):
             transport,
             self._meter,
             self._quota,
+            self._notification_url,
         )
         tracker = Tracker.start(
             caller,
             self._credentials,
             source=self._source,
-            notification_url=self._notification_url,
         )
         self._connection = _Connection(loop, caller, tracker, claim, loop.create_future())
         if transport.token is not None:

@@ -194,7 +194,6 @@ async def resolving(
         service,  # type: ignore[arg-type]
         Credentials("demo", "key", SECRET),
         source=source,
-        notification_url=None,
     )
     try:
         yield service, tracker

@@ -69,9 +69,12 @@ class Owner(Protocol):
     """The owner of a call. It may stop the call before each of its attempts.
 
     Attributes:
+        claim: Awaited once with the slot held, before the first attempt, if the owner has one.
         halted: Whether nothing more is sent.
         waits: The waits of its calls between attempts, which it interrupts to halt them.
     """
+
+    claim: Callable[[], Coroutine[Any, Any, None]] | None
 
     @property
     def halted(self) -> bool: ...
@@ -111,9 +114,9 @@ class Call:
         deadline: Monotonic instant when it gives up.
         urgent: Whether it is interactive: it is admitted before bulk work, and waits less in an
             outage.
-        claim: Awaited with the slot held, once, before the first attempt.
         owner: Asked immediately before each attempt whether it may be sent.
-        unsent: Whether `claim` or `owner` refused the first attempt, so that the call does not count.
+        unsent: Whether `owner` or its claim refused the first attempt, so that the call does not
+            count.
         attempts: Attempts begun.
         free: The attempts that do not count towards the limit.
         number: The number of the last attempt among all attempts of the session.
@@ -141,7 +144,6 @@ class Call:
     content: bytes | None = None
     deadline: float | None = None
     urgent: bool = True
-    claim: Callable[[], Coroutine[Any, Any, None]] | None = None
     owner: Owner | None = None
     unsent: bool = False
     attempts: int = 0
@@ -236,7 +238,8 @@ class Attempts(NotPicklable):
         quota = self.quota
         watch = call.watch
         waits_for_turn = call.model is not None and (
-            call.claim is not None or self.settings.pacer is not None
+            self.settings.pacer is not None
+            or (call.owner is not None and call.owner.claim is not None)
         )
         while True:
             if watch is not None:
@@ -321,15 +324,16 @@ class Attempts(NotPicklable):
         try:
             if self.settings.pacer is not None:
                 await self._wait(call, self._await_pacer(self.settings.pacer))
-            if call.claim is not None:
+            if (owner := call.owner) is not None and (claim := owner.claim) is not None:
+                owner.claim = None
                 call.unsent = True
                 patient_until = self.clock.monotonic() + SLOT_PATIENCE
                 timer = self.clock.call_at(patient_until, lambda: queue.withdraw(slot.pop()))
                 try:
-                    await call.claim()
+                    await claim()
                 finally:
                     timer.cancel()
-                call.unsent, call.claim = False, None
+                call.unsent = False
             if slot and queue.is_current(attempt):
                 slot.clear()
                 return True

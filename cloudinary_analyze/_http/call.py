@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import attrs
 from yarl import URL
@@ -48,6 +47,7 @@ class Caller(NotPicklable):
     Attributes:
         base_url: ``scheme://host[:port]``.
         cloud_name: The product environment.
+        notification_url: Where the service is to send the results of tasks.
         attempts: Repeats attempts until there is a response or a final error.
     """
 
@@ -58,6 +58,7 @@ class Caller(NotPicklable):
     transport: Transport
     meter: Meter
     quota: Quota
+    notification_url: str | None
     attempts: Attempts = attrs.field(init=False)
     _urls: dict[str, URL] = attrs.field(factory=dict, init=False)
 
@@ -70,9 +71,6 @@ class Caller(NotPicklable):
         *,
         deadline: float | None = None,
         as_task: bool = False,
-        notification_url: str | None = None,
-        urgent: bool = True,
-        claim: Callable[[], Coroutine[Any, Any, None]] | None = None,
         owner: Owner | None = None,
         repeats: str | None = None,
     ) -> Response[A] | Accepted:
@@ -82,16 +80,13 @@ class Caller(NotPicklable):
             request: The request.
             deadline: Monotonic instant when the call gives up.
             as_task: Whether to ask for a task.
-            notification_url: Where the service is to send the task's result.
-            urgent: Whether the call is interactive, and not an item of bulk work.
-            claim: Awaited once, with the slot held, before the first attempt. If it takes longer
-                than a second, the slot is given to another call and taken again later.
-            owner: Asked immediately before each attempt.
+            owner: The item of bulk work that the call belongs to. Without one it is interactive,
+                unless it repeats a task.
             repeats: The task that the call repeats.
 
         Raises:
             AnalyzeError: See `AnalyzeSession.analyze`.
-            Exception: The error of `claim` or `owner`. Nothing was sent.
+            Exception: The error of `owner` or its claim. Nothing was sent.
         """
         model = request.model
         url = self._urls.get(model)  # no `or`: the truth of a URL is slow to compute
@@ -104,10 +99,9 @@ class Caller(NotPicklable):
             self.attempts.own_patience,
             model,
             request.feature or model,
-            build_body(request, as_task=as_task, notification_url=notification_url),
+            build_body(request, as_task=as_task, notification_url=self.notification_url),
             deadline,
-            urgent,
-            claim,
+            owner is None and repeats is None,
             owner,
         )
         meter = self.meter

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -76,7 +76,6 @@ class Tracker(NotPicklable):
     settings: Settings
     clock: Clock
     meter: Meter
-    notification_url: str | None
     table: Table
     loop: asyncio.AbstractEventLoop = attrs.field(factory=asyncio.get_running_loop, init=False)
     poller: Poller = attrs.field(init=False)
@@ -100,12 +99,11 @@ class Tracker(NotPicklable):
         credentials: Credentials,
         *,
         source: NotificationSource | None,
-        notification_url: str | None,
     ) -> Tracker:
         """Create the parts and start listening."""
         settings, clock, meter = caller.settings, caller.clock, caller.meter
         table = Table(settings, with_source=source is not None)
-        tracker = cls(caller, settings, clock, meter, notification_url, table)
+        tracker = cls(caller, settings, clock, meter, table)
         if source is not None:
             from cloudinary_analyze._tasks.listener import Listener
 
@@ -129,8 +127,6 @@ class Tracker(NotPicklable):
         *,
         as_task: bool,
         deadline: float | None,
-        urgent: bool = True,
-        claim: Callable[[], Coroutine[Any, Any, None]] | None = None,
         owner: Owner | None = None,
     ) -> AnalysisTask[A]:
         """Send a request in the background and return its handle at once; see `Caller.analyze`."""
@@ -146,9 +142,6 @@ class Tracker(NotPicklable):
                 request,
                 deadline=deadline,
                 as_task=as_task,
-                notification_url=self.notification_url,
-                urgent=urgent,
-                claim=claim,
                 owner=owner,
             )
         )
@@ -376,7 +369,7 @@ class Tracker(NotPicklable):
         owner = entry.owner
         if owner is not None:
             await owner.reserve_again()
-        return await self.caller.analyze(request, urgent=False, owner=owner, repeats=entry.task_id)
+        return await self.caller.analyze(request, owner=owner, repeats=entry.task_id)
 
     def _take_repetition(self, entry: Entry, call: Call) -> None:
         self._calls.pop(entry, None)
