@@ -29,9 +29,8 @@ import attrs
 from cloudinary_analyze._cancellation import count_cancellations
 from cloudinary_analyze._clock import Clock
 from cloudinary_analyze._policy import Stop, find_stop, may_be_charged
-from cloudinary_analyze._stops import Stops
 from cloudinary_analyze._values import Closable, NotPicklable
-from cloudinary_analyze._work import Work, wrap_cancellation
+from cloudinary_analyze._work import Stops, Work, wrap_cancellation
 from cloudinary_analyze.config import Settings
 from cloudinary_analyze.errors import (
     BudgetReachedError,

@@ -13,14 +13,6 @@ from typing import Any, Final
 
 import attrs
 
-from cloudinary_analyze._tasks.answers import (
-    build_limit_error,
-    build_missing,
-    build_not_found,
-    build_timeout,
-    corrects,
-    read_answer,
-)
 from cloudinary_analyze._tasks.entries import (
     AWAITED,
     LEFT,
@@ -36,6 +28,12 @@ from cloudinary_analyze._tasks.entries import (
     Repeat,
     Seen,
     Wait,
+    build_limit_error,
+    build_missing,
+    build_not_found,
+    build_timeout,
+    corrects,
+    read_answer,
 )
 from cloudinary_analyze._tasks.timers import DueHeap, Shelf
 from cloudinary_analyze._wire import codec

@@ -15,7 +15,6 @@ import attrs
 
 from cloudinary_analyze._clock import Clock, TimerHandle, wake
 from cloudinary_analyze._meter import Meter
-from cloudinary_analyze._tasks.answers import build_closed
 from cloudinary_analyze._tasks.entries import (
     Answer,
     Changed,
@@ -26,6 +25,7 @@ from cloudinary_analyze._tasks.entries import (
     Poll,
     Repeat,
     Wait,
+    build_closed,
     build_event,
     note_quota,
 )
