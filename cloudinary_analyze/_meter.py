@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -92,6 +92,12 @@ class Meter:
     accepted: int = 0
     notifications: dict[str, int] = attrs.field(factory=dict)
     watched: int = 0  # the number of the last call or poll that events name
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """The counts, by their names in `SessionStats`."""
+        hidden = attrs.filters.exclude("hook", "watched")
+        return attrs.asdict(self, recurse=False, filter=hidden)
 
     def count(
         self,

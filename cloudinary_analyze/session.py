@@ -701,29 +701,19 @@ class AnalyzeSession(NotPicklable, Closable):
     @property
     def stats(self) -> SessionStats:
         """A snapshot of the counts since the session was created."""
-        meter = self._meter
         connection = self._connection
         queue = connection.caller.attempts.queue if connection else None
         admission = queue.admission if queue else None
         table = connection.tracker.table if connection else None
         return SessionStats(
-            calls=meter.calls,
-            attempts=meter.attempts,
-            retries=meter.retries,
-            ambiguous_retries=meter.ambiguous_retries,
-            ambiguous_failures=meter.ambiguous_failures,
-            pauses=meter.pauses,
-            in_flight=meter.in_flight,
+            **self._meter.counts,
             permits_in_use=admission.in_use if admission else 0,
             permits_allowed=admission.allowed if admission else self._settings.permits,
             pace=admission.pace.rate if admission else None,
             probes=admission.probes if admission else 0,
             waiting=queue.waiting if queue else 0,
-            polls=meter.polls,
-            accepted=meter.accepted,
             pending=len(table.pending) if table else 0,
             parked=len(table.parked) if table else 0,
-            notifications=meter.notifications,
         )
 
     async def aclose(self, drain: float = 0.0) -> None:
