@@ -22,7 +22,6 @@ from cloudinary_analyze._stream import OutcomeStream
 from cloudinary_analyze._tasks.handle import AnalysisTask, follow
 from cloudinary_analyze._tasks.tracker import Tracker
 from cloudinary_analyze._values import Closable, NotPicklable, URLObject, read_url
-from cloudinary_analyze._version import __version__
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze._wire.protocol import Accepted
 from cloudinary_analyze._work import Sender
@@ -268,7 +267,6 @@ class AnalyzeSession(NotPicklable, Closable):
                 self._credentials,
                 self._settings,
                 base_url=self._base_url,
-                version=__version__,
                 http=self._http,
                 clock=self._clock,
             )

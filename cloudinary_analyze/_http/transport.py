@@ -22,6 +22,7 @@ from cloudinary_analyze._cancellation import Sections, get_task
 from cloudinary_analyze._clock import Clock
 from cloudinary_analyze._proxy import read_proxy
 from cloudinary_analyze._values import NotPicklable
+from cloudinary_analyze._version import __version__
 from cloudinary_analyze.config import Credentials, Settings
 from cloudinary_analyze.errors import (
     AttemptTimeoutError,
@@ -75,7 +76,7 @@ class Transport(NotPicklable):
     _http: aiohttp.ClientSession
     _headers: CIMultiDict[str] | None = attrs.field(repr=False)
     _timeout: aiohttp.ClientTimeout
-    _loop: asyncio.AbstractEventLoop
+    _loop: asyncio.AbstractEventLoop = attrs.field(factory=asyncio.get_running_loop, init=False)
     _attempts: Sections = attrs.field(factory=Sections)
     _timer: asyncio.TimerHandle | None = None
     _closed: bool = False
@@ -89,7 +90,6 @@ class Transport(NotPicklable):
         settings: Settings,
         *,
         base_url: str,
-        version: str,
         http: aiohttp.ClientSession | None,
         clock: Clock,
     ) -> Transport:
@@ -98,39 +98,35 @@ class Transport(NotPicklable):
         Raises:
             ConfigurationError: The given session cannot be used.
         """
-        timeout = aiohttp.ClientTimeout(total=None, connect=settings.connect_timeout)
-        loop = asyncio.get_running_loop()
         token = None
         if callable(credentials.oauth_token):
             from cloudinary_analyze._http.token import Token
 
             token = Token(credentials.oauth_token, settings.read_timeout, clock)
-        if http is not None:
-            check_client_session(http, settings, host=URL(base_url).host or "")
-        headers = build_headers(credentials, version=version)
-        if http is not None:
-            return cls(settings, False, http, headers, timeout, loop, token=token)
-        # the permits bound the attempts in flight, so the pool need not
-        connector = aiohttp.TCPConnector(limit=0)
+        headers = build_headers(credentials)
+        timeout = aiohttp.ClientTimeout(total=None, connect=settings.connect_timeout)
         proxy = read_proxy(settings.proxy)
-        own = aiohttp.ClientSession(
-            connector=connector,
-            # aiohttp sends default headers to the proxy too, in clear text
-            headers=headers if proxy is None else None,
-            timeout=timeout,
-            cookie_jar=aiohttp.DummyCookieJar(),
-        )
-        if proxy is None:
-            return cls(settings, True, own, None, timeout, loop, token=token)
-        options: dict[str, Any] = {"proxy": URL(proxy.bare)}
-        if proxy.userinfo is not None:
+        options: dict[str, Any] = {} if proxy is None else {"proxy": URL(proxy.bare)}
+        if proxy is not None and proxy.userinfo is not None:
             # not in the URL, which aiohttp's errors and connection keys show
             pair = base64.b64encode(":".join(proxy.userinfo).encode()).decode()
             if base_url.startswith("https:"):
                 options["proxy_headers"] = {"Proxy-Authorization": f"Basic {pair}"}
             else:
                 headers["Proxy-Authorization"] = f"Basic {pair}"
-        return cls(settings, True, own, headers, timeout, loop, token=token, proxy=options)
+        if http is not None:
+            check_client_session(http, settings, host=URL(base_url).host or "")
+            return cls(settings, False, http, headers, timeout, token=token)
+        own = aiohttp.ClientSession(
+            # the permits bound the attempts in flight, so the pool need not
+            connector=aiohttp.TCPConnector(limit=0),
+            # aiohttp sends default headers to the proxy too, in clear text
+            headers=headers if proxy is None else None,
+            timeout=timeout,
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+        each = None if proxy is None else headers
+        return cls(settings, True, own, each, timeout, token=token, proxy=options)
 
     async def close(self) -> None:
         """Interrupt the attempts that are still in flight, and close the pool if it is ours."""
@@ -358,7 +354,7 @@ def build_proxy_refusal(status: int, reason: str | None) -> TransportError:
     )
 
 
-def build_headers(credentials: Credentials, *, version: str) -> CIMultiDict[str]:
+def build_headers(credentials: Credentials) -> CIMultiDict[str]:
     """Return the headers of every call. Those with a token that can be renewed get it later."""
     if callable(credentials.oauth_token):
         authorization = ""
@@ -372,7 +368,7 @@ def build_headers(credentials: Credentials, *, version: str) -> CIMultiDict[str]
             **({hdrs.AUTHORIZATION: authorization} if authorization else {}),
             hdrs.ACCEPT: "application/json",
             hdrs.CONTENT_TYPE: "application/json",
-            hdrs.USER_AGENT: f"cloudinary-analyze/{version} "
+            hdrs.USER_AGENT: f"cloudinary-analyze/{__version__} "
             f"(Python/{platform.python_version()}; aiohttp/{aiohttp.__version__})",
         }
     )
