@@ -5,23 +5,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import re
 import warnings
 import weakref
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping
-from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Self, TypeVar, overload
 
 import attrs
 
 from cloudinary_analyze import _policy
+from cloudinary_analyze._arguments import (
+    build_no_request_error,
+    check_arguments,
+    read_notification_url,
+    read_source,
+)
 from cloudinary_analyze._clock import SYSTEM_CLOCK, Clock
 from cloudinary_analyze._http.quota import Quota
 from cloudinary_analyze._meter import Meter, SessionStats
 from cloudinary_analyze._stream import OutcomeStream
 from cloudinary_analyze._tasks.handle import AnalysisTask, follow
 from cloudinary_analyze._tasks.tracker import Tracker
-from cloudinary_analyze._values import Closable, NotPicklable, URLObject, read_url
+from cloudinary_analyze._values import Closable, NotPicklable, URLObject
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze._wire.protocol import Accepted
 from cloudinary_analyze._work import Sender
@@ -65,8 +69,6 @@ CLOSE_PATIENCE: Final = 5.0
 CALL_WINDOW: Final = 2  # times the permits: one half in flight, one half retrying or waiting
 TASK_WINDOW: Final = 10_000
 
-_NOTIFICATION_URL: Final = r"(?ai:https?)://[^\s/?#][^\s]*"
-
 Mode = Literal["auto", "task", "call"]
 
 
@@ -83,43 +85,6 @@ def _import_what_sessions_need(*, watched: bool) -> None:
 
     codec.prepare()
     _policy.prepare()
-
-
-def _check_arguments(credentials: object, settings: object, on_event: object) -> None:
-    if not isinstance(credentials, Credentials):
-        raise ConfigurationError(
-            f"`credentials` are Credentials(…), not {type(credentials).__name__}; for a "
-            "cloudinary:// URL pass Credentials.from_url(url)."
-        )
-    if not isinstance(settings, Settings):
-        raise ConfigurationError(f"`settings` are Settings(…), not {type(settings).__name__}.")
-    if on_event is not None and not callable(on_event):
-        raise ConfigurationError(f"`on_event` is a function of one event, not {on_event!r:.80}.")
-    if iscoroutinefunction(on_event) or iscoroutinefunction(getattr(on_event, "__call__", None)):  # noqa: B004
-        raise ConfigurationError(
-            "`on_event` must be a plain function, because events are not awaited. In it, start an "
-            "asyncio task or put the event into a queue."
-        )
-
-
-def _read_notification_url(value: object) -> str:
-    """Return a URL or URL object as text."""
-    text = read_url(value)
-    if not isinstance(text, str):
-        raise ConfigurationError(
-            f"`notification_url` must be a string or a URL object, not {type(value).__name__}."
-        )
-    if not re.fullmatch(_NOTIFICATION_URL, text):
-        raise ConfigurationError(
-            f"The notification URL {text!r:.200} must begin with https:// (or http://)."
-        )
-    return text
-
-
-def _build_no_request_error(value: object) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"{value!r:.80} is not a request. Pass one of a model, such as Captioning(url)."
-    )
 
 
 @attrs.define(eq=False, repr=False)
@@ -195,7 +160,7 @@ class AnalyzeSession(NotPicklable, Closable):
     ) -> None:
         credentials = Credentials.from_environment() if credentials is None else credentials
         settings = Settings() if settings is None else settings
-        _check_arguments(credentials, settings, on_event)
+        check_arguments(credentials, settings, on_event)
         host = settings.host or credentials.host or DEFAULT_HOST
         self._base_url = read_base_url(host, credentials.cloud_name)
         check_proxy(settings.proxy, self._base_url, credentials.cloud_name)
@@ -204,25 +169,9 @@ class AnalyzeSession(NotPicklable, Closable):
                 "Settings.proxy and `http` exclude each other. Pass the proxy to the "
                 "aiohttp.ClientSession instead."
             )
-        if isinstance(notifications, asyncio.Queue):
-            from cloudinary_analyze.notifications import QueueSource
-
-            notifications = QueueSource(notifications)
-        elif notifications is not None and not callable(getattr(notifications, "listen", None)):
-            raise ConfigurationError(
-                "`notifications` takes an asyncio.Queue or a NotificationSource, not "
-                f"{notifications!r:.80}."
-            )
-        if notifications is not None and not credentials.signing_secrets:
-            raise ConfigurationError(
-                "Notifications cannot be verified without a secret. Pass "
-                "Credentials(…, notification_secrets=…) beside the OAuth token."
-            )
-        if notification_url is not None:
-            notification_url = _read_notification_url(notification_url)
+        self._source = read_source(notifications, credentials)
+        self._notification_url = read_notification_url(notification_url)
         _import_what_sessions_need(watched=on_event is not None)
-        self._source = notifications
-        self._notification_url = notification_url
         self._credentials = credentials
         self._settings = settings
         self._http = http
@@ -378,7 +327,7 @@ class AnalyzeSession(NotPicklable, Closable):
         """
         connection = self._opened()
         if not isinstance(request, AnalyzeRequest):
-            raise _build_no_request_error(request)
+            raise build_no_request_error(request)
         deadline = self._build_deadline(timeout, self._settings.call_timeout)
         answer = await connection.caller.analyze(request, deadline=deadline)
         if type(answer) is Accepted:
@@ -425,27 +374,25 @@ class AnalyzeSession(NotPicklable, Closable):
         """
         connection = self._opened()
         if not isinstance(request, AnalyzeRequest):
-            raise _build_no_request_error(request)
-        as_task = self._is_for_tasks(mode)
-        if as_task and self._source is None:
-            self._warn_of_tasks(stacklevel=3)
+            raise build_no_request_error(request)
+        as_task = self._asks_for_tasks(mode)
         deadline = self._build_deadline(timeout, self._settings.task_timeout)
         return connection.tracker.submit(request, as_task=as_task, deadline=deadline)
 
-    def _is_for_tasks(self, mode: Mode) -> bool:
+    def _asks_for_tasks(self, mode: Mode) -> bool:
+        """Whether requests become tasks. Warn the caller once if their results cannot arrive."""
         if mode not in {"auto", "task", "call"}:
             raise ConfigurationError(f"`mode` must be 'auto', 'task' or 'call', not {mode!r}.")
-        return mode == "task" or (mode == "auto" and self._source is not None)
-
-    def _warn_of_tasks(self, *, stacklevel: int) -> None:
-        if not self._warned_of_tasks:
+        as_tasks = mode == "task" or (mode == "auto" and self._source is not None)
+        if as_tasks and self._source is None and not self._warned_of_tasks:
             self._warned_of_tasks = True
             warnings.warn(
                 "A task was submitted on a session without a notification source, so its result "
                 "cannot arrive: polls bring its status only. Pass notifications=…, or use "
                 "mode='call', or set Settings.on_missing_result='analyze' (which pays twice).",
-                stacklevel=stacklevel,
+                stacklevel=3,
             )
+        return as_tasks
 
     @overload
     def task(
@@ -492,7 +439,7 @@ class AnalyzeSession(NotPicklable, Closable):
             raise InvalidRequestError(f"A task id is a string from the service, not {task_id!r}.")
         kind = request_type if isinstance(request_type, type) else type(request_type)
         if not issubclass(kind, AnalyzeRequest):
-            raise _build_no_request_error(request_type)
+            raise build_no_request_error(request_type)
         if not name_model(request_type):
             raise InvalidRequestError(
                 "Pass the class of a model (Coco), or for other models the request itself: "
@@ -622,15 +569,13 @@ class AnalyzeSession(NotPicklable, Closable):
             InvalidRequestError: ``items`` is a string, a mapping, a table, or not iterable.
         """
         tracker = self._opened().tracker
-        as_tasks = self._is_for_tasks(mode)
+        as_tasks = self._asks_for_tasks(mode)
         if window is None:
             window = TASK_WINDOW if as_tasks else CALL_WINDOW * self._settings.permits
         if key is not None and ledger is None:
             raise ConfigurationError("`key` names items in a ledger: pass `ledger` too.")
         sender = Sender(as_tasks=as_tasks, tracker=tracker)
         recording = None if ledger is None else self._attach_ledger(ledger, sender)
-        if as_tasks and self._source is None:
-            self._warn_of_tasks(stacklevel=3)
         stream = OutcomeStream(
             items,
             to_request,
