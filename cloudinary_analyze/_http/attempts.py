@@ -152,7 +152,7 @@ class Call:
     sending: Body | None = None
     ambiguous: bool = False
     error: AnalyzeError | None = None
-    failed_at: float | None = None
+    failed_at: float = 0.0
     failed_first: int = 0
     failed_in: int = -1
     again: bool = False
@@ -469,10 +469,8 @@ class Attempts(NotPicklable):
         call.ambiguous |= error.ambiguous
         error.attempts = call.attempts
         probe = attempt.probe
-        if call.failed_at is None:
-            call.failed_at = self.clock.monotonic()
         if call.waits is None:
-            call.waits = build_waits(self.settings)
+            call.failed_at, call.waits = self.clock.monotonic(), build_waits(self.settings)
         own_wait = next(call.waits)
         self._report(call, attempt, error, own_wait)
         if self._closed is not None:
@@ -507,7 +505,6 @@ class Attempts(NotPicklable):
         costs_nothing = is_throttle(error) or (probe and not error.ambiguous)
         if call.urgent or call.model is None or not costs_nothing:
             return call.attempts - call.free < call.limit
-        assert call.failed_at is not None
         if call.free < self._free_attempts:
             call.free += 1
             return probe or self.clock.monotonic() < call.failed_at + self._bulk_patience

@@ -90,9 +90,8 @@ class AdmissionQueue:
     _expiries: list[tuple[float, int, Waiters, Waiter]] = attrs.field(factory=list, init=False)
     _expiries_of: int | None = attrs.field(default=None, init=False)  # the stall's generation
     _order: Iterator[int] = attrs.field(factory=count, init=False)
-    _open: bool = attrs.field(default=True, init=False)  # neither closed nor refusing
-    _closed: Exception | None = attrs.field(default=None, init=False)
-    _refused_until: float = attrs.field(default=-inf, init=False)
+    _open: bool = attrs.field(default=True, init=False)
+    _refused_until: float = attrs.field(default=-inf, init=False)  # infinity: closed
     _build_refusal: BuildError | None = attrs.field(default=None, init=False)
     _emptied: asyncio.Future[None] | None = attrs.field(default=None, init=False)
 
@@ -205,7 +204,7 @@ class AdmissionQueue:
             until: The monotonic time.
             build_error: Builds the error from the seconds that are left.
         """
-        if self._closed is not None or until <= self._refused_until:
+        if until <= self._refused_until:
             return
         self._refused_until, self._build_refusal, self._open = until, build_error, False
         left = until - self.clock.monotonic()
@@ -213,10 +212,9 @@ class AdmissionQueue:
 
     def close(self, error: Exception) -> None:
         """Fail everything that waits, over some turns of the loop, and all later starts."""
-        self._closed, self._open = error, False
         if self._timer is not None:
             self._timer.cancel()
-        self._fail_waiters(lambda: copy(error))  # one each: they collect tracebacks
+        self.refuse(inf, lambda _: copy(error))  # one each: they collect tracebacks
 
     async def wait_empty(self) -> None:
         """Wait until nothing waits or is in flight. For one waiter, after `close`."""
@@ -226,8 +224,6 @@ class AdmissionQueue:
 
     def _check_open(self) -> None:
         """Raise if starts are refused now."""
-        if self._closed is not None:
-            raise copy(self._closed)
         left = self._refused_until - self.clock.monotonic()
         if left > 0 and self._build_refusal is not None:
             raise self._build_refusal(left)
