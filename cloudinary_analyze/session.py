@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     import aiohttp
 
     from cloudinary_analyze._budget import Budget
-    from cloudinary_analyze._http.call import Caller
+    from cloudinary_analyze._http.caller import Caller
     from cloudinary_analyze._http.token import Token
     from cloudinary_analyze._recording import Leader, Recording
     from cloudinary_analyze.events import EventHook
@@ -78,7 +78,7 @@ def _import_what_sessions_need(*, watched: bool) -> None:
     Many programs take only names from the package, and these imports take twice as long as all
     the rest. During a call they would stop the loop, or fail where files are short.
     """
-    from cloudinary_analyze._http import call, transport  # noqa: F401
+    from cloudinary_analyze._http import caller, transport  # noqa: F401
 
     if watched:
         from cloudinary_analyze._http import watch  # noqa: F401
@@ -202,7 +202,7 @@ class AnalyzeSession(NotPicklable, Closable):
             raise SessionClosedError("A closed session cannot be opened again. Create a new one.")
         if self._connection is not None:
             raise SessionAlreadyOpenError("The session is already open.")
-        from cloudinary_analyze._http.call import Caller
+        from cloudinary_analyze._http.caller import Caller
         from cloudinary_analyze._http.transport import Transport
 
         loop = asyncio.get_running_loop()

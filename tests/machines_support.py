@@ -16,7 +16,7 @@ from cloudinary_analyze.stage import close_sessions, outcome_columns, worker_sta
 # The fork server imports everything once, and its children inherit no thread. Children get the
 # environment of the server, which may be that of an earlier test.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["cloudinary_analyze._http.call", "machines_support", "redis"])
+CONTEXT.set_forkserver_preload(["cloudinary_analyze._http.caller", "machines_support", "redis"])
 
 
 def build_urls(count):

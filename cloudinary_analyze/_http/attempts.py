@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from copy import copy
 from functools import partial
 from math import inf
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import attrs
-from yarl import URL
 
 from cloudinary_analyze._cancellation import (
     InterruptedSectionError,
@@ -27,6 +26,7 @@ from cloudinary_analyze._cancellation import (
 )
 from cloudinary_analyze._clock import Clock
 from cloudinary_analyze._http.admission import LONGEST_PAUSE, RUN, Admission, Attempt
+from cloudinary_analyze._http.call import Call
 from cloudinary_analyze._http.limits import CATCH_UP, Turnstile
 from cloudinary_analyze._http.quota import Quota
 from cloudinary_analyze._http.transport import Answer, Body, Transport
@@ -46,7 +46,6 @@ from cloudinary_analyze.errors import (
     AnalyzeError,
     ApiError,
     AuthenticationError,
-    BulkStoppedError,
     CallTimeoutError,
     OutageError,
     PacerError,
@@ -57,110 +56,12 @@ from cloudinary_analyze.errors import (
 )
 
 if TYPE_CHECKING:
-    from cloudinary_analyze._http.watch import Watch
+    pass
 
 T = TypeVar("T")
 
 # Seconds that a slot waits for a claim. A slow store must not keep calls that need none.
 SLOT_PATIENCE: Final = 1.0
-
-
-class Owner(Protocol):
-    """The owner of a call. It may stop the call before each of its attempts.
-
-    Attributes:
-        claim: Awaited once with the slot held, before the first attempt, if the owner has one.
-        halted: Whether nothing more is sent.
-        waits: The waits of its calls between attempts, which it interrupts to halt them.
-    """
-
-    claim: Callable[[], Coroutine[Any, Any, None]] | None
-
-    @property
-    def halted(self) -> bool: ...
-
-    @property
-    def waits(self) -> Sections: ...
-
-    def start(self) -> None:
-        """Note that an attempt is about to start.
-
-        Raises:
-            BulkStoppedError: It may not be sent.
-        """
-
-    async def reserve_again(self) -> None:
-        """Prepare to repeat the request of a task as a call.
-
-        Raises:
-            BulkStoppedError: It may not be sent.
-        """
-
-
-@attrs.define(eq=False, repr=False)
-class Call:
-    """One call: its request and its progress.
-
-    Attributes:
-        url: The URL.
-        queue: Admits its attempts.
-        limit: The maximum number of attempts, without those that do not count.
-        begun: Monotonic instant of the call.
-        model: The model's name in URLs; ``None`` for a status poll.
-        feature: The add-on feature that it is charged to.
-        content: The JSON to POST. ``None``: a GET.
-        patience: The remaining seconds of our own waits of an interactive call. Waiting for the end
-            of an outage counts; waits that the service asked for do not.
-        deadline: Monotonic instant when it gives up.
-        urgent: Whether it is interactive: it is admitted before bulk work, and waits less in an
-            outage.
-        owner: Asked immediately before each attempt whether it may be sent.
-        unsent: Whether `owner` or its claim refused the first attempt, so that the call does not
-            count.
-        attempts: Attempts begun.
-        free: The attempts that do not count towards the limit.
-        number: The number of the last attempt among all attempts of the session.
-        sending: The body of the attempt in flight.
-        ambiguous: Whether an earlier attempt may have been charged.
-        error: The error of the last attempt.
-        failed_at: Monotonic instant of its first failure.
-        failed_first: The number of the first attempt that the service failed, since the last stall.
-        failed_in: The number of that stall.
-        again: Whether the next attempt starts before those of other calls.
-        waits: Our own waits between attempts, once there was a failure.
-        token: The number of the OAuth token that the last attempt was sent with.
-        renewed: Whether a refusal has already led to a new token.
-        probing: Whether this call tests if an exhausted quota has been reset.
-        watch: Reports its events; ``None`` if the session has no hook.
-    """
-
-    url: URL
-    queue: AdmissionQueue
-    limit: int
-    begun: float
-    patience: float
-    model: str | None = None
-    feature: str = ""
-    content: bytes | None = None
-    deadline: float | None = None
-    urgent: bool = True
-    owner: Owner | None = None
-    unsent: bool = False
-    attempts: int = 0
-    free: int = 0
-    number: int = 0
-    sending: Body | None = None
-    ambiguous: bool = False
-    error: AnalyzeError | None = None
-    failed_at: float = 0.0
-    failed_first: int = 0
-    failed_in: int = -1
-    again: bool = False
-    waits: Iterator[float] | None = None
-    token: int = 0
-    renewed: bool = False
-    probing: bool = False
-    watch: Watch | None = None
 
 
 @attrs.define(eq=False, repr=False)
@@ -282,7 +183,7 @@ class Attempts(NotPicklable):
             if wait is None:
                 await self._renew_token(call, refused)
             elif wait:
-                await self._wait(call, self._sleep(wait))
+                await call.wait(self._sleep(wait))
 
     async def _wait_to_start(self, call: Call) -> Attempt:
         """Wait in the queue. In an outage, wait no longer than the call may.
@@ -299,7 +200,7 @@ class Attempts(NotPicklable):
             urgent=call.urgent, first=call.again, since=since, patience=patience
         )
         try:
-            attempt = await self._wait(call, starting)
+            attempt = await call.wait(starting)
             if attempt.probe:
                 stalled_at = call.queue.admission.stalled_at or since
                 call.patience -= self.clock.monotonic() - max(since, stalled_at)
@@ -323,7 +224,7 @@ class Attempts(NotPicklable):
         slot: list[Attempt] = [attempt]
         try:
             if self.settings.pacer is not None:
-                await self._wait(call, self._await_pacer(self.settings.pacer))
+                await call.wait(self._await_pacer(self.settings.pacer))
             if (owner := call.owner) is not None and (claim := owner.claim) is not None:
                 owner.claim = None
                 call.unsent = True
@@ -347,7 +248,7 @@ class Attempts(NotPicklable):
         """Whether a failed call may be repeated, once, with a new OAuth token."""
         refused = isinstance(error, AuthenticationError)
         may = refused and self.transport.token is not None and not call.renewed
-        return may and not _is_halted(call)
+        return may and not call.halted
 
     async def _renew_token(self, call: Call, error: AnalyzeError) -> None:
         """Wait for a newer OAuth token than the refused one.
@@ -359,8 +260,7 @@ class Attempts(NotPicklable):
         assert self.transport.token is not None
         call.renewed = True
         failure = await self.transport.token.renew(call.token)
-        if self._closed is not None:
-            raise copy(self._closed) from error
+        self._check_open(error)
         if failure is not None:
             raise error from failure
         if call.watch is not None:
@@ -369,7 +269,7 @@ class Attempts(NotPicklable):
     def _begin(self, call: Call) -> None:
         """Check that an attempt may still be sent, and count it."""
         if call.owner is not None:
-            self._ask_owner(call, call.owner)
+            call.ask_owner(call.owner)
         if call.deadline is not None and self.clock.monotonic() >= call.deadline:
             # the loop was late: the permit came before the timer, which is due by now
             raise CallTimeoutError(
@@ -391,41 +291,6 @@ class Attempts(NotPicklable):
         if self.transport.token is not None:
             call.token = self.transport.token.number
 
-    def _ask_owner(self, call: Call, owner: Owner) -> None:
-        """Ask the owner of a call whether it may send an attempt.
-
-        Raises:
-            BulkStoppedError: Not the first one.
-            AnalyzeError: No further one; the error of the last attempt.
-        """
-        call.unsent = call.error is None
-        try:
-            owner.start()
-        except BulkStoppedError:
-            if call.error is None:
-                raise
-            raise call.error from call.error.__cause__
-        call.unsent = False
-
-    async def _wait(self, call: Call, waiting: Coroutine[Any, Any, T]) -> T:
-        """Await a step before an attempt. The owner of the call may interrupt it.
-
-        Raises:
-            BulkStoppedError: It was interrupted. Nothing was sent.
-            AnalyzeError: It was interrupted; the error of the last attempt.
-        """
-        owner = call.owner
-        if owner is None:
-            return await waiting
-        if owner.halted:
-            waiting.close()
-            self._ask_owner(call, owner)  # it refuses
-        try:
-            return await owner.waits.run(waiting)
-        except InterruptedSectionError:
-            self._ask_owner(call, owner)  # it refuses
-            raise
-
     async def _await_pacer(self, pacer: Pacer) -> None:
         """Wait for the user's pacer; closing the session ends the wait.
 
@@ -443,8 +308,7 @@ class Attempts(NotPicklable):
             if is_own_cancellation(error, cancelling):
                 raise
             cause = error
-        if self._closed is not None:
-            raise copy(self._closed) from cause
+        self._check_open(cause)
         if cause is not None:
             raise PacerError(
                 f"Settings.pacer failed ({type(cause).__name__}: {shorten(str(cause))}). This "
@@ -473,10 +337,7 @@ class Attempts(NotPicklable):
             call.failed_at, call.waits = self.clock.monotonic(), build_waits(self.settings)
         own_wait = next(call.waits)
         self._report(call, attempt, error, own_wait)
-        if self._closed is not None:
-            closed = copy(self._closed)
-            closed.ambiguous = error.ambiguous
-            raise closed from error
+        self._check_open(error, ambiguous=error.ambiguous)
         wait = None
         if self._may_repeat(call, error, probe=probe):
             wait = decide_wait(error, self.settings, own_wait=own_wait, chance=random.random())
@@ -500,7 +361,7 @@ class Attempts(NotPicklable):
         count. Its wait is bounded by time instead. Otherwise items would fail permanently when
         progress is slow.
         """
-        if _is_halted(call):
+        if call.halted:
             return False
         costs_nothing = is_throttle(error) or (probe and not error.ambiguous)
         if call.urgent or call.model is None or not costs_nothing:
@@ -566,11 +427,16 @@ class Attempts(NotPicklable):
 
     async def _sleep(self, seconds: float) -> None:
         """Sleep on the session's clock. Closing the session ends the sleep with its error."""
-        if self._closed is None:
-            with suppress(InterruptedSectionError):
-                return await self._pauses.run(self.clock.sleep(seconds))
-        assert self._closed is not None
-        raise copy(self._closed)
+        with suppress(InterruptedSectionError):
+            await self._pauses.run(self.clock.sleep(seconds))
+        self._check_open()
+
+    def _check_open(self, cause: BaseException | None = None, *, ambiguous: bool = False) -> None:
+        """Raise if the session was closed meanwhile."""
+        if self._closed is not None:
+            closed = copy(self._closed)
+            closed.ambiguous = ambiguous
+            raise closed from cause
 
     def close(self, error: AnalyzeError) -> None:
         """Fail all calls that queue or sleep, and all later ones."""
@@ -584,10 +450,6 @@ class Attempts(NotPicklable):
         """Fail all status polls that queue, and all later ones."""
         if self._closed is not None:
             self.poll_queue.close(self._closed)
-
-
-def _is_halted(call: Call) -> bool:
-    return call.owner is not None and call.owner.halted
 
 
 def _build_refusal(error: ApiError, seconds: float) -> ApiError:

@@ -43,7 +43,7 @@ from cloudinary_analyze.responses import Limit, Notification, Response, TaskStat
 from cloudinary_analyze.webhooks import parse_notification
 
 if TYPE_CHECKING:
-    from cloudinary_analyze._http.attempts import Owner
+    from cloudinary_analyze._http.call import Owner
     from cloudinary_analyze._http.quota import Quota
     from cloudinary_analyze.events import TaskAnswered
 

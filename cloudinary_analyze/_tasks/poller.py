@@ -28,7 +28,7 @@ from cloudinary_analyze.errors import AnalyzeError, describe, shorten
 from cloudinary_analyze.responses import TaskStatus
 
 if TYPE_CHECKING:
-    from cloudinary_analyze._http.call import Caller
+    from cloudinary_analyze._http.caller import Caller
 
 logger = logging.getLogger("cloudinary_analyze.tasks")
 

@@ -53,8 +53,8 @@ from cloudinary_analyze.responses import (
 )
 
 if TYPE_CHECKING:
-    from cloudinary_analyze._http.attempts import Owner
-    from cloudinary_analyze._http.call import Caller
+    from cloudinary_analyze._http.call import Owner
+    from cloudinary_analyze._http.caller import Caller
     from cloudinary_analyze._tasks.listener import Listener
 
 A = TypeVar("A")
