@@ -98,6 +98,8 @@ class Transport(NotPicklable):
         Raises:
             ConfigurationError: The given session cannot be used.
         """
+        if http is not None:  # before the headers, which a traceback of its errors would show
+            check_client_session(http, settings, host=URL(base_url).host or "")
         token = None
         if callable(credentials.oauth_token):
             from cloudinary_analyze._http.token import Token
@@ -115,7 +117,6 @@ class Transport(NotPicklable):
             else:
                 headers["Proxy-Authorization"] = f"Basic {pair}"
         if http is not None:
-            check_client_session(http, settings, host=URL(base_url).host or "")
             return cls(settings, False, http, headers, timeout, token=token)
         own = aiohttp.ClientSession(
             # the permits bound the attempts in flight, so the pool need not
