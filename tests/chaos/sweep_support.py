@@ -46,8 +46,8 @@ from cloudinary_analyze.ledger import SQLiteLedger
 SAMPLES = Path(__file__).parent.parent / "samples"
 BODIES = {name: (SAMPLES / f"{name}.json").read_bytes() for name in ("captioning", "coco")}
 LOOPS = ["asyncio", "uvloop", *(["eager"] if sys.version_info >= (3, 12) else [])]
-PATIENCE = 15.0
-"""Seconds of real time within which everything must have ended after the close."""
+PATIENCE = 60.0
+"""Seconds of real time after the close. What has not ended by then hangs, also on a busy machine."""
 
 
 @attrs.define(eq=False)

@@ -67,7 +67,7 @@ def add_up(jobs):
 
 def wait_for(emulator, count, *, source=None):
     """Wait until this many items are done, including the given source."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     counts = emulator.counts
     while counts.total_done < count or (source and not counts.done["captioning", source]):
         assert time.monotonic() < deadline
@@ -96,7 +96,7 @@ def test_the_next_pool_resumes_after_a_kill(emulator, build_stage):
             wait_for(emulator, 300, source=urls[-1])  # both workers are at work
             (victim,) = pool._processes
             os.kill(victim, signal.SIGKILL)
-            killed[0].result(60)
+            killed[0].result(120)
         statuses, repeated = add_up(jobs)
     assert statuses == {"answered": 1500}
     paid_twice = emulator.counts.total_done - 1500
@@ -112,7 +112,7 @@ def test_a_suspended_worker_is_harmless(emulator, build_stage):
         (suspended,) = one._processes
         os.kill(suspended, signal.SIGSTOP)
         jobs += run(other, build_stage(lease=1.0), [urls])
-        wait(jobs[1:], 60)  # with what the suspended one had claimed, once its lease is over
+        wait(jobs[1:], 120)  # with what the suspended one had claimed, once its lease is over
         os.kill(suspended, signal.SIGCONT)
         statuses, repeated = add_up(jobs)
     assert statuses == {"answered": 3000}

@@ -83,11 +83,11 @@ def test_tasks_of_a_killed_worker_are_taken_over(monkeypatch, redis_server):
                     time.sleep(0.005)
                 (victim,) = pool._processes
                 os.kill(victim, signal.SIGKILL)
-                job.result(60)
+                job.result(120)
             submitted = len(emulator.tasks)
             assert 200 <= submitted < 600
             with open_pool(1) as pool:
-                statuses, _, repeated = pool.submit(count_statuses, stage, urls[::-1]).result(60)
+                statuses, _, repeated = pool.submit(count_statuses, stage, urls[::-1]).result(120)
         assert statuses == {"answered": 600}
         # requests in flight, or accepted and not recorded yet
         assert len(emulator.tasks) - 600 <= repeated <= 2 * PERMITS

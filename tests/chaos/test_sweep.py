@@ -14,7 +14,6 @@ from sweep_support import LOOPS, run_session
 GROUP = 20
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [0, *range(4, 204, GROUP)])
 def test_nothing_hangs_and_nothing_leaks(first: int, tmp_path: Path) -> None:
