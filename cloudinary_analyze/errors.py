@@ -14,7 +14,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from copy import copy
-from typing import Any, Final, TypedDict, TypeVar, Unpack
+from typing import Any, Final, TypedDict, TypeVar
+
+import attrs
 
 from cloudinary_analyze.responses import Limit, TaskStatus
 
@@ -65,6 +67,8 @@ LONGEST_LOGGED: Final = 4000  # characters of an error that a log line is built 
 _CREDENTIALS: Final = re.compile(r"\?[^\s'\"<>)]+|(?<=//)[^\s/@]*@")
 
 
+# `auto_exc` would make every field a part of `args`. Subclasses without fields need no decorator.
+@attrs.define(kw_only=True, slots=False, eq=False, repr=False, auto_exc=False)
 class AnalyzeError(Exception):
     """The base class of all errors of this package.
 
@@ -74,13 +78,14 @@ class AnalyzeError(Exception):
             response is not available. Repeating the request may cost quota again.
     """
 
-    def __init__(self, message: str, *, ambiguous: bool = False) -> None:
-        if len(message) > LONGEST_MESSAGE or not message.isprintable():
+    message: str = attrs.field(kw_only=False)
+    ambiguous: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        if len(self.message) > LONGEST_MESSAGE or not self.message.isprintable():
             # ids, paths and hosts from outside must not forge log lines or control a terminal
-            message = shorten(message, LONGEST_MESSAGE)
-        super().__init__(message)
-        self.message = message
-        self.ambiguous = ambiguous
+            self.message = shorten(self.message, LONGEST_MESSAGE)
+        self.args = (self.message,)
 
     def __str__(self) -> str:
         if self.ambiguous:
@@ -130,6 +135,7 @@ class WrongEventLoopError(SessionStateError):
     """The session, or a handle of it, was used outside the event loop that opened the session."""
 
 
+@attrs.define(kw_only=True, slots=False, eq=False, repr=False, auto_exc=False)
 class SessionClosedError(SessionStateError):
     """The session was closed, either before this call or while this task was pending.
 
@@ -138,13 +144,10 @@ class SessionClosedError(SessionStateError):
             service had not accepted one yet.
     """
 
-    def __init__(
-        self, message: str, *, task_id: str | None = None, ambiguous: bool = False
-    ) -> None:
-        super().__init__(message, ambiguous=ambiguous)
-        self.task_id = task_id
+    task_id: str | None = None
 
 
+@attrs.define(kw_only=True, slots=False, eq=False, repr=False, auto_exc=False)
 class TransportError(AnalyzeError, ConnectionError):
     """No response arrived, after every attempt that the settings allow.
 
@@ -153,23 +156,15 @@ class TransportError(AnalyzeError, ConnectionError):
         permanent: Whether another attempt cannot succeed (for example, a certificate is refused).
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        attempts: int = 1,
-        permanent: bool = False,
-        ambiguous: bool = False,
-    ) -> None:
-        super().__init__(message, ambiguous=ambiguous)
-        self.attempts = attempts
-        self.permanent = permanent
+    attempts: int = 1
+    permanent: bool = False
 
 
 class AttemptTimeoutError(TransportError, TimeoutError):
     """The last attempt's connect or read timeout expired (real seconds)."""
 
 
+@attrs.define(kw_only=True, slots=False, eq=False, repr=False, auto_exc=False)
 class CallTimeoutError(AnalyzeError, TimeoutError):
     """The time for the whole call (``timeout=``) expired. ``__cause__`` is the last failure.
 
@@ -177,11 +172,10 @@ class CallTimeoutError(AnalyzeError, TimeoutError):
         attempts: How many attempts were made. 0 if the call was still queueing for a permit.
     """
 
-    def __init__(self, message: str, *, attempts: int = 0, ambiguous: bool = False) -> None:
-        super().__init__(message, ambiguous=ambiguous)
-        self.attempts = attempts
+    attempts: int = 0
 
 
+@attrs.define(kw_only=True, slots=False, eq=False, repr=False, auto_exc=False)
 class OutageError(AnalyzeError):
     """The service failed or refused everything for too long, so this request was not sent again.
 
@@ -194,12 +188,8 @@ class OutageError(AnalyzeError):
         attempts: How many attempts this call had made. 0 if nothing was sent.
     """
 
-    def __init__(
-        self, message: str, *, seconds: float = 0.0, attempts: int = 0, ambiguous: bool = False
-    ) -> None:
-        super().__init__(message, ambiguous=ambiguous)
-        self.seconds = seconds
-        self.attempts = attempts
+    seconds: float = 0.0
+    attempts: int = 0
 
 
 class PacerError(AnalyzeError):
@@ -226,6 +216,7 @@ class RemoteFields(TypedDict, total=False):
     ambiguous: bool
 
 
+@attrs.define(kw_only=True, slots=False, eq=False, repr=False, auto_exc=False)
 class RemoteError(AnalyzeError):
     """The service reported an error: for a call (`ApiError`) or for a task (`TaskFailedError`).
 
@@ -245,35 +236,17 @@ class RemoteError(AnalyzeError):
         attempts: How many attempts were made.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int = 0,
-        code: str | None = None,
-        category: str | None = None,
-        api_message: str | None = None,
-        details: Mapping[str, Any] | None = None,
-        request_id: str | None = None,
-        retry_after: float | None = None,
-        limits: tuple[Limit, ...] = (),
-        raw_body: bytes = b"",
-        model: str | None = None,
-        attempts: int = 1,
-        ambiguous: bool = False,
-    ) -> None:
-        super().__init__(message, ambiguous=ambiguous)
-        self.status = status
-        self.code = code
-        self.category = category
-        self.api_message = api_message
-        self.details = details
-        self.request_id = request_id
-        self.retry_after = retry_after
-        self.limits = limits
-        self.raw_body = raw_body
-        self.model = model
-        self.attempts = attempts
+    status: int = 0
+    code: str | None = None
+    category: str | None = None
+    api_message: str | None = None
+    details: Mapping[str, Any] | None = None
+    request_id: str | None = None
+    retry_after: float | None = None
+    limits: tuple[Limit, ...] = ()
+    raw_body: bytes = b""
+    model: str | None = None
+    attempts: int = 1
 
 
 class ApiError(RemoteError):
@@ -288,6 +261,7 @@ class AuthenticationError(ApiError, PermissionError):
     """401: the credentials do not belong to this cloud."""
 
 
+@attrs.define(kw_only=True, slots=False, eq=False, repr=False, auto_exc=False)
 class PermissionDeniedError(ApiError, PermissionError):
     """403: usually an add-on without subscription.
 
@@ -295,11 +269,7 @@ class PermissionDeniedError(ApiError, PermissionError):
         feature: The add-on feature that is not subscribed, if the service named it.
     """
 
-    def __init__(
-        self, message: str, *, feature: str | None = None, **fields: Unpack[RemoteFields]
-    ) -> None:
-        super().__init__(message, **fields)
-        self.feature = feature
+    feature: str | None = None
 
 
 class NotFoundError(ApiError, LookupError):
@@ -310,6 +280,7 @@ class RateLimitedError(ApiError):
     """429 or 420: too many requests. Retried after pauses of the session before it is raised."""
 
 
+@attrs.define(kw_only=True, slots=False, eq=False, repr=False, auto_exc=False)
 class QuotaExceededError(RateLimitedError):
     """The quota is used up: 429 for a call or a task. Not retried. Nothing was analyzed.
 
@@ -323,19 +294,9 @@ class QuotaExceededError(RateLimitedError):
         task_id: The task that failed for it; ``None`` for a call.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        feature: str | None = None,
-        reset_time: float | None = None,
-        task_id: str | None = None,
-        **fields: Unpack[RemoteFields],
-    ) -> None:
-        super().__init__(message, **fields)
-        self.feature = feature
-        self.reset_time = reset_time
-        self.task_id = task_id
+    feature: str | None = None
+    reset_time: float | None = None
+    task_id: str | None = None
 
 
 class ServerError(ApiError):
@@ -353,6 +314,7 @@ def build_unsent(error: E, message: str) -> E:
     return unsent
 
 
+@attrs.define(kw_only=True, slots=False, eq=False, repr=False, auto_exc=False)
 class ResponseDecodeError(AnalyzeError, ValueError):
     """The response cannot be read: it is not JSON, truncated, too long, or has another shape.
 
@@ -367,25 +329,14 @@ class ResponseDecodeError(AnalyzeError, ValueError):
         model: The model of the request. ``None`` outside of analyze calls.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int = 0,
-        path: str | None = None,
-        raw_body: bytes = b"",
-        request_id: str | None = None,
-        model: str | None = None,
-        ambiguous: bool = False,
-    ) -> None:
-        super().__init__(message, ambiguous=ambiguous)
-        self.status = status
-        self.path = path
-        self.raw_body = raw_body
-        self.request_id = request_id
-        self.model = model
+    status: int = 0
+    path: str | None = None
+    raw_body: bytes = b""
+    request_id: str | None = None
+    model: str | None = None
 
 
+@attrs.define(kw_only=True, slots=False, eq=False, repr=False, auto_exc=False)
 class TaskFailedError(RemoteError):
     """The remote work failed.
 
@@ -397,19 +348,11 @@ class TaskFailedError(RemoteError):
             failure is known, and the fields of `RemoteError` are empty.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        task_id: str = "",
-        cause_known: bool = True,
-        **fields: Unpack[RemoteFields],
-    ) -> None:
-        super().__init__(message, **fields)
-        self.task_id = task_id
-        self.cause_known = cause_known
+    task_id: str = ""
+    cause_known: bool = True
 
 
+@attrs.define(kw_only=True, slots=False, eq=False, repr=False, auto_exc=False)
 class TaskTimeoutError(AnalyzeError, TimeoutError):
     """This handle's wait ended. The remote work continues. `AnalyzeSession.task` re-attaches to it.
 
@@ -417,13 +360,10 @@ class TaskTimeoutError(AnalyzeError, TimeoutError):
         task_id: The task. ``None`` if the service had not accepted it yet.
     """
 
-    def __init__(
-        self, message: str, *, task_id: str | None = None, ambiguous: bool = False
-    ) -> None:
-        super().__init__(message, ambiguous=ambiguous)
-        self.task_id = task_id
+    task_id: str | None = None
 
 
+@attrs.define(kw_only=True, slots=False, eq=False, repr=False, auto_exc=False)
 class TaskLimitError(AnalyzeError):
     """The session already waits for 10,000 task ids that the service has not confirmed.
 
@@ -434,11 +374,10 @@ class TaskLimitError(AnalyzeError):
         task_id: The task that the handle does not wait for.
     """
 
-    def __init__(self, message: str, *, task_id: str = "", ambiguous: bool = False) -> None:
-        super().__init__(message, ambiguous=ambiguous)
-        self.task_id = task_id
+    task_id: str = ""
 
 
+@attrs.define(kw_only=True, slots=False, eq=False, repr=False, auto_exc=False)
 class ResultNotDeliveredError(AnalyzeError):
     """The service completed the task, but its result never arrived here.
 
@@ -449,17 +388,8 @@ class ResultNotDeliveredError(AnalyzeError):
         last_status: The status of the last poll.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        task_id: str = "",
-        last_status: TaskStatus | None = None,
-        ambiguous: bool = False,
-    ) -> None:
-        super().__init__(message, ambiguous=ambiguous)
-        self.task_id = task_id
-        self.last_status = last_status
+    task_id: str = ""
+    last_status: TaskStatus | None = None
 
 
 class NotificationError(AnalyzeError, ValueError):
@@ -478,6 +408,7 @@ class MalformedNotificationError(NotificationError):
     """The body is not a JSON object."""
 
 
+@attrs.define(kw_only=True, slots=False, eq=False, repr=False, auto_exc=False)
 class NotificationSourceError(AnalyzeError):
     """The notification source ended or cannot continue, so pending tasks cannot be resolved.
 
@@ -485,13 +416,10 @@ class NotificationSourceError(AnalyzeError):
         task_id: The task that was pending, if any.
     """
 
-    def __init__(
-        self, message: str, *, task_id: str | None = None, ambiguous: bool = False
-    ) -> None:
-        super().__init__(message, ambiguous=ambiguous)
-        self.task_id = task_id
+    task_id: str | None = None
 
 
+@attrs.define(kw_only=True, slots=False, eq=False, repr=False, auto_exc=False)
 class BulkStoppedError(AnalyzeError):
     """A bulk stream stopped, because every remaining item would fail. No further items were sent.
 
@@ -500,11 +428,7 @@ class BulkStoppedError(AnalyzeError):
             `AnalyzeError` with its text if the original cannot be pickled.
     """
 
-    def __init__(
-        self, message: str, *, reason: Exception | None = None, ambiguous: bool = False
-    ) -> None:
-        super().__init__(message, ambiguous=ambiguous)
-        self.reason = reason
+    reason: Exception | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         rebuild, arguments, state = super().__reduce__()
