@@ -131,14 +131,11 @@ def prepare() -> None:
     """Import the modules of `read_analysis` before the first call."""
     from cloudinary_analyze._wire import structure
 
-    structure.build_converter(detailed=False)
+    structure.build_converter()
 
 
 def read_analysis(raw: Mapping[str, Any], kind: type[Any]) -> Any:
     """Return the typed analysis of a ``data.analysis`` object.
-
-    Structuring runs without cattrs' detailed validation. If it fails, it runs again with it, to get
-    the path for the error.
 
     Raises:
         CodecError: A required field of the model is missing or has another type.
@@ -148,21 +145,14 @@ def read_analysis(raw: Mapping[str, Any], kind: type[Any]) -> Any:
         read = _readers[kind] = _build_reader(kind)
     try:
         return read(raw, kind)
-    except Exception:
-        return _read_detailed(raw, kind)
+    except Exception as error:
+        from cloudinary_analyze._wire import structure
+
+        path, reason = structure.locate(error)
+        raise CodecError(reason, path) from error
 
 
 def _build_reader(kind: type[Any]) -> Callable[[Any, Any], Any]:
     from cloudinary_analyze._wire import structure
 
-    return structure.build_converter(detailed=False).get_structure_hook(kind)
-
-
-def _read_detailed(raw: Mapping[str, Any], kind: type[Any]) -> Any:
-    from cloudinary_analyze._wire import structure
-
-    try:
-        return structure.build_converter(detailed=True).structure(raw, kind)
-    except Exception as error:
-        path, reason = structure.locate(error)
-        raise CodecError(reason, path) from error
+    return structure.build_converter().get_structure_hook(kind)

@@ -111,21 +111,16 @@ def _build_tuple(converter: cattrs.Converter, hint: Any) -> Callable[[Any, Any],
     def read_tuple(value: Any, _: Any) -> tuple[Any, ...]:
         if not isinstance(value, list):
             raise TypeError(f"an array, not {_name(value)}")
-        return tuple([read(entry, inner) for entry in value])
-
-    def read_tuple_detailed(value: Any, _: Any) -> tuple[Any, ...]:
-        if not isinstance(value, list):
-            raise TypeError(f"an array, not {_name(value)}")
-        entries = []
-        for index, entry in enumerate(value):
-            try:
-                entries.append(read(entry, inner))
-            except Exception as error:
-                error.add_note(f"[{index}]")
-                raise
+        entries: list[Any] = []
+        try:
+            for entry in value:
+                entries.append(read(entry, inner))  # noqa: PERF401 -- counted for the error
+        except Exception as error:
+            error.add_note(f"[{len(entries)}]")
+            raise
         return tuple(entries)
 
-    return read_tuple_detailed if converter.detailed_validation else read_tuple
+    return read_tuple
 
 
 def _build_text(default: str) -> Callable[[Any, Any], str]:
@@ -148,8 +143,6 @@ def _build_object(
             elif _is_tuple(field.type):
                 overrides[field.name] = override(struct_hook=_build_array(converter, field.type))
     read = make_dict_structure_fn(kind, converter, **overrides)
-    if issubclass(kind, Analysis) and not converter.detailed_validation:
-        return read  # the caller made sure that it is an object
 
     def read_object(value: Any, _: Any) -> Any:
         if not isinstance(value, dict):
@@ -198,9 +191,9 @@ def _integer_or_zero(value: Any) -> int:
 
 
 @cache
-def build_converter(*, detailed: bool) -> cattrs.Converter:
-    """Return the fast converter, or the one whose errors contain a path. Cached."""
-    converter = cattrs.Converter(detailed_validation=detailed)
+def build_converter() -> cattrs.Converter:
+    """Return the converter. Cached."""
+    converter = cattrs.Converter()
     # attrs classes first: later registrations take precedence
     converter.register_structure_hook_factory(
         attrs.has, lambda kind: _build_object(converter, kind)
