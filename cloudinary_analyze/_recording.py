@@ -14,10 +14,7 @@ from typing import Any, Final, TypeVar
 
 import attrs
 
-from cloudinary_analyze._cancellation import (
-    InterruptedSectionError,
-    count_cancellations,
-)
+from cloudinary_analyze._cancellation import InterruptedSectionError, count_cancellations
 from cloudinary_analyze._policy import is_final
 from cloudinary_analyze._sources import is_same_image
 from cloudinary_analyze._tasks.handle import AnalysisTask, follow

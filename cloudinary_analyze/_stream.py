@@ -173,35 +173,11 @@ class _Pump(Generic[Item, A]):
         else:
             self.stops.unsent = 0
             work.settle(response, charged=True)
-            seconds, queued = work.measure()
-            self._keep(
-                Answered(
-                    item=item,
-                    index=index,
-                    request=request,
-                    response=response,
-                    restored=work.restored,
-                    unrecorded=work.unrecorded is not None,
-                    seconds=seconds,
-                    queued=queued,
-                )
-            )
+            self._keep(Answered(request=request, response=response, **work.report()))
             return
         work.settle(charged=work.started is not None and may_be_charged(error))
         self._judge(work, request, error)
-        seconds, queued = work.measure()
-        self._keep(
-            Failed(
-                item=item,
-                index=index,
-                request=request,
-                error=error,
-                restored=work.restored,
-                unrecorded=work.unrecorded is not None,
-                seconds=seconds,
-                queued=queued,
-            )
-        )
+        self._keep(Failed(request=request, error=error, **work.report()))
 
     def _prepare(self, work: Work[Item, A]) -> AnalyzeRequest[A]:
         """Build the request of an item, and its name in the ledger."""

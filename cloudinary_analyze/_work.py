@@ -214,6 +214,18 @@ class Work(Generic[Item, A]):
         else:
             self._stops.check_halted()
 
+    def report(self) -> dict[str, Any]:
+        """Return the fields that both kinds of outcome have."""
+        seconds, queued = self.measure()
+        return {
+            "item": self.item,
+            "index": self.index,
+            "restored": self.restored,
+            "unrecorded": self.unrecorded is not None,
+            "seconds": seconds,
+            "queued": queued,
+        }
+
     def measure(self) -> tuple[float, float]:
         """Return the seconds of its attempts until now, and the seconds that it queued before."""
         now = self.clock.monotonic()

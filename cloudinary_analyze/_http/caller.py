@@ -26,11 +26,7 @@ from cloudinary_analyze._wire.protocol import (
     read_task_status,
 )
 from cloudinary_analyze.config import Settings
-from cloudinary_analyze.errors import (
-    AnalyzeError,
-    InvalidRequestError,
-    ResponseDecodeError,
-)
+from cloudinary_analyze.errors import AnalyzeError, InvalidRequestError, ResponseDecodeError
 from cloudinary_analyze.requests import AnalyzeRequest
 from cloudinary_analyze.responses import Response, TaskStatus
 

@@ -39,11 +39,7 @@ from cloudinary_analyze._tasks.timers import DueHeap, Shelf
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze._wire.protocol import build_task_failure, find_result, reports_progress
 from cloudinary_analyze.config import Settings
-from cloudinary_analyze.errors import (
-    AuthenticationError,
-    NotFoundError,
-    PermissionDeniedError,
-)
+from cloudinary_analyze.errors import AuthenticationError, NotFoundError, PermissionDeniedError
 from cloudinary_analyze.requests import AnalyzeRequest, Kind, name_model
 from cloudinary_analyze.responses import Notification, TaskStatus, find_string
 from cloudinary_analyze.webhooks import parse_notification

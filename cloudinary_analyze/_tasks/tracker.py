@@ -46,11 +46,7 @@ from cloudinary_analyze.errors import (
 )
 from cloudinary_analyze.protocols import NotificationSource
 from cloudinary_analyze.requests import AnalyzeRequest, Kind, name_model
-from cloudinary_analyze.responses import (
-    Notification,
-    Response,
-    TaskStatus,
-)
+from cloudinary_analyze.responses import Notification, Response, TaskStatus
 
 if TYPE_CHECKING:
     from cloudinary_analyze._http.call import Owner
