@@ -8,7 +8,13 @@ from inspect import iscoroutinefunction
 from typing import Final
 
 from cloudinary_analyze._values import read_url
-from cloudinary_analyze.config import Credentials, Settings
+from cloudinary_analyze.config import (
+    DEFAULT_HOST,
+    Credentials,
+    Settings,
+    check_proxy,
+    read_base_url,
+)
 from cloudinary_analyze.errors import ConfigurationError, InvalidRequestError
 from cloudinary_analyze.protocols import NotificationSource
 from cloudinary_analyze.responses import Delivery
@@ -16,11 +22,11 @@ from cloudinary_analyze.responses import Delivery
 _NOTIFICATION_URL: Final = r"(?ai:https?)://[^\s/?#][^\s]*"
 
 
-def check_arguments(credentials: object, settings: object, on_event: object) -> None:
-    """Raise if one of them has another type.
+def check_arguments(credentials: object, settings: object, http: object, on_event: object) -> None:
+    """Raise if one of them has another type, or two exclude each other.
 
     Raises:
-        ConfigurationError: It has.
+        ConfigurationError: See above.
     """
     if not isinstance(credentials, Credentials):
         raise ConfigurationError(
@@ -29,6 +35,11 @@ def check_arguments(credentials: object, settings: object, on_event: object) -> 
         )
     if not isinstance(settings, Settings):
         raise ConfigurationError(f"`settings` are Settings(…), not {type(settings).__name__}.")
+    if http is not None and settings.proxy is not None:
+        raise ConfigurationError(
+            "Settings.proxy and `http` exclude each other. Pass the proxy to the "
+            "aiohttp.ClientSession instead."
+        )
     if on_event is not None and not callable(on_event):
         raise ConfigurationError(f"`on_event` is a function of one event, not {on_event!r:.80}.")
     if iscoroutinefunction(on_event) or iscoroutinefunction(getattr(on_event, "__call__", None)):  # noqa: B004
@@ -36,6 +47,18 @@ def check_arguments(credentials: object, settings: object, on_event: object) -> 
             "`on_event` must be a plain function, because events are not awaited. In it, start an "
             "asyncio task or put the event into a queue."
         )
+
+
+def choose_base_url(credentials: Credentials, settings: Settings) -> str:
+    """Return ``scheme://host[:port]`` of the service. The settings come first.
+
+    Raises:
+        ConfigurationError: The credentials could be read in transit.
+    """
+    host = settings.host or credentials.host or DEFAULT_HOST
+    base_url = read_base_url(host, credentials.cloud_name)
+    check_proxy(settings.proxy, base_url, credentials.cloud_name)
+    return base_url
 
 
 def read_source(

@@ -16,6 +16,7 @@ from cloudinary_analyze import _policy
 from cloudinary_analyze._arguments import (
     build_no_request_error,
     check_arguments,
+    choose_base_url,
     read_notification_url,
     read_source,
 )
@@ -29,13 +30,7 @@ from cloudinary_analyze._values import Closable, NotPicklable, URLObject
 from cloudinary_analyze._wire import codec
 from cloudinary_analyze._wire.protocol import Accepted
 from cloudinary_analyze._work import Sender
-from cloudinary_analyze.config import (
-    DEFAULT_HOST,
-    Credentials,
-    Settings,
-    check_proxy,
-    read_base_url,
-)
+from cloudinary_analyze.config import Credentials, Settings
 from cloudinary_analyze.errors import (
     BulkStoppedError,
     ConfigurationError,
@@ -55,7 +50,6 @@ if TYPE_CHECKING:
 
     from cloudinary_analyze._budget import Budget
     from cloudinary_analyze._http.caller import Caller
-    from cloudinary_analyze._http.token import Token
     from cloudinary_analyze._recording import Leader, Recording
     from cloudinary_analyze.events import EventHook
     from cloudinary_analyze.notifications.reading import Claim
@@ -160,15 +154,8 @@ class AnalyzeSession(NotPicklable, Closable):
     ) -> None:
         credentials = Credentials.from_environment() if credentials is None else credentials
         settings = Settings() if settings is None else settings
-        check_arguments(credentials, settings, on_event)
-        host = settings.host or credentials.host or DEFAULT_HOST
-        self._base_url = read_base_url(host, credentials.cloud_name)
-        check_proxy(settings.proxy, self._base_url, credentials.cloud_name)
-        if http is not None and settings.proxy is not None:
-            raise ConfigurationError(
-                "Settings.proxy and `http` exclude each other. Pass the proxy to the "
-                "aiohttp.ClientSession instead."
-            )
+        check_arguments(credentials, settings, http, on_event)
+        self._base_url = choose_base_url(credentials, settings)
         self._source = read_source(notifications, credentials)
         self._notification_url = read_notification_url(notification_url)
         _import_what_sessions_need(watched=on_event is not None)
@@ -240,19 +227,13 @@ class AnalyzeSession(NotPicklable, Closable):
         )
         self._connection = _Connection(loop, caller, tracker, claim, loop.create_future())
         if transport.token is not None:
-            await self._ask_for_token(transport.token)
+            try:
+                if (failure := await transport.token.renew(0)) is not None:
+                    raise failure
+            except BaseException:
+                await self.aclose()
+                raise
         return self
-
-    async def _ask_for_token(self, token: Token) -> None:
-        """Get the first OAuth token; without one, the session closes and raises."""
-        try:
-            failure = await token.renew(0)
-        except BaseException:
-            await self.aclose()
-            raise
-        if failure is not None:
-            await self.aclose()
-            raise failure
 
     if not TYPE_CHECKING:  # for type checkers, `with` on a session is an error
 
@@ -394,27 +375,13 @@ class AnalyzeSession(NotPicklable, Closable):
             )
         return as_tasks
 
-    @overload
     def task(
         self,
         task_id: str,
-        request_type: type[AnalyzeRequest[A]],
+        request_type: type[AnalyzeRequest[A]] | AnalyzeRequest[A],
         *,
         timeout: float | None = None,
-    ) -> AnalysisTask[A]: ...
-
-    @overload
-    def task(
-        self, task_id: str, request_type: AnalyzeRequest[A], *, timeout: float | None = None
-    ) -> AnalysisTask[A]: ...
-
-    def task(
-        self,
-        task_id: str,
-        request_type: type[AnalyzeRequest[Any]] | AnalyzeRequest[Any],
-        *,
-        timeout: float | None = None,
-    ) -> AnalysisTask[Any]:
+    ) -> AnalysisTask[A]:
         """Return another handle on an accepted task: after a restart, or in another handler.
 
         Not a coroutine. Sends only status polls. A task that was answered recently
@@ -711,7 +678,10 @@ class AnalyzeSession(NotPicklable, Closable):
             SessionClosedError("The session was closed while this call was waiting.")
         )
         try:
-            await self._wait_for_responses(caller)
+            patient_until = self._clock.monotonic() + CLOSE_PATIENCE
+            with contextlib.suppress(TimeoutError):
+                async with self._clock.timeout_at(patient_until):
+                    await caller.attempts.queue.wait_empty()
             for stream in list(self._streams):
                 await stream.aclose()
             if drain > 0:
@@ -724,9 +694,3 @@ class AnalyzeSession(NotPicklable, Closable):
                 if connection.claim is not None:
                     connection.claim.release()
                 await caller.transport.close()
-
-    async def _wait_for_responses(self, caller: Caller) -> None:
-        """Wait until no attempt is in flight, but not for long."""
-        with contextlib.suppress(TimeoutError):
-            async with self._clock.timeout_at(self._clock.monotonic() + CLOSE_PATIENCE):
-                await caller.attempts.queue.wait_empty()

@@ -52,7 +52,7 @@ async def asyncio_keeps_the_types(session: AnalyzeSession) -> None:
 async def mistakes_are_found(session: AnalyzeSession) -> None:
     await session.submit("https://example.com/a.jpg")  # type: ignore[arg-type]
     await session.submit(Coco("https://example.com/a.jpg"), mode="later")  # type: ignore[arg-type]
-    await session.task(7, Coco)  # type: ignore[call-overload]
+    await session.task(7, Coco)  # type: ignore[arg-type]
     task = session.submit(Captioning("https://example.com/a.jpg"))
     wrong: AnalysisTask[CocoAnalysis] = task  # type: ignore[assignment]
     await wrong
