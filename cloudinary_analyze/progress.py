@@ -43,6 +43,7 @@ A = TypeVar("A")
 
 BAR_INTERVAL: Final = 0.2  # seconds between two drawings of a bar
 READ_INTERVAL: Final = 1.0  # seconds between two readings where no bar is drawn
+BAR_FROM: Final = 70  # columns of the terminal; below, there is room for the text only
 LINE_INTERVAL: Final = 30.0  # seconds between two lines where no bar can be drawn
 PACE_SECONDS: Final = 60.0  # over which the rate is measured
 QUIET_SECONDS: Final = 60.0  # without any notification before a hint
@@ -168,6 +169,13 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def _describe_counts(reading: Reading) -> str:
+    """Return the counts in the markup of rich."""
+    total = "?" if reading.total is None else f"{reading.total:,}"
+    failed = f"{reading.failed:,} failed"
+    return f"{reading.done:,}/{total} {f'[red]{failed}[/]' if reading.failed else failed}"
+
+
 def _describe_rate(meter: Meter) -> str:
     return "–/s" if meter.rate is None else f"{meter.rate:,.1f}/s"
 
@@ -220,7 +228,7 @@ class ProgressReporter:
     async def __aenter__(self) -> Self:
         if self.console is not None:
             self._progress = _build_progress(self.console)
-            self._row = self._progress.add_task("", total=None, failed=0, time="", more="")
+            self._row = self._progress.add_task("", total=None, text="", more="")
             self._progress.start()
         self._ticker = asyncio.create_task(self._tick())
         return self
@@ -275,15 +283,15 @@ class ProgressReporter:
             self._row,
             completed=reading.done,
             total=reading.total,
-            failed=reading.failed,
-            time=f"{_describe_rate(self.meter)} {_describe_time(reading, self.meter)}",
+            text=f"{_describe_counts(reading)} {_describe_rate(self.meter)} "
+            f"{_describe_time(reading, self.meter)}",
             more=", ".join(part for part in more if part),
             refresh=True,
         )
 
 
 def _build_progress(console: Console) -> Progress:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, Progress, TextColumn
     from rich.text import Text
 
     class TwoLines(Progress):
@@ -295,11 +303,11 @@ def _build_progress(console: Console) -> Progress:
             if more:
                 yield Text(more, no_wrap=True, overflow="ellipsis")
 
+    # one column of text, because several would lose the counts first on a narrow terminal
+    bar = [BarColumn(bar_width=20)] if console.width >= BAR_FROM else []
     return TwoLines(
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("[red]{task.fields[failed]:,} failed"),
-        TextColumn("{task.fields[time]}", markup=False),
+        *bar,
+        TextColumn("{task.fields[text]}"),
         console=console,
         auto_refresh=False,
         redirect_stdout=False,  # the terminal may also show the results

@@ -61,7 +61,7 @@ from cloudinary_analyze.cli.service import (
 from cloudinary_analyze.cli.shared import is_shared, shard_source
 from cloudinary_analyze.cli.single import SinglePlan, perform_analyze, perform_status
 from cloudinary_analyze.cli.text import read_source
-from cloudinary_analyze.errors import AnalyzeError, describe_reason
+from cloudinary_analyze.errors import AnalyzeError
 from cloudinary_analyze.results.report import DEFAULT_TITLE
 
 DEFAULT_SAMPLES: Final = 300
@@ -386,9 +386,9 @@ def _read(arguments: Sequence[str]) -> Work | None:
             result_action="return_value",
         )
     except OSError as error:
-        raise CommandError(
-            f"{error.filename or 'A file'}: {error.strerror or describe_reason(error)}."
-        ) from None
+        if error.filename is None:  # the help could not be printed
+            raise CommandError(explain_stdout(error), exit_code=ExitCode.STOPPED) from None
+        raise CommandError(f"{error.filename}: {error.strerror}.") from None
     return work
 
 

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Final
 import attrs
 from cyclopts import Parameter
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from cloudinary_analyze._values import quote
@@ -22,6 +21,7 @@ from cloudinary_analyze.cli.screen import (
     CommandError,
     ExitCode,
     build_console,
+    build_table,
     check_stdout,
     is_interactive,
     showing_results,
@@ -190,7 +190,7 @@ def print_models(_console: Console) -> ExitCode:
     check_stdout()
     with showing_results():
         if is_interactive(sys.stdout):
-            table = Table("model", "add-on quota", "needs", "what it does")
+            table = build_table("model", "add-on quota", "needs", "what it does")
             for row in rows:
                 table.add_row(*map(Text, row))
             build_console(sys.stdout).print(table)

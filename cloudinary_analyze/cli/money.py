@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import attrs
 from cyclopts import Parameter, validators
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from cloudinary_analyze._budget import Budget, Spent
 from cloudinary_analyze.cli.feed import describe_bad_line
 from cloudinary_analyze.cli.ledger import Book, RunLedger, build_makers, find_rescued
 from cloudinary_analyze.cli.output import write_summary
-from cloudinary_analyze.cli.screen import CommandError, ExitCode, MessageConsole, say
+from cloudinary_analyze.cli.screen import CommandError, ExitCode, MessageConsole, build_table, say
 from cloudinary_analyze.cli.service import open_service
 from cloudinary_analyze.cli.text import read_count
 from cloudinary_analyze.errors import LedgerError
@@ -214,8 +213,8 @@ def read_recorded_quota(ledger: Path) -> dict[str, tuple[Limit, float]]:
 
 def print_forecast(console: Console, forecast: Forecast) -> None:
     """Print the work that a run would do."""
-    table = Table("dry run", show_header=False)
-    table.add_column(justify="right")
+    table = build_table("dry run", numbers=("",))
+    table.show_header = False
     counts = {
         "rows": forecast.rows,
         "invalid": forecast.invalid,
@@ -231,9 +230,7 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
     calls: Counter[str] = Counter()
     for model, count in forecast.calls.items():
         calls[find_feature(model)] += count
-    by_addon = Table("add-on")
-    for heading in ("calls to make", "quota left", "as of"):
-        by_addon.add_column(heading, justify="right")
+    by_addon = build_table("add-on", numbers=("calls to make", "quota left", "as of"))
     for feature, count in calls.items():
         known = forecast.quota.get(feature)
         left, when = "unknown", "–"

@@ -504,6 +504,8 @@ def _write(
 
 
 def _explain(output: str, error: OSError) -> CommandError:
+    if output == STANDARD:
+        return CommandError(explain_stdout(error), exit_code=ExitCode.STOPPED)
     kept = "" if is_stream(output) else " What was there before is kept."
     return CommandError(
         f"{output} cannot be written: {error.strerror}.{kept}", exit_code=ExitCode.STOPPED

@@ -5,7 +5,7 @@ Binary columns and fields, which often hold whole images, are left out before th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import date, time
 from importlib import import_module
 from typing import Any, BinaryIO, Final
@@ -64,7 +64,7 @@ def _read_scalar(scalar: Any) -> Any:
     if not scalar.is_valid:
         return None
     kind = scalar.type
-    if isinstance(scalar, Mapping) and not hasattr(kind, "key_type"):  # a struct
+    if hasattr(scalar, "items") and not hasattr(kind, "key_type"):  # a struct
         names = name_columns([field.name for field in kind])
         return {name: _read_scalar(scalar[place]) for place, name in enumerate(names)}
     try:

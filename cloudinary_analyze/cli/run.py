@@ -150,7 +150,8 @@ def _report_end(run: Run, ending: Ending, place: str) -> None:
     places, console = run.plan.places, run.console
     stats = run.session.stats
     skipped = 0 if run.inventory is None else run.inventory.done
-    if not run.plan.display.quiet:
+    counted = run.export is None or run.export.counted
+    if counted and not run.plan.display.quiet:
         print_summary(
             console,
             run.statistics,
@@ -170,7 +171,7 @@ def _report_end(run: Run, ending: Ending, place: str) -> None:
         "exit_code": int(ending.exit_code),
         "message": ending.sentence,
         **build_summary(
-            run.statistics,
+            run.statistics if counted else None,
             total=run.total,
             skipped=skipped,
             queued=run.queued,

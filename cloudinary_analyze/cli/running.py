@@ -251,9 +251,10 @@ class Run:
         if type(error) is BulkStoppedError and error.reason is None:
             self.cut += 1  # Ctrl-C arrived before it was sent
             return
-        if error is not None and (
+        stopped = error is not None and (
             isinstance(error, BulkStoppedError) or find_stop(error, self.settings) is not None
-        ):
+        )
+        if error is not None and stopped:
             self._note_stop(outcome, error)
         elif self.book is not None and await self.book.note_failure(outcome, self.settings):
             if isinstance(error, ResultNotDeliveredError):
@@ -271,8 +272,9 @@ class Run:
             self.estimate.add(outcome)
         if not cut:
             self.feed.finish(item)
-        self.done += 1
-        self.failed += error is not None
+        if self.stream is not None or not stopped:  # otherwise it is left for another run
+            self.done += 1
+            self.failed += error is not None
         if not outcome.restored:
             self.queued.add(outcome.queued)
 

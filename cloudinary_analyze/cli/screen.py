@@ -30,6 +30,7 @@ from rich.console import (
     RenderResult,
 )
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from cloudinary_analyze._wire import codec
@@ -151,6 +152,16 @@ def check_stdout() -> None:
 def say(console: Console, sentence: str, *, style: str = "") -> None:
     """Print a sentence. Only the terminal wraps it, and it is never read as markup."""
     console.print(Text(sentence, style=style), soft_wrap=True)
+
+
+def build_table(*headings: str, numbers: Sequence[str] = ()) -> Table:
+    """Return a table with columns of text and of numbers. A narrow terminal shows all characters."""
+    table = Table()
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for heading in numbers:
+        table.add_column(heading, justify="right", overflow="fold")
+    return table
 
 
 class ConsoleHandler(logging.Handler):

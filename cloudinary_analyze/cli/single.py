@@ -18,6 +18,7 @@ from cloudinary_analyze.cli.screen import (
     CommandError,
     ExitCode,
     build_console,
+    build_table,
     check_stdout,
     is_interactive,
     print_json,
@@ -99,7 +100,7 @@ def _print_response(console: Console, response: Response[Any]) -> None:
     if findings.marks:
         console.print(_build_mark_table(findings.marks))
     if findings.answers:
-        table = Table("question", "answer")
+        table = build_table("question", "answer")
         for number, answer in enumerate(findings.answers, start=1):
             question = f"prompt {number}" if answer.question is None else answer.question
             table.add_row(Text(question), Text(answer.value))
@@ -131,9 +132,9 @@ def _build_mark_table(marks: Sequence[Mark]) -> Table:
         "note": [mark.note for mark in marks],
     }
     shown = {name: cells for name, cells in columns.items() if any(cells)}
-    table = Table()
+    table = build_table()
     for name in shown:
-        table.add_column(name, justify="right" if name == "confidence" else "left")
+        table.add_column(name, justify="right" if name == "confidence" else "left", overflow="fold")
     for row in zip(*shown.values(), strict=True):
         table.add_row(*map(Text, row))
     return table

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cloudinary_analyze._meter import SessionStats
-from cloudinary_analyze.cli.screen import CommandError, ExitCode, say
+from cloudinary_analyze.cli.screen import CommandError, ExitCode, build_table, say
 from cloudinary_analyze.errors import (
     AnalyzeError,
     BudgetReachedError,
@@ -84,7 +84,7 @@ def print_summary(
 
 
 def build_summary(
-    statistics: Statistics,
+    statistics: Statistics | None,
     *,
     total: int | None,
     skipped: int,
@@ -92,29 +92,39 @@ def build_summary(
     stats: SessionStats,
     quota: Mapping[str, Limit],
 ) -> dict[str, Any]:
-    """Return the counts of a run for JSON; see `print_summary`."""
+    """Return the counts of a run for JSON; see `print_summary`.
+
+    Those of the results are ``None`` if ``statistics`` is: the results were not read to their end.
+    """
+    counts: dict[str, Any] = dict.fromkeys(
+        ("answered", "failed", "left", "models", "causes", "units")
+    )
+    if statistics is not None:
+        counts = {
+            "answered": statistics.ok,
+            "failed": statistics.failed,
+            "left": None if total is None else max(0, total - statistics.total),
+            "models": {
+                name: {
+                    "ok": model.ok,
+                    "failed": model.failed,
+                    "median_seconds": model.durations.compute_quantile(0.5),
+                    "p95_seconds": model.durations.compute_quantile(0.95),
+                }
+                for name, model in statistics.models.items()
+            },
+            "causes": [
+                {"cause": name, "items": cause.count, "example": cause.example}
+                for name, cause in statistics.causes.items()
+            ],
+            "units": {name: quota.used for name, quota in statistics.quotas.items() if quota.used},
+        }
     return {
         "items": total,
-        "answered": statistics.ok,
-        "failed": statistics.failed,
-        "left": None if total is None else max(0, total - statistics.total),
+        **counts,
         "answered_before": skipped,
-        "models": {
-            name: {
-                "ok": model.ok,
-                "failed": model.failed,
-                "median_seconds": model.durations.compute_quantile(0.5),
-                "p95_seconds": model.durations.compute_quantile(0.95),
-            }
-            for name, model in statistics.models.items()
-        },
-        "causes": [
-            {"cause": name, "items": cause.count, "example": cause.example}
-            for name, cause in statistics.causes.items()
-        ],
         "queued_median_seconds": queued.compute_quantile(0.5),
         "queued_p95_seconds": queued.compute_quantile(0.95),
-        "units": {name: quota.used for name, quota in statistics.quotas.items() if quota.used},
         "quota": {name: limit.remaining for name, limit in quota.items()},
         "calls": stats.calls,
         "retries": stats.retries,
@@ -124,9 +134,7 @@ def build_summary(
 
 
 def _build_model_table(statistics: Statistics) -> Table:
-    table = Table("model")
-    for heading in ("ok", "failed", "median", "p95"):
-        table.add_column(heading, justify="right")
+    table = build_table("model", numbers=("ok", "failed", "median", "p95"))
     for name, model in statistics.models.items():
         table.add_row(
             Text(name),
@@ -139,8 +147,7 @@ def _build_model_table(statistics: Statistics) -> Table:
 
 
 def _build_cause_table(statistics: Statistics) -> Table:
-    table = Table("cause of failure")
-    table.add_column("items", justify="right")
+    table = build_table("cause of failure", numbers=("items",))
     table.add_column("the first of them", overflow="fold")
     for name, cause in sorted(statistics.causes.items(), key=lambda entry: -entry[1].count):
         table.add_row(Text(name), f"{cause.count:,}", Text(cause.example))
@@ -148,9 +155,7 @@ def _build_cause_table(statistics: Statistics) -> Table:
 
 
 def _build_quota_table(statistics: Statistics, quota: Mapping[str, Limit]) -> Table:
-    table = Table("quota")
-    for heading in ("used by this run", "left", "of"):
-        table.add_column(heading, justify="right")
+    table = build_table("quota", numbers=("used by this run", "left", "of"))
     for name, limit in quota.items():
         table.add_row(
             Text(name),

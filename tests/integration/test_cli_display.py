@@ -12,9 +12,10 @@ from cli_support import StartEmulator, build_urls, read_records, write_lines, wr
 
 from cloudinary_analyze.cli import main
 from cloudinary_analyze.cli import run as run_module
+from cloudinary_analyze.cli import running as running_module
 from cloudinary_analyze.cli.screen import MessageConsole
 from cloudinary_analyze.emulator import FaultPlan
-from cloudinary_analyze.progress import ProgressReporter
+from cloudinary_analyze.progress import ProgressReporter, Reading
 
 cli_folder, start_emulator = cli_support.cli_folder, cli_support.start_emulator
 pytestmark = pytest.mark.usefixtures("cli_folder")
@@ -179,6 +180,45 @@ def test_progress_is_json_too(
     assert len(progress) > 3
     assert progress[-1]["total"] == 62
     assert progress[0]["done"] < progress[-1]["done"]
+
+
+def test_items_that_are_left_are_neither_done_nor_failed(
+    start_emulator: StartEmulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bar agrees with the summary after a budget or a quota stopped a model."""
+    start_emulator(quotas={"object_detection": 7})
+    write_urls(Path(), 60)
+    readings: list[tuple[int, int]] = []
+    measure = running_module.Run.measure
+
+    def note(run: running_module.Run) -> Reading:
+        reading = measure(run)
+        readings.append((reading.done, reading.failed))
+        return reading
+
+    monkeypatch.setattr(running_module.Run, "measure", note)
+    monkeypatch.setattr(
+        run_module, "ProgressReporter", lambda *rest: ProgressReporter(*rest, interval=0.01)
+    )
+    for command, done in (([*RUN, "--max-calls", "4"], 4), (RUN, 7)):
+        assert main([*command, "--summary-json", "s.json"]) == 3
+        assert readings[-1] == (done, 0)
+        assert read_summary()["answered"] == done
+
+
+@pytest.mark.parametrize("columns", ["200", "30", "20"])
+def test_a_narrow_terminal_shows_every_figure(
+    start_emulator: StartEmulator,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    columns: str,
+) -> None:
+    start_emulator()
+    write_urls(Path(), 12)
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main([*RUN, "--dry-run"]) == 0
+    assert main(RUN) == 0
+    assert "…" not in capfd.readouterr().err
 
 
 def test_a_quiet_run_prints_only_how_it_ended(

@@ -254,7 +254,7 @@ async def test_a_second_request_to_end_ends_at_once(tmp_path: Path, first: str, 
     write_urls(tmp_path, 100)
     async with (
         Emulator(latency=60) as emulator,
-        start(*RUN, folder=tmp_path, emulator=emulator) as process,
+        start(*RUN, "--summary-json", "s.json", folder=tmp_path, emulator=emulator) as process,
     ):
         await until(lambda: emulator.counts.total_received >= 64)
         process.send_signal(signal.Signals[f"SIG{first}"])
@@ -265,6 +265,9 @@ async def test_a_second_request_to_end_ends_at_once(tmp_path: Path, first: str, 
     assert code == 130
     assert time.monotonic() - begun < 5
     assert "Traceback" not in err
+    summary = json.loads((tmp_path / "s.json").read_text())
+    # what the ledger holds was not counted
+    assert [summary[name] for name in ("items", "answered", "left", "units")] == [100, *[None] * 3]
 
 
 @contextlib.contextmanager

@@ -148,6 +148,16 @@ async def test_a_users_map_has_the_same_bar(terminal: bool) -> None:
         assert not shown.getvalue()  # it took less than half a minute
 
 
+@pytest.mark.parametrize("width", [100, 40, 25, 12])
+async def test_a_narrow_bar_shows_the_counts_first(width: int) -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=width, color_system=None)
+    reading = Reading(done=1234, failed=0, total=100_000)
+    async with ProgressReporter(lambda: reading, console, lambda *_: None):
+        pass
+    assert "1,234/100,0" in shown.getvalue()
+
+
 async def test_leaving_early_closes_the_stream_and_bar() -> None:
     console = Console(file=io.StringIO(), force_terminal=True)
     async with Emulator(latency=0.01) as emulator:
