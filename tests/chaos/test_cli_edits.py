@@ -27,7 +27,11 @@ from cli_support import read_records, start, until
 from cloudinary_analyze.emulator import Emulator, FaultPlan
 from cloudinary_analyze.ledger.file import ANSWERED, connect_for_reading
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1500),
+    pytest.mark.usefixtures("untraced"),
+]
 
 ROWS = int(os.environ.get("BULK_ROWS", "20000"))
 SEEDS = os.environ.get("BULK_SEEDS", "11").split(",")

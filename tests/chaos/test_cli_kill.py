@@ -76,7 +76,7 @@ async def test_a_killed_run_repeats_no_recorded_request(mode: str, tmp_path: Pat
             notified = {task.source for task in emulator.tasks.values() if task.notified}
             assert notified <= read_answered(tmp_path)  # a webhook was answered 200 for these
         async with start(*arguments, folder=tmp_path, emulator=emulator) as process:
-            await until(lambda: emulator.counts.total_received == ITEMS + repeats, 60)
+            await until(lambda: emulator.counts.total_received == ITEMS + repeats, 200)
             for task in emulator.tasks.values():
                 if task.outcome and not task.notified:
                     emulator._desk._finish(task)  # the service also delivers webhooks repeatedly

@@ -73,6 +73,7 @@ def wait_for_a_moment(log, chance, *, known):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("mode", ["call", "task"])
 def test_a_run_killed_twenty_times_answers_each_item_once(tmp_path, mode):
     urls = build_urls()

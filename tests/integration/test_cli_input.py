@@ -338,6 +338,7 @@ async def test_a_killed_run_exports_rows_of_its_input(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("untraced")
 async def test_interrupted_runs_over_an_edited_input_end_in_its_rows(tmp_path: Path):
     """Five models, one without quota; three interrupts; an edit between two of them."""
     models = ("captioning", "coco", "lvis", "ai_vision_general", "google_tagging")

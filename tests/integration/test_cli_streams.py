@@ -297,6 +297,7 @@ async def test_a_signal_ignored_at_the_start_stays_ignored(tmp_path: Path, numbe
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("seconds", [0, 0.3, 2])
 async def test_an_interrupt_while_the_input_is_read_sends_nothing(tmp_path: Path, seconds: float):
     """This includes an interrupt before the signal handlers are installed."""

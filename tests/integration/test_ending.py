@@ -148,11 +148,11 @@ async def test_20_000_queued_submissions_end_in_short_turns() -> None:
 
     async with ScriptedServer(hold) as server, server.session() as session:
         tasks = [session.submit(REQUEST) for _ in range(20_000)]
-        await until(lambda: session.stats.waiting == 20_000 - 64, seconds=30)
+        await until(lambda: session.stats.waiting == 20_000 - 64, seconds=120)
 
         async def end() -> None:
             closing = asyncio.create_task(session.aclose())
-            await until(lambda: session.stats.waiting == 0, seconds=30)
+            await until(lambda: session.stats.waiting == 0, seconds=120)
             answered.set()
             await closing
 
