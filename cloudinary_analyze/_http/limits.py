@@ -16,8 +16,9 @@ import attrs
 # 1/8 distinguishes a limit from 10 % of sporadic 429s.
 GAIN: Final = 1 / 8
 # The largest step of a probe while cruising. With 1, a probe that a full bucket hides overshoots
-# the limit so far that it ends in a stall.
-LARGEST_GAIN: Final = 1 / 2
+# the limit so far that it ends in a stall. With 1/2, it takes so much from other clients of the
+# limit that they are throttled for seconds; with 0.3, a raised limit is noticed too late.
+LARGEST_GAIN: Final = 0.4
 # Throttles that a round expects if the pace is above a limit. Fewer make wrong cuts likely.
 EXPECTED: Final = 4
 # `Doubt` compares two shares of throttles: what is expected, and what shows that the pace is too
@@ -33,7 +34,8 @@ CRUISE_ODDS: Final = 9.0
 # in a row is at most half as large, and so on. Otherwise the slower of two clients of one limit
 # starves.
 LARGEST_CUT: Final = 0.75
-# A failed probe lowers the rate from before it by half of this at most, for the same reason.
+# A failed probe lowers the rate from before it by half of this at most: two throttles show nothing
+# about that rate. If the limit fell during the probe, the next throttles show it.
 FAILED_PROBE: Final = 0.08
 # A round lasts at least this long at gain 1, so that bursts and latency do not pass for a rate.
 SHORTEST_ROUND: Final = 0.25
@@ -64,11 +66,15 @@ CATCH_UP: Final = 0.02
 STALL_FLOOR: Final = 1 / 6
 # The lowest learned pace per second. It still sends enough for a round every few seconds.
 LOWEST_PACE: Final = 0.5
-# The weights of a round in the average share of noise: the first after a cut, one with a larger and
-# one with a smaller share. Probes do not raise the average, because a limit causes their throttles.
-FRESH_WEIGHT: Final = 1 / 2
-RISE_WEIGHT: Final = 1 / 4
-FALL_WEIGHT: Final = 1 / 8
+# The noise is the throttled share of about this many starts: a round of n starts has the weight
+# n / (n + this). Low rates learn it slowly, because 36 starts show a share only roughly. The first
+# round after a cut shows more, because no limit should cause its throttles. Probes do not raise it,
+# because a limit causes theirs.
+NOISE_STARTS: Final = 300
+FRESH_STARTS: Final = 100
+# Cuts in a row that did not lower the share show that it is noise. With 2, another client that
+# probes for a few seconds passes for noise, and both send too much for minutes.
+NOISE_CUTS: Final = 4
 # The share of the counts per depth that is kept after each round. They cover about 5 rounds.
 FADE: Final = 0.8
 # Seconds between steps of the cap upward, and the longest wait after a step that failed.
@@ -295,7 +301,7 @@ class Pace:
     _gain: float = GAIN
     _noise: float = 0.0  # the share of throttles that no cut removed
     _fresh: bool = False  # the round is the first after a cut
-    _cuts: int = 0  # in a row
+    _cuts: int = 0  # in a row; a failed probe is none, because it only returns to the rate before
     _last_share: float = 0.0
     _cruised_at: float = 0.0  # the rate before the probe
     _confirmed: bool = False  # the probe's first step was clean twice
@@ -417,8 +423,8 @@ class Pace:
 
     @property
     def is_noise(self) -> bool:
-        """Whether two cuts in a row did not lower the share. Then no limit causes it."""
-        return self._cuts >= 2 and self._last_share / 2 < self.share <= 0.5
+        """Whether several cuts in a row did not lower the share. Then no limit causes it."""
+        return self._cuts >= NOISE_CUTS and self._last_share / 2 < self.share <= 0.5
 
     def accept_noise(self, now: float) -> None:
         """Treat the share as noise, and raise the rate again soon."""
@@ -436,6 +442,8 @@ class Pace:
         rate = max(LOWEST_PACE, rate * (1 - share) * UNDERSHOOT)
         if self.state is State.PROBING:
             rate, before = self._limit_cut(rate), self._cruised_at
+        else:
+            self._cuts += 1
         if self.state is State.SEARCHING:
             self._changed_at = now
         elif not before / CHANGE <= rate <= before * CHANGE:
@@ -443,7 +451,6 @@ class Pace:
         self._set_rate(rate)
         self._cruise(now, chance)
         self._fresh, self._last_share = True, share
-        self._cuts += 1
 
     def _limit_cut(self, rate: float) -> float:
         """Return the rate after a failed probe, given the rate that its throttles show."""
@@ -452,7 +459,7 @@ class Pace:
         if self.rate > 1.01 * step * self._cruised_at:
             # The rate before was clean, and a full bucket hid at most one step.
             return max(rate, self.rate / step**2, self._cruised_at)
-        if rate < self._cruised_at and self.doubt.share < LARGEST_CUT:
+        if rate < self._cruised_at:
             return (max(rate, (1 - FAILED_PROBE) * self._cruised_at) + self._cruised_at) / 2
         return rate
 
@@ -474,8 +481,8 @@ class Pace:
         excess = self.share - self._noise
         steady = self.state not in (State.PROBING, State.SEARCHING)
         if excess < 0 or steady:
-            weight = FRESH_WEIGHT if self._fresh else FALL_WEIGHT if excess < 0 else RISE_WEIGHT
-            self._noise += excess * weight
+            memory = FRESH_STARTS if self._fresh else NOISE_STARTS
+            self._noise += excess * self.started / (self.started + memory)
         self._fresh, self._cuts = False, 0
         if self.rate is None:
             return

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from simulation import SCENARIOS, measure
 
 from cloudinary_analyze._http.admission import Admission, Attempt
-from cloudinary_analyze._http.limits import State, Turnstile
+from cloudinary_analyze._http.limits import Pace, State, Turnstile
 
 SEEDS = range(1001, 1007)
 
@@ -75,6 +75,12 @@ def test_an_outage_costs_at_most_permits_and_probes(name: str, ambiguous: bool) 
 
 def test_two_clients_share_one_rate() -> None:
     assert min(run.fairness for run in measure("two clients on 50/s", SEEDS).runs) >= 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["10/s", "50/s", "50/s, 10/s, 50/s", "two clients on 50/s"])
+def test_no_seed_throttles_many_more_than_the_mean(name: str) -> None:
+    assert max(run.throttled(10) for run in measure(name, range(20)).runs) <= 0.035
 
 
 # ---------------------------------------------------------------- the rules, one by one
@@ -153,6 +159,26 @@ def test_a_throttled_search_steps_back_before_it_stalls() -> None:
         states.append((admission.state, admission.pace.rate))
     assert states.index((State.CRUISING, rate / 2)) == 7
     assert len(states) == 16
+
+
+@pytest.mark.parametrize("starts", [2, 3, 6])
+def test_a_failed_probe_keeps_the_rate_before_it(starts: int) -> None:
+    pace = Pace(ceiling=4.0)
+    pace.search(16.0, 0.0, 0)
+    for now, state in ((1.0, State.CRUISING), (10.0, State.PROBING)):
+        pace.held = True
+        pace.pass_round(now, 0.5)
+        pace.begin_round(now, 0)
+        assert pace.state is state
+    for number in range(1, starts + 1):
+        pace.count_start(10.0 + number / 5)
+        if number > starts - 2:
+            pace.count_throttle(number, explained=False)
+    assert pace.is_doubtful
+    pace.cut(10.0 + starts / 5, 0.5)
+    assert pace.state is State.CRUISING
+    assert pace.rate is not None
+    assert 3.8 <= pace.rate <= 4.0
 
 
 def test_a_pause_is_at_least_as_long_as_the_service_asks() -> None:
