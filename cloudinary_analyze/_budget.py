@@ -16,6 +16,7 @@ from typing import Any
 
 import attrs
 
+from cloudinary_analyze._clock import wake_next
 from cloudinary_analyze._values import Jsonable, quote
 from cloudinary_analyze.errors import BudgetReachedError, ConfigurationError
 from cloudinary_analyze.requests import MODELS
@@ -112,7 +113,6 @@ class Spending:
     _units: Counter[str] = attrs.field(factory=Counter, init=False)
     _largest: dict[str, int] = attrs.field(factory=dict, init=False)
     _reserved: Counter[str] = attrs.field(factory=Counter, init=False)
-    _reserved_calls: int = attrs.field(default=0, init=False)
     _waiting: dict[str, deque[asyncio.Future[None]]] = attrs.field(factory=dict, init=False)
 
     @property
@@ -142,9 +142,8 @@ class Spending:
                 await woken
                 enter = waiting.appendleft  # a call that must wait again stays first
             self._reserved[feature] += 1
-            self._reserved_calls += 1
         finally:
-            _wake_one(waiting)
+            wake_next(waiting)
 
     def _fits(self, feature: str) -> bool:
         """Whether another call fits now. ``False``: calls in flight decide it.
@@ -153,8 +152,8 @@ class Spending:
             BudgetReachedError: It does not fit, whatever the calls in flight cost.
         """
         most = self.budget.calls
-        if most is not None and self._calls + self._reserved_calls >= most:
-            if self._calls >= most or not self._reserved_calls:
+        if most is not None and self._calls + self._reserved.total() >= most:
+            if self._calls >= most or not self._reserved.total():
                 raise self.build_error(None)
             return False
         cap = self.budget.units.get(feature)
@@ -180,7 +179,6 @@ class Spending:
             charged: Whether it was charged, or may have been.
         """
         self._reserved[feature] -= 1
-        self._reserved_calls -= 1
         if charged:
             self._calls += 1
             if limits is None:
@@ -192,7 +190,7 @@ class Spending:
                     self._units[limit.type] += used
                     self._largest[limit.type] = max(used, self._largest.get(limit.type, 0))
         for waiting in self._waiting.values():
-            _wake_one(waiting)
+            wake_next(waiting)
 
     def build_error(self, feature: str | None) -> BudgetReachedError:
         """Return the error for a limit that was reached, with the amounts spent."""
@@ -209,11 +207,3 @@ class Spending:
             units=spent.units,
             overshoot=spent.overshoot,
         )
-
-
-def _wake_one(waiting: deque[asyncio.Future[None]]) -> None:
-    while waiting:
-        woken = waiting.popleft()
-        if not woken.done():
-            woken.set_result(None)
-            return

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
@@ -67,6 +68,15 @@ def wake(sleeper: asyncio.Future[None]) -> None:
     """Complete a future, unless it is already done."""
     if not sleeper.done():
         sleeper.set_result(None)
+
+
+def wake_next(sleepers: deque[asyncio.Future[None]]) -> None:
+    """Remove futures from the left, until one was not done and is completed."""
+    while sleepers:
+        sleeper = sleepers.popleft()
+        if not sleeper.done():
+            sleeper.set_result(None)
+            return
 
 
 SYSTEM_CLOCK = SystemClock()

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Never, Self, TypeVar
 import attrs
 
 from cloudinary_analyze._cancellation import count_cancellations
-from cloudinary_analyze._clock import Clock
+from cloudinary_analyze._clock import Clock, wake_next
 from cloudinary_analyze._policy import Stop, find_stop, may_be_charged
 from cloudinary_analyze._values import Closable, NotPicklable
 from cloudinary_analyze._work import Stops, Work, wrap_cancellation
@@ -105,7 +105,8 @@ class _Pump(Generic[Item, A]):
             # only exceptions that do not subclass `Exception` get here (KeyboardInterrupt, SystemExit)
             self.stop(BulkStoppedError(f"The stream broke: {error!r}."))
         if not self.workers:
-            self._wake(self.consumers, everybody=True)
+            while self.consumers:
+                wake_next(self.consumers)
 
     async def _work(self) -> None:
         if self.open is not None and not self.pulled:
@@ -240,14 +241,15 @@ class _Pump(Generic[Item, A]):
                 self.ready.append(next_one)
                 following += 1
         if self.ready:
-            self._wake(self.consumers)
+            wake_next(self.consumers)
 
     def stop(self, failure: Exception | None) -> None:
         """Pull no more items. Finish those in flight, then raise `failure` to the consumer."""
         self.exhausted = True
         if self.failure is None:
             self.failure = failure
-        self._wake(self.parked, everybody=True)
+        while self.parked:
+            wake_next(self.parked)
 
     async def take(self) -> Outcome[Item, A]:
         while not self.ready:
@@ -267,26 +269,17 @@ class _Pump(Generic[Item, A]):
                 await woken
             except asyncio.CancelledError:
                 if not woken.cancelled():
-                    self._wake(self.consumers)  # another consumer takes this one's turn
+                    wake_next(self.consumers)  # another consumer takes this one's turn
                 elif woken in self.consumers:
                     self.consumers.remove(woken)
                 raise
         outcome = self.ready.popleft()
         self.handed_over += 1
         if self.parked:
-            self._wake(self.parked)
+            wake_next(self.parked)
         if self.ready and self.consumers:
-            self._wake(self.consumers)
+            wake_next(self.consumers)
         return outcome
-
-    @staticmethod
-    def _wake(sleepers: deque[asyncio.Future[None]], *, everybody: bool = False) -> None:
-        while sleepers:
-            sleeper = sleepers.popleft()
-            if not sleeper.done():
-                sleeper.set_result(None)
-                if not everybody:
-                    return
 
     def cancel(self) -> None:
         if self.workers or not self.exhausted:

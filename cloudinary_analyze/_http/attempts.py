@@ -363,10 +363,9 @@ class Attempts(NotPicklable):
         """
         if call.halted:
             return False
-        costs_nothing = is_throttle(error) or (probe and not error.ambiguous)
-        if call.urgent or call.model is None or not costs_nothing:
-            return call.attempts - call.free < call.limit
-        if call.free < self._free_attempts:
+        shows_a_limit = is_throttle(error) or (probe and not error.ambiguous)
+        is_bulk = call.model is not None and not call.urgent
+        if is_bulk and shows_a_limit and call.free < self._free_attempts:
             call.free += 1
             return probe or self.clock.monotonic() < call.failed_at + self._bulk_patience
         return call.attempts - call.free < call.limit

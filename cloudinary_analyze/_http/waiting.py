@@ -48,17 +48,8 @@ Waiter = asyncio.Future[Attempt]
 Waiters = OrderedDict[Waiter, tuple[float, float]]
 
 
-@attrs.define(eq=False)
-class _Lines:
-    """The waiters of one kind.
-
-    Attributes:
-        again: Those that start first, in the order of arrival.
-        fresh: The other waiters, in the order of arrival.
-    """
-
-    again: Waiters = attrs.field(factory=OrderedDict)
-    fresh: Waiters = attrs.field(factory=OrderedDict)
+def _build_lines() -> dict[tuple[bool, bool], Waiters]:
+    return {(urgent, first): OrderedDict() for urgent in (True, False) for first in (True, False)}
 
 
 @attrs.define(eq=False)
@@ -80,8 +71,8 @@ class AdmissionQueue:
     clock: Clock
     build_outage_error: BuildError
     newest_success: int = attrs.field(default=0, init=False)
-    _urgent: _Lines = attrs.field(factory=_Lines, init=False)
-    _others: _Lines = attrs.field(factory=_Lines, init=False)
+    # the waiters by whether they are urgent, and whether they start first, in order of arrival
+    _lines: dict[tuple[bool, bool], Waiters] = attrs.field(factory=_build_lines, init=False)
     waiting: int = attrs.field(default=0, init=False)
     _in_a_row: int = attrs.field(default=0, init=False)
     _timer: TimerHandle | None = attrs.field(default=None, init=False)
@@ -128,13 +119,12 @@ class AdmissionQueue:
             Exception: The queue is closed, the service refuses calls for a known time, or the
                 patience is over. Nothing was sent.
         """
-        lines = self._urgent if urgent else self._others
         since = self.clock.monotonic() if since is None else since
         admission = self.admission
         while True:
             if not self._open:
                 self._check_open()
-            line = lines.again if first else lines.fresh
+            line = self._lines[urgent, first]
             waiter: Waiter = asyncio.get_running_loop().create_future()
             line[waiter] = since, patience
             self.waiting += 1
@@ -265,8 +255,8 @@ class AdmissionQueue:
 
     def _start_next(self, now: float) -> None:
         """Start the next waiter."""
-        urgent = self._urgent.again or self._urgent.fresh
-        line = self._others.again or self._others.fresh
+        urgent = self._lines[True, True] or self._lines[True, False]
+        line = self._lines[False, True] or self._lines[False, False]
         if urgent and (self._in_a_row < URGENT_IN_A_ROW or not line):
             self._in_a_row += 1
             line = urgent
@@ -282,7 +272,7 @@ class AdmissionQueue:
         if self._expiries_of != self.admission.generation:
             self._expiries_of = self.admission.generation
             self._expiries.clear()
-            for line in self._list_lines():
+            for line in self._lines.values():
                 for waiter in line:
                     self._push_expiry(line, waiter)
         while self._expiries:
@@ -305,7 +295,7 @@ class AdmissionQueue:
     def _fail_waiters(self, build: Callable[[], Exception]) -> None:
         """Fail waiters while starts are refused; the rest in later turns of the loop."""
         failures = 0
-        for line in self._list_lines():
+        for line in self._lines.values():
             while line and not self._open:
                 if failures == FAILURES_IN_A_TURN:
                     asyncio.get_running_loop().call_soon(self._fail_waiters, build)
@@ -316,11 +306,6 @@ class AdmissionQueue:
                 if not waiter.done():
                     waiter.set_exception(build())
         self._go_on()
-
-    def _list_lines(self) -> list[Waiters]:
-        return [
-            line for lines in (self._urgent, self._others) for line in (lines.again, lines.fresh)
-        ]
 
     def _set_timer(self, at: float) -> None:
         if self._timer is not None:

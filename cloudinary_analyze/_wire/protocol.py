@@ -104,9 +104,7 @@ def build_body(
     return codec.dumps(body)
 
 
-def read_object(
-    body: bytes, *, status: int, model: str | None = None, ambiguous: bool = False
-) -> dict[str, Any]:
+def read_object(body: bytes, *, status: int, model: str | None = None) -> dict[str, Any]:
     """Return the JSON object of a 2xx body.
 
     Raises:
@@ -121,7 +119,7 @@ def read_object(
             status=status,
             raw_body=body,
             model=model,
-            ambiguous=ambiguous,
+            ambiguous=model is not None,
         ) from error
     if type(value) is not dict:
         raise _build_shape_error(body, status, "$", "it should be an object", model=model)
@@ -150,7 +148,7 @@ def read_response(request: AnalyzeRequest[A], body: bytes) -> Response[A]:
         ResponseDecodeError: It holds no analysis of the request's model.
     """
     model = request.model
-    raw = read_object(body, status=200, model=model, ambiguous=True)
+    raw = read_object(body, status=200, model=model)
     return read_result(model, request.analysis_type, raw, body=body)
 
 
@@ -256,7 +254,7 @@ def read_accepted(body: bytes, *, model: str) -> Accepted:
     Raises:
         ResponseDecodeError: It names no task.
     """
-    raw = read_object(body, status=202, model=model, ambiguous=True)
+    raw = read_object(body, status=202, model=model)
     data = raw.get("data")
     task_id = data.get("task_id") if isinstance(data, dict) else None
     if not isinstance(task_id, str) or not task_id:
