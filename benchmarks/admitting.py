@@ -27,7 +27,7 @@ Attempt = Callable[[Callable[[], Awaitable[None]]], Awaitable[None]]
 
 
 def _build_ours() -> Attempt:
-    queue = AdmissionQueue(Admission(PERMITS), SystemClock(), lambda _: TimeoutError())
+    queue = AdmissionQueue(Admission(PERMITS), SystemClock())
 
     async def attempt(work: Callable[[], Awaitable[None]]) -> None:
         # bulk work also passes the time when its call began

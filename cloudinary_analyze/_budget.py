@@ -204,6 +204,6 @@ class Spending:
             f"The budget was reached: {what} were spent. No further items were sent for it.",
             feature=feature,
             calls=spent.calls,
-            units=spent.units,
-            overshoot=spent.overshoot,
+            units=dict(spent.units),
+            overshoot=dict(spent.overshoot),
         )

@@ -435,6 +435,7 @@ class BulkStoppedError(AnalyzeError):
         return rebuild, arguments, {**state, "reason": _make_portable(self.reason)}
 
 
+@attrs.define(kw_only=True, slots=False, eq=False, repr=False, auto_exc=False)
 class BudgetReachedError(BulkStoppedError):
     """A limit of the stream's `Budget` was reached. Nothing was sent for this item.
 
@@ -445,20 +446,10 @@ class BudgetReachedError(BulkStoppedError):
         overshoot: Add-on features and the units above the limit.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        feature: str | None = None,
-        calls: int = 0,
-        units: Mapping[str, int] | None = None,
-        overshoot: Mapping[str, int] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.feature = feature
-        self.calls = calls
-        self.units: dict[str, int] = dict(units or {})
-        self.overshoot: dict[str, int] = dict(overshoot or {})
+    feature: str | None = None
+    calls: int = 0
+    units: dict[str, int] = attrs.field(factory=dict)
+    overshoot: dict[str, int] = attrs.field(factory=dict)
 
 
 def _make_portable(error: Exception | None) -> Exception | None:

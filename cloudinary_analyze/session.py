@@ -611,19 +611,20 @@ class AnalyzeSession(NotPicklable, Closable):
     @property
     def stats(self) -> SessionStats:
         """A snapshot of the counts since the session was created."""
-        connection = self._connection
-        queue = connection.caller.attempts.queue if connection else None
-        admission = queue.admission if queue else None
-        table = connection.tracker.table if connection else None
+        connection, counts = self._connection, self._meter.counts
+        if connection is None:
+            return SessionStats(**counts, permits_allowed=self._settings.permits)
+        queue, table = connection.caller.attempts.queue, connection.tracker.table
+        admission = queue.admission
         return SessionStats(
-            **self._meter.counts,
-            permits_in_use=admission.in_use if admission else 0,
-            permits_allowed=admission.allowed if admission else self._settings.permits,
-            pace=admission.pace.rate if admission else None,
-            probes=admission.probes if admission else 0,
-            waiting=queue.waiting if queue else 0,
-            pending=len(table.pending) if table else 0,
-            parked=len(table.parked) if table else 0,
+            **counts,
+            permits_in_use=admission.in_use,
+            permits_allowed=admission.allowed,
+            pace=admission.pace.rate,
+            probes=admission.probes,
+            waiting=queue.waiting,
+            pending=len(table.pending),
+            parked=len(table.parked),
         )
 
     async def aclose(self, drain: float = 0.0) -> None:

@@ -110,13 +110,12 @@ class Attempts(NotPicklable):
             first_pause=min(LONGEST_PAUSE, self.settings.backoff_first),
             longest_pause=min(LONGEST_PAUSE, self.settings.backoff_max),
         )
-        return AdmissionQueue(admission, self.clock, self._build_outage_error)
+        return AdmissionQueue(admission, self.clock)
 
     async def repeat_until(
         self, deadline: float, call: Call, read: Callable[[Call, Answer], T]
     ) -> T:
-        begun = self.clock.monotonic()
-        if deadline <= begun:
+        if deadline <= call.begun:
             raise CallTimeoutError("The time for the whole call was over before it was sent.")
         scope: asyncio.Timeout | None = None
         try:
@@ -127,7 +126,7 @@ class Attempts(NotPicklable):
                 raise  # an attempt's, or the pacer's own
             how = f"{call.attempts} attempts" if call.attempts else "queueing for a permit"
             raise CallTimeoutError(
-                f"No response arrived within the {deadline - begun:.1f} s for the whole call "
+                f"No response arrived within the {deadline - call.begun:.1f} s for the whole call "
                 f"({how}).",
                 attempts=call.attempts,
                 ambiguous=call.ambiguous or (call.sending is not None and call.sending.sent),
@@ -416,13 +415,6 @@ class Attempts(NotPicklable):
         if limits != self._limits:
             self._limits = limits
             self.meter.emit(PaceChanged(pace=limits[0], permits=limits[1]))
-
-    def _build_outage_error(self, seconds: float) -> OutageError:
-        return OutageError(
-            f"The service has failed or refused every request for {seconds:.0f} s. Nothing more was "
-            "sent for this request. Run again later; with a ledger, only what is missing is sent.",
-            seconds=seconds,
-        )
 
     async def _sleep(self, seconds: float) -> None:
         """Sleep on the session's clock. Closing the session ends the sleep with its error."""

@@ -10,7 +10,7 @@ import platform
 import ssl
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import aiohttp
 import attrs
@@ -20,6 +20,7 @@ from yarl import URL
 
 from cloudinary_analyze._cancellation import Sections, get_task
 from cloudinary_analyze._clock import Clock
+from cloudinary_analyze._http.token import Token
 from cloudinary_analyze._proxy import read_proxy
 from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze._version import __version__
@@ -32,9 +33,6 @@ from cloudinary_analyze.errors import (
     describe_reason,
     shorten,
 )
-
-if TYPE_CHECKING:
-    from cloudinary_analyze._http.token import Token
 
 Answer = tuple[int, CIMultiDictProxy[str], bytes]  # status, headers, body
 
@@ -102,8 +100,6 @@ class Transport(NotPicklable):
             check_client_session(http, settings, host=URL(base_url).host or "")
         token = None
         if callable(credentials.oauth_token):
-            from cloudinary_analyze._http.token import Token
-
             token = Token(credentials.oauth_token, settings.read_timeout, clock)
         headers = build_headers(credentials)
         timeout = aiohttp.ClientTimeout(total=None, connect=settings.connect_timeout)

@@ -32,6 +32,7 @@ import attrs
 
 from cloudinary_analyze._clock import Clock, TimerHandle, wake
 from cloudinary_analyze._http.admission import Admission, Attempt
+from cloudinary_analyze.errors import OutageError
 
 # While both kinds wait, urgent attempts get three of four starts. Bulk work still moves on if
 # interactive calls could use every start.
@@ -61,15 +62,12 @@ class AdmissionQueue:
     Attributes:
         admission: Decides when attempts start.
         clock: The source of time.
-        build_outage_error: Builds the error of an attempt whose patience is over, from the seconds
-            of the stall.
         waiting: Attempts that wait.
         newest_success: The highest number of an attempt that succeeded.
     """
 
     admission: Admission
     clock: Clock
-    build_outage_error: BuildError
     newest_success: int = attrs.field(default=0, init=False)
     # the waiters by whether they are urgent, and whether they start first, in order of arrival
     _lines: dict[tuple[bool, bool], Waiters] = attrs.field(factory=_build_lines, init=False)
@@ -281,7 +279,7 @@ class AdmissionQueue:
                 if at > now:
                     return at
                 self._remove(line, waiter)
-                waiter.set_exception(self.build_outage_error(now - stalled_at))
+                waiter.set_exception(_build_outage_error(now - stalled_at))
             heapq.heappop(self._expiries)
         return inf
 
@@ -316,3 +314,11 @@ class AdmissionQueue:
     def _wake(self) -> None:
         self._timer, self._timer_at = None, inf
         self._start_waiters()
+
+
+def _build_outage_error(seconds: float) -> OutageError:
+    return OutageError(
+        f"The service has failed or refused every request for {seconds:.0f} s. Nothing more was "
+        "sent for this request. Run again later; with a ledger, only what is missing is sent.",
+        seconds=seconds,
+    )

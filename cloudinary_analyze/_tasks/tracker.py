@@ -97,17 +97,16 @@ class Tracker(NotPicklable):
         source: NotificationSource | None,
     ) -> Tracker:
         """Create the parts and start listening."""
-        settings, clock, meter = caller.settings, caller.clock, caller.meter
-        table = Table(settings, with_source=source is not None)
-        tracker = cls(caller, settings, clock, meter, table)
+        table = Table(caller.settings, with_source=source is not None)
+        tracker = cls(caller, caller.settings, caller.clock, caller.meter, table)
         if source is not None:
             from cloudinary_analyze._tasks.listener import Listener
 
             tracker.listener = Listener(
                 source,
                 credentials,
-                clock,
-                meter,
+                caller.clock,
+                caller.meter,
                 deliver=tracker.deliver,
                 pending=table.pending,
                 on_end=tracker.end_source,

@@ -13,15 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloudinary_analyze import SessionClosedError
+from cloudinary_analyze import OutageError, SessionClosedError
 from cloudinary_analyze._http.admission import Admission, Attempt
 from cloudinary_analyze._http.limits import State
 from cloudinary_analyze._http.waiting import FAILURES_IN_A_TURN, AdmissionQueue
 from cloudinary_analyze.testing import ManualClock
-
-
-class Outage(Exception):
-    """Represents the error of the session."""
 
 
 class Refused(Exception):
@@ -30,7 +26,7 @@ class Refused(Exception):
 
 def build_queue(permits: int, clock: ManualClock) -> AdmissionQueue:
     admission = Admission(permits, random.Random(1).random)
-    return AdmissionQueue(admission, clock, Outage)
+    return AdmissionQueue(admission, clock)
 
 
 async def settle(turns: int = 5) -> None:
@@ -170,11 +166,11 @@ async def test_waiting_attempts_fail_after_the_patience(clock: ManualClock) -> N
     await clock.advance(14)
     assert not urgent.done()
     await clock.advance(2)
-    assert isinstance(urgent.exception(), Outage)
-    assert isinstance(again.exception(), Outage)
+    assert isinstance(urgent.exception(), OutageError)
+    assert isinstance(again.exception(), OutageError)
     assert not other.done()
     await clock.advance(105)
-    assert isinstance(other.exception(), Outage)
+    assert isinstance(other.exception(), OutageError)
     assert (queue.waiting, queue.admission.in_use) == (0, 1)
 
 
