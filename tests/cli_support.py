@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import sys
 import threading
 from asyncio.subprocess import PIPE, Process
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ports import reserve_port
 
 from cloudinary_analyze.emulator import Emulator
 
@@ -44,15 +44,14 @@ def start_emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[StartEmulator]:
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     running: list[Emulator] = []
+    port = reserve_port()
 
-    def stop() -> int:
-        emulator = running.pop()
-        port = int(emulator.url.rpartition(":")[2])
-        asyncio.run_coroutine_threadsafe(emulator.stop(), loop).result(PATIENCE)
-        return port
+    def stop() -> None:
+        asyncio.run_coroutine_threadsafe(running.pop().stop(), loop).result(PATIENCE)
 
     def start(**options: Any) -> Emulator:
-        port = stop() if running else 0
+        if running:
+            stop()
         emulator = Emulator(port=port, **options)
         asyncio.run_coroutine_threadsafe(emulator.start(), loop).result(PATIENCE)
         running.append(emulator)
@@ -113,14 +112,6 @@ async def until(condition: Callable[[], object], seconds: float = PATIENCE) -> N
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.005)
-
-
-def find_free_port() -> int:
-    """Return a port without a listener."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def build_urls(count: int) -> list[str]:

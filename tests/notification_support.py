@@ -14,6 +14,7 @@ from pathlib import Path
 import attrs
 import pytest
 import uvicorn
+from ports import reserve_port
 
 from cloudinary_analyze import Captioning, Credentials, Delivery
 from cloudinary_analyze.testing import build_notification, sign_notification
@@ -64,18 +65,12 @@ async def serve_asgi(app, *, port=0):
         await serving
 
 
-def find_free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @attrs.define(eq=False)
 class RedisServer:
     """A private Redis server that can be killed and restarted. By default, it fsyncs every write."""
 
     directory: Path
-    port: int = attrs.field(factory=find_free_port)
+    port: int = attrs.field(factory=reserve_port)
     fsync: str = "always"
     options: tuple[str, ...] = ()
     process: subprocess.Popen | None = None

@@ -9,7 +9,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from cli_support import build_urls, end, find_free_port, read_records, start, until, write_urls
+from cli_support import build_urls, end, read_records, start, until, write_urls
+from ports import reserve_port
 
 from cloudinary_analyze import Captioning, Uri
 from cloudinary_analyze.emulator import Emulator, WebhookPolicy
@@ -54,7 +55,7 @@ def read_answered(folder: Path) -> set[str]:
 @pytest.mark.parametrize("mode", ["call", "task"])
 async def test_a_killed_run_repeats_no_recorded_request(mode: str, tmp_path: Path):
     write_urls(tmp_path, ITEMS)
-    address = f"127.0.0.1:{find_free_port()}"
+    address = f"127.0.0.1:{reserve_port()}"
     arguments = ["run", "captioning", "--input", "urls.txt", "--mode", mode]
     if mode == "task":
         arguments += ["--receive", address, "--public-url", f"http://{address}/"]

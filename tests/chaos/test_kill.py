@@ -3,7 +3,6 @@
 import contextlib
 import json
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from ports import reserve_port
 
 from cloudinary_analyze import Captioning
 from cloudinary_analyze.ledger.file import ANSWERED, OPEN, SUBMITTED, connect_for_reading
@@ -34,12 +34,6 @@ def start(*arguments):
             yield process
         finally:
             process.kill()
-
-
-def find_free_port():
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def read_received(emulator):
@@ -79,7 +73,7 @@ def test_a_run_killed_twenty_times_answers_each_item_once(tmp_path, mode):
     urls = build_urls()
     sources = {Captioning(url).key: url for url in urls}
     chance = random.Random(mode)
-    path, port = tmp_path / "run.ledger", find_free_port()
+    path, port = tmp_path / "run.ledger", reserve_port()
     durable, paid, submitted, allowed = set(), {}, {}, 0
     with start("emulate") as emulator:
         cloudinary_url = emulator.stdout.readline().strip()

@@ -17,7 +17,8 @@ from machines_support import (
     serve_on_thread,
     split,
 )
-from notification_support import find_free_port, start_redis
+from notification_support import start_redis
+from ports import reserve_port
 
 from cloudinary_analyze import Captioning, Credentials, Settings
 from cloudinary_analyze.ledger.redis import RedisLedger
@@ -46,7 +47,7 @@ class Receiver:
 
     redis_url: str
     credentials: Credentials
-    port: int = attrs.field(factory=find_free_port)
+    port: int = attrs.field(factory=reserve_port)
 
     async def __aenter__(self):
         self.notifications = RedisNotifications(self.redis_url)

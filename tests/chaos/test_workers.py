@@ -10,7 +10,8 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from notification_support import find_free_port, start_redis
+from notification_support import start_redis
+from ports import reserve_port
 
 from cloudinary_analyze.emulator import Emulator, FaultPlan, WebhookPolicy
 
@@ -31,7 +32,7 @@ def redis(tmp_path):
 @contextlib.asynccontextmanager
 async def run_workers(emulator, redis, program="fastapi_app:app"):
     """Run the program with two workers, as its documentation says; yield its origin."""
-    port = find_free_port()
+    port = reserve_port()
     origin = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "uvicorn", "--app-dir", str(APPS), program]
     command += ["--workers", "2", "--port", str(port), "--log-level", "warning"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
+from ports import reserve_port
 from scripted import (
     CAPTION,
     URL,
@@ -256,9 +256,7 @@ async def test_images_that_always_fail_are_not_an_outage(
 
 
 async def test_refused_connections_fail_no_item_and_are_not_ambiguous(clock: ManualClock) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = reserve_port()
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", CAPTION)
     runner = web.AppRunner(app, access_log=None)

@@ -16,7 +16,6 @@ from cli_support import (
     StartEmulator,
     build_urls,
     end,
-    find_free_port,
     read_records,
     see,
     start,
@@ -24,6 +23,7 @@ from cli_support import (
     write_urls,
 )
 from notification_support import RedisServer, build_delivery, start_redis
+from ports import reserve_port
 
 from cloudinary_analyze import AnalyzeSession, Answered, Coco, Credentials, Response
 from cloudinary_analyze.analyses import OtherAnalysis
@@ -89,7 +89,7 @@ def test_tasks_whose_results_cannot_arrive_are_refused(
 
 async def test_a_receiver_gets_all_results_despite_faults(tmp_path: Path):
     write_urls(tmp_path, 100)
-    port = find_free_port()
+    port = reserve_port()
     receive = ("--receive", f"127.0.0.1:{port}", "--public-url", f"http://127.0.0.1:{port}/hook")
     faults = FaultPlan(duplicated=0.2, forged=0.2, stale=0.2, malformed=0.2, foreign=0.2)
     async with (
@@ -107,7 +107,7 @@ async def test_a_receiver_gets_all_results_despite_faults(tmp_path: Path):
 
 async def test_pending_tasks_are_resumed_and_not_submitted_again(tmp_path: Path):
     write_urls(tmp_path, 30)
-    port = find_free_port()
+    port = reserve_port()
     receive = ("--receive", f"127.0.0.1:{port}", "--public-url", f"http://127.0.0.1:{port}/")
     async with Emulator(task_seconds=300) as emulator:
         async with start(*RUN, *receive, folder=tmp_path, emulator=emulator) as process:

@@ -10,12 +10,12 @@ import aiohttp
 import pytest
 from notification_support import (
     build_answer,
-    find_free_port,
     serve_asgi,
     sign,
     start_redis,
     until,
 )
+from ports import reserve_port
 
 from cloudinary_analyze.emulator import Emulator
 
@@ -35,7 +35,7 @@ def open_worker(redis, monkeypatch):
 
     @contextlib.asynccontextmanager
     async def open_worker(emulator):
-        port = find_free_port()
+        port = reserve_port()
         monkeypatch.setenv("CLOUDINARY_URL", emulator.cloudinary_url)
         monkeypatch.setenv("REDIS_URL", redis.url)
         monkeypatch.setenv("PUBLIC_URL", f"http://127.0.0.1:{port}")

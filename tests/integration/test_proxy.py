@@ -7,7 +7,6 @@ import base64
 import copy
 import os
 import pickle
-import socket
 import ssl
 import sys
 import traceback
@@ -20,6 +19,7 @@ import pytest
 import yarl
 from aiohttp import web
 from cli_support import COMMAND
+from ports import reserve_port
 from proxy_support import Proxy
 from scripted import CAPTION, KEY, SECRET, URL, ScriptedServer
 
@@ -196,11 +196,8 @@ async def test_a_refusal_of_plain_http_is_the_proxys() -> None:
 
 
 async def test_an_absent_proxy_sends_nothing() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port = unused.getsockname()[1]
-    settings = Settings(
-        host="https://service.test", proxy=f"http://127.0.0.1:{port}", attempts=2, **FAST
-    )
+    proxy = f"http://127.0.0.1:{reserve_port()}"
+    settings = Settings(host="https://service.test", proxy=proxy, attempts=2, **FAST)
     async with AnalyzeSession(CREDENTIALS, settings=settings) as session:
         with pytest.raises(TransportError, match="connect to the proxy, so nothing was sent") as e:
             await session.analyze(Captioning(URL))

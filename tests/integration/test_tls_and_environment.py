@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from aiohttp import web
+from ports import reserve_port
 from scripted import URL, ScriptedServer, answer
 
 from cloudinary_analyze import AnalyzeSession, Captioning, Credentials, Settings, TransportError
@@ -51,8 +51,7 @@ async def test_an_untrusted_certificate_sends_nothing(untrusted: tuple[int, list
 
 async def test_no_proxy_is_taken_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     async with ScriptedServer(CAPTION) as server:
-        with socket.create_server(("127.0.0.1", 0)) as unused:
-            dead = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        dead = f"http://127.0.0.1:{reserve_port()}"
         for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
             monkeypatch.setenv(name, dead)
         for name in ("no_proxy", "NO_PROXY"):
