@@ -45,7 +45,7 @@ def serve_on_thread(service):
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        ready.wait(10)
+        assert ready.wait(30)
         assert not failures
         yield service
     finally:

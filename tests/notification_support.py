@@ -42,7 +42,7 @@ def build_delivery(task_id, caption="A cat", *, received_at=None, **fields):
     return Delivery(body, sign(body, at=received_at), received_at=received_at)
 
 
-async def until(condition, seconds=10.0):
+async def until(condition, seconds=30.0):
     """Wait until another task, thread or process makes a condition true."""
     async with asyncio.timeout(seconds):
         while not condition():
@@ -84,7 +84,7 @@ class RedisServer:
         command += ["--dir", str(self.directory), "--appendonly", "yes"]
         command += ["--appendfsync", self.fsync, *self.options]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while not self.answers():
             if time.monotonic() > deadline or self.process.poll() is not None:
                 raise RuntimeError("redis-server did not start.")

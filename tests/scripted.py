@@ -138,7 +138,7 @@ def one_after_the_other(*handlers: Handler) -> Handler:
 CAPTION = answer(sample="captioning")
 
 
-async def until(condition: Callable[[], object], *, seconds: float = 10.0) -> None:
+async def until(condition: Callable[[], object], *, seconds: float = 30.0) -> None:
     """Wait for a condition that real I/O causes. Fail if it does not occur."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -152,7 +152,7 @@ def have_failed(session: AnalyzeSession, attempts: int) -> bool:
     return stats.attempts == attempts and not stats.permits_in_use
 
 
-async def wind(clock: ManualClock, awaitable: Awaitable[Any], *, seconds: float = 20.0) -> Any:
+async def wind(clock: ManualClock, awaitable: Awaitable[Any], *, seconds: float = 40.0) -> Any:
     """Advance a clock, timer by timer, until an awaitable is done. Sockets use real time."""
     return await clock.run(awaitable, seconds=seconds)
 
@@ -219,14 +219,14 @@ async def step_through(
     for number in range(1, most):
         steps = Suspensions(number, late)
         task = asyncio.ensure_future(asyncio.create_task(steps.drive(build())))
-        await asyncio.wait([task], timeout=10)
+        await asyncio.wait([task], timeout=30)
         assert task.done(), f"the coroutine hangs when cancelled at {number}"
         if not task.cancelled():
             assert task.exception() is None
             if steps.count < number:
                 return number
             continue  # the last cancel came when there was nothing left to cancel
-        await until(idle, seconds=5)
+        await until(idle)
     raise AssertionError("the coroutine never completed")
 
 

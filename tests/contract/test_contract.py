@@ -166,7 +166,7 @@ async def test_every_response_of_the_emulator_fits(
                 status, accepted = await prober.send("POST", path, body)
                 assert status == 202
                 state = ""
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(30):
                     while state not in {"completed", "failed"}:
                         _, found = await prober.send("GET", f"/tasks/{accepted['data']['task_id']}")
                         state = found["data"]["status"]

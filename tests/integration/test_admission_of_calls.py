@@ -91,7 +91,7 @@ async def test_a_long_wait_stops_later_streams_too(clock: ManualClock) -> None:
 async def test_queued_calls_fail_if_the_service_asks_for_too_long(clock: ManualClock) -> None:
     handler = answer(429, headers={"Retry-After": "3600"})
     async with ScriptedServer(handler) as server, server.session(clock=clock, permits=2) as session:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             results = await asyncio.gather(
                 *(session.analyze(request) for request in requests_of(50, Captioning)),
                 return_exceptions=True,
@@ -373,7 +373,7 @@ async def test_an_item_that_is_always_throttled_fails_alone() -> None:
         return await (answer(429) if bad else CAPTION)(request)
 
     async with ScriptedServer(handle) as server, server.session() as session:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             errors = [outcome.error async for outcome in session.map(urls(3), Captioning)]
     assert [type(error) for error in errors if error is not None] == [RateLimitedError]
 

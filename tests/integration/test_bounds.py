@@ -145,7 +145,7 @@ async def test_too_many_headers_of_a_response_are_an_error() -> None:
     head = b"HTTP/1.1 200 OK\r\n" + b"".join(b"X-%d: a\r\n" % n for n in range(100_000))
     data = head + b"Content-Length: 2\r\n\r\n{}"
     async with ScriptedServer(wire(data)) as server, server.session(attempts=1) as session:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             with pytest.raises((TransportError, ResponseDecodeError)) as caught:
                 await session.analyze(Captioning(URL))
         assert caught.value.ambiguous

@@ -188,11 +188,11 @@ async def test_a_stream_closed_twice_withdraws_the_submission_in_flight(tmp_path
                 closings.append(asyncio.create_task(stream.aclose()))
                 for _ in range(5):
                     await asyncio.sleep(0)
-            _, hanging = await asyncio.wait(closings, timeout=2)
+            _, hanging = await asyncio.wait(closings, timeout=30)
             assert not hanging
             consumer.cancel()
             await asyncio.wait([consumer])
-            await until(lambda: idle(session) == (0, 0, 0, 0), seconds=2)
+            await until(lambda: idle(session) == (0, 0, 0, 0))
             assert not release.is_set()  # the submission was withdrawn, not answered
             release.set()
         gc.collect()
@@ -228,10 +228,10 @@ async def test_a_busy_close_can_be_cancelled_everywhere(
             await asyncio.sleep(0)
             steps = Suspensions(number, late)
             closing = asyncio.create_task(steps.drive(session.aclose(drain=0.01)))
-            await asyncio.wait([closing], timeout=10)
+            await asyncio.wait([closing], timeout=30)
             assert closing.done(), f"the close hangs when cancelled at {number}"
-            await asyncio.wait_for(session.aclose(), 10)
-            ended, hanging = await asyncio.wait([*waiters, *calls], timeout=10)
+            await asyncio.wait_for(session.aclose(), 30)
+            ended, hanging = await asyncio.wait([*waiters, *calls], timeout=30)
             assert not hanging, f"waiters hang when the close is cancelled at {number}"
             for task in ended:
                 assert not task.cancelled()
@@ -283,7 +283,7 @@ async def test_the_asgi_receiver_can_be_cancelled_everywhere(
         steps = Suspensions(number, late)
         scope = {"type": "http", "method": "POST", "headers": headers}
         task = asyncio.create_task(steps.drive(receiver(scope, receive, send)))
-        await asyncio.wait([task], timeout=10)
+        await asyncio.wait([task], timeout=30)
         assert task.done(), f"it hangs when cancelled at {number}"
         assert clock.next_at is None  # no timeout is left running
         stored = queue.qsize()
@@ -377,7 +377,7 @@ async def test_a_put_into_redis_can_be_cancelled_everywhere(
             steps = Suspensions(number, late)
             delivery = build_delivery(f"t{number}")
             task = asyncio.create_task(steps.drive(notifications.put(delivery)))
-            await asyncio.wait([task], timeout=10)
+            await asyncio.wait([task], timeout=30)
             assert task.done(), f"it hangs when cancelled at {number}"
             await notifications.put(delivery)  # storing it again changes nothing
             (found,) = await notifications.fetch([f"t{number}"])
@@ -400,7 +400,7 @@ async def test_a_fetch_from_redis_can_be_cancelled_everywhere(
             await notifications.put(build_delivery("t1"))
             steps = Suspensions(number, late)
             task = asyncio.create_task(steps.drive(notifications.fetch(["t1"])))
-            await asyncio.wait([task], timeout=10)
+            await asyncio.wait([task], timeout=30)
             assert task.done(), f"it hangs when cancelled at {number}"
             assert len(await notifications.fetch(["t1"])) == 1
         await _until_clients(redis_server, before)
@@ -432,7 +432,7 @@ async def test_listening_to_redis_can_be_cancelled_everywhere(
             task = asyncio.create_task(steps.drive(hear()))
             await asyncio.sleep(0.002)
             await notifications.put(build_delivery("t1"))
-            _, hanging = await asyncio.wait([task], timeout=10)
+            _, hanging = await asyncio.wait([task], timeout=30)
             assert not hanging, f"it hangs when cancelled at {number}"
             reached += steps.count >= number
             if task.cancelled():
@@ -445,6 +445,6 @@ async def test_listening_to_redis_can_be_cancelled_everywhere(
 
 
 async def _until_clients(server: RedisServer, count: int) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while await count_clients(server) > count:
             await asyncio.sleep(0.005)

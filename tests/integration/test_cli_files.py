@@ -178,7 +178,7 @@ def drain(pipe: str) -> Iterator[list[bytes]]:
     reader = threading.Thread(target=lambda: got.append(Path(pipe).read_bytes()), daemon=True)
     reader.start()
     yield got
-    reader.join(10)
+    reader.join(30)
 
 
 @pytest.mark.parametrize(

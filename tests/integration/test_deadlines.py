@@ -41,7 +41,7 @@ def run(kind: str, main: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
         if kind == "eager":
             asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             await main()
 
     factory = asyncio.new_event_loop
@@ -207,7 +207,7 @@ class EndlessPacer:
 
 
 async def test_closing_ends_the_wait_for_a_pacer() -> None:
-    async with asyncio.timeout(5), ScriptedServer(CAPTION) as server:
+    async with asyncio.timeout(30), ScriptedServer(CAPTION) as server:
         session = await server.session(pacer=EndlessPacer()).__aenter__()
         calls = [asyncio.create_task(session.analyze(Captioning(URL))) for _ in range(3)]
         await asyncio.sleep(0.01)
@@ -219,7 +219,7 @@ async def test_closing_ends_the_wait_for_a_pacer() -> None:
 
 
 async def test_a_cancellation_wins_over_a_close_in_the_same_turn() -> None:
-    async with asyncio.timeout(5), ScriptedServer(CAPTION) as server:
+    async with asyncio.timeout(30), ScriptedServer(CAPTION) as server:
         session = await server.session(pacer=EndlessPacer()).__aenter__()
         call = asyncio.create_task(session.analyze(Captioning(URL)))
         await asyncio.sleep(0.01)

@@ -38,7 +38,7 @@ async def read_status(client, emulator, task_id):
         return (await response.json())["data"]
 
 
-async def until(condition, seconds=5.0):
+async def until(condition, seconds=30.0):
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.002)

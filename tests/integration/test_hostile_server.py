@@ -49,7 +49,7 @@ async def test_warnings_about_unknown_states_are_bounded(caplog: pytest.LogCaptu
             polls_per_second=1e5,
         ) as session:
             task = session.task("t1", Captioning, timeout=20)
-            async with asyncio.timeout(15):
+            async with asyncio.timeout(30):
                 while next(numbers) < 400:
                     await asyncio.sleep(0.01)
             task.abandon()

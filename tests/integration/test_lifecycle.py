@@ -264,7 +264,7 @@ async def test_closing_fails_queued_calls_unsent() -> None:
         calls = [asyncio.create_task(session.analyze(r)) for r in requests_of(4, Captioning)]
         await until(lambda: server.in_flight and session.stats.waiting == 3)
         closing = asyncio.create_task(session.aclose())
-        await asyncio.wait(calls[1:], timeout=5)
+        await asyncio.wait(calls[1:], timeout=30)
         held.open.set()
         await closing
         await calls[0]
@@ -280,7 +280,7 @@ async def test_closing_ends_the_waits_between_retries(caplog: pytest.LogCaptureF
         session = await server.session().__aenter__()
         calls = [asyncio.create_task(session.analyze(r)) for r in requests_of(3, Captioning)]
         await until(lambda: have_failed(session, 3))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await session.aclose()
             for call in calls:
                 with pytest.raises(SessionClosedError):
@@ -300,7 +300,7 @@ async def test_closing_a_waiting_stream_leaves_no_unread_error(
         consumer = asyncio.create_task(anext(stream))
         await until(lambda: have_failed(session, 3))
         await session.aclose()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             with pytest.raises(BulkStoppedError):
                 await consumer
     gc.collect()
@@ -317,7 +317,7 @@ async def test_a_hanging_response_delays_the_close_briefly(
         session = await server.session(http=http if injected else None).__aenter__()
         call = asyncio.create_task(session.analyze(Captioning(URL)))
         await until(lambda: server.in_flight)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await session.aclose()
             with pytest.raises(SessionClosedError):
                 await call
@@ -407,7 +407,7 @@ async def test_a_call_cut_off_by_the_close_says_that_it_may_be_charged(
 
 async def test_a_second_close_waits_for_the_first() -> None:
     held = Held()
-    async with asyncio.timeout(10), ScriptedServer(held) as server:
+    async with asyncio.timeout(30), ScriptedServer(held) as server:
         session = await server.session().__aenter__()
         call = asyncio.create_task(session.analyze(Captioning(URL)))
         await until(lambda: server.in_flight)
@@ -427,7 +427,7 @@ async def test_a_second_close_waits_for_the_first() -> None:
 
 async def test_a_second_close_ends_when_the_first_is_cancelled() -> None:
     held = Held()
-    async with asyncio.timeout(10), ScriptedServer(held) as server:
+    async with asyncio.timeout(30), ScriptedServer(held) as server:
         session = await server.session().__aenter__()
         call = asyncio.create_task(session.analyze(Captioning(URL)))
         await until(lambda: server.in_flight)
@@ -452,7 +452,7 @@ async def test_an_input_may_close_the_session_in_its_clean_up(first: str) -> Non
         finally:
             await session.aclose()
 
-    async with asyncio.timeout(10), ScriptedServer(CAPTION) as server:
+    async with asyncio.timeout(30), ScriptedServer(CAPTION) as server:
         session = await server.session().__aenter__()
         stream = session.map(rows(), Captioning)
         await anext(stream)
@@ -465,7 +465,7 @@ async def test_an_input_may_close_the_session_in_its_clean_up(first: str) -> Non
 async def test_a_close_fails_a_call_that_just_got_its_permit() -> None:
     """It fails even if a pause begins in the same turn."""
     for throttled in (False, True):
-        async with asyncio.timeout(10), ScriptedServer(CAPTION) as server:
+        async with asyncio.timeout(30), ScriptedServer(CAPTION) as server:
             session = await server.session(permits=1).__aenter__()
             queue = session._connection.caller.attempts.queue  # type: ignore[union-attr]
             held = await queue.start()

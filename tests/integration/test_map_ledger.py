@@ -639,7 +639,7 @@ async def test_a_cancelled_error_of_the_ledger_stops_the_stream_and_nothing_hang
     setattr(Broken, step, fail)
     async with ScriptedServer(CAPTION) as server, server.session(permits=2) as session:
         with pytest.raises((BulkStoppedError, LedgerError)) as caught:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 await collect(session, ledger=Broken())
     reason = getattr(caught.value, "reason", None) or caught.value
     assert isinstance(reason, LedgerError)

@@ -21,7 +21,6 @@ from cloudinary_analyze import (
 from cloudinary_analyze.errors import CallTimeoutError
 
 URL = "https://images.example/a.jpg"
-pytestmark = pytest.mark.timeout(20)
 refuse = answer(401, sample="error_401")
 
 

@@ -61,7 +61,7 @@ def build_post(body: bytes = BODY, *, length: int | None = None, close: bool = T
 
 async def post(receiver: Receiver) -> bytes:
     """Send an honest webhook; return the beginning of the response."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         reader, writer = await receiver.connect(build_post())
         response = await reader.read()
         writer.close()
@@ -96,7 +96,7 @@ def test_the_limits_are_seconds_and_below_the_descriptors() -> None:
     ids=["idle", "byte", "head", "kept alive", "second head", "405", "405 body", "413 body"],
 )
 async def test_connections_that_send_too_little_are_closed(sent: bytes) -> None:
-    async with receive(SHORT) as receiver, asyncio.timeout(8):
+    async with receive(SHORT) as receiver, asyncio.timeout(30):
         reader, writer = await receiver.connect(sent)
         assert await is_closed(reader)
         writer.close()
@@ -104,7 +104,7 @@ async def test_connections_that_send_too_little_are_closed(sent: bytes) -> None:
 
 
 async def test_slow_headers_gain_no_time() -> None:
-    async with receive(SHORT) as receiver, asyncio.timeout(8):
+    async with receive(SHORT) as receiver, asyncio.timeout(30):
         reader, writer = await receiver.connect(b"POST / HTTP/1.1\r\n")
         with contextlib.suppress(ConnectionError):
             for number in range(1000):
@@ -132,7 +132,7 @@ async def test_a_sender_that_reads_nothing_is_closed() -> None:
                     await loop.sock_sendall(client, flood)
 
             with pytest.raises(ConnectionError):
-                await asyncio.wait_for(send(), 20)
+                await asyncio.wait_for(send(), 30)
         assert await post(receiver) == b"HTTP/1.1 200 OK"
 
 
@@ -148,7 +148,7 @@ async def test_strangers_keep_no_webhook_out(sent: bytes) -> None:
         for _ in range(3):
             assert await post(receiver) == b"HTTP/1.1 200 OK"
         readers = [reader for reader, _ in strangers]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             assert all([await is_closed(reader) for reader in readers[:42]])
         assert not any(reader.at_eof() for reader in readers[-4:])
         for _, writer in strangers:
@@ -173,7 +173,7 @@ async def test_connections_that_store_a_webhook_stay_open() -> None:
         busy = [asyncio.create_task(post(receiver)) for _ in range(8)]
         await until(lambda: begun == 8)
         reader, writer = await receiver.connect(build_post())
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             assert await is_closed(reader)
         writer.close()
         stored.set()
@@ -186,7 +186,7 @@ async def test_a_connection_serves_many_webhooks() -> None:
         reader, writer = await receiver.connect()
         for _ in range(20):
             writer.write(build_post(close=False))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 assert (await reader.readline()).startswith(b"HTTP/1.1 200")
                 await reader.readuntil(b"Stored.")
         writer.close()
@@ -223,9 +223,9 @@ async def test_listen_withstands_1000_connections(
                 ["POST / HTTP/1.1", "Host: a", f"Content-Length: {len(body)}", *lines]
             )
             reader, writer = await receiver.connect(head.encode() + b"\r\n\r\n" + body)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(30):
                 assert all([await is_closed(one) for one, _ in strangers])
             assert time.monotonic() - begun < 15
             for _, one in [*strangers, (reader, writer)]:

@@ -152,7 +152,7 @@ async def open_browser(directory):
     finally:
         if process.returncode is None:
             try:
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(30):
                     await process.wait()
             except TimeoutError:
                 process.kill()

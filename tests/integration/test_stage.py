@@ -86,7 +86,7 @@ def emulate(monkeypatch):
 
         thread = threading.Thread(target=asyncio.run, args=(serve(),))
         thread.start()
-        ready.wait(10)
+        assert ready.wait(30)
         monkeypatch.setenv("CLOUDINARY_URL", emulator.cloudinary_url)
         try:
             yield emulator
@@ -229,7 +229,7 @@ def test_closing_stops_what_is_in_flight(emulate):
             while emulator.counts.total_received < 10:
                 time.sleep(0.005)
             close_sessions()
-            statuses = outcome_columns(running.result(10))["status"]
+            statuses = outcome_columns(running.result(50))["status"]
         assert {"answered", "stopped"} <= set(statuses)
 
 

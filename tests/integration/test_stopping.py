@@ -25,7 +25,7 @@ from cloudinary_analyze import (
 from cloudinary_analyze.ledger import SQLiteLedger
 
 NEVER = 1000.0
-PATIENCE = 10.0
+PATIENCE = 30.0
 ACCEPTED = answer(202, sample="accepted_202")
 
 

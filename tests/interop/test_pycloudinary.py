@@ -47,7 +47,7 @@ async def test_pycloudinary_verifies_the_notifications(configure, digest):
     async with Emulator(task_seconds=0, on_delivery=got.put_nowait, webhooks=policy) as emulator:
         configure(emulator, digest)
         await submit(emulator)
-        delivery = await asyncio.wait_for(got.get(), 5)
+        delivery = await asyncio.wait_for(got.get(), 30)
     body = delivery.body.decode()
     stamp, signature = (delivery.headers[f"X-Cld-{part}"] for part in ("Timestamp", "Signature"))
     assert utils.verify_notification_signature(body, stamp, signature)

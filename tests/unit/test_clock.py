@@ -80,7 +80,7 @@ async def test_the_system_clock_follows_real_time() -> None:
             await SYSTEM_CLOCK.sleep(5)
     fired = asyncio.Event()
     SYSTEM_CLOCK.call_at(begun - 1, fired.set)
-    await asyncio.wait_for(fired.wait(), 1)
+    await asyncio.wait_for(fired.wait(), 30)
     assert SYSTEM_CLOCK.monotonic() - begun < 1
 
 

@@ -259,7 +259,6 @@ class TestSourceEnds:
             assert service.calls == paid  # its result could not arrive, so it was not sent
 
     @pytest.mark.skipif(sys.version_info < (3, 13), reason="needs asyncio.Queue.shutdown")
-    @pytest.mark.timeout(10)
     @pytest.mark.parametrize("immediate", [True, False])
     async def test_a_queue_that_was_shut_down_has_ended(self, clock, immediate):
         source = QueueSource(asyncio.Queue())

@@ -152,7 +152,7 @@ async def test_a_sink_times_out_after_twenty_seconds(clock):
     await clock.advance(19.9)
     assert not taking.done()
     await clock.advance(0.2)
-    assert (await asyncio.wait_for(taking, 2)).status == 503
+    assert (await asyncio.wait_for(taking, 30)).status == 503
     assert full.qsize() == 1
 
 
@@ -264,13 +264,13 @@ async def test_a_cancelled_receiver_accepts_the_next_webhook(queue, clock, steps
     for _ in range(steps):
         await asyncio.sleep(0)
     serving.cancel()
-    done, _ = await asyncio.wait({serving}, timeout=5)
+    done, _ = await asyncio.wait({serving}, timeout=30)
     assert done
     assert serving.cancelled() or told[-2:] == [200, None]
     while not sink.empty():
         sink.get_nowait()
     told.clear()
-    await asyncio.wait_for(start(), 5)
+    await asyncio.wait_for(start(), 30)
     assert told == [200, None]
     assert sink.get_nowait().body == body
     assert clock.next_at is None

@@ -104,7 +104,7 @@ def test_a_dropped_session_releases_its_source():
 @pytest.mark.parametrize("immediate", [True, False])
 async def test_a_queue_that_was_shut_down_ends_the_source(immediate):
     queue = asyncio.Queue()
-    async with open_session(queue) as session, asyncio.timeout(5):
+    async with open_session(queue) as session, asyncio.timeout(30):
         first, second = session.task("t1", Captioning), session.task("t2", Captioning)
         queue.put_nowait(build_delivery("t1"))
         queue.shutdown(immediate=immediate)
@@ -119,7 +119,7 @@ async def test_forwarding_ends_with_a_queue_that_was_shut_down():
     queue, sink = asyncio.Queue(), asyncio.Queue()
     queue.put_nowait(build_delivery("t1"))
     queue.shutdown()
-    await asyncio.wait_for(forward(QueueSource(queue), sink, CREDENTIALS), 5)
+    await asyncio.wait_for(forward(QueueSource(queue), sink, CREDENTIALS), 30)
     assert sink.qsize() == 1
 
 
@@ -228,6 +228,6 @@ async def test_forwarding_ends_only_if_it_is_cancelled(clock):
     await clock.advance(10)
     assert len(sink.stored) == 1
     forwarding.cancel()
-    done, _ = await asyncio.wait({forwarding}, timeout=5)
+    done, _ = await asyncio.wait({forwarding}, timeout=30)
     assert done
     assert forwarding.cancelled()
