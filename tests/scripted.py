@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 import types
+import weakref
 from collections.abc import Awaitable, Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +22,8 @@ KEY = "111222333444555"
 SECRET = "planted-Api-Secret-8f3a"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 SAMPLES = Path(__file__).parent / "samples"
+HELD_SECONDS = 0.1  # without a response, after which a handler is taken to hold it
+_sessions: weakref.WeakSet[AnalyzeSession] = weakref.WeakSet()
 
 
 @attrs.frozen
@@ -77,13 +80,15 @@ class ScriptedServer:
             for name in ("clock", "http", "on_event", "notifications", "notification_url")
             if name in options
         }
-        return AnalyzeSession(
+        session = AnalyzeSession(
             credentials or Credentials("demo", KEY, SECRET),
             settings=Settings(
                 **{"host": self.url, "backoff_first": 0.001, "backoff_max": 0.002, **options}
             ),
             **own,
         )
+        _sessions.add(session)
+        return session
 
 
 def answer(
@@ -153,8 +158,35 @@ def have_failed(session: AnalyzeSession, attempts: int) -> bool:
 
 
 async def wind(clock: ManualClock, awaitable: Awaitable[Any], *, seconds: float = 40.0) -> Any:
-    """Advance a clock, timer by timer, until an awaitable is done. Sockets use real time."""
-    return await clock.run(awaitable, seconds=seconds)
+    """Advance a clock, timer by timer, until an awaitable is done.
+
+    Sockets use real time, so responses arrive before the clock moves, unless a handler holds them.
+    """
+    task = asyncio.ensure_future(awaitable)
+    try:
+        async with asyncio.timeout(seconds):
+            while not task.done():
+                await _let_responses_arrive(task)
+                if (due := clock.next_at) is not None:
+                    await clock.advance(max(0.0, due - clock.now))
+                await asyncio.sleep(0.001)
+            return await task
+    finally:
+        task.cancel()
+
+
+async def _let_responses_arrive(task: asyncio.Future[Any]) -> None:
+    before, since = None, time.monotonic()
+    while not task.done():
+        all_stats = [session.stats for session in _sessions]
+        if not any(stats.permits_in_use for stats in all_stats):
+            return
+        now = [(stats.attempts, stats.permits_in_use) for stats in all_stats]
+        if now != before:
+            before, since = now, time.monotonic()
+        elif time.monotonic() - since > HELD_SECONDS:
+            return
+        await asyncio.sleep(0.001)
 
 
 def busy(stats: SessionStats) -> tuple[int, int, int]:

@@ -16,11 +16,13 @@ class Server:
     def __init__(self):
         self.allowed = asyncio.Event()
         self.connections = []  # the echoes that each received
+        self.serving = []
         self.break_after = None
 
     async def serve(self, reader, writer):
         echoes = []
         self.connections.append(echoes)
+        self.serving.append(asyncio.current_task())
         pending = None
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while count := int((await reader.readline())[1:] or 0):
@@ -37,6 +39,8 @@ class Server:
         writer.close()
         if pending is not None:
             await pending
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
 
     async def reply(self, writer, echoes):
         await self.allowed.wait()
@@ -69,6 +73,7 @@ async def scripted():
     server.allowed.set()
     await link.aclose()
     listener.close()
+    await until(lambda: all(task.done() for task in server.serving))
 
 
 async def test_commands_do_not_wait_for_earlier_replies(scripted):

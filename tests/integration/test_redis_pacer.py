@@ -9,7 +9,7 @@ from notification_support import start_redis
 
 from cloudinary_analyze import Captioning, ConfigurationError
 from cloudinary_analyze.pacing import RedisPacer
-from tests.scripted import CAPTION, ScriptedServer
+from tests.scripted import CAPTION, ScriptedServer, until
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ async def take(pacer, count):
     return await asyncio.gather(*(wait() for _ in range(count)))
 
 
-def count_commands(shared, monkeypatch=None):
+def count_commands(shared):
     import redis
 
     with redis.Redis.from_url(shared.url) as client:
@@ -72,16 +72,18 @@ async def test_a_burst_may_start_at_once_after_a_quiet_time(build):
         assert time.monotonic() - begun > 0.9
 
 
-async def test_a_cancelled_wait_leaves_its_start_to_the_next(build):
-    async with build(rate=2) as pacer:
+async def test_a_cancelled_wait_leaves_its_start_to_the_next(build, shared, clock):
+    async with build(rate=0.02, clock=clock) as pacer:
         await pacer.acquire()
-        begun = time.monotonic()
         waiting = asyncio.create_task(pacer.acquire())
-        await asyncio.sleep(0.05)
+        await until(lambda: 20 < (clock.next_at or 0) <= 50)  # it waits for its start
+        reserved = count_commands(shared)
         waiting.cancel()
         await asyncio.wait([waiting])
-        await pacer.acquire()
-        assert 0.3 < time.monotonic() - begun < 0.9
+        following = asyncio.create_task(pacer.acquire())
+        await clock.advance(50)
+        await following
+        assert count_commands(shared) == reserved
 
 
 async def test_unused_starts_are_not_saved_up(build):

@@ -258,6 +258,7 @@ async def test_the_default_body_is_what_the_service_expects_byte_for_byte() -> N
     assert "ä".encode() in server.seen[0].body
 
 
+@pytest.mark.timeout(300)  # mypy without a cache
 def test_mypy_infers_the_promised_types() -> None:
     """`tests/typing/session.py` holds the promises; mypy reads them."""
     root = Path(__file__).parents[2]

@@ -60,7 +60,8 @@ class TestEverySuspension:
                 await until(lambda: session.stats.pending == 0)
                 await until(lambda: not session._connection.tracker._calls)
 
-            assert await cancel_everywhere(act, check, late=late) > 2
+            # more than one, unless its result arrives with the response
+            assert await cancel_everywhere(act, check, late=late) > 1
             assert session.stats.notifications["resolved"] == len(emulator.tasks)
 
     async def test_of_the_submission_in_the_background(self, late):
