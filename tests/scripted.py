@@ -151,6 +151,17 @@ async def until(condition: Callable[[], object], *, seconds: float = 30.0) -> No
         await asyncio.sleep(0.001)
 
 
+async def until_still(read: Callable[[], object], *, polls: int = 40) -> None:
+    """Wait until a value stays the same for a number of turns of the loop, 5 ms apart.
+
+    Each turn serves the sockets that are ready, so a process that stalls does not seem still.
+    """
+    before, same = read(), 0
+    while same < polls:
+        await asyncio.sleep(0.005)
+        before, same = read(), same + 1 if read() == before else 0
+
+
 def have_failed(session: AnalyzeSession, attempts: int) -> bool:
     """Return whether this many attempts were made and none of them is in flight."""
     stats = session.stats

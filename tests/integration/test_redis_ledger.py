@@ -22,12 +22,13 @@ from cloudinary_analyze import (
     LedgerError,
     ServerError,
 )
+from cloudinary_analyze.ledger import redis as ledgers
 from cloudinary_analyze.ledger import worker as room
 from cloudinary_analyze.ledger.redis import RedisLedger
 from cloudinary_analyze.protocols import Claim
 from cloudinary_analyze.responses import Response
 from cloudinary_analyze.testing import ManualClock
-from tests.scripted import CAPTION, ScriptedServer, answer, until
+from tests.scripted import CAPTION, ScriptedServer, answer, until, until_still
 
 URLS = [f"https://example.com/{number}.jpg" for number in range(12)]
 OWNER = {"base_url": "http://127.0.0.1:1", "cloud_name": "demo"}
@@ -217,7 +218,7 @@ async def test_redis_killed_during_a_run_costs_nothing(build, server):
         runs = [asyncio.create_task(work()) for _ in range(2)]
         await until(lambda: len(api.seen) > 100)
         await asyncio.to_thread(server.kill)
-        await asyncio.sleep(0.2)
+        await until_still(lambda: (len(api.seen), api.in_flight))
         sent = len(api.seen)
         await asyncio.sleep(0.2)
         assert len(api.seen) == sent, "a request was sent without a claim"
@@ -242,6 +243,7 @@ async def test_redis_away_for_longer_than_the_patience_stops(build, server):
             assert isinstance(caught.value.reason, LedgerError)
             assert len(api.seen) < 100
             server.start()
+            ledger.patience = 30
             sent = len(api.seen)
             first = [f"https://example.com/{number}.jpg" for number in range(50)]
             again = await collect(session, first, ledger=ledger)
@@ -291,11 +293,11 @@ async def test_the_claims_of_a_dead_worker_are_taken_over(build):
     await dead.claim(KEY)
     dead._worker._heart.cancel()  # not closed, as if its process was killed
     async with opened(build(lease=0.5)) as ledger:
-        assert await ledger.claim(KEY) is None
         begun = time.monotonic()
+        assert await ledger.claim(KEY) is None
         async with asyncio.timeout(30):
             await ledger.watch(KEY)
-        assert time.monotonic() - begun > 0.4
+        assert time.monotonic() - begun >= 0.25  # half a lease, after it ended
         assert await ledger.claim(KEY) == Claim(ambiguous=True)
         # its late response counts; the error after it is ignored
         await dead.record_response(KEY, RESPONSE, seconds=1)
@@ -339,7 +341,8 @@ async def test_a_response_replaces_an_error_and_is_not_replaced(build):
         assert (record.response, record.error, record.seconds) == (RAW, None, 2)
 
 
-async def test_writes_that_redis_lost_are_repeated(build, tmp_path):
+async def test_writes_that_redis_lost_are_repeated(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "QUIET", 5.0)
     forgetful = start_redis(tmp_path, fsync="no", options=("--appendonly", "no"))
     clock = ManualClock()
     try:
@@ -359,7 +362,7 @@ async def test_writes_that_redis_lost_are_repeated(build, tmp_path):
             finding = asyncio.create_task(other.find(keys[3]))
             while not finding.done():
                 await clock.advance(0.05)
-                await asyncio.sleep(0.005)
+                await asyncio.sleep(0.02)
             assert not asked.done(), "a claim did not wait for the writes of others"
             await one.find(keys[3])
             await clock.advance(room.QUIET)
@@ -444,7 +447,7 @@ async def test_opening_can_be_cancelled_at_any_step(build):
         ledger.release(KEY, ambiguous=False)
         await ledger.aclose()
         await ledger.aclose()
-    assert len(asyncio.all_tasks()) == 1
+    await until(lambda: len(asyncio.all_tasks()) == 1)
 
 
 @pytest.mark.slow
@@ -470,11 +473,11 @@ async def test_a_namespace_belongs_to_one_cloud(build):
             await build().open(**{**OWNER, "cloud_name": "other-cloud"})
 
 
-async def test_a_server_out_of_reach_is_an_error(build):
-    begun = time.monotonic()
-    with pytest.raises(LedgerError, match=r"redis://127\.0\.0\.1:1/0"):
-        await build("redis://127.0.0.1:1/0", patience=0.3).open(**OWNER)
-    assert time.monotonic() - begun < 3
+async def test_a_server_out_of_reach_is_an_error(build, monkeypatch):
+    monkeypatch.setattr(ledgers, "OPEN_PATIENCE", 1000.0)
+    async with asyncio.timeout(30):
+        with pytest.raises(LedgerError, match=r"redis://127\.0\.0\.1:1/0"):
+            await build("redis://127.0.0.1:1/0", patience=0.3).open(**OWNER)
 
 
 async def test_lost_scripts_are_loaded_again(build, shared):
@@ -572,7 +575,7 @@ def test_invalid_arguments_are_refused_without_the_password(build, options):
 
 async def test_a_password_works_and_a_wrong_one_is_reported(build, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setattr("notification_support.RedisServer.answers", lambda self: True)
+    monkeypatch.setattr(ledgers, "OPEN_PATIENCE", 1000.0)
     server = start_redis(tmp_path, fsync="no", options=("--requirepass", "hunter2"))
     try:
         url = server.url.replace("//", "//:hunter2@")
@@ -580,11 +583,10 @@ async def test_a_password_works_and_a_wrong_one_is_reported(build, tmp_path, mon
             assert await ledger.claim(KEY) == Claim()
             assert await asyncio.to_thread(lambda: list(ledger.iter_records())) == []
         for wrong in (server.url, server.url.replace("//", "//:hunter3@")):
-            begun = time.monotonic()
-            with pytest.raises(LedgerError, match="credentials") as caught:
-                await build(wrong).open(**OWNER)
+            async with asyncio.timeout(30):  # at once, without patience
+                with pytest.raises(LedgerError, match="credentials") as caught:
+                    await build(wrong).open(**OWNER)
             assert "hunter" not in str(caught.value)
-            assert time.monotonic() - begun < 3
     finally:
         server.kill()
     assert "hunter2" not in caplog.text

@@ -47,36 +47,51 @@ def count_commands(shared):
 async def test_pacers_of_a_name_share_one_even_rate(build, shared):
     before = count_commands(shared)
     async with build() as one, build() as other:
+        await asyncio.gather(one.acquire(), other.acquire())  # connected from now on
         begun = time.monotonic()
         taken = await asyncio.gather(take(one, 40), take(other, 40))
         last = max(map(max, taken)) - begun
-        assert 0.78 < last < 5
+        assert 0.78 < last < 20
         # a process that reserves does not hold the others up
         assert max(map(min, taken)) - begun < last / 2
     assert count_commands(shared) - before <= 0.3 * 80
 
 
-async def test_other_names_have_their_own_rate(build):
-    async with build(rate=5) as one, build(rate=5, name="another") as other:
-        begun = time.monotonic()
-        await asyncio.gather(take(one, 5), take(other, 5))
-        assert time.monotonic() - begun < 1.6
+async def until_reserved(*pacers):
+    """Wait until every waiting attempt has its start."""
+    for _ in range(3):  # until all have begun to wait
+        await asyncio.sleep(0)
+    await until(lambda: not any(pacer._reserved.waiting for pacer in pacers))
 
 
-async def test_a_burst_may_start_at_once_after_a_quiet_time(build):
-    async with build(rate=1, burst=5) as pacer:
-        begun = time.monotonic()
-        await take(pacer, 5)
-        assert time.monotonic() - begun < 0.9
-        await take(pacer, 1)
-        assert time.monotonic() - begun > 0.9
+async def test_other_names_have_their_own_rate(build, clock):
+    async with (
+        build(rate=0.02, clock=clock) as one,
+        build(rate=0.02, name="another", clock=clock) as other,
+    ):
+        taking = asyncio.gather(take(one, 5), take(other, 5))
+        await until_reserved(one, other)
+        await clock.advance(200)
+        await until(taking.done)
+
+
+async def test_a_burst_may_start_at_once_after_a_quiet_time(build, clock):
+    async with build(rate=0.02, burst=5, clock=clock) as pacer:
+        async with asyncio.timeout(30):
+            await take(pacer, 5)
+        following = asyncio.create_task(pacer.acquire())
+        await until_reserved(pacer)
+        await clock.advance(20)
+        assert not following.done()
+        await clock.advance(30)
+        await following
 
 
 async def test_a_cancelled_wait_leaves_its_start_to_the_next(build, shared, clock):
     async with build(rate=0.02, clock=clock) as pacer:
         await pacer.acquire()
         waiting = asyncio.create_task(pacer.acquire())
-        await until(lambda: 20 < (clock.next_at or 0) <= 50)  # it waits for its start
+        await until_reserved(pacer)
         reserved = count_commands(shared)
         waiting.cancel()
         await asyncio.wait([waiting])
@@ -102,7 +117,7 @@ async def test_unused_starts_are_not_saved_up(build):
 async def test_it_waits_for_redis_and_then_raises(build, tmp_path):
     server = start_redis(tmp_path)
     try:
-        async with build(server.url, patience=5) as pacer:
+        async with build(server.url, patience=60) as pacer:
             await pacer.acquire()
             server.kill()
             waiting = asyncio.create_task(pacer.acquire())
