@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from cli_support import end, read_records, read_terminal, see, start, until, write_urls
+from cli_support import PATIENCE, end, read_records, read_terminal, see, start, until, write_urls
 
 from cloudinary_analyze import AnalyzeSession, Captioning, Credentials
 from cloudinary_analyze.emulator import Emulator, FaultPlan
@@ -93,13 +93,13 @@ async def test_a_silent_pipe_blocks_neither_calls_nor_ctrl_c(tmp_path: Path):
         assert process.stdout is not None
         process.stdin.write(b"https://example.com/1.jpg\n")
         await process.stdin.drain()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             record = json.loads(await process.stdout.readline())
         assert (record["line"], record["status"]) == (1, "ok")
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None
         told = await see(process, "To resume")
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             assert await process.wait() == 130
         told += (await process.stderr.read()).decode()
     assert "Fatal" not in told
@@ -113,7 +113,7 @@ async def test_piped_results_are_json_alone_and_progress_is_not_drawn(tmp_path: 
         Emulator() as emulator,
         start(*arguments, folder=tmp_path, emulator=emulator) as process,
     ):
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             out, err = await process.communicate(urls)
     assert process.returncode == 0
     assert sorted(json.loads(line)["line"] for line in out.splitlines()) == list(range(1, 31))
@@ -132,7 +132,7 @@ async def test_a_reader_that_goes_away_stops_the_run(tmp_path: Path):
         await process.stdout.readline()
         process._transport.get_pipe_transport(1).close()  # type: ignore[attr-defined]
         told = await see(process, "To resume")
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             assert await process.wait() == 3
         assert emulator.counts.total_received < 2000
     assert "was closed by the reader" in told
@@ -147,7 +147,7 @@ async def run_on_terminal(
         options = dict.fromkeys(streams, theirs)
         async with start(*arguments, folder=folder, emulator=emulator, **options) as process:
             os.close(theirs)
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE):
                 shown = await asyncio.to_thread(read_terminal, ours)
                 await process.wait()
     finally:
@@ -200,7 +200,7 @@ async def test_the_emulator_command_serves_until_it_is_interrupted(tmp_path: Pat
     arguments = ("emulator", "--quota", "object_detection=1")
     async with start(*arguments, folder=tmp_path) as process:
         assert process.stdout is not None
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             line = (await process.stdout.readline()).decode()
         told = re.fullmatch(r"export CLOUDINARY_URL='(cloudinary://\S+)'\n", line)
         assert told

@@ -23,6 +23,7 @@ import aiohttp
 import pytest
 from cli_support import (
     COMMAND,
+    PATIENCE,
     build_urls,
     end,
     read_records,
@@ -102,7 +103,7 @@ async def test_closed_and_full_streams_stop_nothing(tmp_path: Path, closed: str)
             cwd=tmp_path,
             env={**os.environ, "CLOUDINARY_URL": emulator.cloudinary_url},
         )
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             assert await process.wait() == 1
     assert len(read_records(tmp_path / "results.jsonl")) == 4
     # no message was written into the ledger, which got a descriptor that was free
@@ -125,7 +126,7 @@ async def test_a_run_without_a_place_for_results_is_refused(
             stderr=subprocess.PIPE,
             env={**os.environ, "CLOUDINARY_URL": emulator.cloudinary_url},
         )
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             _, err = await process.communicate()
         assert process.returncode == 2
         assert b"closed" in err
@@ -155,7 +156,7 @@ def test_no_encoding_breaks_a_command(tmp_path: Path, arguments: tuple[str, ...]
         cwd=tmp_path,
         env={**os.environ, "PYTHONIOENCODING": encoding},
         capture_output=True,
-        timeout=30,
+        timeout=PATIENCE,
     )
     assert b"Traceback" not in done.stderr
     assert done.returncode == (1 if "--input" in arguments else 0)
@@ -175,7 +176,7 @@ def test_a_result_that_cannot_be_shown_is_reported(arguments: tuple[str, ...], s
         writer = os.open(stdout, os.O_WRONLY)
     try:
         done = subprocess.run(
-            [*COMMAND, *arguments], stdout=writer, stderr=subprocess.PIPE, timeout=30
+            [*COMMAND, *arguments], stdout=writer, stderr=subprocess.PIPE, timeout=PATIENCE
         )
     finally:
         os.close(writer)
@@ -202,7 +203,7 @@ async def test_an_output_that_is_not_read_slows_down_and_can_be_aborted(tmp_path
         process.send_signal(signal.SIGINT)
         await see(process, "A second interrupt aborts")
         process.send_signal(signal.SIGINT)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             assert await process.wait() == 130
 
 
@@ -240,7 +241,7 @@ async def test_a_closed_terminal_lets_the_run_finish(tmp_path: Path):
         try:
             await until(lambda: emulator.counts.total_done >= 8)
             os.close(ours)  # the kernel sends SIGHUP; writes fail from now on
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE):
                 assert await asyncio.to_thread(process.wait) == 130
         finally:
             process.kill()
@@ -370,7 +371,7 @@ async def test_listen_can_be_ended_while_its_output_is_not_read(tmp_path: Path):
         waiting = asyncio.create_task(post_answers(url[0], 40, 8000))
         await asyncio.sleep(0.5)
         process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             assert await process.wait() == 0
         await asyncio.wait({waiting})
         waiting.exception()
@@ -391,7 +392,7 @@ async def test_idle_connections_are_closed(tmp_path: Path, sent: bytes):
         connections = [await asyncio.open_connection("127.0.0.1", port[1]) for _ in range(100)]
         for _, writer in connections:
             writer.write(sent)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             for reader, _ in connections:
                 await reader.read()  # to its end
         for _, writer in connections:
@@ -466,7 +467,7 @@ def test_no_command_prints_controls_of_its_input(tmp_path: Path, arguments: tupl
         )
         os.close(theirs)
         shown = read_terminal(ours).replace("\r\n", "\n")
-        process.wait(20)
+        process.wait(PATIENCE)
     assert "PWNED" in shown
     assert not contains_control(shown)
 

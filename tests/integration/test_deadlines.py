@@ -158,7 +158,7 @@ async def test_a_permit_that_comes_after_the_deadline_is_not_used() -> None:
 async def test_a_task_that_survived_a_cancellation_still_has_read_timeouts() -> None:
     """Clean-up code may call us in a task whose count of cancellations stays above zero."""
     async with ScriptedServer(hold) as server:
-        async with server.session(read_timeout=0.05, attempts=2) as session:
+        async with server.session(read_timeout=0.5, attempts=2) as session:
 
             async def clean_up() -> None:
                 try:

@@ -154,7 +154,7 @@ async def test_its_close_while_a_call_is_in_flight_is_an_error_of_ours() -> None
 
 async def test_a_read_timeout_still_holds_while_our_session_closes() -> None:
     async with ScriptedServer(hold) as server, aiohttp.ClientSession() as http:
-        session = await server.session(http=http, read_timeout=0.3).__aenter__()
+        session = await server.session(http=http, read_timeout=1).__aenter__()
         call = asyncio.create_task(session.analyze(Captioning(URL)))
         await until(lambda: server.seen)
         async with asyncio.timeout(30):
@@ -213,7 +213,7 @@ async def test_a_body_that_never_reached_a_connection_is_not_ambiguous() -> None
 
 async def test_an_attempt_that_was_sent_before_an_unsent_one_stays_ambiguous() -> None:
     async with ScriptedServer(one_after_the_other(hold, hold)) as server:
-        async with server.session(read_timeout=0.05, attempts=1) as session:
+        async with server.session(read_timeout=0.5, attempts=1) as session:
             with pytest.raises(AttemptTimeoutError) as caught:
                 await session.analyze(Captioning(URL))
             assert caught.value.ambiguous
