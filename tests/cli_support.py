@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from ports import reserve_port
+from scripted import ScriptedServer
 
 from cloudinary_analyze.emulator import Emulator
 
@@ -68,7 +69,10 @@ def start_emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[StartEmulator]:
 
 @asynccontextmanager
 async def start(
-    *arguments: str, folder: Path, emulator: Emulator | None = None, **options: Any
+    *arguments: str,
+    folder: Path,
+    emulator: Emulator | ScriptedServer | None = None,
+    **options: Any,
 ) -> AsyncIterator[Process]:
     """Start the command line. Kill it if it still runs at the end of the block."""
     environment = {name: value for name, value in os.environ.items() if "CLOUDINARY" not in name}

@@ -51,6 +51,11 @@ class ScriptedServer:
     url: str = ""
     _runner: Any = None
 
+    @property
+    def cloudinary_url(self) -> str:
+        """The value of ``CLOUDINARY_URL`` that names this server."""
+        return f"cloudinary://{KEY}:{SECRET}@demo?upload_prefix={self.url}"
+
     async def __aenter__(self) -> Self:
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", self._answer)

@@ -284,7 +284,7 @@ def test_settings_are_options(start_emulator: StartEmulator) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    with closing(sqlite3.connect(path, timeout=5, isolation_level=None)) as other:
+    with closing(sqlite3.connect(path, timeout=60, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         yield
         other.execute("ROLLBACK")

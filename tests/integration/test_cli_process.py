@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from cli_support import PATIENCE, end, read_records, read_terminal, see, start, until, write_urls
+from scripted import until_still
 
 from cloudinary_analyze import AnalyzeSession, Captioning, Credentials
 from cloudinary_analyze.emulator import Emulator, FaultPlan
@@ -53,7 +54,7 @@ async def test_an_interrupt_ends_the_retries(number: signal.Signals, tmp_path: P
             await until(lambda: emulator.counts.total_received >= 6)
             process.send_signal(number)
             await see(process, "Interrupted:")
-            await asyncio.sleep(0.05)  # what was sent before arrives
+            await until_still(lambda: emulator.counts.total_received)  # sent before
             sent = emulator.counts.total_received
             code, _, err = await end(process)
         assert code == 130, err

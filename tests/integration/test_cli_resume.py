@@ -327,7 +327,7 @@ async def test_an_output_folder_that_vanishes_stops_the_run(tmp_path: Path):
         start(*arguments, folder=tmp_path, emulator=emulator) as process,
     ):
         await until(lambda: emulator.counts.total_done > 8)
-        emulator.latency = 0.5  # the bound below is one of seconds, too
+        emulator.latency = 1.5  # the bound below is one of seconds, too
         shutil.rmtree(folder)
         code, _, err = await end(process)
         assert code == 3, err

@@ -21,6 +21,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 from cli_support import (
     COMMAND,
     PATIENCE,
@@ -37,6 +38,7 @@ from cli_support import (
 from notification_support import build_answer, sign
 from rich.table import Table
 from rich.text import Text
+from scripted import ScriptedServer, answer
 
 from cloudinary_analyze.cli.outlet import MessageStream, Outlet, escape_controls
 from cloudinary_analyze.cli.screen import build_console, encode_json, say
@@ -210,15 +212,23 @@ async def test_an_output_that_is_not_read_slows_down_and_can_be_aborted(tmp_path
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
 async def test_each_signal_lets_calls_in_flight_finish(tmp_path: Path, number: signal.Signals):
     write_urls(tmp_path, 500)
+    release = asyncio.Event()
+
+    async def hold(request: web.Request) -> web.StreamResponse:
+        await release.wait()
+        return await answer(sample="coco")(request)
+
     async with (
-        Emulator(latency=0.5) as emulator,
-        start(*RUN, "--permits", "8", folder=tmp_path, emulator=emulator) as process,
+        ScriptedServer(hold) as server,
+        start(*RUN, "--permits", "8", folder=tmp_path, emulator=server) as process,
     ):
-        await until(lambda: emulator.counts.total_received >= 8)
+        await until(lambda: server.in_flight == 8)
         process.send_signal(number)
+        await see(process, "A second interrupt aborts")
+        release.set()
         code, _, err = await end(process)
         assert code == 130, err
-        assert emulator.counts.total_received == 8
+        assert len(server.seen) == 8
         assert "8 items are answered, 492 left" in err
     assert len(read_records(tmp_path / "results.jsonl")) == 8
 
@@ -254,17 +264,15 @@ async def test_a_closed_terminal_lets_the_run_finish(tmp_path: Path):
 async def test_a_second_request_to_end_ends_at_once(tmp_path: Path, first: str, second: str):
     write_urls(tmp_path, 100)
     async with (
-        Emulator(latency=60) as emulator,
+        Emulator(latency=300) as emulator,
         start(*RUN, "--summary-json", "s.json", folder=tmp_path, emulator=emulator) as process,
     ):
         await until(lambda: emulator.counts.total_received >= 64)
         process.send_signal(signal.Signals[f"SIG{first}"])
         await see(process, "A second interrupt aborts")
         process.send_signal(signal.Signals[f"SIG{second}"])
-        begun = time.monotonic()
         code, _, err = await end(process)
     assert code == 130
-    assert time.monotonic() - begun < 5
     assert "Traceback" not in err
     summary = json.loads((tmp_path / "s.json").read_text())
     # what the ledger holds was not counted
@@ -325,7 +333,7 @@ async def test_an_interrupt_while_the_input_is_read_sends_nothing(tmp_path: Path
 async def post_answers(url: str, count: int, size: int) -> list[int]:
     """Deliver genuine notifications one after the other; return the statuses."""
     statuses = []
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(20)) as http:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(PATIENCE)) as http:
         for number in range(count):
             body = json.loads(build_answer(f"task-{number}"))
             body["padding"] = "x" * size
@@ -511,7 +519,7 @@ def test_an_outlet_bounds_what_waits():
     assert outlet._queue.qsize() <= 1001
     begun = time.monotonic()
     outlet.close(0.2)
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 30
     os.close(reader)
     os.close(writer)
 

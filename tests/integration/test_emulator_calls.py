@@ -301,10 +301,10 @@ async def test_a_fault_occurs_as_often_as_planned(fault, status, done):
 
 
 async def test_concurrent_latencies_overlap_and_are_counted():
-    async with Emulator(latency=0.2) as emulator, open_client(emulator) as client:
+    async with Emulator(latency=1) as emulator, open_client(emulator) as client:
         started = asyncio.get_running_loop().time()
         await asyncio.gather(*(call(client, emulator) for _ in range(20)))
-        assert 0.2 <= asyncio.get_running_loop().time() - started < 3
+        assert 1 <= asyncio.get_running_loop().time() - started < 20
     assert emulator.counts.max_in_flight == 20
     assert emulator.counts.in_flight == 0
 

@@ -23,7 +23,7 @@ from cloudinary_analyze.testing import sign_notification
 
 CREDENTIALS = Credentials("demo", KEY, SECRET)
 BODY = b'{"task_id":"t","data":{}}'
-SHORT = Limits(connections=8, wait_seconds=0.2)
+SHORT = Limits(connections=8, wait_seconds=0.5)
 PATIENT = Limits(connections=8, wait_seconds=60)
 
 
@@ -182,7 +182,7 @@ async def test_connections_that_store_a_webhook_stay_open() -> None:
 
 
 async def test_a_connection_serves_many_webhooks() -> None:
-    async with receive(SHORT) as receiver:
+    async with receive(PATIENT) as receiver:
         reader, writer = await receiver.connect()
         for _ in range(20):
             writer.write(build_post(close=False))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from scripted import CAPTION, KEY, SECRET, URL, ScriptedServer, answer, busy, requests_of
+from scripted import CAPTION, KEY, SECRET, URL, ScriptedServer, answer, busy, requests_of, until
 
 from cloudinary_analyze import (
     MODELS,
@@ -35,6 +35,7 @@ from cloudinary_analyze import (
     TaskTimeoutError,
 )
 from cloudinary_analyze.emulator import Emulator
+from cloudinary_analyze.testing import ManualClock
 
 PARAMETERS: dict[str, dict[str, Any]] = {
     "ai_vision_general": {"prompts": ["Describe this image"]},
@@ -159,15 +160,20 @@ async def test_analyze_all_has_all_outcomes_of_a_stopped_stream() -> None:
             assert session.stats.calls == len(server.seen)
 
 
-async def test_a_call_timeout_of_an_item_is_its_outcome_and_stops_nothing() -> None:
+async def test_a_call_timeout_of_an_item_is_its_outcome_and_stops_nothing(
+    clock: ManualClock,
+) -> None:
     async def sometimes_silent(request: web.Request) -> web.StreamResponse:
         if b"/3.jpg" in await request.read():
             await asyncio.sleep(30)
         return await CAPTION(request)
 
     async with ScriptedServer(sometimes_silent) as server:
-        async with server.session(call_timeout=0.3) as session:
-            outcomes = await session.analyze_all(requests_of(8, Captioning))
+        async with server.session(clock=clock, call_timeout=3) as session:
+            calls = asyncio.create_task(session.analyze_all(requests_of(8, Captioning)))
+            await until(lambda: len(server.seen) == 8 and session.stats.in_flight == 1)
+            await clock.advance(3)
+            outcomes = await calls
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     assert [outcome.index for outcome in failed] == [3]
     assert isinstance(failed[0].error, TimeoutError)

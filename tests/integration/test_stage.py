@@ -137,6 +137,7 @@ async def test_coroutines_call_it_and_may_be_cancelled(emulate):
         calling = asyncio.create_task(stage.acall(URLS * 20))
         while emulator.counts.total_received < 20:
             await asyncio.sleep(0.005)
+        emulator.latency = 0.5  # the bound below is one of seconds, too
         calling.cancel()
         with pytest.raises(asyncio.CancelledError):
             await calling
@@ -338,7 +339,7 @@ def test_processes_of_a_pool_share_the_work_and_end_cleanly(emulate, build_ledge
             2, mp_context=context, initializer=set_url, initargs=(emulator.cloudinary_url,)
         ) as pool:
             jobs = [pool.submit(count_answered, stage, URLS) for _ in range(4)]
-            results = [job.result(50) for job in jobs]
+            results = [job.result(100) for job in jobs]
         assert {answered for answered, _ in results} == {40}
         assert os.getpid() not in {pid for _, pid in results}
         assert emulator.counts.total_received == 40

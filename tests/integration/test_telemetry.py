@@ -197,9 +197,13 @@ async def test_an_error_shows_its_type_and_no_text(exported: Exported) -> None:
 
 
 async def test_a_task_is_one_trace(exported: Exported) -> None:
-    async with connected(quick(poll_first=0.02), task_seconds=0.2) as (_, session):
+    async with connected(quick(poll_first=0.02), task_seconds=3600) as (emulator, session):
         exported.instrument(session)
         task = session.submit(Captioning(URL))
+        task_id = await task.accepted()
+        await asyncio.sleep(0.2)
+        await until(lambda: session.stats.polls)
+        emulator._desk._finish(emulator.tasks[task_id])
         await task
         await until(lambda: exported.named("process notification"))
     submission = exported.only("analyze captioning")
@@ -211,7 +215,7 @@ async def test_a_task_is_one_trace(exported: Exported) -> None:
     assert [link.context.span_id for link in notification.links] == [id_of(submission)]
     assert len({trace_of(span) for span in exported.spans.get_finished_spans()}) == 1
     seconds = ((task_span.end_time or 0) - (task_span.start_time or 0)) / 1e9
-    assert 0.1 < seconds < 5
+    assert 0.1 < seconds < 60
     assert (task_span.attributes or {})["cloudinary.analyze.task_id"] == task.task_id
 
 
@@ -413,7 +417,7 @@ async def test_submit_in_a_and_webhook_at_b_are_one_trace(
     """Worker A submits, worker B receives the webhook, A answers: one trace over two exporters."""
     at_a, at_b, namespace = exported, Exported(), request.node.name
     async with submit_in_a_and_receive_at_b(redis, namespace, at_a, at_b) as session:
-        response = await session.submit(Captioning(PLANTED), timeout=20)
+        response = await session.submit(Captioning(PLANTED), timeout=60)
         assert response.analysis.caption
     submission = at_a.only("analyze captioning")
     received, processed = at_b.only("receive notification"), at_a.only("process notification")
@@ -457,7 +461,7 @@ async def test_tracestate_is_carried_with_the_trace(
     async with submit_in_a_and_receive_at_b(redis, namespace, exported, at_b) as session:
         token = attach(outer)
         try:
-            await session.submit(Captioning(URL), timeout=20)
+            await session.submit(Captioning(URL), timeout=60)
         finally:
             detach(token)
     received, processed = at_b.only("receive notification"), exported.only("process notification")
@@ -501,7 +505,7 @@ async def test_a_third_worker_links_to_the_submission(
             AnalyzeSession(credentials, notifications=mailboxes) as session,
         ):
             at_c.instrument(session)
-            await session.task(task_id, Captioning, timeout=20)
+            await session.task(task_id, Captioning, timeout=60)
             await until(lambda: at_c.named("process notification"))
     submission, processed = (
         exported.only("analyze captioning"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted import Suspensions
+from scripted import Suspensions, until
 
 from cloudinary_analyze import (
     Budget,
@@ -216,8 +216,7 @@ async def test_a_closed_stream_wakes_every_waiter() -> None:
     service = Calls(turns=lambda _: 10_000)
     work = stream(service, range(100), Budget(units={FEATURE: 1000}), window=50)
     task = asyncio.ensure_future(collect(work))
-    await asyncio.sleep(0.01)
-    assert service.now == 1
+    await until(lambda: service.now == 1)
     await work.aclose()
     with pytest.raises(BulkStoppedError):
         raise (await task)[1] or AssertionError

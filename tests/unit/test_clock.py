@@ -71,17 +71,17 @@ async def test_wall_and_monotonic_move_together(clock: ManualClock) -> None:
 
 async def test_the_system_clock_follows_real_time() -> None:
     begun = SYSTEM_CLOCK.monotonic()
-    assert abs(SYSTEM_CLOCK.wall() - time.time()) < 1
+    assert abs(SYSTEM_CLOCK.wall() - time.time()) < 30
     with pytest.raises(TimeoutError):
         async with SYSTEM_CLOCK.timeout_at(begun + 0.01):
-            await SYSTEM_CLOCK.sleep(5)
+            await SYSTEM_CLOCK.sleep(60)
     with pytest.raises(TimeoutError):
         async with SYSTEM_CLOCK.timeout_at(begun - 5):
-            await SYSTEM_CLOCK.sleep(5)
+            await SYSTEM_CLOCK.sleep(60)
     fired = asyncio.Event()
     SYSTEM_CLOCK.call_at(begun - 1, fired.set)
     await asyncio.wait_for(fired.wait(), 30)
-    assert SYSTEM_CLOCK.monotonic() - begun < 1
+    assert SYSTEM_CLOCK.monotonic() - begun < 30
 
 
 class TestRun:

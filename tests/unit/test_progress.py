@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from scripted import until
 from task_support import connected
 
 from cloudinary_analyze import AnalyzeSession, Captioning, ConfigurationError, Credentials, Limit
@@ -99,8 +100,7 @@ async def test_without_a_bar_lines_are_reported() -> None:
         lambda: reading, None, lambda text, fields: lines.append((text, fields)), interval=0.01
     )
     async with reporter:
-        await asyncio.sleep(0.2)
-    assert len(lines) >= 3
+        await until(lambda: len(lines) >= 3)
     assert lines[0][0].startswith("3 of 9 done, 1 failed")
     assert lines[0][1]["total"] == 9
 
@@ -118,7 +118,8 @@ async def test_a_minute_without_notification_is_hinted_at_once(
         lambda text, _: lines.append(text),
     )
     async with reporter:
-        await asyncio.sleep(0.6)
+        await until(lambda: lines)
+        await asyncio.sleep(0.2)
     assert len(lines) == 1
     assert "No notification has arrived" in lines[0]
     assert "7 tasks are waiting" in lines[0]
