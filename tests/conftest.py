@@ -20,7 +20,12 @@ TESTS = Path(__file__).parent
 collect_ignore = ["typing/consumer"]  # a separate project, which test_consumer.py runs
 
 hypothesis.settings.register_profile(
-    "suite", deadline=None, derandomize=True, database=None, max_examples=150
+    "suite",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=150,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # which judges by wall time
 )
 hypothesis.settings.load_profile("suite")
 

@@ -79,11 +79,12 @@ async def test_any_worker_re_attaches_by_the_id_of_a_504(open_worker):
         open_worker(emulator) as (_, other),
         aiohttp.ClientSession() as client,
     ):
-        module.PATIENCE = 0.3
+        module.PATIENCE = 1.5  # for the service to accept the task
         status, content = await get(client, f"{origin}/captions", uri="https://x.test/a.jpg")
         task_id = content["detail"]["task_id"]
         assert (status, task_id in emulator.tasks) == (504, True)
         assert (await get(client, f"{origin}/captions/{task_id}"))[0] == 504
+        module.PATIENCE = 30.0
         await deliver(client, other, task_id, "Late")
         for worker in (origin, other):
             status, content = await get(client, f"{worker}/captions/{task_id}")
@@ -96,7 +97,7 @@ async def test_an_id_that_the_service_does_not_know_is_a_404(open_worker):
         open_worker(emulator) as (module, origin),
         aiohttp.ClientSession() as client,
     ):
-        module.PATIENCE = 2.0
+        module.PATIENCE = 3.0
         status, content = await get(client, f"{origin}/captions/nosuchtask")
         assert (status, content["detail"]) == (404, {"task_id": "nosuchtask"})
 

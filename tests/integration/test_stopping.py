@@ -23,6 +23,7 @@ from cloudinary_analyze import (
     TransportError,
 )
 from cloudinary_analyze.ledger import SQLiteLedger
+from cloudinary_analyze.testing import ManualClock
 
 NEVER = 1000.0
 PATIENCE = 30.0
@@ -237,7 +238,7 @@ async def test_a_task_whose_grace_ends_later_is_not_repeated() -> None:
         server.session(
             notifications=asyncio.Queue(),
             on_missing_result="analyze",
-            result_grace=0.3,
+            result_grace=1,
             poll_first=0.01,
         ) as session,
     ):
@@ -249,13 +250,13 @@ async def test_a_task_whose_grace_ends_later_is_not_repeated() -> None:
         assert [seen.method for seen in server.seen].count("POST") == 1
 
 
-async def test_closing_a_stream_repeats_no_submission(tmp_path: Path) -> None:
+async def test_closing_a_stream_repeats_no_submission(tmp_path: Path, clock: ManualClock) -> None:
     """What is in flight may still be accepted, and is recorded; a retry would be a new charge."""
     async with (
         SQLiteLedger(tmp_path / "a.ledger") as ledger,
         ScriptedServer(answer(500)) as server,
         server.session(
-            notifications=asyncio.Queue(), backoff_first=0.2, backoff_max=0.2
+            notifications=asyncio.Queue(), clock=clock, backoff_first=1, backoff_max=1
         ) as session,
     ):
         stream = session.map(requests_of(3, Captioning), mode="task", ledger=ledger)
@@ -263,7 +264,8 @@ async def test_closing_a_stream_repeats_no_submission(tmp_path: Path) -> None:
         await until(lambda: len(server.seen) == 3 and session.stats.permits_in_use == 0)
         taking.cancel()
         await asyncio.wait({taking})
-        await asyncio.sleep(0.3)
+        await clock.advance(10)
+        await asyncio.sleep(0.05)
         assert len(server.seen) == 3
 
 
