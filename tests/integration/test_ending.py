@@ -146,7 +146,8 @@ async def test_20_000_queued_submissions_end_in_short_turns() -> None:
         await answered.wait()
         return await CAPTION(request)
 
-    async with ScriptedServer(hold) as server, server.session() as session:
+    patient = {"connect_timeout": 300, "read_timeout": 300}  # on a busy machine, too
+    async with ScriptedServer(hold) as server, server.session(**patient) as session:
         tasks = [session.submit(REQUEST) for _ in range(20_000)]
         await until(lambda: session.stats.waiting == 20_000 - 64, seconds=120)
 
