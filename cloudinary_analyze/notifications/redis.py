@@ -417,8 +417,11 @@ class RedisNotifications(Closable):
         try:
             if writer is not None and not writer.done():
                 await asyncio.wait({writer}, timeout=ANSWER_SECONDS)
-                writer.cancel()
         finally:
+            if writer is not None and not writer.done():
+                writer.cancel()
+                # a library below may swallow the cancellation, and the writer would connect again
+                self._fail_waiting(RedisConnectionError("The connection to Redis was closed."))
             client, self._redis = self._redis, None
             if client is not None:
                 await _close(client)

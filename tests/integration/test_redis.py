@@ -592,6 +592,29 @@ async def test_closing_stores_waiting_deliveries(shared, namespace):
         await asyncio.gather(*puts)
 
 
+async def test_a_cancelled_close_does_not_connect_again(shared, namespace):
+    monitor = RedisNotifications(shared.url)._connect()
+    before = len(await monitor.client_list())
+    for steps in range(12):
+        notifications = RedisNotifications(shared.url, namespace=namespace)
+        puts = [asyncio.create_task(notifications.put(build_delivery("t"))) for _ in range(1500)]
+        while notifications._redis is None:
+            await asyncio.sleep(0)
+        closing = asyncio.create_task(notifications.aclose())
+        for _ in range(1 + steps):
+            await asyncio.sleep(0)
+        closing.cancel()
+        async with asyncio.timeout(5):
+            await asyncio.wait([closing])
+            await asyncio.gather(*puts, return_exceptions=True)
+            await asyncio.wait([notifications._writer])
+        assert notifications._redis is None
+    async with asyncio.timeout(5):
+        while len(await monitor.client_list()) > before:
+            await asyncio.sleep(0.01)
+    await monitor.aclose()
+
+
 async def test_a_writer_that_is_cancelled_hangs_no_receiver(shared, namespace):
     """As `asyncio.run` does with what is left at its end."""
     async with RedisNotifications(shared.url, namespace=namespace) as notifications:
