@@ -38,14 +38,17 @@ _DICTIONARY_1: Final = (
     b'standing in front of a white background with the "},"model_version":1}}}'
 )
 
+# its copies need not read the dictionary, which takes longer than a small text
+_PACKER: Final = zlib.compressobj(
+    _LEVEL, zlib.DEFLATED, _WINDOW, _MEMORY, zlib.Z_DEFAULT_STRATEGY, _DICTIONARY_1
+)
+
 
 def compress(content: bytes) -> bytes:
     """Return the content, compressed if that is shorter."""
     if len(content) > LARGEST:
         return bytes((_RAW,)) + content
-    packer = zlib.compressobj(
-        _LEVEL, zlib.DEFLATED, _WINDOW, _MEMORY, zlib.Z_DEFAULT_STRATEGY, _DICTIONARY_1
-    )
+    packer = _PACKER.copy()
     packed = packer.compress(content) + packer.flush()
     if len(packed) < len(content):
         return bytes((_ZLIB_1,)) + packed
