@@ -225,11 +225,7 @@ def compute_wait(own_wait: float, retry_after: float | None, *, chance: float) -
 
 
 def decide_wait(
-    error: AnalyzeError,
-    settings: Settings,
-    *,
-    own_wait: float,
-    chance: float,
+    error: AnalyzeError, settings: Settings, *, own_wait: float, chance: float
 ) -> float | None:
     """Return the seconds until the next attempt, or ``None`` if the error is final.
 
@@ -268,13 +264,7 @@ def is_final(error: AnalyzeError) -> bool:
     return isinstance(error, RemoteError) and _judge(error).permanent
 
 
-_STOPPING: Final = (
-    ConfigurationError,
-    LedgerError,
-    OutageError,
-    PacerError,
-    SessionStateError,
-)
+_STOPPING: Final = (ConfigurationError, LedgerError, OutageError, PacerError, SessionStateError)
 
 
 def may_be_charged(error: Exception) -> bool:

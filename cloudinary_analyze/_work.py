@@ -262,10 +262,7 @@ class Sender:
         return await self.call(work)
 
     async def call(
-        self,
-        work: Work[Item, A],
-        *,
-        on_accepted: Callable[[str], Awaitable[None]] | None = None,
+        self, work: Work[Item, A], *, on_accepted: Callable[[str], Awaitable[None]] | None = None
     ) -> Response[A]:
         """Make a call, and follow the task if the service turns it into one."""
         answer = await self.tracker.caller.analyze(

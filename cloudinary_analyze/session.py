@@ -220,11 +220,7 @@ class AnalyzeSession(NotPicklable, Closable):
             self._quota,
             self._notification_url,
         )
-        tracker = Tracker.start(
-            caller,
-            self._credentials,
-            source=self._source,
-        )
+        tracker = Tracker.start(caller, self._credentials, source=self._source)
         self._connection = _Connection(loop, caller, tracker, claim, loop.create_future())
         if transport.token is not None:
             try:

@@ -90,11 +90,7 @@ class Tracker(NotPicklable):
 
     @classmethod
     def start(
-        cls,
-        caller: Caller,
-        credentials: Credentials,
-        *,
-        source: NotificationSource | None,
+        cls, caller: Caller, credentials: Credentials, *, source: NotificationSource | None
     ) -> Tracker:
         """Create the parts and start listening."""
         table = Table(caller.settings, with_source=source is not None)
@@ -133,12 +129,7 @@ class Tracker(NotPicklable):
             self._answer(wait.entry, Answer("session", end(None)))
             return handle
         call: Call = self.loop.create_task(
-            self.caller.analyze(
-                request,
-                deadline=deadline,
-                as_task=as_task,
-                owner=owner,
-            )
+            self.caller.analyze(request, deadline=deadline, as_task=as_task, owner=owner)
         )
         self._calls[wait.entry] = call
         # A callback, because a task that is cancelled before its first step runs nothing else.
