@@ -194,15 +194,7 @@ class Transport(NotPicklable):
             if not _has_headers(error):
                 cause = error
         except Exception as error:
-            if not self.owned and self._http.closed:
-                raise ConfigurationError(
-                    "The aiohttp session passed as `http` was closed. Keep it open until this "
-                    "session is closed."
-                ) from error
-            reason = describe_reason(error)
-            failure = TransportError(
-                f"The HTTP session failed with {type(error).__name__}: {reason}.", permanent=True
-            )
+            failure = self._build_unexpected_error(error)
             cause = error
         else:
             if response.status == 407 and self._proxy:
@@ -210,14 +202,7 @@ class Transport(NotPicklable):
             if len(payload) <= self.settings.max_response_bytes:
                 return response.status, response.headers, payload
             response.close()
-            raise ResponseDecodeError(
-                f"The service answered {response.status} with more than "
-                f"{self.settings.max_response_bytes} bytes (Settings.max_response_bytes); "
-                "the rest was not read.",
-                status=response.status,
-                raw_body=payload[:4096],
-                ambiguous=response.status in {200, 202},
-            )
+            raise self._build_length_error(response.status, payload)
         finally:
             self._attempts.leave(task)
         failure.ambiguous = body is not None and body.sent
@@ -246,6 +231,26 @@ class Transport(NotPicklable):
         return AttemptTimeoutError(
             f"No complete response arrived within {self.settings.read_timeout} s "
             "(Settings.read_timeout)."
+        )
+
+    def _build_unexpected_error(self, error: Exception) -> TransportError:
+        if not self.owned and self._http.closed:
+            raise ConfigurationError(
+                "The aiohttp session passed as `http` was closed. Keep it open until this "
+                "session is closed."
+            ) from error
+        reason = describe_reason(error)
+        return TransportError(
+            f"The HTTP session failed with {type(error).__name__}: {reason}.", permanent=True
+        )
+
+    def _build_length_error(self, status: int, payload: bytes) -> ResponseDecodeError:
+        return ResponseDecodeError(
+            f"The service answered {status} with more than {self.settings.max_response_bytes} "
+            "bytes (Settings.max_response_bytes); the rest was not read.",
+            status=status,
+            raw_body=payload[:4096],
+            ambiguous=status in {200, 202},
         )
 
     async def _read_rest(self, content: aiohttp.StreamReader, first: bytes) -> bytes:
