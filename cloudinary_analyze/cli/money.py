@@ -281,6 +281,11 @@ async def perform_dry_run(plan: RunPlan, console: Console) -> ExitCode:
         console.log_event("Dry run: nothing was sent.", event="dry_run", forecast=record)
     else:
         print_forecast(console, forecast)
+    count, most = sum(forecast.calls.values()), plan.spending.max_calls
+    if most is not None and count > most:
+        say(console, f"--max-calls stops the run after {most:,} of the {count:,} calls.")
+    for limit in plan.spending.max_units:
+        say(console, f"--max-units {limit} may stop the run earlier.")
     if plan.places.shared is not None:
         say(console, "What other machines recorded in Redis is not counted as answered.")
     if plan.places.summary is not None:

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Final, Literal, Self
@@ -488,15 +489,20 @@ def report_results(
 def _write(
     lines: Iterable[bytes], results: Path, output: str, console: Console, title: str
 ) -> ExitCode:
+    nothing = CommandError(
+        f"{results} holds no record of a run, so {output} was not written. Name the results in "
+        "JSON Lines, or the ledger of the run."
+    )
+    lines = iter(lines)
+    first = next(lines, None)
+    if first is None:
+        raise nothing
     try:
-        written = write_report(lines, output, title=title, source=str(results))
+        written = write_report(chain((first,), lines), output, title=title, source=str(results))
     except OSError as error:
         raise _explain(output, error) from None
     except ConfigurationError:
-        raise CommandError(
-            f"{results} holds no record of a run, so {output} was not written. Name the results in "
-            "JSON Lines, or the ledger of the run."
-        ) from None
+        raise nothing from None
     say(console, f"{written.results:,} results, {written.pictures:,} pictures in {output}.")
     if written.bad_lines:
         say(console, f"{written.bad_lines:,} lines were no record and left out.", style="yellow")

@@ -132,6 +132,8 @@ def connect_for_reading(path: Path, *, any_thread: bool = False) -> sqlite3.Conn
     with explaining(path):
         if not path.exists():
             raise LedgerError(f"The ledger {path} does not exist.")
+        if _is_new(path):
+            raise LedgerError(f"The ledger {path} is empty. It holds no records.")
         connection = _connect(path, "mode=ro", any_thread=any_thread)
     try:
         with explaining(path):

@@ -188,21 +188,18 @@ def test_items_that_are_left_are_neither_done_nor_failed(
     """The bar agrees with the summary after a budget or a quota stopped a model."""
     start_emulator(quotas={"object_detection": 7})
     write_urls(Path(), 60)
-    readings: list[tuple[int, int]] = []
+    runs: list[running_module.Run] = []
     measure = running_module.Run.measure
 
     def note(run: running_module.Run) -> Reading:
-        reading = measure(run)
-        readings.append((reading.done, reading.failed))
-        return reading
+        runs.append(run)
+        return measure(run)
 
     monkeypatch.setattr(running_module.Run, "measure", note)
-    monkeypatch.setattr(
-        run_module, "ProgressReporter", lambda *rest: ProgressReporter(*rest, interval=0.01)
-    )
     for command, done in (([*RUN, "--max-calls", "4"], 4), (RUN, 7)):
         assert main([*command, "--summary-json", "s.json"]) == 3
-        assert readings[-1] == (done, 0)
+        reading = measure(runs[-1])
+        assert (reading.done, reading.failed) == (done, 0)
         assert read_summary()["answered"] == done
 
 
@@ -216,6 +213,8 @@ def test_a_narrow_terminal_shows_every_figure(
     start_emulator()
     write_urls(Path(), 12)
     monkeypatch.setenv("COLUMNS", columns)
+    assert main([*RUN, "--dry-run", "--max-calls", "9"]) == 0
+    assert "--max-calls stops the run after 9 of the 12 calls" in capfd.readouterr().err
     assert main([*RUN, "--dry-run"]) == 0
     assert main(RUN) == 0
     assert "…" not in capfd.readouterr().err

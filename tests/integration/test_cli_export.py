@@ -67,10 +67,13 @@ def test_a_report_of_no_results_keeps_an_earlier_page(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     Path("report.html").write_text("the earlier page")
-    Path("urls.txt").write_text("https://images.example/a.jpg\n")
-    assert main(["report", "urls.txt"]) == 2
-    assert "report.html was not written" in capfd.readouterr().err
-    assert Path("report.html").read_text() == "the earlier page"
+    for content in ("https://images.example/a.jpg\n", ""):
+        Path("urls.txt").write_text(content)
+        assert main(["report", "urls.txt"]) == 2
+        assert "report.html was not written" in capfd.readouterr().err
+        assert Path("report.html").read_text() == "the earlier page"
+    assert main(["export", "urls.txt", "-o", "r.csv"]) == 2
+    assert "urls.txt is empty" in capfd.readouterr().err
 
 
 def test_a_report_of_a_run_names_its_input() -> None:
