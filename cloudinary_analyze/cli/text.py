@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO, Final
 
-from cloudinary_analyze.errors import ConfigurationError
+from cloudinary_analyze.errors import ConfigurationError, InvalidRequestError
 from cloudinary_analyze.requests import Asset, Uri
 
 LONGEST_LINE: Final = 64 * 2**20  # bytes
@@ -39,7 +39,11 @@ def read_source(text: str) -> Uri | Asset:
     text = text.strip()
     if text[: len(ASSET_PREFIX)].lower() == ASSET_PREFIX:
         return Asset(text[len(ASSET_PREFIX) :].strip())
-    return Uri(text)
+    try:
+        return Uri(text)
+    except InvalidRequestError as error:
+        written = error.message.replace("Asset(asset_id)", f"{ASSET_PREFIX}ID")
+        raise InvalidRequestError(written) from None
 
 
 def read_count(text: str) -> int | None:

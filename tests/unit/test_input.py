@@ -499,3 +499,8 @@ def test_a_header_of_many_columns_is_read_fast():
         (line,) = read(content, "csv")
         assert line.columns is not None
         assert len(line.columns) == len(names) + 1
+
+
+def test_an_invalid_source_is_explained_as_it_is_written_in_a_file():
+    (line,) = read("catalog/front")
+    assert "or asset:ID." in str(line.error)

@@ -397,3 +397,10 @@ def test_without_the_extra_the_error_says_what_to_install(monkeypatch, tmp_path)
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ConfigurationError, match=r"pip install 'cloudinary-analyze\[report\]'"):
         write_report([], tmp_path / "r.html")
+
+
+def test_the_header_names_models_only(tmp_path):
+    bad = build(status="error", model=None, error={"type": "InvalidRequestError"}, line=7)
+    _, page = write(tmp_path / "r.html", build({"tags": {}}, model="coco"), bad)
+    assert "<dt>Models</dt><dd>coco</dd>" in page
+    assert "bad input lines" in page

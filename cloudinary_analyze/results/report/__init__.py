@@ -21,7 +21,7 @@ from cloudinary_analyze.errors import ConfigurationError
 from cloudinary_analyze.results.files import open_replacement, read_records
 from cloudinary_analyze.results.findings import NOTHING, read_findings
 from cloudinary_analyze.results.report.gallery import MOST_PICTURES, Gallery
-from cloudinary_analyze.results.statistics import Statistics, build_axis, format_seconds
+from cloudinary_analyze.results.statistics import BAD_LINES, Statistics, build_axis, format_seconds
 
 __all__ = ["MOST_PICTURES", "WrittenReport", "write_report"]
 
@@ -123,6 +123,7 @@ def _build_context(statistics: Statistics, gallery: Gallery, bad_lines: int) -> 
     qualities = sorted(statistics.qualities.items(), key=lambda entry: order.index(entry[0]))
     return {
         "statistics": statistics,
+        "models": [name for name in statistics.models if name != BAD_LINES],
         "axis": build_axis([model.durations for model in statistics.models.values()]),
         "labels": labels[:_SHOWN_LABELS],
         "offered": [label for label, _ in labels],
