@@ -72,7 +72,7 @@ def test_a_recipe_analyzes_every_row_once(name, tmp_path, monkeypatch):
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    timeout=120,
+                    timeout=280,
                 )
             assert done.returncode == 0, (tmp_path / "log").read_text()[-4000:]
             (found,) = tmp_path.glob("results*")
