@@ -218,6 +218,7 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
     counts = {
         "rows": forecast.rows,
         "invalid": forecast.invalid,
+        "items (rows × models)": forecast.items,
         "answered already": forecast.answered,
         "duplicates": forecast.duplicates,
         "tasks to wait for": forecast.tasks,

@@ -92,7 +92,7 @@ def test_a_dry_run_predicts_the_run(
         read_number(table[name])
         for name in ("invalid", "answered already", "duplicates", "calls to make")
     )
-    assert shown == len(records)
+    assert shown == len(records) == read_number(table["items (rows × models)"])
 
 
 def test_a_dry_run_of_a_stream_counts_each_row(
