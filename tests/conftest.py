@@ -103,6 +103,24 @@ def clock() -> ManualClock:
     return ManualClock()
 
 
+@pytest.fixture(scope="module")
+def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Run a Redis server for all tests of a module, which use separate namespaces."""
+    from notification_support import run_redis
+
+    with run_redis(tmp_path_factory.mktemp("redis"), fsync="no") as server:
+        yield server
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[Any]:
+    """Run a Redis server for one test, which may kill it. It fsyncs every write."""
+    from notification_support import run_redis
+
+    with run_redis(tmp_path) as server:
+        yield server
+
+
 @pytest.fixture(scope="session")
 def sample() -> Callable[[str], dict[str, Any]]:
     """Return a reader of the contract's payloads; each call gives a fresh object."""

@@ -105,10 +105,14 @@ class RedisServer:
             self.process = None
 
 
-def start_redis(directory, **options):
-    """Start a Redis server. Skip the test if Redis is not installed, but never in CI."""
+@contextlib.contextmanager
+def run_redis(directory, **options):
+    """Run a Redis server. Skip the test if Redis is not installed, but never in CI."""
     if shutil.which("redis-server") is None and not os.environ.get("CI"):
         pytest.skip("redis-server is not installed")
     server = RedisServer(directory, **options)
-    server.start()
-    return server
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()

@@ -183,10 +183,9 @@ class Service:
 
 @contextlib.asynccontextmanager
 async def resolving(
-    clock: ManualClock, *, source: Any = True, service: Service | None = None, **settings: Any
-) -> AsyncIterator[tuple[Service, Tracker]]:
+    service: Service, *, source: Any = True, **settings: Any
+) -> AsyncIterator[Tracker]:
     """Run a tracker over a fake service, with a queue, another source, or no source."""
-    service = service or Service(clock)
     service.settings = Settings(**settings)
     if source is True:
         source = QueueSource(asyncio.Queue())
@@ -196,7 +195,7 @@ async def resolving(
         source=source,
     )
     try:
-        yield service, tracker
+        yield tracker
     finally:
         await tracker.stop()
 

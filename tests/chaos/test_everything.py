@@ -20,7 +20,7 @@ import aiohttp
 import attrs
 import pytest
 from aiohttp import abc, web
-from notification_support import RedisServer, start_redis
+from notification_support import RedisServer, run_redis
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -407,14 +407,11 @@ def check_idle(stats: SessionStats) -> None:
 
 async def perform(count: int, mode: str, folder: Path) -> tuple[Run, dict[str, Any]]:
     folder.mkdir()
-    redis = start_redis(folder)
-    try:
+    with run_redis(folder) as redis:
         async with serve(count, mode) as service:
             run = Run(count, mode, service, redis, folder)
             await run.perform()
             counts = await service.count()
-    finally:
-        redis.kill()
     return run, counts
 
 

@@ -11,7 +11,6 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 from machines_support import build_urls, count_statuses, emulate_in_environment, open_pool, split
-from notification_support import start_redis
 
 from cloudinary_analyze import Captioning, Credentials, Settings
 from cloudinary_analyze.ledger.redis import RedisLedger
@@ -23,13 +22,6 @@ PERMITS = 16
 
 
 @pytest.fixture
-def redis_server(tmp_path):
-    server = start_redis(tmp_path)
-    yield server
-    server.kill()
-
-
-@pytest.fixture
 def emulator(monkeypatch, request):
     latency = getattr(request, "param", 0.05)
     with emulate_in_environment(monkeypatch, latency=latency) as emulator:
@@ -37,12 +29,12 @@ def emulator(monkeypatch, request):
 
 
 @pytest.fixture
-def build_stage(redis_server, emulator):
+def build_stage(own_redis, emulator):
     def build_stage(**options):
         return AnalyzeStage(
             Captioning,
             settings=Settings(permits=PERMITS),
-            ledger=RedisLedger(redis_server.url, **{"lease": 2.0, **options}),
+            ledger=RedisLedger(own_redis.url, **{"lease": 2.0, **options}),
             # the environment of the server of CONTEXT is that of an earlier test
             credentials=Credentials.from_url(emulator.cloudinary_url),
             pickle_credentials=True,
@@ -119,55 +111,55 @@ def test_a_suspended_worker_is_harmless(emulator, build_stage):
     assert 0 < emulator.counts.total_done - 1500 <= repeated <= PERMITS
 
 
-def test_killing_redis_twice_costs_no_charge(emulator, build_stage, redis_server):
+def test_killing_redis_twice_costs_no_charge(emulator, build_stage, own_redis):
     urls = build_urls(2000)
     with open_pool() as pool:
         jobs = run(pool, build_stage(), split(urls, 2))
         for count in (400, 1200):
             wait_for(emulator, count)
-            redis_server.kill()
+            own_redis.kill()
             time.sleep(0.3)
-            redis_server.start()
+            own_redis.start()
         statuses, repeated = add_up(jobs)
     assert (statuses, repeated) == ({"answered": 2000}, 0)
     assert emulator.counts.total_received == 2000
 
 
 @pytest.mark.parametrize("emulator", [0.02], indirect=True)
-def test_lost_writes_of_redis_cost_no_charge(emulator, build_stage, redis_server):
+def test_lost_writes_of_redis_cost_no_charge(emulator, build_stage, own_redis):
     urls = build_urls(4000)
     with open_pool() as pool:
         jobs = run(pool, build_stage(), split(urls, 2))
         wait_for(emulator, 2500)
-        redis_server.kill()
-        (log,) = (redis_server.directory / "appendonlydir").glob("*.incr.aof")
+        own_redis.kill()
+        (log,) = (own_redis.directory / "appendonlydir").glob("*.incr.aof")
         size = log.stat().st_size
         os.truncate(log, max(0, size - 500_000))
-        redis_server.start()
+        own_redis.start()
         statuses, repeated = add_up(jobs)
     assert size > 600_000
     assert (statuses, repeated) == ({"answered": 4000}, 0)
     assert emulator.counts.total_received == 4000
 
 
-def test_a_long_redis_outage_stops_the_job(emulator, build_stage, redis_server):
+def test_a_long_redis_outage_stops_the_job(emulator, build_stage, own_redis):
     urls = build_urls(2000)
     stage = build_stage(patience=1.0)
     with open_pool() as pool:
         jobs = run(pool, stage, split(urls, 2))
         wait_for(emulator, 500)
-        redis_server.kill()
+        own_redis.kill()
         statuses, _ = add_up(jobs)
         paid = emulator.counts.total_done
         assert statuses["answered"] == paid, "a response that was paid for was dropped"
         assert statuses["stopped"] == 2000 - paid
-        redis_server.start()
+        own_redis.start()
         statuses, _ = add_up(run(pool, stage, split(urls, 3)))
     assert statuses == {"answered": 2000}
     assert emulator.counts.total_done - 2000 <= 2 * PERMITS
 
 
-def test_running_workers_are_listed(emulator, build_stage, redis_server):
+def test_running_workers_are_listed(emulator, build_stage, own_redis):
     stage = build_stage()
     with open_pool() as pool:
         jobs = run(pool, stage, split(build_urls(1500), 2))

@@ -17,7 +17,6 @@ from machines_support import (
     serve_on_thread,
     split,
 )
-from notification_support import start_redis
 from ports import reserve_port
 
 from cloudinary_analyze import Captioning, Credentials, Settings
@@ -32,13 +31,6 @@ pytestmark = pytest.mark.slow
 
 PERMITS = 16
 LIMIT = 150  # per second
-
-
-@pytest.fixture
-def redis_server(tmp_path):
-    server = start_redis(tmp_path)
-    yield server
-    server.kill()
 
 
 @attrs.define(eq=False, slots=False)
@@ -63,16 +55,16 @@ class Receiver:
         await self.notifications.aclose()
 
 
-def test_tasks_of_a_killed_worker_are_taken_over(monkeypatch, redis_server):
+def test_tasks_of_a_killed_worker_are_taken_over(monkeypatch, own_redis):
     urls = build_urls(600)
     with emulate_in_environment(monkeypatch, task_seconds=3, latency=0.05) as emulator:
         credentials = Credentials.from_url(emulator.cloudinary_url)
-        with serve_on_thread(Receiver(redis_server.url, credentials)) as receiver:
+        with serve_on_thread(Receiver(own_redis.url, credentials)) as receiver:
             stage = AnalyzeStage(
                 Captioning,
                 settings=Settings(permits=PERMITS),
-                ledger=RedisLedger(redis_server.url, lease=2.0),
-                notifications=RedisNotifications(redis_server.url),
+                ledger=RedisLedger(own_redis.url, lease=2.0),
+                notifications=RedisNotifications(own_redis.url),
                 notification_url=f"http://127.0.0.1:{receiver.port}/hook",
                 mode="task",
                 credentials=credentials,
@@ -116,12 +108,12 @@ TRIALS = 3  # other work on the machine only ever slows a trial
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_processes_that_share_a_pace_use_the_limit(redis_server, workers):
+def test_processes_that_share_a_pace_use_the_limit(own_redis, workers):
     limiter = Limiter()
     with serve_on_thread(ScriptedServer(limiter)) as server, open_pool(workers) as pool:
         stage = AnalyzeStage(
             Captioning,
-            settings=Settings(pacer=RedisPacer(redis_server.url, rate=LIMIT)),
+            settings=Settings(pacer=RedisPacer(own_redis.url, rate=LIMIT)),
             credentials=Credentials("demo", "key", "secret", host=server.url),
             pickle_credentials=True,
         )

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from notification_support import start_redis
 from ports import reserve_port
 
 from cloudinary_analyze.emulator import Emulator, FaultPlan, WebhookPolicy
@@ -22,15 +21,8 @@ REQUESTS = 1000
 PATIENCE = 200.0
 
 
-@pytest.fixture
-def redis(tmp_path):
-    server = start_redis(tmp_path)
-    yield server
-    server.kill()
-
-
 @contextlib.asynccontextmanager
-async def run_workers(emulator, redis, program="fastapi_app:app"):
+async def run_workers(emulator, own_redis, program="fastapi_app:app"):
     """Run the program with two workers, as its documentation says; yield its origin."""
     port = reserve_port()
     origin = f"http://127.0.0.1:{port}"
@@ -39,7 +31,7 @@ async def run_workers(emulator, redis, program="fastapi_app:app"):
     environment = {
         **os.environ,
         "CLOUDINARY_URL": emulator.cloudinary_url,
-        "REDIS_URL": redis.url,
+        "REDIS_URL": own_redis.url,
         "PUBLIC_URL": origin,
     }
     process = subprocess.Popen(command, env=environment)
@@ -95,9 +87,9 @@ def check_faults(emulator):
     assert len(emulator.tasks) == emulator.counts.total_done == REQUESTS
 
 
-async def test_each_of_a_thousand_handlers_gets_its_result(redis):
+async def test_each_of_a_thousand_handlers_gets_its_result(own_redis):
     program = "patient_fastapi_app:app"  # so that a busy machine causes no 504
-    async with open_emulator() as emulator, run_workers(emulator, redis, program) as origin:
+    async with open_emulator() as emulator, run_workers(emulator, own_redis, program) as origin:
         uris, statuses = emulator.sample_urls(REQUESTS), Counter()
         async with open_client() as client, asyncio.timeout(PATIENCE):
             answers = await asyncio.gather(*(ask(client, origin, uri, statuses) for uri in uris))
@@ -106,19 +98,19 @@ async def test_each_of_a_thousand_handlers_gets_its_result(redis):
         check_faults(emulator)
 
 
-async def test_no_result_is_lost_when_redis_restarts(redis):
-    async with open_emulator() as emulator, run_workers(emulator, redis) as origin:
+async def test_no_result_is_lost_when_redis_restarts(own_redis):
+    async with open_emulator() as emulator, run_workers(emulator, own_redis) as origin:
         uris, statuses = emulator.sample_urls(REQUESTS), Counter()
         async with open_client() as client, asyncio.timeout(PATIENCE):
             asking = [asyncio.create_task(ask(client, origin, uri, statuses)) for uri in uris]
             for answered in (REQUESTS // 10, REQUESTS // 3):
                 while statuses[200] < answered:
                     await asyncio.sleep(0.005)
-                await asyncio.to_thread(redis.kill)
+                await asyncio.to_thread(own_redis.kill)
                 refused = emulator.counts.webhooks_refused
                 while emulator.counts.webhooks_refused < refused + 5:
                     await asyncio.sleep(0.005)
-                await asyncio.to_thread(redis.start)
+                await asyncio.to_thread(own_redis.start)
             answers = await asyncio.gather(*asking)
         assert [answer["uri"] for answer in answers] == uris
         assert set(statuses) <= {200, 504}

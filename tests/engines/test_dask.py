@@ -6,7 +6,6 @@ import time
 
 import pytest
 from machines_support import build_urls, count_statuses, emulate_in_environment, split
-from notification_support import start_redis
 
 from cloudinary_analyze import Captioning, Credentials, Settings
 from cloudinary_analyze.ledger.redis import RedisLedger
@@ -33,19 +32,12 @@ def client(tmp_path_factory):
 
 
 @pytest.fixture
-def redis_server(tmp_path):
-    server = start_redis(tmp_path)
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-def build_stage(redis_server, client):
+def build_stage(own_redis, client):
     def build_stage(emulator):
         return AnalyzeStage(
             Captioning,
             settings=Settings(permits=PERMITS),
-            ledger=RedisLedger(redis_server.url, lease=2.0),
+            ledger=RedisLedger(own_redis.url, lease=2.0),
             # the environment of the workers is that of the first test
             credentials=Credentials.from_url(emulator.cloudinary_url),
             pickle_credentials=True,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from fuzz.fuzz_targets import Sink, exchange, in_thread, read_statuses, run_uvicorn
-from notification_support import start_redis
+from notification_support import run_redis
 from scripted import KEY, SECRET, ScriptedServer, answer, wire
 
 from cloudinary_analyze import (
@@ -49,11 +49,8 @@ async def open_ledger(kind: str, folder: Path) -> Any:
     if kind == "sqlite":
         yield lambda: SQLiteLedger(folder / "run.ledger")
         return
-    server = await asyncio.to_thread(start_redis, folder)
-    try:
+    with run_redis(folder) as server:
         yield lambda: RedisLedger(server.url)
-    finally:
-        await asyncio.to_thread(server.kill)
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "redis"])

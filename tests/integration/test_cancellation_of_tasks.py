@@ -20,7 +20,6 @@ from notification_support import (
     build_answer,
     build_delivery,
     sign,
-    start_redis,
 )
 from scripted import (
     SECRET,
@@ -350,13 +349,6 @@ async def serve_aiohttp(handle: Any) -> AsyncIterator[str]:
         await runner.cleanup()
 
 
-@pytest.fixture(scope="module")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    server = start_redis(tmp_path_factory.mktemp("redis"))
-    yield server
-    server.kill()
-
-
 async def count_clients(server: RedisServer) -> int:
     """Return how many connections the server has, without the one that asks."""
     from redis.asyncio import Redis
@@ -367,11 +359,11 @@ async def count_clients(server: RedisServer) -> int:
 
 @both
 async def test_a_put_into_redis_can_be_cancelled_everywhere(
-    redis_server: RedisServer, late: bool
+    shared_redis: RedisServer, late: bool
 ) -> None:
-    before = await count_clients(redis_server)
+    before = await count_clients(shared_redis)
     namespace = f"put-{late}"
-    async with RedisNotifications(redis_server.url, namespace=namespace) as notifications:
+    async with RedisNotifications(shared_redis.url, namespace=namespace) as notifications:
 
         async def attempt(number: int) -> bool:
             steps = Suspensions(number, late)
@@ -385,25 +377,25 @@ async def test_a_put_into_redis_can_be_cancelled_everywhere(
             return not task.cancelled() and steps.count < number
 
         assert await find_the_end(attempt) > 1
-        assert await count_clients(redis_server) <= before + 2  # the pool lost no connection
-    await _until_clients(redis_server, before)
+        assert await count_clients(shared_redis) <= before + 2  # the pool lost no connection
+    await _until_clients(shared_redis, before)
 
 
 @both
 async def test_a_fetch_from_redis_can_be_cancelled_everywhere(
-    redis_server: RedisServer, late: bool
+    shared_redis: RedisServer, late: bool
 ) -> None:
-    before = await count_clients(redis_server)
+    before = await count_clients(shared_redis)
     for number in range(1, 60):
         namespace = f"fetch-{late}-{number}"
-        async with RedisNotifications(redis_server.url, namespace=namespace) as notifications:
+        async with RedisNotifications(shared_redis.url, namespace=namespace) as notifications:
             await notifications.put(build_delivery("t1"))
             steps = Suspensions(number, late)
             task = asyncio.create_task(steps.drive(notifications.fetch(["t1"])))
             await asyncio.wait([task], timeout=30)
             assert task.done(), f"it hangs when cancelled at {number}"
             assert len(await notifications.fetch(["t1"])) == 1
-        await _until_clients(redis_server, before)
+        await _until_clients(shared_redis, before)
         if not task.cancelled() and steps.count < number:
             return
     raise AssertionError("it never completed")
@@ -411,14 +403,14 @@ async def test_a_fetch_from_redis_can_be_cancelled_everywhere(
 
 @both
 async def test_listening_to_redis_can_be_cancelled_everywhere(
-    redis_server: RedisServer, late: bool
+    shared_redis: RedisServer, late: bool
 ) -> None:
     """A listener that was cancelled leaves no connection, and the next one hears everything."""
-    before = await count_clients(redis_server)
+    before = await count_clients(shared_redis)
     reached = 0
     for number in range(1, 25):
         namespace = f"listen-{late}-{number}"
-        async with RedisNotifications(redis_server.url, namespace=namespace) as notifications:
+        async with RedisNotifications(shared_redis.url, namespace=namespace) as notifications:
             await notifications.fetch(["t1"])  # awaited from now on
 
             async def hear(notifications: RedisNotifications = notifications) -> str:
@@ -440,7 +432,7 @@ async def test_listening_to_redis_can_be_cancelled_everywhere(
                 assert json.loads(found.body)["task_id"] == "t1"
             else:
                 assert task.result() == "t1"
-        await _until_clients(redis_server, before)
+        await _until_clients(shared_redis, before)
     assert reached > 2
 
 

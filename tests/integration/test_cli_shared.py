@@ -6,7 +6,6 @@ import json
 import cli_support
 import pytest
 from cli_support import build_urls, end, read_records, start, write_lines
-from notification_support import start_redis
 
 from cloudinary_analyze import Captioning, LedgerError
 from cloudinary_analyze.cli import main
@@ -20,22 +19,15 @@ pytestmark = pytest.mark.usefixtures("cli_folder")
 URLS = build_urls(60)
 
 
-@pytest.fixture(scope="module")
-def redis_server(tmp_path_factory):
-    server = start_redis(tmp_path_factory.mktemp("redis"), fsync="no")
-    yield server
-    server.kill()
-
-
 @pytest.fixture
-def url(redis_server, monkeypatch):
+def url(shared_redis, monkeypatch):
     """The URL of an empty Redis."""
     import redis
 
     monkeypatch.setattr(ledger_room, "QUIET", 0.1)
-    with redis.Redis.from_url(redis_server.url) as client:
+    with redis.Redis.from_url(shared_redis.url) as client:
         client.flushall()
-    return redis_server.url
+    return shared_redis.url
 
 
 def run(url, *options, output="results.jsonl"):

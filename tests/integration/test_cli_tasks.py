@@ -22,7 +22,7 @@ from cli_support import (
     until,
     write_urls,
 )
-from notification_support import RedisServer, build_delivery, start_redis
+from notification_support import RedisServer, build_delivery
 from ports import reserve_port
 
 from cloudinary_analyze import AnalyzeSession, Answered, Coco, Credentials, Response
@@ -140,16 +140,9 @@ async def test_pending_tasks_are_resumed_and_not_submitted_again(tmp_path: Path)
     check_results(30)
 
 
-@pytest.fixture
-def redis_server(tmp_path: Path):
-    server = start_redis(tmp_path)
-    yield server
-    server.kill()
-
-
-async def test_a_run_reads_results_that_listen_stored(tmp_path: Path, redis_server: RedisServer):
+async def test_a_run_reads_results_that_listen_stored(tmp_path: Path, own_redis: RedisServer):
     write_urls(tmp_path, 30)
-    redis = ("--redis", redis_server.url)
+    redis = ("--redis", own_redis.url)
     async with Emulator() as emulator:
         async with start(
             *("listen", "--port", "0", "--path", "/hook", *redis),

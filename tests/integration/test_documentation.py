@@ -18,7 +18,6 @@ import attrs
 import pytest
 from examples import GUIDES, OWN_CONTEXT, README, find_examples, find_public_names, is_program
 from fastapi import FastAPI
-from notification_support import start_redis
 from starlette.routing import Route
 
 import cloudinary_analyze.config
@@ -55,13 +54,6 @@ def emulator() -> Iterator[ScriptedEmulator]:
     """An emulator on a separate loop and thread, since examples bring their own loop."""
     with run_emulator(ScriptedEmulator()) as emulator:
         yield emulator
-
-
-@pytest.fixture(scope="module")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    server = start_redis(tmp_path_factory.mktemp("redis"))
-    yield server.url
-    server.kill()
 
 
 def import_names(code: str) -> dict[str, Any]:
@@ -103,14 +95,14 @@ def run_fragment(name: str, example: str, names: dict[str, Any], redis_url: str)
 def test_every_example_runs(
     example: str,
     emulator: ScriptedEmulator,
-    redis_url: str,
+    shared_redis: Any,
 ) -> None:
     name, code = EXAMPLES[example]
     for library, line in NEEDS.items():
         if line in code:
             pytest.importorskip(library, reason=f"{library} belongs to the group `dev`")
     for shown in ("redis://host:6379/0", "redis://…"):
-        code = code.replace(shown, redis_url)
+        code = code.replace(shown, shared_redis.url)
     emulator._received.clear()
     try:
         if is_program(code):
@@ -119,7 +111,7 @@ def test_every_example_runs(
             names = vars(module)
         else:
             names = {**import_names(code), "cloudinary_emulator": emulator}
-            run_fragment(name, code, names, redis_url)
+            run_fragment(name, code, names, shared_redis.url)
         run_tests_of(names, emulator)
     finally:
         close_sessions()
@@ -137,13 +129,13 @@ def run_tests_of(names: dict[str, Any], emulator: ScriptedEmulator) -> None:
 @pytest.fixture
 def _environment(
     emulator: ScriptedEmulator,
-    redis_url: str,
+    shared_redis: Any,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     """The variables that examples read, an empty directory, and the application that one tests."""
     monkeypatch.setenv("CLOUDINARY_URL", emulator.cloudinary_url)
-    monkeypatch.setenv("REDIS_URL", redis_url)
+    monkeypatch.setenv("REDIS_URL", shared_redis.url)
     monkeypatch.setenv("PUBLIC_URL", "https://app.example")
     monkeypatch.chdir(tmp_path)
     module = types.ModuleType("app")

@@ -12,7 +12,6 @@ from notification_support import (
     build_answer,
     serve_asgi,
     sign,
-    start_redis,
     until,
 )
 from ports import reserve_port
@@ -22,22 +21,15 @@ from cloudinary_analyze.emulator import Emulator
 PROGRAM = Path(__file__).parent.parent / "apps" / "fastapi_app.py"
 
 
-@pytest.fixture(scope="module")
-def redis(tmp_path_factory):
-    server = start_redis(tmp_path_factory.mktemp("redis"))
-    yield server
-    server.kill()
-
-
 @pytest.fixture
-def open_worker(redis, monkeypatch):
+def open_worker(shared_redis, monkeypatch):
     """Run the printed program as one more worker; yields its module and its origin."""
 
     @contextlib.asynccontextmanager
     async def open_worker(emulator):
         port = reserve_port()
         monkeypatch.setenv("CLOUDINARY_URL", emulator.cloudinary_url)
-        monkeypatch.setenv("REDIS_URL", redis.url)
+        monkeypatch.setenv("REDIS_URL", shared_redis.url)
         monkeypatch.setenv("PUBLIC_URL", f"http://127.0.0.1:{port}")
         spec = importlib.util.spec_from_file_location("fastapi_app", PROGRAM)
         module = importlib.util.module_from_spec(spec)

@@ -12,7 +12,7 @@ import time
 import pydantic
 import pytest
 import yarl
-from notification_support import CREDENTIALS, build_answer, build_delivery, sign, start_redis, until
+from notification_support import CREDENTIALS, build_answer, build_delivery, sign, until
 from redis.exceptions import RedisError
 
 from cloudinary_analyze import (
@@ -31,16 +31,15 @@ from cloudinary_analyze.notifications.redis import RedisNotifications
 from cloudinary_analyze.testing import ManualClock
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    server = start_redis(tmp_path_factory.mktemp("redis"))
-    yield server
-    server.kill()
-
-
 @pytest.fixture
 def namespace(request):
     return f"test:{request.node.name}"
+
+
+@pytest.fixture
+async def notifications(shared_redis, namespace):
+    async with RedisNotifications(shared_redis.url, namespace=namespace) as notifications:
+        yield notifications
 
 
 @pytest.fixture
@@ -51,11 +50,11 @@ async def emulator():
 
 
 @pytest.fixture
-def open_worker(shared, namespace, emulator):
+def open_worker(shared_redis, namespace, emulator):
     """Open what one process of an application has: its own notifications and session."""
 
     @contextlib.asynccontextmanager
-    async def open_worker(server=shared, **options):
+    async def open_worker(server=shared_redis, **options):
         credentials = Credentials.from_url(emulator.cloudinary_url)
         async with (
             RedisNotifications(server.url, namespace=namespace) as notifications,
@@ -239,10 +238,10 @@ async def test_a_webhook_that_one_process_received_resolves_the_future_in_anothe
             assert (await task).analysis.caption == "Found"
 
 
-async def test_deliveries_from_before_the_start_are_found(open_worker, shared, namespace):
+async def test_deliveries_from_before_the_start_are_found(open_worker, shared_redis, namespace):
     """Its age is judged at its first receipt, not when it is read."""
     hours_ago = ManualClock(started_at=time.time() - 10 * 3600)
-    async with RedisNotifications(shared.url, namespace=namespace) as sink:
+    async with RedisNotifications(shared_redis.url, namespace=namespace) as sink:
         body = build_answer("early-bird")
         intake = Intake(sink, CREDENTIALS, clock=hours_ago)
         assert (await intake.take(body, sign(body, at=hours_ago.wall()))).status == 200
@@ -280,11 +279,11 @@ async def test_progress_does_not_take_the_place_of_an_unreadable_result(open_wor
         assert caught.value.raw_body == end.body
 
 
-async def test_a_wake_up_between_the_first_look_and_the_wait_is_not_missed(shared, namespace):
+async def test_a_wake_up_between_the_first_look_and_the_wait_is_not_missed(shared_redis, namespace):
     """The cursor is fixed before the first fetch: what comes after that fetch is yielded."""
     async with (
-        RedisNotifications(shared.url, namespace=namespace) as source,
-        RedisNotifications(shared.url, namespace=namespace) as sink,
+        RedisNotifications(shared_redis.url, namespace=namespace) as source,
+        RedisNotifications(shared_redis.url, namespace=namespace) as sink,
     ):
         await sink.put(build_delivery("t0"))
         assert await source.fetch(["t1"]) == []
@@ -294,18 +293,19 @@ async def test_a_wake_up_between_the_first_look_and_the_wait_is_not_missed(share
             assert (await anext(listening)).body == delivery.body
 
 
-async def test_only_the_tasks_that_are_awaited_here_are_read(shared, namespace):
-    async with RedisNotifications(shared.url, namespace=namespace) as notifications:
-        await notifications.fetch(["mine"])
-        for task_id in ("foreign", "mine"):
-            await notifications.put(build_delivery(task_id))
-        async with asyncio.timeout(30), contextlib.aclosing(notifications.listen()) as listening:
-            assert (await anext(listening)).body == build_answer("mine")
-        assert notifications._awaited == {}
+async def test_only_the_tasks_that_are_awaited_here_are_read(notifications):
+    await notifications.fetch(["mine"])
+    for task_id in ("foreign", "mine"):
+        await notifications.put(build_delivery(task_id))
+    async with asyncio.timeout(30), contextlib.aclosing(notifications.listen()) as listening:
+        assert (await anext(listening)).body == build_answer("mine")
+    assert notifications._awaited == {}
 
 
-async def test_tasks_that_are_no_longer_fetched_are_forgotten(shared, namespace, clock):
-    async with RedisNotifications(shared.url, namespace=namespace, clock=clock) as notifications:
+async def test_tasks_that_are_no_longer_fetched_are_forgotten(shared_redis, namespace, clock):
+    async with RedisNotifications(
+        shared_redis.url, namespace=namespace, clock=clock
+    ) as notifications:
         await notifications.fetch(["abandoned", "pending"])
         await clock.advance(100)
         await notifications.fetch(["pending"])
@@ -314,8 +314,8 @@ async def test_tasks_that_are_no_longer_fetched_are_forgotten(shared, namespace,
         assert list(notifications._awaited) == ["pending"]
 
 
-async def test_keys_are_namespaced_and_expire(shared, namespace):
-    async with RedisNotifications(shared.url, namespace=namespace, keep=60) as notifications:
+async def test_keys_are_namespaced_and_expire(shared_redis, namespace):
+    async with RedisNotifications(shared_redis.url, namespace=namespace, keep=60) as notifications:
         await notifications.put(build_delivery("t1"))
         client = notifications._connect()
         names = [key.decode() async for key in client.scan_iter(f"{namespace}:*")]
@@ -323,28 +323,28 @@ async def test_keys_are_namespaced_and_expire(shared, namespace):
         assert 0 < await client.pttl(f"{namespace}:delivery:t1") <= 60_000
 
 
-async def test_a_delivery_without_a_task_has_no_mailbox(shared, namespace):
-    async with RedisNotifications(shared.url, namespace=namespace) as notifications:
-        with pytest.raises(MalformedNotificationError):
-            await notifications.put(build_delivery("", notification_type="upload"))
-        assert not [key async for key in notifications._connect().scan_iter(f"{namespace}:*")]
+async def test_a_delivery_without_a_task_has_no_mailbox(notifications, namespace):
+    with pytest.raises(MalformedNotificationError):
+        await notifications.put(build_delivery("", notification_type="upload"))
+    assert not [key async for key in notifications._connect().scan_iter(f"{namespace}:*")]
 
 
-async def test_an_unreadable_mailbox_is_counted_skipped_and_replaced(shared, namespace, caplog):
-    async with RedisNotifications(shared.url, namespace=namespace) as notifications:
-        client = notifications._connect()
-        await client.set(f"{namespace}:delivery:t1", b"[]\nsomething else")
-        await client.rpush(f"{namespace}:delivery:t2", "a list")
-        await notifications.put(build_delivery("t3"))
-        (found,) = await notifications.fetch(["t1", "t2", "t3", "t4"])
-        assert found.body == build_answer("t3")
-        assert notifications.unreadable == 1
+async def test_an_unreadable_mailbox_is_counted_skipped_and_replaced(
+    notifications, namespace, caplog
+):
+    client = notifications._connect()
+    await client.set(f"{namespace}:delivery:t1", b"[]\nsomething else")
+    await client.rpush(f"{namespace}:delivery:t2", "a list")
+    await notifications.put(build_delivery("t3"))
+    (found,) = await notifications.fetch(["t1", "t2", "t3", "t4"])
+    assert found.body == build_answer("t3")
+    assert notifications.unreadable == 1
+    await notifications.put(build_delivery("t1"))
+    async with asyncio.timeout(30), contextlib.aclosing(notifications.listen()) as listening:
+        await client.xadd(notifications._stream, {b"\xff": b"\xff"})
+        await client.xadd(notifications._stream, {"task": b"\xff"})
         await notifications.put(build_delivery("t1"))
-        async with asyncio.timeout(30), contextlib.aclosing(notifications.listen()) as listening:
-            await client.xadd(notifications._stream, {b"\xff": b"\xff"})
-            await client.xadd(notifications._stream, {"task": b"\xff"})
-            await notifications.put(build_delivery("t1"))
-            assert (await anext(listening)).body == build_answer("t1")
+        assert (await anext(listening)).body == build_answer("t1")
     assert "t1" in caplog.text
 
 
@@ -382,120 +382,103 @@ async def test_many_waiters_share_the_pool_and_each_gets_its_own(open_worker):
                 assert (await task).analysis.caption == task_id[:8]
 
 
-async def test_a_stream_that_is_quiet_for_long_is_waited_for_again(shared, namespace, monkeypatch):
+async def test_a_stream_that_is_quiet_for_long_is_waited_for_again(notifications, monkeypatch):
     monkeypatch.setattr(room, "BLOCK_SECONDS", 0.01)
-    async with RedisNotifications(shared.url, namespace=namespace) as notifications:
-        await notifications.fetch(["t1"])
-        listening = asyncio.create_task(anext(notifications.listen()))
-        done, _ = await asyncio.wait({listening}, timeout=0.2)
-        assert not done
-        await notifications.put(build_delivery("t1"))
-        async with asyncio.timeout(30):
-            assert (await listening).body == build_answer("t1")
+    await notifications.fetch(["t1"])
+    listening = asyncio.create_task(anext(notifications.listen()))
+    done, _ = await asyncio.wait({listening}, timeout=0.2)
+    assert not done
+    await notifications.put(build_delivery("t1"))
+    async with asyncio.timeout(30):
+        assert (await listening).body == build_answer("t1")
 
 
-async def test_many_untrimmed_wake_ups_are_not_a_gap(shared, namespace, monkeypatch):
+async def test_many_untrimmed_wake_ups_are_not_a_gap(notifications, monkeypatch):
     monkeypatch.setattr(room, "BATCH", 10)
     ids = [f"t{number}" for number in range(35)]
-    async with RedisNotifications(shared.url, namespace=namespace) as notifications:
-        await notifications.fetch(ids)
-        for task_id in ids:
-            await notifications.put(build_delivery(task_id))
-        async with asyncio.timeout(30), contextlib.aclosing(notifications.listen()) as listening:
-            assert [(await anext(listening)).body for _ in ids] == [build_answer(i) for i in ids]
+    await notifications.fetch(ids)
+    for task_id in ids:
+        await notifications.put(build_delivery(task_id))
+    async with asyncio.timeout(30), contextlib.aclosing(notifications.listen()) as listening:
+        assert [(await anext(listening)).body for _ in ids] == [build_answer(i) for i in ids]
 
 
-async def test_listening_can_be_cancelled_at_any_step(shared, namespace, monkeypatch):
+async def test_listening_can_be_cancelled_at_any_step(notifications, monkeypatch):
     """Libraries below may swallow a cancellation; closing a session must not wait for them."""
     monkeypatch.setattr(room, "BLOCK_SECONDS", 1000.0)
     monkeypatch.setattr(room, "ANSWER_SECONDS", 2000.0)
-    async with RedisNotifications(shared.url, namespace=namespace) as notifications:
-        for steps in range(12):
-            await notifications.fetch([f"t{steps}"])
-            await notifications.put(build_delivery(f"t{steps}"))
-            source = notifications.listen()
-            await anext(source)
-            listening = asyncio.create_task(anext(source))
-            for _ in range(steps):
-                await asyncio.sleep(0)
-            listening.cancel()
-            done, _ = await asyncio.wait({listening}, timeout=30)
-            assert done, f"after {steps} steps"
-            await source.aclose()
+    for steps in range(12):
+        await notifications.fetch([f"t{steps}"])
+        await notifications.put(build_delivery(f"t{steps}"))
+        source = notifications.listen()
+        await anext(source)
+        listening = asyncio.create_task(anext(source))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        listening.cancel()
+        done, _ = await asyncio.wait({listening}, timeout=30)
+        assert done, f"after {steps} steps"
+        await source.aclose()
 
 
-async def test_a_hanging_redis_gives_503_and_blocks_nothing(tmp_path, namespace, clock):
-    server = start_redis(tmp_path)
-    try:
-        async with RedisNotifications(
-            server.url, namespace=namespace, clock=clock
-        ) as notifications:
-            intake = Intake(notifications, CREDENTIALS, clock=clock)
-            body = build_answer("t1")
-            await notifications.fetch(["t1"])
-            server.process.send_signal(signal.SIGSTOP)
-            taking = asyncio.create_task(intake.take(body, sign(body, at=clock.wall())))
-            await until(lambda: clock.next_at is not None)
-            await clock.advance(10.1)
-            async with asyncio.timeout(30):
-                assert (await taking).status == 503
-            looking = asyncio.create_task(notifications.fetch(["t1"]))
-            await until(lambda: clock.next_at is not None)
-            await clock.advance(10.1)
-            with pytest.raises(TimeoutError, match="Redis did not respond within 10 s"):
-                await looking
-            server.process.send_signal(signal.SIGCONT)
-            assert (await intake.take(body, sign(body, at=clock.wall()))).status == 200
-            (delivery,) = await notifications.fetch(["t1"])
-            assert delivery.body == body
-    finally:
-        server.kill()
+async def test_a_hanging_redis_gives_503_and_blocks_nothing(own_redis, namespace, clock):
+    async with RedisNotifications(own_redis.url, namespace=namespace, clock=clock) as notifications:
+        intake = Intake(notifications, CREDENTIALS, clock=clock)
+        body = build_answer("t1")
+        await notifications.fetch(["t1"])
+        own_redis.process.send_signal(signal.SIGSTOP)
+        taking = asyncio.create_task(intake.take(body, sign(body, at=clock.wall())))
+        await until(lambda: clock.next_at is not None)
+        await clock.advance(10.1)
+        async with asyncio.timeout(30):
+            assert (await taking).status == 503
+        looking = asyncio.create_task(notifications.fetch(["t1"]))
+        await until(lambda: clock.next_at is not None)
+        await clock.advance(10.1)
+        with pytest.raises(TimeoutError, match="Redis did not respond within 10 s"):
+            await looking
+        own_redis.process.send_signal(signal.SIGCONT)
+        assert (await intake.take(body, sign(body, at=clock.wall()))).status == 200
+        (delivery,) = await notifications.fetch(["t1"])
+        assert delivery.body == body
 
 
-async def test_deliveries_during_a_lost_connection_are_found(tmp_path, open_worker):
+async def test_deliveries_during_a_lost_connection_are_found(own_redis, open_worker):
     """Redis is killed under a session, and restarts with a delivery that it never announced."""
-    server = start_redis(tmp_path)
-    try:
-        async with open_worker(server=server) as (session, notifications):
-            tasks = [session.submit(Captioning(f"https://x.test/{n}.jpg")) for n in range(3)]
-            first, second, third = [await task.accepted() for task in tasks]
-            await notifications.put(build_delivery(first, "before"))
-            async with asyncio.timeout(30):
-                assert (await tasks[0]).analysis.caption == "before"
-            server.kill()
-            with pytest.raises(RedisError):
-                await notifications.put(build_delivery(second))
-            server.start()
-            await notifications.put(build_delivery(second, "after"))
-            async with RedisNotifications(server.url, namespace=notifications.namespace) as other:
-                key = other._name_mailbox(third)
-                await other._connect().set(key, encode_delivery(build_delivery(third, "silent")))
-            async with asyncio.timeout(30):
-                assert (await tasks[1]).analysis.caption == "after"
-                assert (await tasks[2]).analysis.caption == "silent"
-    finally:
-        server.kill()
+    async with open_worker(server=own_redis) as (session, notifications):
+        tasks = [session.submit(Captioning(f"https://x.test/{n}.jpg")) for n in range(3)]
+        first, second, third = [await task.accepted() for task in tasks]
+        await notifications.put(build_delivery(first, "before"))
+        async with asyncio.timeout(30):
+            assert (await tasks[0]).analysis.caption == "before"
+        own_redis.kill()
+        with pytest.raises(RedisError):
+            await notifications.put(build_delivery(second))
+        own_redis.start()
+        await notifications.put(build_delivery(second, "after"))
+        async with RedisNotifications(own_redis.url, namespace=notifications.namespace) as other:
+            key = other._name_mailbox(third)
+            await other._connect().set(key, encode_delivery(build_delivery(third, "silent")))
+        async with asyncio.timeout(30):
+            assert (await tasks[1]).analysis.caption == "after"
+            assert (await tasks[2]).analysis.caption == "silent"
 
 
-async def test_an_emptied_redis_with_a_late_clock_still_wakes(tmp_path, open_worker):
+async def test_an_emptied_redis_with_a_late_clock_still_wakes(tmp_path, own_redis, open_worker):
     """For example, after a failover to a replica that lags. The cursor is reset."""
-    server = start_redis(tmp_path)
-    try:
-        async with open_worker(server=server) as (session, notifications), asyncio.timeout(30):
-            task = session.submit(Captioning("https://x.test/a.jpg"))
-            task_id = await task.accepted()
-            future = "9999999999999-0"
-            await notifications._connect().xadd(notifications._stream, {"task": "x"}, id=future)
-            await until(lambda: notifications._cursor == future.encode())
-            server.kill()
-            for path in (tmp_path / "appendonlydir").iterdir():
-                path.unlink()
-            server.start()
-            await until(lambda: notifications._cursor == b"0-0")
-            await notifications.put(build_delivery(task_id))
-            assert (await task).analysis.caption == "A cat"
-    finally:
-        server.kill()
+    async with open_worker(server=own_redis) as (session, notifications), asyncio.timeout(30):
+        task = session.submit(Captioning("https://x.test/a.jpg"))
+        task_id = await task.accepted()
+        future = "9999999999999-0"
+        await notifications._connect().xadd(notifications._stream, {"task": "x"}, id=future)
+        await until(lambda: notifications._cursor == future.encode())
+        own_redis.kill()
+        for path in (tmp_path / "appendonlydir").iterdir():
+            path.unlink()
+        own_redis.start()
+        await until(lambda: notifications._cursor == b"0-0")
+        await notifications.put(build_delivery(task_id))
+        assert (await task).analysis.caption == "A cat"
 
 
 # what is written
@@ -505,86 +488,75 @@ async def count_transactions(client):
     return (await client.info("commandstats")).get("cmdstat_exec", {}).get("calls", 0)
 
 
-async def test_a_burst_is_stored_in_few_round_trips(shared, namespace):
-    async with RedisNotifications(shared.url, namespace=namespace) as notifications:
-        client = notifications._connect()
-        before = await count_transactions(client)
+async def test_a_burst_is_stored_in_few_round_trips(notifications, namespace):
+    client = notifications._connect()
+    before = await count_transactions(client)
 
-        async def put(number):
-            await notifications.put(build_delivery(f"t{number}"))
-            return number % 50 or await client.exists(f"{namespace}:delivery:t{number}")
+    async def put(number):
+        await notifications.put(build_delivery(f"t{number}"))
+        return number % 50 or await client.exists(f"{namespace}:delivery:t{number}")
 
-        async with asyncio.timeout(30):
-            assert all(await asyncio.gather(*map(put, range(2000))))
-        assert await client.xlen(notifications._stream) == 2000
-        assert await count_transactions(client) - before <= 30
+    async with asyncio.timeout(30):
+        assert all(await asyncio.gather(*map(put, range(2000))))
+    assert await client.xlen(notifications._stream) == 2000
+    assert await count_transactions(client) - before <= 30
 
 
-async def test_a_burst_of_webhooks_is_answered_200(shared, namespace):
-    async with RedisNotifications(shared.url, namespace=namespace) as notifications:
-        intake, now = Intake(notifications, CREDENTIALS), time.time()
-        bodies = [build_answer(f"t{number}") for number in range(3000)]
-        async with asyncio.timeout(40):
-            replies = await asyncio.gather(
-                *(intake.take(body, sign(body, at=now)) for body in bodies)
-            )
-        assert {reply.status for reply in replies} == {200}
+async def test_a_burst_of_webhooks_is_answered_200(notifications):
+    intake, now = Intake(notifications, CREDENTIALS), time.time()
+    bodies = [build_answer(f"t{number}") for number in range(3000)]
+    async with asyncio.timeout(40):
+        replies = await asyncio.gather(*(intake.take(body, sign(body, at=now)) for body in bodies))
+    assert {reply.status for reply in replies} == {200}
 
 
 @pytest.mark.parametrize("steps", range(12))
-async def test_cancelling_a_put_disturbs_no_other(shared, namespace, steps):
-    async with RedisNotifications(shared.url, namespace=namespace) as notifications:
-        puts = [asyncio.create_task(notifications.put(build_delivery(f"t{n}"))) for n in range(50)]
-        for _ in range(steps):
-            await asyncio.sleep(0)
-        for number in range(0, 50, 2):
-            puts[number].cancel()
+async def test_cancelling_a_put_disturbs_no_other(notifications, steps):
+    puts = [asyncio.create_task(notifications.put(build_delivery(f"t{n}"))) for n in range(50)]
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    for number in range(0, 50, 2):
+        puts[number].cancel()
+    async with asyncio.timeout(30):
+        results = await asyncio.gather(*puts, return_exceptions=True)
+        assert results[1::2] == [None] * 25
+        await notifications.put(build_delivery("afterwards"))
+    found = await notifications.fetch([f"t{number}" for number in range(50)])
+    assert {delivery.task_id for delivery in found} >= {f"t{n}" for n in range(1, 50, 2)}
+    assert not notifications._waiting
+
+
+async def test_after_a_refusal_later_deliveries_are_stored(own_redis, namespace):
+    async with RedisNotifications(own_redis.url, namespace=namespace) as notifications:
+        client = notifications._connect()
+        await client.config_set("maxmemory", 1)
+        puts = [notifications.put(build_delivery(f"t{number}")) for number in range(600)]
         async with asyncio.timeout(30):
             results = await asyncio.gather(*puts, return_exceptions=True)
-            assert results[1::2] == [None] * 25
-            await notifications.put(build_delivery("afterwards"))
-        found = await notifications.fetch([f"t{number}" for number in range(50)])
-        assert {delivery.task_id for delivery in found} >= {f"t{n}" for n in range(1, 50, 2)}
-        assert not notifications._waiting
+        assert all(isinstance(result, RedisError) for result in results)
+        await client.config_set("maxmemory", 0)
+        await notifications.put(build_delivery("t1"))
+        assert len(await notifications.fetch(["t1"])) == 1
 
 
-async def test_after_a_refusal_later_deliveries_are_stored(tmp_path, namespace):
-    server = start_redis(tmp_path)
-    try:
-        async with RedisNotifications(server.url, namespace=namespace) as notifications:
-            client = notifications._connect()
-            await client.config_set("maxmemory", 1)
-            puts = [notifications.put(build_delivery(f"t{number}")) for number in range(600)]
-            async with asyncio.timeout(30):
-                results = await asyncio.gather(*puts, return_exceptions=True)
-            assert all(isinstance(result, RedisError) for result in results)
-            await client.config_set("maxmemory", 0)
-            await notifications.put(build_delivery("t1"))
-            assert len(await notifications.fetch(["t1"])) == 1
-    finally:
-        server.kill()
+async def test_a_delivery_whose_wake_up_is_refused_fails(notifications):
+    await notifications._connect().set(notifications._stream, "not a stream")
+    with pytest.raises(RedisError):
+        await notifications.put(build_delivery("t1"))
 
 
-async def test_a_delivery_whose_wake_up_is_refused_fails(shared, namespace):
-    async with RedisNotifications(shared.url, namespace=namespace) as notifications:
-        await notifications._connect().set(notifications._stream, "not a stream")
-        with pytest.raises(RedisError):
-            await notifications.put(build_delivery("t1"))
-
-
-async def test_thousands_that_wait_for_a_dead_redis_fail_together(tmp_path, namespace):
-    server = start_redis(tmp_path)
-    async with RedisNotifications(server.url, namespace=namespace) as notifications:
+async def test_thousands_that_wait_for_a_dead_redis_fail_together(own_redis, namespace):
+    async with RedisNotifications(own_redis.url, namespace=namespace) as notifications:
         await notifications.put(build_delivery("t0"))
-        server.kill()
+        own_redis.kill()
         puts = [notifications.put(build_delivery(f"t{number}")) for number in range(3000)]
         async with asyncio.timeout(30):
             results = await asyncio.gather(*puts, return_exceptions=True)
         assert all(isinstance(result, RedisError) for result in results)
 
 
-async def test_closing_stores_waiting_deliveries(shared, namespace):
-    notifications = RedisNotifications(shared.url, namespace=namespace)
+async def test_closing_stores_waiting_deliveries(shared_redis, namespace):
+    notifications = RedisNotifications(shared_redis.url, namespace=namespace)
     puts = [asyncio.create_task(notifications.put(build_delivery(f"t{n}"))) for n in range(700)]
     await asyncio.sleep(0)
     async with asyncio.timeout(30):
@@ -592,11 +564,11 @@ async def test_closing_stores_waiting_deliveries(shared, namespace):
         await asyncio.gather(*puts)
 
 
-async def test_a_cancelled_close_does_not_connect_again(shared, namespace):
-    monitor = RedisNotifications(shared.url)._connect()
+async def test_a_cancelled_close_does_not_connect_again(shared_redis, namespace):
+    monitor = RedisNotifications(shared_redis.url)._connect()
     before = len(await monitor.client_list())
     for steps in range(12):
-        notifications = RedisNotifications(shared.url, namespace=namespace)
+        notifications = RedisNotifications(shared_redis.url, namespace=namespace)
         puts = [asyncio.create_task(notifications.put(build_delivery("t"))) for _ in range(1500)]
         while notifications._redis is None:
             await asyncio.sleep(0)
@@ -615,23 +587,26 @@ async def test_a_cancelled_close_does_not_connect_again(shared, namespace):
     await monitor.aclose()
 
 
-async def test_a_writer_that_is_cancelled_hangs_no_receiver(shared, namespace):
+async def test_a_writer_that_is_cancelled_hangs_no_receiver(notifications):
     """As `asyncio.run` does with what is left at its end."""
-    async with RedisNotifications(shared.url, namespace=namespace) as notifications:
-        for steps in range(8):
-            puts = [asyncio.create_task(notifications.put(build_delivery("t"))) for _ in range(600)]
-            for _ in range(1 + steps):
-                await asyncio.sleep(0)
-            notifications._writer.cancel()
-            async with asyncio.timeout(30):
-                await asyncio.gather(*puts, return_exceptions=True)
-        await notifications.put(build_delivery("t"))
+    for steps in range(8):
+        puts = [asyncio.create_task(notifications.put(build_delivery("t"))) for _ in range(600)]
+        for _ in range(1 + steps):
+            await asyncio.sleep(0)
+        notifications._writer.cancel()
+        async with asyncio.timeout(30):
+            await asyncio.gather(*puts, return_exceptions=True)
+    await notifications.put(build_delivery("t"))
 
 
 @pytest.mark.parametrize(("keep", "most"), [(86_400, 3_600_000), (60, 60_000)])
-async def test_the_mailbox_of_a_resolved_task_expires_soon(shared, namespace, emulator, keep, most):
+async def test_the_mailbox_of_a_resolved_task_expires_soon(
+    shared_redis, namespace, emulator, keep, most
+):
     credentials = Credentials.from_url(emulator.cloudinary_url)
-    async with RedisNotifications(shared.url, namespace=namespace, keep=keep) as notifications:
+    async with RedisNotifications(
+        shared_redis.url, namespace=namespace, keep=keep
+    ) as notifications:
         async with AnalyzeSession(credentials, notifications=notifications) as session:
             await notifications.put(build_delivery("resolved"))
             await notifications.put(build_delivery("foreign"))
@@ -669,11 +644,10 @@ async def test_100_000_ids_that_expire_together_are_forgotten_in_short_turns(clo
     assert longest < 0.1
 
 
-async def test_a_delivery_and_its_wake_up_are_one_transaction(shared, namespace):
-    async with RedisNotifications(shared.url, namespace=namespace) as notifications:
-        client = notifications.location.build_blocking_client()
-        with contextlib.closing(client):
-            client.config_resetstat()
-            await notifications.put(build_delivery("t1"))
-            used = client.info("commandstats")
+async def test_a_delivery_and_its_wake_up_are_one_transaction(notifications):
+    client = notifications.location.build_blocking_client()
+    with contextlib.closing(client):
+        client.config_resetstat()
+        await notifications.put(build_delivery("t1"))
+        used = client.info("commandstats")
     assert used["cmdstat_multi"]["calls"] == used["cmdstat_exec"]["calls"] == 1

@@ -5,7 +5,6 @@ from collections import Counter
 
 import pytest
 import redis
-from notification_support import start_redis
 
 from cloudinary_analyze.ledger.claims import SCRIPT, decode_task, encode_task, read_state
 
@@ -13,16 +12,9 @@ WALKS = 40
 STEPS = 300
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = start_redis(tmp_path_factory.mktemp("redis"), fsync="no")
-    yield server
-    server.kill()
-
-
 @pytest.fixture
-def client(server):
-    with redis.Redis.from_url(server.url) as client:
+def client(shared_redis):
+    with redis.Redis.from_url(shared_redis.url) as client:
         client.flushall()
         yield client
 

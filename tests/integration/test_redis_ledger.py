@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import redis
-from notification_support import start_redis
+from notification_support import run_redis
 
 from cloudinary_analyze import (
     BadRequestError,
@@ -37,24 +37,9 @@ RAW = json.loads((Path(__file__).parent.parent / "samples" / "captioning.json").
 RESPONSE = Response.from_raw(Captioning, RAW)
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    server = start_redis(tmp_path_factory.mktemp("redis"), fsync="no")
-    yield server
-    server.kill()
-
-
 @pytest.fixture(autouse=True)
 def _short_quiet(monkeypatch):
     monkeypatch.setattr(room, "QUIET", 0.5)
-
-
-@pytest.fixture
-def server(tmp_path):
-    """A Redis of the test's own, to be killed."""
-    server = start_redis(tmp_path)
-    yield server
-    server.kill()
 
 
 @pytest.fixture
@@ -63,9 +48,9 @@ def namespace(request):
 
 
 @pytest.fixture
-def build(shared, namespace):
+def build(shared_redis, namespace):
     def build(url=None, **options):
-        return RedisLedger(url or shared.url, **{"namespace": namespace, **options})
+        return RedisLedger(url or shared_redis.url, **{"namespace": namespace, **options})
 
     return build
 
@@ -206,43 +191,43 @@ async def test_records_are_exported_with_their_sources(build, tmp_path):
     assert set(table["caption"].to_pylist()) == {RAW["data"]["analysis"]["data"]["caption"]}
 
 
-async def test_redis_killed_during_a_run_costs_nothing(build, server):
+async def test_redis_killed_during_a_run_costs_nothing(build, own_redis):
     urls = [f"https://example.com/{number}.jpg" for number in range(400)]
     async with ScriptedServer(slow_caption) as api:
 
         async def work():
-            ledger = build(server.url, lease=5)
+            ledger = build(own_redis.url, lease=5)
             async with ledger, api.session(permits=8) as session:
                 return await collect(session, urls, ledger=ledger)
 
         runs = [asyncio.create_task(work()) for _ in range(2)]
         await until(lambda: len(api.seen) > 100)
-        await asyncio.to_thread(server.kill)
+        await asyncio.to_thread(own_redis.kill)
         await until_still(lambda: (len(api.seen), api.in_flight))
         sent = len(api.seen)
         await asyncio.sleep(0.2)
         assert len(api.seen) == sent, "a request was sent without a claim"
-        await asyncio.to_thread(server.start)
+        await asyncio.to_thread(own_redis.start)
         results = await asyncio.gather(*runs)
         assert sorted(map(source_of, api.seen)) == sorted(urls)
     assert all(outcome.response for outcomes in results for outcome in outcomes)
 
 
-async def test_redis_away_for_longer_than_the_patience_stops(build, server):
+async def test_redis_away_for_longer_than_the_patience_stops(build, own_redis):
     async with ScriptedServer(slow_caption) as api, api.session(permits=8) as session:
-        async with build(server.url, patience=0.5) as ledger:
+        async with build(own_redis.url, patience=0.5) as ledger:
 
             def yield_urls():
                 for number in range(10_000):
                     if number == 50:
-                        server.kill()
+                        own_redis.kill()
                     yield f"https://example.com/{number}.jpg"
 
             with pytest.raises(BulkStoppedError) as caught:
                 await collect(session, yield_urls(), ledger=ledger)
             assert isinstance(caught.value.reason, LedgerError)
             assert len(api.seen) < 100
-            server.start()
+            own_redis.start()
             ledger.patience = 30
             sent = len(api.seen)
             first = [f"https://example.com/{number}.jpg" for number in range(50)]
@@ -343,9 +328,8 @@ async def test_a_response_replaces_an_error_and_is_not_replaced(build):
 
 async def test_writes_that_redis_lost_are_repeated(build, tmp_path, monkeypatch):
     monkeypatch.setattr(room, "QUIET", 5.0)
-    forgetful = start_redis(tmp_path, fsync="no", options=("--appendonly", "no"))
     clock = ManualClock()
-    try:
+    with run_redis(tmp_path, fsync="no", options=("--appendonly", "no")) as forgetful:
         one, other = build(forgetful.url, lease=0.5), build(forgetful.url, clock=clock)
         async with opened(one), opened(other):
             keys = [Captioning(url).key for url in URLS[:4]]
@@ -370,18 +354,16 @@ async def test_writes_that_redis_lost_are_repeated(build, tmp_path, monkeypatch)
             assert claims == [None, None, None, Claim(ambiguous=True)]
             assert (await other.find(keys[0])).response == RAW
             assert (await one.find(keys[2])).task_id == "task"
-    finally:
-        forgetful.kill()
 
 
-async def test_a_restart_of_redis_kills_no_worker(build, server):
-    async with opened(build(server.url, lease=0.5)) as one:
-        async with opened(build(server.url, lease=0.5)) as other:
+async def test_a_restart_of_redis_kills_no_worker(build, own_redis):
+    async with opened(build(own_redis.url, lease=0.5)) as one:
+        async with opened(build(own_redis.url, lease=0.5)) as other:
             await one.claim(KEY)
             for _ in range(2):
-                server.kill()
+                own_redis.kill()
                 await asyncio.sleep(0.7)
-                server.start()
+                own_redis.start()
                 assert await other.claim(KEY) is None
 
 
@@ -390,26 +372,20 @@ async def test_a_restart_of_redis_kills_no_worker(build, server):
 
 @pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
 async def test_a_server_that_evicts_is_refused(build, tmp_path, policy):
-    server = start_redis(tmp_path, fsync="no", options=("--maxmemory-policy", policy))
-    try:
+    with run_redis(tmp_path, fsync="no", options=("--maxmemory-policy", policy)) as server:
         with pytest.raises(LedgerError, match="noeviction"):
             await build(server.url).open(**OWNER)
-    finally:
-        server.kill()
 
 
 async def test_a_server_without_a_file_is_warned_of(build, tmp_path, caplog):
-    server = start_redis(tmp_path, fsync="no", options=("--appendonly", "no"))
-    try:
+    with run_redis(tmp_path, fsync="no", options=("--appendonly", "no")) as server:
         async with opened(build(server.url)):
             assert "append-only" in caplog.text
-    finally:
-        server.kill()
 
 
-async def test_a_full_server_is_waited_for(build, server):
-    with redis.Redis.from_url(server.url) as admin:
-        async with opened(build(server.url)) as ledger:
+async def test_a_full_server_is_waited_for(build, own_redis):
+    with redis.Redis.from_url(own_redis.url) as admin:
+        async with opened(build(own_redis.url)) as ledger:
             admin.config_set("maxmemory", 1)
             recording = asyncio.create_task(ledger.record_response(KEY, RESPONSE, seconds=1))
             await asyncio.sleep(0.2)
@@ -419,9 +395,9 @@ async def test_a_full_server_is_waited_for(build, server):
             assert (await ledger.find(KEY)).response == RAW
 
 
-async def test_a_server_that_became_a_replica_is_waited_for(build, server):
-    with redis.Redis.from_url(server.url) as admin:
-        async with opened(build(server.url)) as ledger:
+async def test_a_server_that_became_a_replica_is_waited_for(build, own_redis):
+    with redis.Redis.from_url(own_redis.url) as admin:
+        async with opened(build(own_redis.url)) as ledger:
             admin.replicaof("127.0.0.1", 1)
             recording = asyncio.create_task(ledger.record_response(KEY, RESPONSE, seconds=1))
             claiming = asyncio.create_task(ledger.claim(Captioning(URLS[1]).key))
@@ -480,27 +456,27 @@ async def test_a_server_out_of_reach_is_an_error(build, monkeypatch):
             await build("redis://127.0.0.1:1/0", patience=0.3).open(**OWNER)
 
 
-async def test_lost_scripts_are_loaded_again(build, shared):
+async def test_lost_scripts_are_loaded_again(build, shared_redis):
     async with opened(build()) as ledger:
-        with redis.Redis.from_url(shared.url) as admin:
+        with redis.Redis.from_url(shared_redis.url) as admin:
             admin.script_flush()
         assert await ledger.claim(KEY) == Claim()
 
 
-async def test_strange_values_are_an_error_and_left_alone(build, shared, namespace):
+async def test_strange_values_are_an_error_and_left_alone(build, shared_redis, namespace):
     async with opened(build()) as ledger:
         name = f"{namespace}:key:".encode() + bytes.fromhex(KEY)
         for value in (b"junk", b"A|0||1|\x09junk", b"A|0||x|"):
-            with redis.Redis.from_url(shared.url) as admin:
+            with redis.Redis.from_url(shared_redis.url) as admin:
                 admin.set(name, value)
             with pytest.raises(LedgerError, match="cannot be read"):
                 await ledger.find(KEY)
 
 
-async def test_records_expire_if_asked(build, shared, namespace):
+async def test_records_expire_if_asked(build, shared_redis, namespace):
     async with opened(build(keep=60)) as ledger:
         await ledger.record_response(KEY, RESPONSE, seconds=1)
-    with redis.Redis.from_url(shared.url) as admin:
+    with redis.Redis.from_url(shared_redis.url) as admin:
         assert 50 < admin.ttl(f"{namespace}:key:".encode() + bytes.fromhex(KEY)) <= 60
 
 
@@ -576,8 +552,7 @@ def test_invalid_arguments_are_refused_without_the_password(build, options):
 async def test_a_password_works_and_a_wrong_one_is_reported(build, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.DEBUG)
     monkeypatch.setattr(ledgers, "OPEN_PATIENCE", 1000.0)
-    server = start_redis(tmp_path, fsync="no", options=("--requirepass", "hunter2"))
-    try:
+    with run_redis(tmp_path, fsync="no", options=("--requirepass", "hunter2")) as server:
         url = server.url.replace("//", "//:hunter2@")
         async with opened(build(url)) as ledger:
             assert await ledger.claim(KEY) == Claim()
@@ -587,8 +562,6 @@ async def test_a_password_works_and_a_wrong_one_is_reported(build, tmp_path, mon
                 with pytest.raises(LedgerError, match="credentials") as caught:
                     await build(wrong).open(**OWNER)
             assert "hunter" not in str(caught.value)
-    finally:
-        server.kill()
     assert "hunter2" not in caplog.text
 
 

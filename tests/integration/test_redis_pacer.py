@@ -5,24 +5,18 @@ import pickle
 import time
 
 import pytest
-from notification_support import start_redis
 
 from cloudinary_analyze import Captioning, ConfigurationError
 from cloudinary_analyze.pacing import RedisPacer
 from tests.scripted import CAPTION, ScriptedServer, until
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    server = start_redis(tmp_path_factory.mktemp("redis"), fsync="no")
-    yield server
-    server.kill()
-
-
 @pytest.fixture
-def build(shared, request):
+def build(shared_redis, request):
     def build(url=None, **options):
-        return RedisPacer(url or shared.url, **{"name": request.node.name, "rate": 100, **options})
+        return RedisPacer(
+            url or shared_redis.url, **{"name": request.node.name, "rate": 100, **options}
+        )
 
     return build
 
@@ -37,15 +31,15 @@ async def take(pacer, count):
     return await asyncio.gather(*(wait() for _ in range(count)))
 
 
-def count_commands(shared):
+def count_commands(shared_redis):
     import redis
 
-    with redis.Redis.from_url(shared.url) as client:
+    with redis.Redis.from_url(shared_redis.url) as client:
         return client.info("commandstats").get("cmdstat_evalsha", {"calls": 0})["calls"]
 
 
-async def test_pacers_of_a_name_share_one_even_rate(build, shared):
-    before = count_commands(shared)
+async def test_pacers_of_a_name_share_one_even_rate(build, shared_redis):
+    before = count_commands(shared_redis)
     async with build() as one, build() as other:
         await asyncio.gather(one.acquire(), other.acquire())  # connected from now on
         begun = time.monotonic()
@@ -54,7 +48,7 @@ async def test_pacers_of_a_name_share_one_even_rate(build, shared):
         assert 0.78 < last < 20
         # a process that reserves does not hold the others up
         assert max(map(min, taken)) - begun < last / 2
-    assert count_commands(shared) - before <= 0.3 * 80
+    assert count_commands(shared_redis) - before <= 0.3 * 80
 
 
 async def until_reserved(*pacers):
@@ -87,18 +81,18 @@ async def test_a_burst_may_start_at_once_after_a_quiet_time(build, clock):
         await following
 
 
-async def test_a_cancelled_wait_leaves_its_start_to_the_next(build, shared, clock):
+async def test_a_cancelled_wait_leaves_its_start_to_the_next(build, shared_redis, clock):
     async with build(rate=0.02, clock=clock) as pacer:
         await pacer.acquire()
         waiting = asyncio.create_task(pacer.acquire())
         await until_reserved(pacer)
-        reserved = count_commands(shared)
+        reserved = count_commands(shared_redis)
         waiting.cancel()
         await asyncio.wait([waiting])
         following = asyncio.create_task(pacer.acquire())
         await clock.advance(50)
         await following
-        assert count_commands(shared) == reserved
+        assert count_commands(shared_redis) == reserved
 
 
 async def test_unused_starts_are_not_saved_up(build):
@@ -114,29 +108,23 @@ async def test_unused_starts_are_not_saved_up(build):
         assert time.monotonic() - begun > 0.1
 
 
-async def test_it_waits_for_redis_and_then_raises(build, tmp_path):
-    server = start_redis(tmp_path)
-    try:
-        async with build(server.url, patience=60) as pacer:
-            await pacer.acquire()
-            server.kill()
-            waiting = asyncio.create_task(pacer.acquire())
-            await asyncio.sleep(0.3)
-            assert not waiting.done()
-            server.start()
-            await waiting
-        async with build(server.url, patience=0.2) as pacer:
-            await pacer.acquire()
-            server.kill()
-            results = await asyncio.gather(
-                *(pacer.acquire() for _ in range(3)), return_exceptions=True
-            )
-            assert all(isinstance(result, ConnectionError) for result in results)
-            assert "was not available" in str(results[0])
-            server.start()
-            await pacer.acquire()
-    finally:
-        server.kill()
+async def test_it_waits_for_redis_and_then_raises(build, own_redis):
+    async with build(own_redis.url, patience=60) as pacer:
+        await pacer.acquire()
+        own_redis.kill()
+        waiting = asyncio.create_task(pacer.acquire())
+        await asyncio.sleep(0.3)
+        assert not waiting.done()
+        own_redis.start()
+        await waiting
+    async with build(own_redis.url, patience=0.2) as pacer:
+        await pacer.acquire()
+        own_redis.kill()
+        results = await asyncio.gather(*(pacer.acquire() for _ in range(3)), return_exceptions=True)
+        assert all(isinstance(result, ConnectionError) for result in results)
+        assert "was not available" in str(results[0])
+        own_redis.start()
+        await pacer.acquire()
 
 
 async def test_a_session_starts_at_its_rate(build):

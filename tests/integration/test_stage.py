@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import pytest
-from notification_support import start_redis
 
 from cloudinary_analyze import (
     Answered,
@@ -47,13 +46,6 @@ URLS = [f"https://example.com/{number}.jpg" for number in range(40)]
 SETTINGS = Settings(permits=8, backoff_first=0.01, backoff_max=0.02)
 
 
-@pytest.fixture(scope="module")
-def redis_server(tmp_path_factory):
-    server = start_redis(tmp_path_factory.mktemp("redis"), fsync="no")
-    yield server
-    server.kill()
-
-
 @pytest.fixture(autouse=True)
 def _closed(monkeypatch):
     monkeypatch.setattr(ledger_room, "QUIET", 0.1)
@@ -62,9 +54,9 @@ def _closed(monkeypatch):
 
 
 @pytest.fixture
-def build_ledger(redis_server, request):
+def build_ledger(shared_redis, request):
     def build_ledger(**options):
-        return RedisLedger(redis_server.url, namespace=f"test:{request.node.name}", **options)
+        return RedisLedger(shared_redis.url, namespace=f"test:{request.node.name}", **options)
 
     return build_ledger
 
@@ -248,8 +240,8 @@ def test_a_stage_inside_a_stage_is_an_error_and_no_hang(emulate):
 # pickling
 
 
-def test_it_pickles_without_secrets(build_ledger, redis_server):
-    url = redis_server.url.replace("//", "//:hunter2@")
+def test_it_pickles_without_secrets(build_ledger, shared_redis):
+    url = shared_redis.url.replace("//", "//:hunter2@")
     stage = AnalyzeStage(
         Captioning,
         settings=SETTINGS,

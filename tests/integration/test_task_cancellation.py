@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from scripted import ScriptedServer, Suspensions, answer, busy, until
 from task_support import (
+    Service,
     build_result,
     connected,
     count_scheduled,
@@ -223,7 +224,7 @@ class TestListening:
         for n in range(1, 12):
             closed.clear()
             suspensions = Suspensions(n, late=late)
-            async with resolving(clock, source=Source()) as (_, tracker):
+            async with resolving(Service(clock), source=Source()) as tracker:
                 await submit(tracker)
                 listening = asyncio.create_task(suspensions.drive(tracker.listener._listen()))
                 await asyncio.wait([listening], timeout=30)

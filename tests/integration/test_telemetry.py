@@ -14,7 +14,6 @@ from notification_support import (
     CREDENTIALS,
     build_delivery,
     serve_asgi,
-    start_redis,
 )
 from scripted import CAPTION, URL, ScriptedServer, answer, hang_up, one_after_the_other, until
 from task_support import connected, quick
@@ -375,27 +374,20 @@ def test_tasks_without_an_answer_are_forgotten(
     assert len(exported.named("task analysis")) == 3
 
 
-@pytest.fixture(scope="module")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    server = start_redis(tmp_path_factory.mktemp("redis"))
-    yield server
-    server.kill()
-
-
 @contextlib.asynccontextmanager
-async def open_mailboxes(redis: Any, namespace: str) -> AsyncIterator[RedisNotifications]:
-    async with RedisNotifications(redis.url, namespace=namespace) as notifications:
+async def open_mailboxes(shared_redis: Any, namespace: str) -> AsyncIterator[RedisNotifications]:
+    async with RedisNotifications(shared_redis.url, namespace=namespace) as notifications:
         yield notifications
 
 
 @contextlib.asynccontextmanager
 async def submit_in_a_and_receive_at_b(
-    redis: Any, namespace: str, at_a: Exported, at_b: Exported
+    shared_redis: Any, namespace: str, at_a: Exported, at_b: Exported
 ) -> AsyncIterator[AnalyzeSession]:
     """Open a session in worker A. Its notifications arrive at worker B, and both are instrumented."""
     async with (
-        open_mailboxes(redis, namespace) as mailboxes_a,
-        open_mailboxes(redis, namespace) as mailboxes_b,
+        open_mailboxes(shared_redis, namespace) as mailboxes_a,
+        open_mailboxes(shared_redis, namespace) as mailboxes_b,
         serve_asgi(WebhookReceiver(mailboxes_b, CREDENTIALS)) as origin,
         Emulator(task_seconds=0.2) as emulator,
         AnalyzeSession(
@@ -412,11 +404,11 @@ async def submit_in_a_and_receive_at_b(
 
 
 async def test_submit_in_a_and_webhook_at_b_are_one_trace(
-    redis: Any, exported: Exported, request: pytest.FixtureRequest
+    shared_redis: Any, exported: Exported, request: pytest.FixtureRequest
 ) -> None:
     """Worker A submits, worker B receives the webhook, A answers: one trace over two exporters."""
     at_a, at_b, namespace = exported, Exported(), request.node.name
-    async with submit_in_a_and_receive_at_b(redis, namespace, at_a, at_b) as session:
+    async with submit_in_a_and_receive_at_b(shared_redis, namespace, at_a, at_b) as session:
         response = await session.submit(Captioning(PLANTED), timeout=60)
         assert response.analysis.caption
     submission = at_a.only("analyze captioning")
@@ -448,7 +440,7 @@ async def test_submit_in_a_and_webhook_at_b_are_one_trace(
     ids=["two", "none", "too long"],
 )
 async def test_tracestate_is_carried_with_the_trace(
-    redis: Any,
+    shared_redis: Any,
     exported: Exported,
     request: pytest.FixtureRequest,
     state: str,
@@ -458,7 +450,7 @@ async def test_tracestate_is_carried_with_the_trace(
     at_b, namespace = Exported(), f"state-{len(state)}"
     parent = f"00-{'1' * 32}-{'2' * 16}-01"
     outer = TraceContextTextMapPropagator().extract({"traceparent": parent, "tracestate": state})
-    async with submit_in_a_and_receive_at_b(redis, namespace, exported, at_b) as session:
+    async with submit_in_a_and_receive_at_b(shared_redis, namespace, exported, at_b) as session:
         token = attach(outer)
         try:
             await session.submit(Captioning(URL), timeout=60)
@@ -482,14 +474,14 @@ def test_any_carried_context_is_read(text: str) -> None:
 
 
 async def test_a_third_worker_links_to_the_submission(
-    redis: Any, exported: Exported, request: pytest.FixtureRequest
+    shared_redis: Any, exported: Exported, request: pytest.FixtureRequest
 ) -> None:
     """A submits and goes away, B receives, C attaches by the task's id and gets the result."""
     at_c, namespace = Exported(), request.node.name
     async with Emulator(task_seconds=3600) as emulator:
         credentials = Credentials.from_url(emulator.cloudinary_url)
         async with (
-            open_mailboxes(redis, namespace) as mailboxes,
+            open_mailboxes(shared_redis, namespace) as mailboxes,
             AnalyzeSession(credentials, notifications=mailboxes) as session,
         ):
             exported.instrument(session)
@@ -498,10 +490,10 @@ async def test_a_third_worker_links_to_the_submission(
             assert task_id
             handle.abandon()
             await until(lambda: mailboxes._writer is not None and mailboxes._writer.done())
-        async with open_mailboxes(redis, namespace) as mailboxes:  # not instrumented
+        async with open_mailboxes(shared_redis, namespace) as mailboxes:  # not instrumented
             await mailboxes.put(build_delivery(task_id))
         async with (
-            open_mailboxes(redis, namespace) as mailboxes,
+            open_mailboxes(shared_redis, namespace) as mailboxes,
             AnalyzeSession(credentials, notifications=mailboxes) as session,
         ):
             at_c.instrument(session)
@@ -518,11 +510,11 @@ async def test_a_third_worker_links_to_the_submission(
 
 @pytest.mark.parametrize("stored", [None, b"garbage", b"\xff\xfe", b"00-0-0-00", "a list"])
 async def test_a_task_without_a_usable_trace_is_answered(
-    redis: Any, exported: Exported, stored: Any, request: pytest.FixtureRequest
+    shared_redis: Any, exported: Exported, stored: Any, request: pytest.FixtureRequest
 ) -> None:
     namespace = request.node.name
     async with (
-        open_mailboxes(redis, namespace) as mailboxes,
+        open_mailboxes(shared_redis, namespace) as mailboxes,
         Emulator(task_seconds=3600) as emulator,
         AnalyzeSession(
             Credentials.from_url(emulator.cloudinary_url), notifications=mailboxes
@@ -545,9 +537,9 @@ async def test_a_task_without_a_usable_trace_is_answered(
 
 
 async def test_a_receipt_is_a_child_of_the_request_where_no_trace_is_known(
-    redis: Any, exported: Exported, request: pytest.FixtureRequest
+    shared_redis: Any, exported: Exported, request: pytest.FixtureRequest
 ) -> None:
-    async with open_mailboxes(redis, request.node.name) as mailboxes:
+    async with open_mailboxes(shared_redis, request.node.name) as mailboxes:
         exported.instrument(mailboxes)
         with exported.tracer_provider.get_tracer("test").start_as_current_span("POST /hook"):
             await mailboxes.put(build_delivery("t1"))
@@ -555,13 +547,13 @@ async def test_a_receipt_is_a_child_of_the_request_where_no_trace_is_known(
 
 
 async def test_a_sampling_decision_is_kept(
-    redis: Any, exported: Exported, request: pytest.FixtureRequest
+    shared_redis: Any, exported: Exported, request: pytest.FixtureRequest
 ) -> None:
     """What A does not sample, B does not export."""
     silent = TracerProvider(sampler=ALWAYS_OFF)
     async with (
-        open_mailboxes(redis, request.node.name) as mailboxes_a,
-        open_mailboxes(redis, request.node.name) as mailboxes_b,
+        open_mailboxes(shared_redis, request.node.name) as mailboxes_a,
+        open_mailboxes(shared_redis, request.node.name) as mailboxes_b,
         Emulator(task_seconds=3600) as emulator,
         AnalyzeSession(
             Credentials.from_url(emulator.cloudinary_url), notifications=mailboxes_a
@@ -578,13 +570,12 @@ async def test_a_sampling_decision_is_kept(
 
 
 async def test_a_broken_store_is_an_error_of_the_receipt(
-    exported: Exported, tmp_path: Path
+    exported: Exported, own_redis: Any
 ) -> None:
-    server = start_redis(tmp_path)
-    async with open_mailboxes(server, "x") as mailboxes:
+    async with open_mailboxes(own_redis, "x") as mailboxes:
         exported.instrument(mailboxes)
         await mailboxes.put(build_delivery("t1"))
-        server.kill()
+        own_redis.kill()
         with pytest.raises(Exception, match="onnect"):
             await mailboxes.put(build_delivery("t2"))
     good, bad = exported.named("receive notification")

@@ -110,7 +110,7 @@ class TestRefused:
     )
     async def test_verdict(self, clock, delivery, verdict):
         source = Recorder()
-        async with resolving(clock, source=source) as (_, tracker):
+        async with resolving(Service(clock), source=source) as tracker:
             wait = await submit(tracker)
             source.send(delivery)
             await settled()
@@ -128,7 +128,7 @@ class TestRefused:
     async def test_no_secret_is_logged(self, clock, caplog):
         caplog.set_level("DEBUG")
         source = Recorder()
-        async with resolving(clock, source=source) as _:
+        async with resolving(Service(clock), source=source):
             for delivery in (sign(b"garbage"), sign(b"{}", secret="x"), sign(b"{}", at=0)):
                 source.send(delivery)
             await settled()
@@ -139,7 +139,7 @@ class TestRefused:
 class TestAcknowledge:
     async def test_only_deliveries_that_answer_are_acknowledged(self, clock):
         source = Recorder()
-        async with resolving(clock, source=source) as (_, tracker):
+        async with resolving(Service(clock), source=source) as tracker:
             await submit(tracker)
             result, again = sign(build_result("t1")), sign(build_result("t1"))
             foreign = sign(build_result("someone-elses"))
@@ -152,7 +152,7 @@ class TestAcknowledge:
     async def test_a_failed_acknowledgement_stops_no_listener(self, clock, caplog):
         source = Recorder()
         source.acknowledge = lambda _: 1 / 0
-        async with resolving(clock, source=source) as (_, tracker):
+        async with resolving(Service(clock), source=source) as tracker:
             waits = [await submit(tracker) for _ in range(3)]
             for wait in waits:
                 source.send(sign(build_result(wait.entry.task_id)))
@@ -167,7 +167,7 @@ class TestReceipt:
 
     async def test_one_that_was_stored_for_hours_is_fresh(self, clock):
         source = Recorder()
-        async with resolving(clock, source=source) as (_, tracker):
+        async with resolving(Service(clock), source=source) as tracker:
             wait = await submit(tracker)
             stored = NOW - 1000 * HOUR
             source.send(sign(build_result("t1"), at=stored, received_at=stored + 60))
@@ -176,7 +176,7 @@ class TestReceipt:
 
     async def test_one_that_was_old_when_received_stays_stale(self, clock):
         source = Recorder()
-        async with resolving(clock, source=source) as (_, tracker):
+        async with resolving(Service(clock), source=source) as tracker:
             await submit(tracker)
             source.send(sign(build_result("t1"), at=NOW - 3 * HOUR, received_at=NOW))
             await settled()
@@ -184,7 +184,7 @@ class TestReceipt:
 
     async def test_without_a_receipt_only_the_digest_counts(self, clock):
         source = Recorder()
-        async with resolving(clock, source=source) as (_, tracker):
+        async with resolving(Service(clock), source=source) as tracker:
             wait = await submit(tracker)
             source.send(sign(build_result("t1"), at=1, received_at=None, secret="another"))
             await settled()
@@ -198,7 +198,7 @@ class TestGrace:
     async def test_a_failed_tasks_reason_arrives_within_the_grace(self, clock):
         source = Recorder()
         service = Service(clock, state=lambda _: "failed")
-        async with resolving(clock, source=source, service=service) as (_, tracker):
+        async with resolving(service, source=source) as tracker:
             wait = await submit(tracker)
             await clock.advance(7)
             assert wait.entry.status == "failed"
@@ -211,7 +211,7 @@ class TestGrace:
     async def test_a_completed_result_arrives_within_the_grace(self, clock):
         source = Recorder()
         service = Service(clock, state=lambda _: "completed")
-        async with resolving(clock, source=source, service=service) as (_, tracker):
+        async with resolving(service, source=source) as tracker:
             wait = await submit(tracker)
             await clock.advance(1100)
             source.send(sign(build_result("t1")))
@@ -226,7 +226,7 @@ class TestYield:
         body = build_result("t0", "a cat " * 30_000)
         for index in range(100):
             source.send(sign(body.replace(b"t0", b"t%d" % index)))
-        async with resolving(clock, source=source, parked_bytes=100 * 2**20):
+        async with resolving(Service(clock), source=source, parked_bytes=100 * 2**20):
             longest, left = 0.0, source.queue.qsize()
             while left:
                 begun = time.thread_time()
@@ -239,7 +239,8 @@ class TestYield:
 class TestSourceEnds:
     async def test_pending_tasks_fail_with_the_cause(self, clock):
         over = asyncio.Event()
-        async with resolving(clock, source=Brittle(over)) as (service, tracker):
+        service = Service(clock)
+        async with resolving(service, source=Brittle(over)) as tracker:
             waits = [await submit(tracker) for _ in range(3)]
             over.set()
             await settled()
@@ -262,7 +263,7 @@ class TestSourceEnds:
     @pytest.mark.parametrize("immediate", [True, False])
     async def test_a_queue_that_was_shut_down_has_ended(self, clock, immediate):
         source = QueueSource(asyncio.Queue())
-        async with resolving(clock, source=source) as (_, tracker):
+        async with resolving(Service(clock), source=source) as tracker:
             waits = [await submit(tracker) for _ in range(2)]
             source.queue.put_nowait(sign(build_result("t1")))
             source.queue.shutdown(immediate=immediate)
@@ -275,7 +276,7 @@ class TestSourceEnds:
 class TestSourceFails:
     async def test_a_failed_source_is_resumed_with_backoff(self, clock, caplog):
         source = Brittle(*[ConnectionError("gone")] * 10)
-        async with resolving(clock, source=source) as _:
+        async with resolving(Service(clock), source=source):
             begun_at = []
             for _ in range(200):
                 await clock.advance(0.5)
@@ -294,13 +295,13 @@ class TestSourceFails:
 
         source = Brittle()
         source.listen = once_then_break.__get__(source)
-        async with resolving(clock, source=source) as _:
+        async with resolving(Service(clock), source=source):
             await clock.advance(5)
             assert source.begun == [index / 2 for index in range(11)]
 
     async def test_a_source_that_cancels_itself_is_resumed(self, clock):
         source = Brittle(asyncio.CancelledError(), [sign(build_result("t1"))])
-        async with resolving(clock, source=source) as (_, tracker):
+        async with resolving(Service(clock), source=source) as tracker:
             wait = await submit(tracker)
             await clock.advance(1)
             assert wait.answer.body is not None
@@ -318,7 +319,7 @@ class TestSourceFails:
                 yield
 
         source = Breaking()
-        async with resolving(clock, source=source) as (_, tracker):
+        async with resolving(Service(clock), source=source) as tracker:
             waits = [await submit(tracker) for _ in range(5)]
             await settled()
             assert list(itertools.chain(*source.asked)) == [f"t{number}" for number in range(1, 6)]
@@ -338,14 +339,14 @@ class TestMemory:
         source = Mailbox()
         long_ago = NOW - 10 * HOUR
         source.kept["t7"] = sign(build_result("t7"), at=long_ago, received_at=long_ago)
-        async with resolving(clock, source=source) as (_, tracker):
+        async with resolving(Service(clock), source=source) as tracker:
             wait = attach(tracker, "t7")
             await settled()
             assert wait.answer.body is not None
 
     async def test_a_lost_wake_up_delays_a_result_by_30_s_at_most(self, clock):
         source = Mailbox()
-        async with resolving(clock, source=source) as (_, tracker):
+        async with resolving(Service(clock), source=source) as tracker:
             wait = await submit(tracker)
             await settled()
             source.kept["t1"] = sign(build_result("t1"))
@@ -358,7 +359,7 @@ class TestMemory:
         source = Mailbox()
         source.failures = [ConnectionError("gone"), asyncio.CancelledError()]
         source.kept["t1"] = sign(build_result("t1"))
-        async with resolving(clock, source=source) as (_, tracker):
+        async with resolving(Service(clock), source=source) as tracker:
             wait = await submit(tracker)
             await clock.advance(0.4)
             assert wait.answer is None
@@ -368,7 +369,7 @@ class TestMemory:
 
     async def test_thousands_are_fetched_in_batches(self, clock):
         source = Mailbox()
-        async with resolving(clock, source=source) as (_, tracker):
+        async with resolving(Service(clock), source=source) as tracker:
             for index in range(2 * FETCH_BATCH + 1):
                 attach(tracker, f"t{index}")
             await settled()
@@ -383,7 +384,7 @@ class TestMemory:
 
     async def test_a_requested_task_is_fetched_before_a_round_of_all(self, clock):
         source = Mailbox()
-        async with resolving(clock, source=source) as (_, tracker):
+        async with resolving(Service(clock), source=source) as tracker:
             for index in range(4 * FETCH_BATCH):
                 attach(tracker, f"t{index}")
             await settled()
@@ -395,7 +396,7 @@ class TestMemory:
             assert len(set(itertools.chain(*source.asked))) == 4 * FETCH_BATCH + 1
 
     async def test_a_round_of_100_000_begins_quickly(self, clock):
-        async with resolving(clock, source=Mailbox()) as (_, tracker):
+        async with resolving(Service(clock), source=Mailbox()) as tracker:
             tracker.table.pending.update({f"t{index}": None for index in range(100_000)})
             begun = time.thread_time()
             tracker.listener._ask_for_all()
@@ -404,7 +405,7 @@ class TestMemory:
 
     async def test_ids_without_a_waiting_handle_are_not_fetched(self, clock):
         source = Mailbox()
-        async with resolving(clock, source=source) as (_, tracker):
+        async with resolving(Service(clock), source=source) as tracker:
             waits = [attach(tracker, f"t{index}") for index in range(3)]
             tracker.abandon(waits[1])
             await settled()
@@ -413,7 +414,7 @@ class TestMemory:
     async def test_a_source_that_is_down_retains_no_made_up_ids(self, clock):
         source = Mailbox()
         source.failures = [ConnectionError("gone")] * 1000
-        async with resolving(clock, source=source) as (_, tracker):
+        async with resolving(Service(clock), source=source) as tracker:
             stays = attach(tracker, "stays")
             for index in range(20 * FETCH_BATCH):
                 tracker.abandon(attach(tracker, f"t{index}"))
@@ -436,7 +437,8 @@ class TestQuota:
     )
     async def test_the_limits_of_a_notification_are_in_the_quota(self, clock, fields):
         source = Recorder()
-        async with resolving(clock, source=source) as (service, tracker):
+        service = Service(clock)
+        async with resolving(service, source=source) as tracker:
             wait = await submit(tracker)
             source.send(sign(build_result("t1", **fields)))
             await settled()

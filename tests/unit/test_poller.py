@@ -57,9 +57,10 @@ class TestIntervals:
         assert compute_interval(900, Settings(poll_first=900), with_source=True) == 900
 
     async def test_are_jittered_within_a_fifth(self, clock):
+        service = Service(clock)
         async with resolving(
-            clock, source=None, poll_first=10, poll_longest=10, polls_per_second=100_000
-        ) as (service, tracker):
+            service, source=None, poll_first=10, poll_longest=10, polls_per_second=100_000
+        ) as tracker:
             for _ in range(100):
                 await submit(tracker)
             await clock.advance(12.1)
@@ -70,7 +71,8 @@ class TestIntervals:
 
 class TestPace:
     async def test_polls_keep_the_rate_and_start_with_the_oldest(self, clock):
-        async with resolving(clock, polls_per_second=20, poll_first=5) as (service, tracker):
+        service = Service(clock)
+        async with resolving(service, polls_per_second=20, poll_first=5) as tracker:
             request = Captioning("https://example.com/a.jpg")
             handles = [tracker.submit(request, as_task=True, deadline=None) for _ in range(3000)]
             while len(tracker.table.pending) < 3000:
@@ -87,8 +89,8 @@ class TestPace:
     async def test_no_more_than_the_permits_are_in_flight(self, clock):
         service = Service(clock, hold=asyncio.Event())
         async with resolving(
-            clock, service=service, poll_permits=3, polls_per_second=1000, poll_first=1
-        ) as (_, tracker):
+            service, poll_permits=3, polls_per_second=1000, poll_first=1
+        ) as tracker:
             for _ in range(20):
                 await submit(tracker)
             await clock.advance(10)
@@ -99,7 +101,8 @@ class TestPace:
             assert service.most_on_the_wire == 3
 
     async def test_a_task_due_later_delays_no_earlier_one(self, clock):
-        async with resolving(clock, poll_first=100) as (service, tracker):
+        service = Service(clock)
+        async with resolving(service, poll_first=100) as tracker:
             await submit(tracker)
             await clock.advance(1)  # now the poller sleeps until that task is due
             attach(tracker, "known-elsewhere")
@@ -108,7 +111,8 @@ class TestPace:
             assert service.when("t1") == []
 
     async def test_a_requested_poll_runs_before_the_backlog(self, clock):
-        async with resolving(clock, polls_per_second=20, poll_first=1) as (service, tracker):
+        service = Service(clock)
+        async with resolving(service, polls_per_second=20, poll_first=1) as tracker:
             waits = [await submit(tracker) for _ in range(1500)]
             await clock.advance(10)
             attach(tracker, "mine")
@@ -128,10 +132,7 @@ class TestPace:
             return NotFoundError("404", status=404) if "made" in task_id else "completed"
 
         service = Service(clock, state=report)
-        async with resolving(clock, service=service, polls_per_second=20, result_grace=100) as (
-            _,
-            tracker,
-        ):
+        async with resolving(service, polls_per_second=20, result_grace=100) as tracker:
             tasks = [await submit(tracker) for _ in range(20)]
             flood = [attach(tracker, f"made-up-{index}") for index in range(100_000)]
             assert sum(wait.answer is None for wait in flood) == MOST_UNCONFIRMED
@@ -154,9 +155,7 @@ class TestPace:
             return NotFoundError("404", status=404) if "made" in task_id else "pending"
 
         service = Service(clock, state=answer)
-        async with resolving(
-            clock, service=service, polls_per_second=20, poll_first=1, poll_longest=1
-        ) as (_, tracker):
+        async with resolving(service, polls_per_second=20, poll_first=1, poll_longest=1) as tracker:
             for _ in range(100):
                 await submit(tracker)
             for index in range(2000):
@@ -167,7 +166,8 @@ class TestPace:
             assert len(service.polls) >= 390
 
     async def test_an_answered_task_is_not_polled_again(self, clock):
-        async with resolving(clock, poll_first=1) as (service, tracker):
+        service = Service(clock)
+        async with resolving(service, poll_first=1) as tracker:
             await submit(tracker)
             await clock.advance(2)
             made = len(service.polls)
@@ -178,10 +178,7 @@ class TestPace:
 
     async def test_a_task_attached_during_a_poll_has_one_schedule(self, clock):
         service = Service(clock, hold=asyncio.Event())
-        async with resolving(clock, service=service, poll_first=10, poll_longest=10) as (
-            _,
-            tracker,
-        ):
+        async with resolving(service, poll_first=10, poll_longest=10) as tracker:
             wait = await submit(tracker)
             await clock.advance(12)
             tracker.abandon(wait)  # while the poll is in flight
@@ -195,7 +192,7 @@ class TestPace:
 class TestCompleted:
     async def test_with_a_source_the_task_waits_for_the_grace(self, clock):
         service = Service(clock, state=lambda _: "completed")
-        async with resolving(clock, service=service) as (_, tracker):
+        async with resolving(service) as tracker:
             wait = await submit(tracker, deadline=None)
             await clock.advance(6)
             assert wait.entry.status == "completed"
@@ -214,10 +211,7 @@ class TestCompleted:
     @pytest.mark.parametrize(("source", "grace"), [(None, 1200), (True, 0)])
     async def test_without_source_or_grace_it_fails_at_once(self, clock, source, grace):
         service = Service(clock, state=lambda _: "completed")
-        async with resolving(clock, service=service, source=source, result_grace=grace) as (
-            _,
-            tracker,
-        ):
+        async with resolving(service, source=source, result_grace=grace) as tracker:
             wait = await submit(tracker)
             await clock.advance(6)
             assert isinstance(wait.answer.error, ResultNotDeliveredError)
@@ -225,10 +219,7 @@ class TestCompleted:
 
     async def test_on_missing_result_analyze_calls_once(self, clock):
         service = Service(clock, state=lambda _: "completed", repeat=RESPONSE)
-        async with resolving(clock, service=service, source=None, on_missing_result="analyze") as (
-            _,
-            tracker,
-        ):
+        async with resolving(service, source=None, on_missing_result="analyze") as tracker:
             wait = await submit(tracker)
             await clock.advance(2)
             assert wait.answer.response is RESPONSE
@@ -246,10 +237,7 @@ class TestCompleted:
                 return answer
 
         service = Slow(clock, state=lambda _: "completed", repeat=RESPONSE)
-        async with resolving(clock, service=service, source=None, on_missing_result="analyze") as (
-            _,
-            tracker,
-        ):
+        async with resolving(service, source=None, on_missing_result="analyze") as tracker:
             wait = await submit(tracker)
             await clock.advance(2)
             tracker.abandon(wait)
@@ -263,10 +251,7 @@ class TestCompleted:
 
     async def test_the_error_of_the_repeated_call_fails_the_task(self, clock):
         service = Service(clock, state=lambda _: "completed", repeat=ServerError("broken"))
-        async with resolving(clock, service=service, source=None, on_missing_result="analyze") as (
-            _,
-            tracker,
-        ):
+        async with resolving(service, source=None, on_missing_result="analyze") as tracker:
             wait = await submit(tracker)
             await clock.advance(2)
             assert wait.answer.error is service.repeat
@@ -282,10 +267,7 @@ class TestCompleted:
                 return status
 
         service = Slow(clock, state=lambda _: "completed", repeat=RESPONSE)
-        async with resolving(clock, service=service, source=None, on_missing_result="analyze") as (
-            _,
-            tracker,
-        ):
+        async with resolving(service, source=None, on_missing_result="analyze") as tracker:
             wait = await submit(tracker)
             await clock.advance(2)
             assert asked.is_set()
@@ -300,10 +282,7 @@ class TestCompleted:
 
     async def test_attached_by_its_id_it_cannot_be_repeated(self, clock):
         service = Service(clock, state=lambda _: "completed", repeat=RESPONSE)
-        async with resolving(clock, service=service, source=None, on_missing_result="analyze") as (
-            _,
-            tracker,
-        ):
+        async with resolving(service, source=None, on_missing_result="analyze") as tracker:
             wait = attach(tracker, "t1")
             await clock.advance(2)
             assert isinstance(wait.answer.error, ResultNotDeliveredError)
@@ -320,7 +299,7 @@ class TestCompleted:
     async def test_an_analysis_in_the_status_is_used(self, clock, data):
         status = TaskStatus("t1", "completed", raw={"data": data})
         service = Service(clock, state=lambda _: status)
-        async with resolving(clock, service=service) as (_, tracker):
+        async with resolving(service) as tracker:
             wait = await submit(tracker)
             await clock.advance(6)
             assert wait.answer.by == "poll"
@@ -330,7 +309,7 @@ class TestCompleted:
 class TestFailed:
     async def test_the_notification_with_the_reason_has_its_grace(self, clock):
         service = Service(clock, state=lambda _: "failed")
-        async with resolving(clock, service=service) as (_, tracker):
+        async with resolving(service) as tracker:
             wait = await submit(tracker)
             await clock.advance(6)
             at = service.polls[0][0]
@@ -344,7 +323,7 @@ class TestFailed:
 
     async def test_without_a_source_it_fails_at_once(self, clock):
         service = Service(clock, state=lambda _: "failed")
-        async with resolving(clock, service=service, source=None) as (_, tracker):
+        async with resolving(service, source=None) as tracker:
             wait = await submit(tracker)
             await clock.advance(2)
             assert not wait.answer.error.cause_known
@@ -363,7 +342,7 @@ class TestPollsThatFail:
     @pytest.mark.parametrize("source", [True, None])
     async def test_failed_polls_are_repeated(self, clock, error, source):
         service = Service(clock, state=lambda _: error)
-        async with resolving(clock, service=service, source=source) as (_, tracker):
+        async with resolving(service, source=source) as tracker:
             wait = await submit(tracker)
             await clock.advance(3600)
             assert wait.answer is None
@@ -372,7 +351,7 @@ class TestPollsThatFail:
     @pytest.mark.parametrize("kind", [AuthenticationError, PermissionDeniedError])
     async def test_refused_they_pause_for_minutes_with_one_warning(self, clock, kind, caplog):
         service = Service(clock, state=lambda _: kind("no", status=403))
-        async with resolving(clock, service=service) as (_, tracker):
+        async with resolving(service) as tracker:
             waits = [await submit(tracker) for _ in range(50)]
             await clock.advance(60)
             waits.append(await submit(tracker))
@@ -392,7 +371,7 @@ class TestPollsThatFail:
         service = Service(clock, hold=asyncio.Event())
         service.state = lambda _: AuthenticationError("no", status=401)
         options = {"polls_per_second": 1000, "poll_first": 1, "poll_longest": 1}
-        async with resolving(clock, service=service, **options) as (_, tracker):
+        async with resolving(service, **options) as tracker:
             for _ in range(4):
                 await submit(tracker)
             await clock.advance(2)
@@ -407,7 +386,7 @@ class TestPollsThatFail:
     async def test_refused_without_a_source_they_fail_the_task(self, clock, kind):
         error = kind("no", status=403)
         service = Service(clock, state=lambda _: error)
-        async with resolving(clock, service=service, source=None) as (_, tracker):
+        async with resolving(service, source=None) as tracker:
             wait = await submit(tracker)
             await clock.advance(2)
             assert wait.answer.error is error
@@ -415,9 +394,7 @@ class TestPollsThatFail:
     async def test_not_found_counts_only_after_a_minute_and_twice(self, clock):
         error = NotFoundError("unknown", status=404)
         service = Service(clock, state=lambda _: error)
-        async with resolving(
-            clock, service=service, source=None, poll_first=10, poll_longest=10
-        ) as (_, tracker):
+        async with resolving(service, source=None, poll_first=10, poll_longest=10) as tracker:
             wait = await submit(tracker)
             while wait.answer is None:
                 assert wait.entry.misses == sum(at >= 60 for at in service.when()) < 2
@@ -431,9 +408,7 @@ class TestPollsThatFail:
     async def test_a_status_between_two_not_founds_resets_the_count(self, clock):
         answers = iter([NotFoundError("unknown", status=404), "pending"] * 20)
         service = Service(clock, state=lambda _: next(answers))
-        async with resolving(
-            clock, service=service, source=None, poll_first=100, poll_longest=100
-        ) as (_, tracker):
+        async with resolving(service, source=None, poll_first=100, poll_longest=100) as tracker:
             wait = await submit(tracker)
             await clock.advance(1000)
             assert len(service.polls) > 6
@@ -441,7 +416,7 @@ class TestPollsThatFail:
 
     async def test_not_found_never_fails_a_task_with_a_source(self, clock):
         service = Service(clock, state=lambda _: NotFoundError("unknown", status=404))
-        async with resolving(clock, service=service) as (_, tracker):
+        async with resolving(service) as tracker:
             wait = await submit(tracker)
             await clock.advance(20_000)
             assert wait.entry.misses > 2
@@ -449,7 +424,7 @@ class TestPollsThatFail:
 
     async def test_an_unknown_state_warns_once_and_counts_as_running(self, clock, caplog):
         service = Service(clock, state=lambda _: "queued_for_gpu")
-        async with resolving(clock, service=service, source=None) as (_, tracker):
+        async with resolving(service, source=None) as tracker:
             waits = [await submit(tracker) for _ in range(3)]
             await clock.advance(100)
             assert all(wait.entry.status == "queued_for_gpu" for wait in waits)
@@ -460,7 +435,8 @@ class TestPollsThatFail:
 
 class TestTimeouts:
     async def test_end_the_handle_alone_and_its_polls(self, clock):
-        async with resolving(clock) as (service, tracker):
+        service = Service(clock)
+        async with resolving(service) as tracker:
             wait = await submit(tracker, deadline=100)
             await clock.advance(100)
             assert isinstance(wait.answer.error, TaskTimeoutError)
