@@ -1,17 +1,16 @@
-"""Helpers for tests with many local workers: an emulator on a thread, and the workers' functions."""
+"""Helpers for tests with many local workers: an emulator, and the workers' functions."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import multiprocessing
 import os
-import threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
 from cloudinary_analyze.emulator import Emulator
 from cloudinary_analyze.stage import close_sessions, outcome_columns, worker_stats
+from cloudinary_analyze.testing import run_emulator
 
 # The fork server imports everything once, and its children inherit no thread. Children get the
 # environment of the server, which may be that of an earlier test.
@@ -24,40 +23,9 @@ def build_urls(count):
 
 
 @contextlib.contextmanager
-def serve_on_thread(service):
-    """Run an async context manager on the event loop of another thread."""
-    ready, stop, failures = threading.Event(), threading.Event(), []
-
-    async def serve():
-        async with service:
-            ready.set()
-            while not stop.is_set():
-                await asyncio.sleep(0.01)
-
-    def run():
-        try:
-            asyncio.run(serve())
-        except BaseException as error:
-            failures.append(error)
-        finally:
-            ready.set()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        assert ready.wait(30)
-        assert not failures
-        yield service
-    finally:
-        stop.set()
-        thread.join()
-    assert not failures
-
-
-@contextlib.contextmanager
 def emulate_in_environment(monkeypatch, **options):
     """Run an emulator with its address in ``CLOUDINARY_URL``; close its sessions at the end."""
-    with serve_on_thread(Emulator(**options)) as emulator:
+    with run_emulator(Emulator(**options)) as emulator:
         monkeypatch.setenv("CLOUDINARY_URL", emulator.cloudinary_url)
         try:
             yield emulator

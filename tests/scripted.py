@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import threading
 import time
 import types
 import weakref
-from collections.abc import Awaitable, Callable, Generator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,6 +42,25 @@ class Seen:
         return json.loads(self.body)
 
 
+@contextlib.asynccontextmanager
+async def serve_aiohttp(handler: Any, **site: Any) -> AsyncIterator[str]:
+    """Serve every request with a handler of aiohttp, and yield the URL without a path.
+
+    Args:
+        handler: Its own exceptions become a 500.
+        site: Options of `web.TCPSite`, such as the port.
+    """
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", handler)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", **{"port": 0, **site}).start()
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
 @attrs.define(eq=False)
 class ScriptedServer:
     """Answers with one handler, and records the requests."""
@@ -49,7 +70,7 @@ class ScriptedServer:
     in_flight: int = 0
     most_in_flight: int = 0
     url: str = ""
-    _runner: Any = None
+    _serving: Any = None
 
     @property
     def cloudinary_url(self) -> str:
@@ -57,16 +78,12 @@ class ScriptedServer:
         return f"cloudinary://{KEY}:{SECRET}@demo?upload_prefix={self.url}"
 
     async def __aenter__(self) -> Self:
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", self._answer)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        self._serving = serve_aiohttp(self._answer)
+        self.url = await self._serving.__aenter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._runner.cleanup()
+        await self._serving.__aexit__(None, None, None)
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
@@ -276,6 +293,25 @@ async def step_through(
             continue  # the last cancel came when there was nothing left to cancel
         await until(idle)
     raise AssertionError("the coroutine never completed")
+
+
+@contextlib.contextmanager
+def serve_on_thread(service: Any) -> Iterator[Any]:
+    """Enter an async context manager on an event loop in another thread, and yield its value."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        value = asyncio.run_coroutine_threadsafe(service.__aenter__(), loop).result()
+        try:
+            yield value
+        finally:
+            leaving = service.__aexit__(None, None, None)
+            asyncio.run_coroutine_threadsafe(leaving, loop).result()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
 def requests_of(count: int, kind: Any) -> Iterable[Any]:

@@ -19,8 +19,9 @@ from typing import Any
 import aiohttp
 import attrs
 import pytest
-from aiohttp import abc, web
+from aiohttp import abc
 from notification_support import RedisServer, run_redis
+from scripted import serve_aiohttp
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -265,16 +266,9 @@ class Run:
             yield {}
             return
         async with RedisNotifications(self.redis.url) as notifications:
-            app = web.Application()
-            app.router.add_post("/hook", WebhookReceiver(notifications, self.credentials).handle)
-            runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-            await runner.setup()
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
-            try:
-                url = f"http://127.0.0.1:{runner.addresses[0][1]}/hook"
-                yield {"notifications": notifications, "notification_url": url}
-            finally:
-                await runner.cleanup()
+            receiver = WebhookReceiver(notifications, self.credentials)
+            async with serve_aiohttp(receiver.handle) as url:
+                yield {"notifications": notifications, "notification_url": f"{url}/hook"}
 
     def open_ledger(self) -> Any:
         if self.mode == "call":

@@ -14,10 +14,9 @@ from machines_support import (
     count_statuses,
     emulate_in_environment,
     open_pool,
-    serve_on_thread,
     split,
 )
-from ports import reserve_port
+from scripted import CAPTION, ScriptedServer, serve_aiohttp, serve_on_thread
 
 from cloudinary_analyze import Captioning, Credentials, Settings
 from cloudinary_analyze.ledger.redis import RedisLedger
@@ -25,7 +24,6 @@ from cloudinary_analyze.notifications.aiohttp import WebhookReceiver
 from cloudinary_analyze.notifications.redis import RedisNotifications
 from cloudinary_analyze.pacing import RedisPacer
 from cloudinary_analyze.stage import AnalyzeStage
-from tests.scripted import CAPTION, ScriptedServer
 
 pytestmark = pytest.mark.slow
 
@@ -33,39 +31,25 @@ PERMITS = 16
 LIMIT = 150  # per second
 
 
-@attrs.define(eq=False, slots=False)
-class Receiver:
-    """The only webhook receiver. It stores webhooks in Redis for the worker that waits."""
-
-    redis_url: str
-    credentials: Credentials
-    port: int = attrs.field(factory=reserve_port)
-
-    async def __aenter__(self):
-        self.notifications = RedisNotifications(self.redis_url)
-        app = web.Application()
-        app.router.add_post("/hook", WebhookReceiver(self.notifications, self.credentials).handle)
-        self.runner = web.AppRunner(app, access_log=None)
-        await self.runner.setup()
-        await web.TCPSite(self.runner, "127.0.0.1", self.port).start()
-        return self
-
-    async def __aexit__(self, *_):
-        await self.runner.cleanup()
-        await self.notifications.aclose()
+@contextlib.asynccontextmanager
+async def receive(redis_url, credentials):
+    """Run the only webhook receiver. It stores webhooks in Redis for the worker that waits."""
+    async with RedisNotifications(redis_url) as notifications:
+        async with serve_aiohttp(WebhookReceiver(notifications, credentials).handle) as url:
+            yield f"{url}/hook"
 
 
 def test_tasks_of_a_killed_worker_are_taken_over(monkeypatch, own_redis):
     urls = build_urls(600)
     with emulate_in_environment(monkeypatch, task_seconds=3, latency=0.05) as emulator:
         credentials = Credentials.from_url(emulator.cloudinary_url)
-        with serve_on_thread(Receiver(own_redis.url, credentials)) as receiver:
+        with serve_on_thread(receive(own_redis.url, credentials)) as hook:
             stage = AnalyzeStage(
                 Captioning,
                 settings=Settings(permits=PERMITS),
                 ledger=RedisLedger(own_redis.url, lease=2.0),
                 notifications=RedisNotifications(own_redis.url),
-                notification_url=f"http://127.0.0.1:{receiver.port}/hook",
+                notification_url=hook,
                 mode="task",
                 credentials=credentials,
                 pickle_credentials=True,

@@ -20,16 +20,16 @@ import math
 import pickle
 import socket
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import attrs
-from scripted import KEY, SECRET
+from notification_support import serve_asgi
+from scripted import KEY, SECRET, serve_on_thread
 
 from cloudinary_analyze import (
     MODELS,
@@ -316,54 +316,25 @@ class Watch(logging.Handler):
             self.errors.append(self.format(record))
 
 
-class LoopThread:
-    """An event loop in a thread, so that a harness can be a synchronous function."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        self.loop.set_exception_handler(self._note)
-        self.problems: list[str] = []
-        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
-        self._thread.start()
-
-    def _note(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        self.problems.append(repr(context))
-
-    def call(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(30)
-
-    def close(self) -> None:
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(10)
-        self.loop.close()
-
-
 @contextmanager
 def in_thread(
-    make: Callable[[], AbstractAsyncContextManager[Any]],
+    service: AbstractAsyncContextManager[Any],
 ) -> Iterator[tuple[Any, Callable[[], None]]]:
     """Enter an async context manager in a thread; yield its value and a check for stray errors."""
-    thread, watch = LoopThread(), Watch()
+    watch = Watch()
     names = ("asyncio", "aiohttp.server", "aiohttp.web", "uvicorn.error", "cloudinary_analyze")
-    for name in names:
-        logging.getLogger(name).addHandler(watch)
-
-    async def enter() -> tuple[Any, Any]:
-        manager = make()
-        return manager, await manager.__aenter__()
 
     def check() -> None:
-        problems = thread.problems + watch.errors
-        assert not problems, problems[:3]
+        assert not watch.errors, watch.errors[:3]
 
-    manager, value = thread.call(enter())
+    for name in names:
+        logging.getLogger(name).addHandler(watch)
     try:
-        yield value, check
+        with serve_on_thread(service) as value:
+            yield value, check
     finally:
-        thread.call(manager.__aexit__(None, None, None))
         for name in names:
             logging.getLogger(name).removeHandler(watch)
-        thread.close()
 
 
 def exchange(port: int, data: bytes, *, wait: float = 0.03) -> bytes:
@@ -411,17 +382,14 @@ def frame(data: bytes) -> bytes:
         now = str(int(time.time()))
         signature = compute_signature(body, now, SECRET)
         lines += [b"X-Cld-Timestamp: " + now.encode(), b"X-Cld-Signature: " + signature.encode()]
-    return b"\r\n".join(
-        [
-            b"POST /hooks HTTP/1.1",
-            b"Host: a",
-            b"Connection: close",
-            *lines,
-            b"Content-Length: %d" % len(body),
-            b"",
-            body,
-        ]
+    return build_message(
+        b"POST /hooks HTTP/1.1", b"Host: a", *lines, b"Connection: close", body=body
     )
+
+
+def build_message(*lines: bytes, body: bytes) -> bytes:
+    """Return a request or a response with a correct length."""
+    return b"\r\n".join([*lines, b"Content-Length: %d" % len(body), b"", body])
 
 
 RECEIVED = {200, 400, 401, 404, 405, 408, 411, 413, 414, 415, 417, 426, 431, 501, 100, 101}
@@ -450,28 +418,12 @@ class Sink:
         assert delivery.body
 
 
-@contextlib.asynccontextmanager
-async def run_uvicorn() -> Any:
-    import uvicorn
-
-    app = asgi_receiver.WebhookReceiver(Sink(), CREDENTIALS)
-    listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, loop="none")
-    server = uvicorn.Server(config)
-    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        server.should_exit = True
-        await serving
-        listener.close()
-
-
 @contextmanager
 def open_asgi() -> Iterator[Run]:
     """The ASGI receiver under uvicorn, over raw sockets."""
-    with in_thread(run_uvicorn) as (port, check):
-        yield check_receiver(port, check)
+    app = asgi_receiver.WebhookReceiver(Sink(), CREDENTIALS)
+    with in_thread(serve_asgi(app)) as (origin, check):
+        yield check_receiver(int(origin.rpartition(":")[2]), check)
 
 
 @contextmanager
@@ -483,7 +435,7 @@ def open_listen() -> Iterator[Run]:
     handle = _show_refusals(
         aiohttp_receiver.WebhookReceiver(Sink(), CREDENTIALS).handle, plan, console
     )
-    with in_thread(lambda: serve(handle, plan.host, plan.port)) as (origin, check):
+    with in_thread(serve(handle, plan.host, plan.port)) as (origin, check):
         run = check_receiver(int(origin.rpartition(":")[2]), check)
 
         def run_and_look(data: bytes) -> None:
@@ -532,7 +484,7 @@ async def run_session() -> Any:
 @contextmanager
 def open_response() -> Iterator[Run]:
     """Arbitrary bytes that a session receives as a response."""
-    with in_thread(run_session) as ((loop, session), check):
+    with in_thread(run_session()) as ((loop, session), check):
 
         def run(data: bytes) -> None:
             mode, number, rest = take(data, 3, len(REQUESTS))
@@ -541,19 +493,9 @@ def open_response() -> Iterator[Run]:
             if mode == 1:
                 body = gzip.compress(body, 1)
                 head += b"\nContent-Encoding: gzip"
-            Answering.answer = (
-                rest
-                if mode == 0
-                else b"\r\n".join(
-                    [
-                        b"HTTP/1.1 200 OK",
-                        *[line for line in head.split(b"\n") if line],
-                        b"Content-Length: %d" % len(body),
-                        b"",
-                        body,
-                    ]
-                )
-            )
+            lines = [line for line in head.split(b"\n") if line]
+            built = build_message(b"HTTP/1.1 200 OK", *lines, body=body)
+            Answering.answer = rest if mode == 0 else built
             with only(AnalyzeError):
                 work = asyncio.wait_for(session.analyze(request), PATIENCE)
                 response = asyncio.run_coroutine_threadsafe(work, loop).result(30)
@@ -751,7 +693,7 @@ def open_emulator() -> Iterator[Run]:
 
     emulator = Emulator(count_sources=False, on_delivery=bool)  # posts nothing anywhere
     paths = [*PATH_NAMES, "unknown"]
-    with in_thread(lambda: emulator) as (_, check):
+    with in_thread(emulator) as (_, check):
         port = int(emulator.url.rpartition(":")[2])
         auth = next(iter(emulator._credentials)).encode()
 
@@ -766,18 +708,9 @@ def open_emulator() -> Iterator[Run]:
                     target = b"/v2/analysis/emulator-demo/tasks/" + head.replace(b"\n", b"%0A")[:80]
                 lines = [b"Content-Type: application/json"] if mode == 3 else []
                 lines += [line for line in head.split(b"\n") if line and mode == 1]
-                request = b"\r\n".join(
-                    [
-                        b"%b %b HTTP/1.1" % (b"GET" if mode == 2 else b"POST", target),
-                        b"Host: a",
-                        b"Connection: close",
-                        b"Authorization: " + auth,
-                        *lines,
-                        b"Content-Length: %d" % len(body),
-                        b"",
-                        body,
-                    ]
-                )
+                first = b"%b %b HTTP/1.1" % (b"GET" if mode == 2 else b"POST", target)
+                lines += [b"Host: a", b"Connection: close", b"Authorization: " + auth]
+                request = build_message(first, *lines, body=body)
             reply = exchange(port, request)
             assert emulator.api_secret.encode() not in reply
             statuses = read_statuses(reply)
@@ -846,6 +779,20 @@ JSON_WORDS = (
     b"[[[[",
     b"{",
 )
+WEBHOOKS = (
+    GOOD,
+    b"\1X-Cld-Signature: " + b"a" * 40 + b"\nX-Cld-Timestamp: 1700000000\n\n{}",
+    b"\0GET /%1b%5b HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"\0POST /hooks HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+)
+WEBHOOK_WORDS = (
+    b"Content-Encoding: gzip",
+    b"Content-Encoding: br",
+    b"Expect: 100-continue",
+    b"Upgrade: websocket",
+    b"Transfer-Encoding: chunked",
+    b"X-Cld-Signature_v2: a",
+)
 
 TARGETS = {
     "codec": Target(plain(fuzz_codec), build_body_seeds(), JSON_WORDS),
@@ -876,39 +823,8 @@ TARGETS = {
         ),
         JSON_WORDS,
     ),
-    "receiver-asgi": Target(
-        open_asgi,
-        (
-            GOOD,
-            b"\1X-Cld-Signature: " + b"a" * 40 + b"\nX-Cld-Timestamp: 1700000000\n\n{}",
-            b"\0POST /hooks HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
-        ),
-        (
-            b"Content-Encoding: gzip",
-            b"Content-Encoding: br",
-            b"Expect: 100-continue",
-            b"Upgrade: websocket",
-            b"Transfer-Encoding: chunked",
-            b"X-Cld-Signature_v2: a",
-        ),
-    ),
-    "receiver-listen": Target(
-        open_listen,
-        (
-            GOOD,
-            b"\1X-Cld-Signature: " + b"a" * 40 + b"\nX-Cld-Timestamp: 1700000000\n\n{}",
-            b"\0GET /%1b%5b HTTP/1.1\r\nHost: a\r\n\r\n",
-            b"\0POST /hooks HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
-        ),
-        (
-            b"Content-Encoding: gzip",
-            b"Content-Encoding: br",
-            b"Expect: 100-continue",
-            b"Upgrade: websocket",
-            b"Transfer-Encoding: chunked",
-            b"X-Cld-Signature_v2: a",
-        ),
-    ),
+    "receiver-asgi": Target(open_asgi, WEBHOOKS, WEBHOOK_WORDS),
+    "receiver-listen": Target(open_listen, WEBHOOKS, WEBHOOK_WORDS),
     "cloudinary-url": Target(
         plain(fuzz_cloudinary_url),
         (

@@ -7,9 +7,9 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
-from aiohttp import web
 from fastapi import FastAPI
 from notification_support import CREDENTIALS, build_answer, serve_asgi, sign, until
+from scripted import serve_aiohttp
 from starlette.applications import Starlette
 from starlette.routing import Route
 
@@ -20,20 +20,6 @@ from cloudinary_analyze.notifications import asgi
 from cloudinary_analyze.notifications.receiver import MAX_BODY, SINK_SECONDS
 
 PATH = "/hooks/cloudinary"
-
-
-@contextlib.asynccontextmanager
-async def serve_aiohttp(receiver):
-    app = web.Application()
-    app.router.add_post(PATH, receiver.handle)
-    app.router.add_get(PATH, receiver.handle)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    try:
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
 
 
 def wrap_fastapi_route(receiver):
@@ -53,7 +39,7 @@ SERVERS = {
     "fastapi add_route": lambda **options: serve_asgi(
         wrap_fastapi_route(asgi.WebhookReceiver(**options))
     ),
-    "aiohttp": lambda **options: serve_aiohttp(for_aiohttp.WebhookReceiver(**options)),
+    "aiohttp": lambda **options: serve_aiohttp(for_aiohttp.WebhookReceiver(**options).handle),
 }
 every_server = pytest.mark.parametrize("server", SERVERS)
 both_receivers = pytest.mark.parametrize("server", ["bare", "aiohttp"])
