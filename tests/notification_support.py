@@ -53,7 +53,13 @@ async def until(condition, seconds=30.0):
 async def serve_asgi(app, *, port=0):
     """Serve an ASGI application, on a free port unless one is named, and yield its origin."""
     config = uvicorn.Config(
-        app, host="127.0.0.1", port=port, log_level="warning", ws="none", lifespan="on"
+        app,
+        host="127.0.0.1",
+        port=port,
+        log_config=None,  # errors reach the handlers of the tests
+        log_level="warning",
+        ws="none",
+        lifespan="on",
     )
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())

@@ -165,6 +165,22 @@ def one_after_the_other(*handlers: Handler) -> Handler:
 CAPTION = answer(sample="captioning")
 
 
+def after(event: asyncio.Event, handler: Handler = CAPTION) -> Handler:
+    """Return a handler that lets another one answer once an event is set."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        await event.wait()
+        return await handler(request)
+
+    return handle
+
+
+async def never_answer(_: web.Request) -> web.StreamResponse:
+    """Hold a request for longer than a test takes."""
+    await asyncio.sleep(300)
+    return web.Response()
+
+
 async def until(condition: Callable[[], object], *, seconds: float = 30.0) -> None:
     """Wait for a condition that real I/O causes. Fail if it does not occur."""
     deadline = time.monotonic() + seconds

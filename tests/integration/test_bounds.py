@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzz.fuzz_targets import Sink, exchange, in_thread, read_statuses, run_uvicorn
-from notification_support import run_redis
+from fuzz.fuzz_targets import Sink, exchange, in_thread, read_statuses
+from notification_support import run_redis, serve_asgi
 from scripted import KEY, SECRET, ScriptedServer, answer, wire
 
 from cloudinary_analyze import (
@@ -30,6 +30,7 @@ from cloudinary_analyze.cli.notifications import serve
 from cloudinary_analyze.ledger import worker as redis_worker
 from cloudinary_analyze.ledger.redis import RedisLedger
 from cloudinary_analyze.ledger.sqlite import SQLiteLedger
+from cloudinary_analyze.notifications import asgi
 from cloudinary_analyze.notifications.aiohttp import WebhookReceiver
 from cloudinary_analyze.results.export import write_records
 from cloudinary_analyze.results.files import read_records
@@ -148,11 +149,13 @@ async def test_too_many_headers_of_a_response_are_an_error() -> None:
         assert caught.value.ambiguous
 
 
-@asynccontextmanager
-async def run_listener() -> Any:
+def run_asgi() -> Any:
+    return serve_asgi(asgi.WebhookReceiver(Sink(), Credentials("demo", KEY, SECRET)))
+
+
+def run_listener() -> Any:
     handle = WebhookReceiver(Sink(), Credentials("demo", KEY, SECRET)).handle
-    async with serve(handle, "127.0.0.1", 0) as origin:
-        yield int(origin.rpartition(":")[2])
+    return serve(handle, "127.0.0.1", 0)
 
 
 def post(*headers: bytes, body: bytes) -> bytes:
@@ -173,11 +176,12 @@ def post(*headers: bytes, body: bytes) -> bytes:
 GOOD = b'{"task_id":"t","data":{}}'
 
 
-@pytest.mark.parametrize("run", [run_uvicorn, run_listener])
+@pytest.mark.parametrize("run", [run_asgi, run_listener])
 def test_a_receiver_bounds_headers_and_decompression(run: Any) -> None:
     many = [b"X-%d: a" % number for number in range(20_000)]
     bomb = gzip.compress(b"a" * 2**26, 9)
-    with in_thread(run) as (port, check):
+    with in_thread(run()) as (origin, check):
+        port = int(origin.rpartition(":")[2])
         for request in (
             post(*many, body=b"{}"),
             post(b"X-Long: " + b"a" * 2**20, body=b"{}"),

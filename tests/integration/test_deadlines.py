@@ -9,8 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from aiohttp import web
-from scripted import CAPTION, URL, ScriptedServer, answer, busy, until
+from scripted import CAPTION, URL, ScriptedServer, after, answer, busy, never_answer, until
 
 from cloudinary_analyze import (
     AnalyzeSession,
@@ -28,11 +27,6 @@ READ_TIMEOUT = 0.2
 # the read timeout may also fire before the caller's end, on a busy machine even much earlier; no
 # retry comes between
 SLOW_RETRIES = {"read_timeout": READ_TIMEOUT, "attempts": 6, "backoff_first": 60, "backoff_max": 60}
-
-
-async def hold(request: web.Request) -> web.StreamResponse:
-    await asyncio.sleep(60)
-    return web.Response()
 
 
 def run(kind: str, main: Callable[[], Awaitable[None]]) -> None:
@@ -98,7 +92,7 @@ ENDS = [end_by_timeout_argument, end_by_scope, end_by_wait_for, end_by_cancel, e
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_callers_deadline_wins_over_the_read_timeout(loop: str, end: Any) -> None:
     async def main() -> None:
-        async with ScriptedServer(hold) as server:
+        async with ScriptedServer(never_answer) as server:
             async with server.session(**SLOW_RETRIES) as session:
                 ambiguous = await end(session, READ_TIMEOUT)
                 # none, if the machine is too busy to connect by then
@@ -114,7 +108,7 @@ def test_a_callers_deadline_wins_over_the_read_timeout(loop: str, end: Any) -> N
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_callers_deadline_wins_after_a_blocked_loop(loop: str, end: Any, share: float) -> None:
     async def main() -> None:
-        async with ScriptedServer(hold) as server:
+        async with ScriptedServer(never_answer) as server:
             async with server.session(**SLOW_RETRIES) as session:
                 calls = 0
                 while not server.seen:  # again, if the machine is too busy to connect by the end
@@ -133,15 +127,11 @@ async def test_a_permit_that_comes_after_the_deadline_is_not_used() -> None:
     """The loop is blocked between the response that frees the permit and the timer."""
     queued = asyncio.Event()
 
-    async def answer_late(request: web.Request) -> web.StreamResponse:
-        await queued.wait()
-        return await CAPTION(request)
-
     def block(event: object) -> None:
         if isinstance(event, CallFinished):
             time.sleep(0.4)
 
-    async with ScriptedServer(answer_late) as server:
+    async with ScriptedServer(after(queued)) as server:
         async with server.session(permits=1, on_event=block) as session:
             first = asyncio.create_task(session.analyze(Captioning(URL)))
             await until(lambda: server.seen)
@@ -157,7 +147,7 @@ async def test_a_permit_that_comes_after_the_deadline_is_not_used() -> None:
 
 async def test_a_task_that_survived_a_cancellation_still_has_read_timeouts() -> None:
     """Clean-up code may call us in a task whose count of cancellations stays above zero."""
-    async with ScriptedServer(hold) as server:
+    async with ScriptedServer(never_answer) as server:
         async with server.session(read_timeout=0.5, attempts=2) as session:
 
             async def clean_up() -> None:
@@ -176,7 +166,7 @@ async def test_a_task_that_survived_a_cancellation_still_has_read_timeouts() -> 
 
 
 async def test_our_own_interruption_leaves_no_count_behind() -> None:
-    async with ScriptedServer(hold) as server:
+    async with ScriptedServer(never_answer) as server:
         async with server.session(read_timeout=0.02, attempts=3) as session:
             task = asyncio.current_task()
             assert task is not None

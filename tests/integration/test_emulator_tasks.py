@@ -9,6 +9,7 @@ import time
 import aiohttp
 import pytest
 from aiohttp import web
+from scripted import after, answer, serve_aiohttp, until
 
 from cloudinary_analyze.emulator import Emulator, FaultPlan, WebhookPolicy
 from cloudinary_analyze.webhooks import compute_signature
@@ -38,12 +39,6 @@ async def read_status(client, emulator, task_id):
         return (await response.json())["data"]
 
 
-async def until(condition, seconds=30.0):
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.002)
-
-
 def verifies(emulator, delivery, digest="sha1"):
     timestamp = delivery.headers["X-Cld-Timestamp"]
     expected = compute_signature(delivery.body, timestamp, emulator.api_secret, digest=digest)
@@ -69,16 +64,9 @@ class Receiver:
 @contextlib.asynccontextmanager
 async def receive(statuses=()):
     receiver = Receiver(statuses)
-    app = web.Application()
-    app.router.add_post("/{tail:.*}", receiver.handle)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    receiver.url = f"http://127.0.0.1:{runner.addresses[0][1]}/hook"
-    try:
+    async with serve_aiohttp(receiver.handle) as origin:
+        receiver.url = f"{origin}/hook"
         yield receiver
-    finally:
-        await runner.cleanup()
 
 
 async def test_a_task_goes_from_pending_to_completed_and_its_status_has_no_result():
@@ -307,18 +295,7 @@ async def test_many_sleeping_tasks_cost_little_and_no_asyncio_task():
 async def test_stopping_leaves_nothing_behind_with_notifications_outstanding():
     before = asyncio.all_tasks()
     release = asyncio.Event()
-
-    async def stall(request):
-        await release.wait()
-        return web.Response()
-
-    app = web.Application()
-    app.router.add_post("/", stall)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    try:
-        url = f"http://127.0.0.1:{runner.addresses[0][1]}/"
+    async with serve_aiohttp(after(release, answer())) as url:
         async with Emulator(task_seconds=0) as emulator, open_client(emulator) as client:
             for _ in range(40):
                 await submit(client, emulator, notification_url=url)
@@ -326,9 +303,7 @@ async def test_stopping_leaves_nothing_behind_with_notifications_outstanding():
             started = time.monotonic()
             await emulator.stop()
             assert time.monotonic() - started < 8
-    finally:
         release.set()
-        await runner.cleanup()
     assert asyncio.all_tasks() == before
     gc.collect()
 

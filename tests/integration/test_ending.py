@@ -10,8 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-from aiohttp import web
-from scripted import CAPTION, ScriptedServer, until
+from scripted import ScriptedServer, after, until
 from task_support import SECRET, build_result, library_tasks
 from test_deadlines import LOOPS, run
 
@@ -141,13 +140,8 @@ async def test_100_000_tasks_end_in_short_turns(how: str, awaited: bool) -> None
 @pytest.mark.slow
 async def test_20_000_queued_submissions_end_in_short_turns() -> None:
     answered = asyncio.Event()
-
-    async def hold(request: web.Request) -> web.StreamResponse:
-        await answered.wait()
-        return await CAPTION(request)
-
     patient = {"connect_timeout": 300, "read_timeout": 300}  # on a busy machine, too
-    async with ScriptedServer(hold) as server, server.session(**patient) as session:
+    async with ScriptedServer(after(answered)) as server, server.session(**patient) as session:
         tasks = [session.submit(REQUEST) for _ in range(20_000)]
         await until(lambda: session.stats.waiting == 20_000 - 64, seconds=120)
 

@@ -18,8 +18,10 @@ from scripted import (
     SECRET,
     URL,
     ScriptedServer,
+    after,
     answer,
     hang_up,
+    never_answer,
     one_after_the_other,
     until,
     wind,
@@ -122,12 +124,7 @@ async def test_each_call_in_flight_has_its_number() -> None:
 async def test_the_wait_for_a_permit_is_reported(clock: ManualClock) -> None:
     events: list[Any] = []
     release = asyncio.Event()
-
-    async def hold(request: Any) -> Any:
-        await release.wait()
-        return await CAPTION(request)
-
-    async with ScriptedServer(hold) as server:
+    async with ScriptedServer(after(release)) as server:
         async with server.session(clock=clock, on_event=events.append, permits=1) as session:
             first = asyncio.create_task(session.analyze(Captioning(URL)))
             await until(lambda: server.seen)
@@ -149,11 +146,7 @@ async def test_the_wait_for_a_permit_is_reported(clock: ManualClock) -> None:
 
 async def test_a_cancelled_attempt_may_be_charged() -> None:
     events: list[Any] = []
-
-    async def hold(_: Any) -> Any:
-        await asyncio.sleep(60)
-
-    async with ScriptedServer(hold) as server:
+    async with ScriptedServer(never_answer) as server:
         async with server.session(on_event=events.append) as session:
             call = asyncio.create_task(session.analyze(Captioning(URL)))
             await until(lambda: server.seen)

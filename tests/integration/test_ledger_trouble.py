@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted import until
+from task_support import connected
 
 from cloudinary_analyze import (
     AnalyzeSession,
@@ -30,8 +32,6 @@ from cloudinary_analyze import (
 from cloudinary_analyze.emulator import Emulator
 from cloudinary_analyze.ledger import SQLiteLedger
 from cloudinary_analyze.ledger.sqlite import build_row
-from tests.scripted import until
-from tests.task_support import connected
 
 URLS = [f"https://example.com/{number}.jpg" for number in range(300)]
 OWNER = {"base_url": "https://api.example.com", "cloud_name": "demo"}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from task_support import connected, quick, unconnected
 
 from cloudinary_analyze import (
     AIVisionGeneral,
@@ -20,7 +21,6 @@ from cloudinary_analyze import (
 )
 from cloudinary_analyze.emulator import Emulator
 from cloudinary_analyze.ledger import SQLiteLedger
-from tests.task_support import connected, quick, unconnected
 
 URLS = [f"https://example.com/{number}.jpg" for number in range(60)]
 FEATURE = "object_detection"

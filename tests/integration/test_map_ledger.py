@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
+from scripted import CAPTION, SECRET, ScriptedServer, after, answer, until, wind
+from task_support import build_failure, build_result, sign
 
 from cloudinary_analyze import (
     AuthenticationError,
@@ -25,8 +27,6 @@ from cloudinary_analyze import (
 from cloudinary_analyze.ledger.sqlite import SQLiteLedger
 from cloudinary_analyze.protocols import Claim, Ledger, LedgerRecord
 from cloudinary_analyze.testing import ManualClock
-from tests.scripted import CAPTION, SECRET, ScriptedServer, answer, until, wind
-from tests.task_support import build_failure, build_result, sign
 
 URLS = [f"https://example.com/{number}.jpg" for number in range(12)]
 
@@ -144,12 +144,7 @@ async def test_an_outcome_is_yielded_only_once_its_record_is_durable():
 
 async def test_equal_keys_in_flight_share_one_call(path):
     released = asyncio.Event()
-
-    async def handle(request):
-        await released.wait()
-        return await CAPTION(request)
-
-    async with ScriptedServer(handle) as server:
+    async with ScriptedServer(after(released)) as server:
         async with SQLiteLedger(path) as ledger, server.session() as session:
             jobs = [
                 asyncio.create_task(collect(session, URLS[:1] * 5, ledger=ledger)) for _ in "ab"
@@ -171,12 +166,7 @@ async def test_equal_keys_in_flight_share_one_call(path):
 
 async def test_another_item_sends_if_the_sender_is_cancelled(path):
     released = asyncio.Event()
-
-    async def handle(request):
-        await released.wait()
-        return await CAPTION(request)
-
-    async with ScriptedServer(handle) as server:
+    async with ScriptedServer(after(released)) as server:
         async with SQLiteLedger(path) as ledger, server.session() as session:
             first = session.map(URLS[:1], Captioning, ledger=ledger)
             waiting = asyncio.ensure_future(anext(first))
@@ -488,12 +478,7 @@ async def test_a_ledger_keeps_the_items_of_all_its_streams(path):
 
 async def test_two_sources_of_one_key_in_the_window_are_refused(path):
     released = asyncio.Event()
-
-    async def handle(request):
-        await released.wait()
-        return await CAPTION(request)
-
-    async with ScriptedServer(handle) as server:
+    async with ScriptedServer(after(released)) as server:
         async with SQLiteLedger(path) as ledger, server.session() as session:
             stream = session.map(
                 URLS[:2], Captioning, ledger=ledger, key=lambda _: "same", ordered=True

@@ -11,7 +11,18 @@ from typing import Any
 import attrs
 import pytest
 from aiohttp import web
-from scripted import CAPTION, SECRET, URL, Handler, ScriptedServer, answer, hang_up, until, wire
+from scripted import (
+    CAPTION,
+    SECRET,
+    URL,
+    Handler,
+    ScriptedServer,
+    answer,
+    hang_up,
+    never_answer,
+    until,
+    wire,
+)
 
 from cloudinary_analyze import (
     AnalyzeError,
@@ -251,12 +262,8 @@ async def test_a_redirect_is_not_followed_so_no_secret_goes_elsewhere(status: in
 
 
 async def test_a_silent_server_times_out_and_says_it_may_have_been_charged() -> None:
-    async def silent(_: web.Request) -> web.StreamResponse:
-        await asyncio.sleep(30)
-        return web.Response()
-
     async with (
-        ScriptedServer(silent) as server,
+        ScriptedServer(never_answer) as server,
         server.session(read_timeout=0.5, attempts=2) as session,
     ):
         with pytest.raises(AttemptTimeoutError, match=r"0.5 s \(Settings.read_timeout\)") as caught:

@@ -9,8 +9,17 @@ from typing import Any
 
 import aiohttp
 import pytest
-from aiohttp import web
-from scripted import CAPTION, SAMPLES, URL, ScriptedServer, answer, busy, one_after_the_other, until
+from scripted import (
+    CAPTION,
+    SAMPLES,
+    URL,
+    ScriptedServer,
+    answer,
+    busy,
+    never_answer,
+    one_after_the_other,
+    until,
+)
 
 from cloudinary_analyze import (
     AnalyzeError,
@@ -24,11 +33,6 @@ from cloudinary_analyze import (
 )
 
 DEMO = Credentials("demo", "key", "planted-Api-Secret-8f3a")
-
-
-async def hold(request: web.Request) -> web.StreamResponse:
-    await asyncio.sleep(60)
-    return web.Response()
 
 
 async def expect_refusal(http: aiohttp.ClientSession, said: str, **options: Any) -> None:
@@ -143,7 +147,7 @@ async def test_a_cancelled_error_of_a_trace_is_an_error_of_ours() -> None:
 
 
 async def test_its_close_while_a_call_is_in_flight_is_an_error_of_ours() -> None:
-    async with ScriptedServer(hold) as server, aiohttp.ClientSession() as http:
+    async with ScriptedServer(never_answer) as server, aiohttp.ClientSession() as http:
         async with server.session(http=http) as session:
             call = asyncio.create_task(session.analyze(Captioning(URL)))
             await until(lambda: server.seen)
@@ -153,7 +157,7 @@ async def test_its_close_while_a_call_is_in_flight_is_an_error_of_ours() -> None
 
 
 async def test_a_read_timeout_still_holds_while_our_session_closes() -> None:
-    async with ScriptedServer(hold) as server, aiohttp.ClientSession() as http:
+    async with ScriptedServer(never_answer) as server, aiohttp.ClientSession() as http:
         session = await server.session(http=http, read_timeout=1).__aenter__()
         call = asyncio.create_task(session.analyze(Captioning(URL)))
         await until(lambda: server.seen)
@@ -171,7 +175,7 @@ async def test_a_cancelled_close_leaves_no_call_in_flight(
 ) -> None:
     """The close does not wait for the response, and the aiohttp session is not ours to close."""
     monkeypatch.setattr("cloudinary_analyze.session.CLOSE_PATIENCE", 1000.0)
-    async with ScriptedServer(hold) as server, aiohttp.ClientSession() as http:
+    async with ScriptedServer(never_answer) as server, aiohttp.ClientSession() as http:
         session = await server.session(http=http).__aenter__()
         call = asyncio.create_task(session.analyze(Captioning(URL)))
         await until(lambda: server.seen)
@@ -197,7 +201,10 @@ async def test_a_body_that_never_reached_a_connection_is_not_ambiguous() -> None
         async def close(self) -> None: ...
 
     connector = aiohttp.TCPConnector(resolver=Endless(), limit=0)
-    async with ScriptedServer(hold) as server, aiohttp.ClientSession(connector=connector) as http:
+    async with (
+        ScriptedServer(never_answer) as server,
+        aiohttp.ClientSession(connector=connector) as http,
+    ):
         host = "https://api.invalid"
         async with server.session(http=http, host=host, read_timeout=0.05, attempts=2) as session:
             with pytest.raises(AttemptTimeoutError) as caught:
@@ -212,7 +219,7 @@ async def test_a_body_that_never_reached_a_connection_is_not_ambiguous() -> None
 
 
 async def test_an_attempt_that_was_sent_before_an_unsent_one_stays_ambiguous() -> None:
-    async with ScriptedServer(one_after_the_other(hold, hold)) as server:
+    async with ScriptedServer(one_after_the_other(never_answer, never_answer)) as server:
         async with server.session(read_timeout=0.5, attempts=1) as session:
             with pytest.raises(AttemptTimeoutError) as caught:
                 await session.analyze(Captioning(URL))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import redis
 from notification_support import run_redis
+from scripted import CAPTION, ScriptedServer, answer, until, until_still
 
 from cloudinary_analyze import (
     BadRequestError,
@@ -28,7 +29,6 @@ from cloudinary_analyze.ledger.redis import RedisLedger
 from cloudinary_analyze.protocols import Claim
 from cloudinary_analyze.responses import Response
 from cloudinary_analyze.testing import ManualClock
-from tests.scripted import CAPTION, ScriptedServer, answer, until, until_still
 
 URLS = [f"https://example.com/{number}.jpg" for number in range(12)]
 OWNER = {"base_url": "http://127.0.0.1:1", "cloud_name": "demo"}

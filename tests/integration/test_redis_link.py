@@ -4,10 +4,10 @@ import asyncio
 import contextlib
 
 import pytest
+from scripted import until
 
 from cloudinary_analyze._clock import SYSTEM_CLOCK
 from cloudinary_analyze._redis import Link, LinkBrokenError, RedisLocation, read_location
-from tests.scripted import until
 
 
 class Server:

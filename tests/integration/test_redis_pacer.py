@@ -5,10 +5,10 @@ import pickle
 import time
 
 import pytest
+from scripted import CAPTION, ScriptedServer, until
 
 from cloudinary_analyze import Captioning, ConfigurationError
 from cloudinary_analyze.pacing import RedisPacer
-from tests.scripted import CAPTION, ScriptedServer, until
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from scripted import (
     answer,
     busy,
     hang_up,
+    never_answer,
     one_after_the_other,
     until,
     wind,
@@ -276,10 +277,7 @@ async def test_calls_that_may_have_been_charged_are_counted(
 
 
 async def test_a_call_that_is_cancelled_in_flight_may_have_been_charged() -> None:
-    async def hang(_: Any) -> Any:
-        await asyncio.sleep(60)
-
-    async with ScriptedServer(hang) as server, server.session(permits=1) as session:
+    async with ScriptedServer(never_answer) as server, server.session(permits=1) as session:
         calls = [asyncio.create_task(session.analyze(Captioning(f"{URL}?{n}"))) for n in range(3)]
         await until(lambda: server.in_flight == 1 and session.stats.waiting == 2)
         for call in calls:

@@ -19,6 +19,7 @@ from scripted import (
     ScriptedServer,
     answer,
     hang_up,
+    never_answer,
     requests_of,
     wire,
 )
@@ -220,12 +221,8 @@ async def test_no_final_error_shows_a_secret(number: int, credentials: Credentia
 
 
 async def test_a_timeout_and_a_close_show_no_secret(clock: ManualClock) -> None:
-    async def silent(_: web.Request) -> web.StreamResponse:
-        await asyncio.sleep(60)
-        return web.Response()
-
     errors: list[BaseException] = []
-    async with ScriptedServer(silent) as server:
+    async with ScriptedServer(never_answer) as server:
         for options in ({"read_timeout": 0.02, "attempts": 1}, {"call_timeout": 0.02}):
             async with server.session(credentials=BY_KEY, **options) as session:
                 with pytest.raises(AnalyzeError) as caught:

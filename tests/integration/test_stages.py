@@ -4,6 +4,7 @@ import asyncio
 import json
 
 import pytest
+from scripted import CAPTION, ScriptedServer, answer, busy, until
 
 from cloudinary_analyze import (
     AIVisionModeration,
@@ -15,7 +16,6 @@ from cloudinary_analyze import (
 )
 from cloudinary_analyze.emulator import Emulator
 from cloudinary_analyze.ledger.sqlite import SQLiteLedger
-from tests.scripted import CAPTION, ScriptedServer, answer, busy, until
 
 MODERATION = answer(sample="ai_vision_moderation")
 

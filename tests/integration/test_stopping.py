@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from scripted import CAPTION, Handler, ScriptedServer, answer, busy, hang_up, requests_of, until
+from scripted import (
+    CAPTION,
+    Handler,
+    ScriptedServer,
+    after,
+    answer,
+    busy,
+    hang_up,
+    requests_of,
+    until,
+)
 
 from cloudinary_analyze import (
     AnalyzeError,
@@ -75,12 +85,7 @@ async def test_a_call_that_waits_for_its_retry_is_not_sent(name: str) -> None:
 async def test_a_call_that_fails_later_is_not_repeated(name: str) -> None:
     handler, kind = FAILURES[name]
     go = asyncio.Event()
-
-    async def hold(request: web.Request) -> web.StreamResponse:
-        await go.wait()
-        return await handler(request)
-
-    async with ScriptedServer(hold) as server, server.session(permits=2) as session:
+    async with ScriptedServer(after(go, handler)) as server, server.session(permits=2) as session:
         stream = session.map(requests_of(100, Captioning), window=6)
         taking = asyncio.create_task(collect(stream))
         await until(lambda: server.in_flight == 2 and session.stats.waiting == 4)
@@ -95,12 +100,7 @@ async def test_a_call_that_fails_later_is_not_repeated(name: str) -> None:
 
 async def test_an_answer_that_was_in_flight_is_handed_over() -> None:
     go = asyncio.Event()
-
-    async def hold(request: web.Request) -> web.StreamResponse:
-        await go.wait()
-        return await CAPTION(request)
-
-    async with ScriptedServer(hold) as server, server.session(permits=2) as session:
+    async with ScriptedServer(after(go)) as server, server.session(permits=2) as session:
         stream = session.map(requests_of(100, Captioning))
         taking = asyncio.create_task(collect(stream))
         await until(lambda: server.in_flight == 2)
@@ -273,15 +273,11 @@ async def test_a_refused_token_is_not_renewed() -> None:
     go = asyncio.Event()
     fetched = []
 
-    async def refuse(request: web.Request) -> web.StreamResponse:
-        await go.wait()
-        return await answer(401)(request)
-
     async def fetch() -> str:
         fetched.append(1)
         return f"token-{len(fetched)}"
 
-    async with ScriptedServer(refuse) as server:
+    async with ScriptedServer(after(go, answer(401))) as server:
         credentials = Credentials("demo", oauth_token=fetch)
         async with server.session(credentials=credentials) as session:
             stream = session.map(requests_of(1, Captioning))

@@ -6,7 +6,7 @@ import itertools
 import time
 
 import pytest
-from scripted import ScriptedServer, answer, until
+from scripted import ScriptedServer, after, answer, until
 from task_support import (
     URL,
     build_failure,
@@ -447,12 +447,7 @@ class TestTimeouts:
 
     async def test_a_timeout_bounds_the_queue_for_a_permit(self, clock):
         release = asyncio.Event()
-
-        async def hold(_):
-            await release.wait()
-            return await answer(202, sample="accepted_202")(_)
-
-        async with ScriptedServer(hold) as server:
+        async with ScriptedServer(after(release, answer(202, sample="accepted_202"))) as server:
             async with server.session(
                 notifications=asyncio.Queue(), permits=1, clock=clock
             ) as session:

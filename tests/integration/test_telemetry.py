@@ -15,7 +15,16 @@ from notification_support import (
     build_delivery,
     serve_asgi,
 )
-from scripted import CAPTION, URL, ScriptedServer, answer, hang_up, one_after_the_other, until
+from scripted import (
+    CAPTION,
+    URL,
+    ScriptedServer,
+    after,
+    answer,
+    hang_up,
+    one_after_the_other,
+    until,
+)
 from task_support import connected, quick
 
 from cloudinary_analyze import (
@@ -320,12 +329,7 @@ async def test_the_users_hook_still_gets_all_events(exported: Exported) -> None:
 
 async def test_a_session_may_be_instrumented_while_it_works(exported: Exported) -> None:
     release = asyncio.Event()
-
-    async def hold(request: Any) -> Any:
-        await release.wait()
-        return await CAPTION(request)
-
-    async with ScriptedServer(hold) as server, server.session() as session:
+    async with ScriptedServer(after(release)) as server, server.session() as session:
         call = asyncio.create_task(session.analyze(Captioning(URL)))
         await until(lambda: server.seen)
         exported.instrument(session)
