@@ -29,6 +29,7 @@ CONTROL: Final = "aiohttp + orjson, again"  # the same code again, to show the n
 SPEEDUPS: Final = ("aiodns", "brotli", "brotlicffi", "backports.zstd")
 IN_FLIGHT: Final = (1, 16, 64, 256)
 WARM_UP: Final = 5  # calls of each caller before the measurement
+SECONDS_PER_CALLER: Final = 5e-4  # of a slice, so that it holds sends and responses of all
 WAVES: Final = 10
 LATENCY: Final = 0.2
 SHORT_LATENCY: Final = 0.05  # for thousands of calls in flight
@@ -54,6 +55,7 @@ def _measure_cpu(
 ) -> Samples:
     """Keep a number of calls in flight, and stop the event loop between the slices."""
     load = Workload(model=model, read=read, in_flight=in_flight, url=job.url)
+    seconds = max(job.seconds, in_flight * SECONDS_PER_CALLER)
     done = 0
 
     async def keep_calling(call: Call, numbers: Iterator[int]) -> None:
@@ -68,7 +70,7 @@ def _measure_cpu(
         tasks = [asyncio.create_task(keep_calling(call, numbers)) for _ in range(in_flight)]
         # the first calls make the connections and fill caches
         while done < WARM_UP * in_flight:
-            await asyncio.sleep(job.seconds)
+            await asyncio.sleep(seconds)
             check(tasks)
         return tasks
 
@@ -91,7 +93,7 @@ def _measure_cpu(
                 gc.collect()
                 served, calls = read_usage(job.url), done
                 cpu, wall = time.process_time(), time.perf_counter()
-                runner.run(asyncio.sleep(job.seconds))
+                runner.run(asyncio.sleep(seconds))
                 cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
                 calls = done - calls
                 check(tasks)
