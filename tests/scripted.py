@@ -279,6 +279,18 @@ class Suspensions:
                 thrown = error
 
 
+async def cancel_at(number: int, coroutine: Any, *, late: bool) -> bool:
+    """Cancel a coroutine at one of its suspensions. Return whether it completed before that one."""
+    steps = Suspensions(number, late)
+    task = asyncio.create_task(steps.drive(coroutine))
+    await asyncio.wait([task], timeout=30)
+    assert task.done(), f"the coroutine hangs when cancelled at {number}"
+    if task.cancelled():
+        return False
+    task.result()
+    return steps.count < number
+
+
 async def step_through(
     session: AnalyzeSession,
     build: Any,
@@ -298,15 +310,8 @@ async def step_through(
     """
     idle = idle or (lambda: busy(session.stats) == (0, 0, 0))
     for number in range(1, most):
-        steps = Suspensions(number, late)
-        task = asyncio.ensure_future(asyncio.create_task(steps.drive(build())))
-        await asyncio.wait([task], timeout=30)
-        assert task.done(), f"the coroutine hangs when cancelled at {number}"
-        if not task.cancelled():
-            assert task.exception() is None
-            if steps.count < number:
-                return number
-            continue  # the last cancel came when there was nothing left to cancel
+        if await cancel_at(number, build(), late=late):
+            return number
         await until(idle)
     raise AssertionError("the coroutine never completed")
 
