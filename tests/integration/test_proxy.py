@@ -145,7 +145,7 @@ async def test_a_tunnel_carries_calls_and_is_reused(tls_port: int, secure: bool)
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
-        out, err = await asyncio.wait_for(process.communicate(), 50)
+        out, err = await asyncio.wait_for(process.communicate(), 100)
     assert process.returncode == 0, err.decode()
     assert len(out.splitlines()) == 3
     assert len(proxy.heads) == 1
@@ -265,7 +265,7 @@ async def run_command(*arguments: str, **variables: str) -> tuple[int, str]:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
-    out, _ = await asyncio.wait_for(process.communicate(), 50)
+    out, _ = await asyncio.wait_for(process.communicate(), 100)
     assert process.returncode is not None
     return process.returncode, out.decode()
 

@@ -158,7 +158,7 @@ async def test_a_server_gets_them_by_its_origin(emulator):
     async with serve_asgi(app) as origin, httpx.AsyncClient(base_url=origin) as client:
         simulator = WebhookSimulator(f"{origin}/", HOOK, credentials=emulator.credentials)
         simulator.connect(emulator)
-        response = await client.get("/captions", params={"uri": URL}, timeout=20)
+        response = await client.get("/captions", params={"uri": URL}, timeout=60)
         assert response.status_code == 200
         assert (await simulator.post(b"{")).status == 400
 

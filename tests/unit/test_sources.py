@@ -173,7 +173,7 @@ def test_delivery_encoding_works_without_redis():
         "import sys; sys.modules['redis'] = None\n"
         "from cloudinary_analyze.notifications import encode_delivery, decode_delivery"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=30)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
 
 
 async def test_any_iterator_is_closed_with_its_session():
