@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import threading
 import time
@@ -187,6 +188,17 @@ async def until(condition: Callable[[], object], *, seconds: float = 30.0) -> No
     while not condition():
         assert time.monotonic() < deadline, "the condition did not become true"
         await asyncio.sleep(0.001)
+
+
+@contextlib.contextmanager
+def no_collector() -> Iterator[None]:
+    """Keep the garbage collector out of a measurement."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 async def until_still(read: Callable[[], object], *, polls: int = 40) -> None:

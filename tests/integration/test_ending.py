@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import gc
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from scripted import ScriptedServer, after, until
+from scripted import ScriptedServer, after, no_collector, until
 from task_support import SECRET, build_result, library_tasks
 from test_deadlines import LOOPS, run
 
@@ -89,17 +87,6 @@ def check_ended(tasks: list[AnalysisTask[Any]], kind: type[Exception]) -> None:
         error = task.exception()
         assert isinstance(error, kind)
         assert f"t{index}" == getattr(error, "task_id", None)
-
-
-@contextlib.contextmanager
-def no_collector() -> Iterator[None]:
-    """Keep the garbage collector out of a measurement."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 async def measure_stall(ending: asyncio.Task[None]) -> float:

@@ -14,6 +14,7 @@ import pytest
 import yarl
 from notification_support import CREDENTIALS, build_answer, build_delivery, sign, until
 from redis.exceptions import RedisError
+from scripted import no_collector
 
 from cloudinary_analyze import (
     AnalyzeSession,
@@ -634,11 +635,12 @@ async def test_100_000_ids_that_expire_together_are_forgotten_in_short_turns(clo
         notifications._await([f"t{number}" for number in range(first, first + 500)])
     await clock.advance(room.AWAITED_SECONDS + 1)
     begun, longest, rounds = time.thread_time(), 0.0, 0
-    while len(notifications._awaited) > 1:
-        rounds += 1
-        started = time.thread_time()
-        notifications._await(["kept"])
-        longest = max(longest, time.thread_time() - started)
+    with no_collector():
+        while len(notifications._awaited) > 1:
+            rounds += 1
+            started = time.thread_time()
+            notifications._await(["kept"])
+            longest = max(longest, time.thread_time() - started)
     assert rounds == 100_000 // room.EXPIRE_BATCH
     assert time.thread_time() - begun < 2
     assert longest < 0.1

@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+from scripted import no_collector
 from task_support import (
     NOW,
     SECRET,
@@ -228,11 +229,12 @@ class TestYield:
             source.send(sign(body.replace(b"t0", b"t%d" % index)))
         async with resolving(Service(clock), source=source, parked_bytes=100 * 2**20):
             longest, left = 0.0, source.queue.qsize()
-            while left:
-                begun = time.thread_time()
-                await asyncio.sleep(0)
-                longest = max(longest, time.thread_time() - begun)
-                left = source.queue.qsize()
+            with no_collector():
+                while left:
+                    begun = time.thread_time()
+                    await asyncio.sleep(0)
+                    longest = max(longest, time.thread_time() - begun)
+                    left = source.queue.qsize()
             assert longest < 0.05
 
 
@@ -398,9 +400,10 @@ class TestMemory:
     async def test_a_round_of_100_000_begins_quickly(self, clock):
         async with resolving(Service(clock), source=Mailbox()) as tracker:
             tracker.table.pending.update({f"t{index}": None for index in range(100_000)})
-            begun = time.thread_time()
-            tracker.listener._ask_for_all()
-            assert time.thread_time() - begun < 0.03
+            with no_collector():
+                begun = time.thread_time()
+                tracker.listener._ask_for_all()
+                assert time.thread_time() - begun < 0.03
             tracker.table.pending.clear()
 
     async def test_ids_without_a_waiting_handle_are_not_fetched(self, clock):

@@ -4,6 +4,7 @@ import random
 import time
 
 import attrs
+from scripted import no_collector
 
 from cloudinary_analyze._tasks.timers import SLACK, DueHeap, Shelf
 
@@ -61,9 +62,10 @@ class TestDueHeap:
         heap, items = build_heap(range(100_000))
         for item in items[:-1]:
             item.due = None
-        begun = time.thread_time()
-        assert heap.next_due() == 99_999
-        assert time.thread_time() - begun < 0.05
+        with no_collector():
+            begun = time.thread_time()
+            assert heap.next_due() == 99_999
+            assert time.thread_time() - begun < 0.05
         assert len(heap._heap) == 1
 
 
