@@ -230,6 +230,7 @@ class Tracker(NotPicklable):
 
         The garbage collector calls it: in any thread, and between any two operations.
         """
+        wait.future = None  # no code can retrieve an error that comes before the wait is removed
         self._dropped.append((wait, unobserved))
         if len(self._dropped) == 1:
             with contextlib.suppress(RuntimeError):  # the loop is closed

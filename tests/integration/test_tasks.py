@@ -342,6 +342,20 @@ class TestDropped:
             gc.collect()
             assert not reported
 
+    async def test_in_the_turn_of_its_failure_is_not_reported(self, reported):
+        async with connected(task_seconds=NEVER) as (_, session):
+            task = session.submit(request())
+            body = build_failure(await task.accepted())
+            waiter = asyncio.ensure_future(task)
+            await asyncio.sleep(0)
+            waiter.cancel()
+            await asyncio.wait([waiter])
+            del task, waiter
+            gc.collect()  # the wait is removed in the next turn
+            session._opened().tracker.deliver(parse_notification(body), body)
+            gc.collect()
+            assert not reported
+
     async def test_and_awaited_before_its_failure_is_not_reported(self, reported):
         async with connected(faults=FAILING, task_seconds=NEVER) as (emulator, session):
             with pytest.raises(TimeoutError):
