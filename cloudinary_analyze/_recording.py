@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable
 from contextlib import suppress
 from typing import Any, Final, TypeVar
@@ -15,6 +16,7 @@ from typing import Any, Final, TypeVar
 import attrs
 
 from cloudinary_analyze._cancellation import InterruptedSectionError, count_cancellations
+from cloudinary_analyze._clock import wake
 from cloudinary_analyze._policy import is_final
 from cloudinary_analyze._sources import is_same_image
 from cloudinary_analyze._tasks.handle import AnalysisTask, follow
@@ -44,6 +46,7 @@ logger = logging.getLogger("cloudinary_analyze.ledger")
 
 POST_PATIENCE: Final = 5.0  # seconds for submissions in flight when the stream is left
 TURN: Final = 0.002  # seconds of restoring from the ledger between two yields to the loop
+RESTORED_IN_A_TURN: Final = 16  # items while many workers restore
 
 
 @attrs.define(eq=False, repr=False)
@@ -101,7 +104,8 @@ class Recording:
     ledger: Ledger
     sender: Sender
     leaders: dict[tuple[int, str], Leader]
-    _yielded_at: float = attrs.field(default=0.0, init=False)
+    _turn_began: float = attrs.field(default=0.0, init=False)
+    _waiting: deque[asyncio.Future[None]] = attrs.field(factory=deque, init=False)
 
     async def open(self) -> None:
         """Open the ledger.
@@ -232,15 +236,31 @@ class Recording:
 
     async def _restore(self, record: LedgerRecord, work: Work[Item, A]) -> Response[A]:
         work.restored, work.recorded_seconds = True, record.seconds or 0.0
-        now = asyncio.get_running_loop().time()
-        if now - self._yielded_at > TURN:
-            await asyncio.sleep(0)
-            self._yielded_at = asyncio.get_running_loop().time()
+        await self._wait_for_turn()
         self._emit_restored(record.key, work, record.error)
         if record.response is not None:
             return Response.from_raw(work.request, record.response)
         assert record.error is not None
         raise record.error
+
+    async def _wait_for_turn(self) -> None:
+        """Let other tasks run from time to time, however many workers restore."""
+        loop = asyncio.get_running_loop()
+        if not self._waiting:
+            if loop.time() - self._turn_began <= TURN:
+                return
+            loop.call_soon(self._begin_turn)
+        turn = loop.create_future()
+        self._waiting.append(turn)
+        await turn
+
+    def _begin_turn(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._turn_began = loop.time()
+        for _ in range(min(RESTORED_IN_A_TURN, len(self._waiting))):
+            wake(self._waiting.popleft())
+        if self._waiting:
+            loop.call_soon(self._begin_turn)
 
     def _emit_restored(self, key: str, work: Work[Any, Any], error: Exception | None) -> None:
         meter = self.sender.tracker.meter

@@ -84,7 +84,7 @@ class AnalyzeError(Exception):
     def __attrs_post_init__(self) -> None:
         if len(self.message) > LONGEST_MESSAGE or not self.message.isprintable():
             # ids, paths and hosts from outside must not forge log lines or control a terminal
-            self.message = shorten(self.message, LONGEST_MESSAGE)
+            self.message = shorten(self.message, LONGEST_MESSAGE - 1)  # and an ellipsis
         self.args = (self.message,)
 
     def __str__(self) -> str:

@@ -325,8 +325,6 @@ class Attempts(NotPicklable):
         Raises:
             SessionClosedError: The session was closed meanwhile.
         """
-        if call.model is None:
-            error.ambiguous = False  # asking for a status costs nothing
         call.sending = None
         call.error = error
         call.ambiguous |= error.ambiguous
@@ -336,7 +334,7 @@ class Attempts(NotPicklable):
             call.failed_at, call.waits = self.clock.monotonic(), build_waits(self.settings)
         own_wait = next(call.waits)
         self._report(call, attempt, error, own_wait)
-        self._check_open(error, ambiguous=error.ambiguous)
+        self._check_open(error)
         wait = None
         if self._may_repeat(call, error, probe=probe):
             wait = decide_wait(error, self.settings, own_wait=own_wait, chance=random.random())
@@ -422,12 +420,10 @@ class Attempts(NotPicklable):
             await self._pauses.run(self.clock.sleep(seconds))
         self._check_open()
 
-    def _check_open(self, cause: BaseException | None = None, *, ambiguous: bool = False) -> None:
-        """Raise if the session was closed meanwhile."""
+    def _check_open(self, cause: BaseException | None = None) -> None:
+        """Raise if the session was closed meanwhile. `Caller` adds if the call may be charged."""
         if self._closed is not None:
-            closed = copy(self._closed)
-            closed.ambiguous = ambiguous
-            raise closed from cause
+            raise copy(self._closed) from cause
 
     def close(self, error: AnalyzeError) -> None:
         """Fail all calls that queue or sleep, and all later ones."""
