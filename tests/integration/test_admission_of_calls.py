@@ -132,6 +132,32 @@ class BrokenPacer:
         raise ConnectionError("the store is down")
 
 
+async def test_a_slot_is_not_sent_into_a_pause(clock: ManualClock) -> None:
+    class Gate:
+        open = asyncio.Event()
+        asked = 0
+
+        async def acquire(self) -> None:
+            self.asked += 1
+            if self.asked == 1:
+                await self.open.wait()
+
+    gate = Gate()
+    handler = one_after_the_other(answer(503, headers={"Retry-After": "5"}), CAPTION)
+    async with ScriptedServer(handler) as server:
+        async with server.session(clock=clock, pacer=gate, **PATIENT) as session:
+            first = asyncio.create_task(session.analyze(Captioning(URL)))
+            await until(lambda: gate.asked == 1)
+            second = asyncio.create_task(session.analyze(Captioning(URL)))
+            await until(lambda: session.stats.pauses == 1)
+            gate.open.set()
+            await asyncio.sleep(0.05)
+            assert len(server.seen) == 1
+            await wind(clock, asyncio.gather(first, second))
+            assert (len(server.seen), clock.now >= 5) == (3, True)
+            assert busy(session.stats) == (0, 0, 0)
+
+
 async def test_a_pacer_that_fails_stops_the_stream() -> None:
     async with ScriptedServer(CAPTION) as server:
         async with server.session(pacer=BrokenPacer(), permits=4) as session:
@@ -378,6 +404,22 @@ async def test_an_item_that_is_always_throttled_fails_alone() -> None:
     assert [type(error) for error in errors if error is not None] == [RateLimitedError]
 
 
+async def test_throttles_do_not_use_up_the_attempts_of_an_item() -> None:
+    throttled = 0
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        nonlocal throttled
+        if "/1.jpg" in (await request.json())["source"]["uri"] and throttled < 10:
+            throttled += 1
+            return await answer(429)(request)
+        return await CAPTION(request)
+
+    async with ScriptedServer(handle) as server, server.session(attempts=2) as session:
+        async with asyncio.timeout(20):
+            errors = [outcome.error async for outcome in session.map(urls(3), Captioning)]
+    assert (errors, throttled) == ([None] * 3, 10)
+
+
 async def test_a_certificate_error_stops_a_stream() -> None:
     error = TransportError("The certificate is refused.", permanent=True)
     from cloudinary_analyze._policy import Stop, find_stop
@@ -425,8 +467,7 @@ class SlowClaims(SQLiteLedger):
 
 
 async def test_a_slow_claim_does_not_keep_its_permit(clock: ManualClock, tmp_path: Path) -> None:
-    ledger = SlowClaims(tmp_path / "ledger")
-    async with ScriptedServer(CAPTION) as server:
+    async with SlowClaims(tmp_path / "ledger") as ledger, ScriptedServer(CAPTION) as server:
         async with server.session(clock=clock, permits=2) as session:
 
             async def bulk() -> list[Response[Any] | None]:
@@ -440,12 +481,14 @@ async def test_a_slow_claim_does_not_keep_its_permit(clock: ManualClock, tmp_pat
             await asyncio.sleep(0.01)
             assert not call.done()
             await clock.advance(0.2)
-            await call
-            ledger.answers.set()
-            assert len(await wind(clock, work)) == 4
+            try:
+                await until(call.done)
+            finally:
+                ledger.answers.set()
+                await wind(clock, asyncio.wait([work]))
+            assert len(await work) == 4
             assert len(server.seen) == 5
             assert busy(session.stats) == (0, 0, 0)
-    await ledger.aclose()
 
 
 async def test_a_cancelled_claim_frees_its_slot(clock: ManualClock, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_a_summary_holds_the_counts_of_the_run(start_emulator: StartEmulator) ->
 def test_attempts_that_may_be_charged_twice_are_listed(
     start_emulator: StartEmulator, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    emulator = start_emulator(faults=FaultPlan(drop_response=0.3))
+    emulator = start_emulator(faults=FaultPlan(drop_response=0.3, error_503=0.3))
     write_urls(Path(), 40)
     assert main([*RUN, "--summary-json", "s.json", "--max-calls", "30"]) == 3
     found = read_summary()
@@ -70,7 +70,18 @@ def test_attempts_that_may_be_charged_twice_are_listed(
     assert 3 < twice < 30
     assert emulator.counts.total_done == 30 + twice
     assert found["answered"] == 30
+    assert found["retries"] > twice  # a 503 is free of charge
     assert f"{twice} attempts may have been charged twice" in capfd.readouterr().err
+
+
+def test_calls_that_may_be_charged_for_nothing_are_listed(
+    start_emulator: StartEmulator, capfd: pytest.CaptureFixture[str]
+) -> None:
+    start_emulator(faults=FaultPlan(drop_response=1.0))
+    write_urls(Path(), 3)
+    assert main([*RUN, "--summary-json", "s.json", "--attempts", "1"]) == 1
+    assert read_summary()["failed_may_be_charged"] == 3
+    assert "3 calls may have been charged without a result" in capfd.readouterr().err
 
 
 def test_the_report_has_the_figures_of_the_summary(start_emulator: StartEmulator) -> None:
@@ -174,12 +185,15 @@ def test_progress_is_json_too(
         return ProgressReporter(*arguments, interval=0.05)
 
     monkeypatch.setattr(run_module, "ProgressReporter", report_often)
-    assert main([*RUN, "--log-format", "json", "--permits", "4"]) == 1
+    arguments = [*RUN, "--log-format", "json", "--permits", "4"]
+    assert main([*arguments, "--max-calls", "20"]) == 3
+    capfd.readouterr()
+    assert main(arguments) == 1
     events = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
     progress = [event for event in events if event.get("event") == "progress"]
     assert len(progress) > 3
     assert progress[-1]["total"] == 62
-    assert progress[0]["done"] < progress[-1]["done"]
+    assert 20 <= progress[0]["done"] < progress[-1]["done"]  # those of the first run count
 
 
 def test_items_that_are_left_are_neither_done_nor_failed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
@@ -343,3 +344,16 @@ def test_results_are_set_aside_next_to_what_a_link_names():
     assert Path("r").is_symlink()
     assert Path("disk/r.2").read_text() == "earlier"
     assert set_aside("r") is None
+
+
+def test_results_that_cannot_be_written_end_with_3(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("cloudinary_analyze.cli.output.export_results", fail)
+    assert main(["run", "coco", "--emulator", "--samples", "3"]) == 3
+    err = capfd.readouterr().err
+    assert "results.jsonl could not be written: No space left on device" in err
+    assert "What was answered is kept in the ledger" in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import re
@@ -9,13 +10,16 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import cli_support
 import pytest
 from cli_support import StartEmulator, build_urls, end, read_records, start, until, write_urls
 
+from cloudinary_analyze import Answered, Captioning, Coco, Response, Spent
 from cloudinary_analyze.cli import main
 from cloudinary_analyze.cli.ledger import find_rescued
+from cloudinary_analyze.cli.money import Estimate, describe_spent, read_recorded_quota
 from cloudinary_analyze.emulator import Emulator
 from cloudinary_analyze.ledger import SQLiteLedger
 
@@ -23,6 +27,7 @@ cli_folder, start_emulator = cli_support.cli_folder, cli_support.start_emulator
 pytestmark = pytest.mark.usefixtures("cli_folder")
 
 RUN = ["run", "captioning", "--input", "urls.txt"]
+CAPTIONED = {"data": {"analysis": {"data": {"caption": "a cat"}}}}
 
 
 def read_table(text: str) -> dict[str, str]:
@@ -241,6 +246,54 @@ def test_a_missing_add_on_stops_its_model_alone(
     assert emulator.counts.total_received < 50
 
 
+def test_many_items_of_a_stopped_model_do_not_end_the_run(start_emulator: StartEmulator) -> None:
+    start_emulator(unsubscribed={"google_tagging"})
+    write_urls(Path(), 20)
+    assert main([*RUN, "--permits", "2"]) == 0
+    write_urls(Path(), 23)
+    run = ["run", "google_tagging", "captioning", "--input", "urls.txt", "--permits", "2"]
+    assert main(run) == 3
+    assert [record["model"] for record in read_records()] == ["captioning"] * 23
+
+
+def test_an_estimate_is_of_calls_that_were_paid() -> None:
+    request = Captioning(build_urls(1)[0])
+    limits = {"addons_quota": [{"type": "object_detection", "used_by_request": 5}]}
+    response = Response.from_raw(request, CAPTIONED | {"limits": limits})
+    estimate = Estimate()
+    for restored in (False, True):
+        outcome = Answered(item=0, index=0, request=request, response=response, restored=restored)
+        estimate.add(outcome)
+    assert estimate.count_calls("captioning") == 1
+    assert estimate.extrapolate({"captioning": 10}) == {"object_detection": (10, 50.0, 0.0)}
+
+
+@pytest.mark.parametrize("models", [(Captioning, Coco), (Coco, Captioning)])
+async def test_the_newest_recorded_quota_is_shown(tmp_path: Path, models: Any) -> None:
+    path = tmp_path / "a.ledger"
+    async with SQLiteLedger(path) as ledger:
+        await ledger.open(base_url="https://h", cloud_name="demo")
+        for index, model in enumerate(models):
+            request = model(build_urls(1)[0])
+            left = 100 - 50 * index
+            limits = {"addons_quota": [{"type": "object_detection", "remaining": left}]}
+            await ledger.note_item(
+                request.key, source=str(request.source), model=request.model, index=index
+            )
+            response = Response.from_raw(request, CAPTIONED | {"limits": limits})
+            await ledger.record_response(request.key, response, seconds=1)
+            await asyncio.sleep(0.01)  # the time of the record is real
+    assert read_recorded_quota(path)["object_detection"][0].remaining == 50
+
+
+def test_units_above_a_limit_are_reported() -> None:
+    spent = Spent(calls=3, units={"ai_vision": 120}, overshoot={"ai_vision": 20})
+    assert describe_spent(spent) == (
+        "Spent by this run: 3 calls, 120 units of ai_vision. "
+        "The limit of ai_vision was exceeded by 20 units."
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -359,7 +412,15 @@ def test_a_rescued_file_in_an_open_directory_is_ignored(
     saved = next(iter(find_rescued(ledger)))
     saved.parent.mkdir(parents=True)
     saved.parent.chmod(0o777)
-    saved.write_text("planted", encoding="utf-8")
+    request = Captioning(build_urls(1)[0])
+
+    async def plant() -> None:
+        async with SQLiteLedger(saved) as planted:
+            await planted.open(base_url=emulator.url, cloud_name=emulator.cloud_name)
+            response = Response.from_raw(request, CAPTIONED)
+            await planted.record_response(request.key, response, seconds=1)
+
+    asyncio.run(plant())
     assert main(RUN) == 0
     assert emulator.counts.total_done == 5
     assert saved.exists()

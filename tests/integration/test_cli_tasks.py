@@ -10,6 +10,7 @@ import re
 import signal
 from pathlib import Path
 
+import attrs
 import cli_support
 import pytest
 from cli_support import (
@@ -25,7 +26,7 @@ from cli_support import (
 from notification_support import RedisServer, build_delivery
 from ports import reserve_port
 
-from cloudinary_analyze import AnalyzeSession, Answered, Coco, Credentials, Response
+from cloudinary_analyze import AnalyzeSession, Answered, Coco, Credentials, Response, Settings
 from cloudinary_analyze.analyses import OtherAnalysis
 from cloudinary_analyze.cli import main, notifications
 from cloudinary_analyze.cli.money import NO_LIMITS
@@ -221,6 +222,26 @@ def test_undelivered_results_are_paid_again_on_request(
     assert plan.build_settings(service).on_missing_result == expected
 
 
+def test_undelivered_results_are_counted_apart(
+    start_emulator: StartEmulator,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
+    start_emulator(faults=FaultPlan(lost=1.0), task_seconds=0)
+    build = RunPlan.build_settings
+
+    def build_impatient(plan: RunPlan, service: Service) -> Settings:
+        return attrs.evolve(build(plan, service), poll_first=0.05, result_grace=0)
+
+    monkeypatch.setattr(RunPlan, "build_settings", build_impatient)
+    write_urls(Path(), 2)
+    receiving = ["--receive", "127.0.0.1:0", "--public-url", "http://127.0.0.1:9/"]
+    assert main([*RUN, *receiving]) == 1
+    err = capfd.readouterr().err
+    assert "2 results were never delivered" in err
+    assert "transient" not in err
+
+
 # a webhook is answered only once its result is kept
 
 
@@ -238,6 +259,9 @@ async def test_a_webhook_waits_until_its_result_is_kept():
         outcome = Answered(
             item="x", index=0, request=Coco("https://example.com/a.jpg"), response=response
         )
+        line.note_outcome(attrs.evolve(outcome, unrecorded=True))
+        await asyncio.sleep(0)
+        assert not put.done()
         line.note_outcome(outcome)
         await asyncio.wait_for(put, 30)
 

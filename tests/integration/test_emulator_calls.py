@@ -21,6 +21,11 @@ LISTS = {
 }
 
 
+def test_an_emulator_cannot_be_taken_for_an_account():
+    with pytest.raises(ValueError, match="begins with 'emulator-'"):
+        Emulator(cloud_name="demo")
+
+
 def open_client(emulator, **headers):
     basic = aiohttp.encode_basic_auth(emulator.api_key, emulator.api_secret)
     return aiohttp.ClientSession(headers={"Authorization": basic, **headers})

@@ -401,8 +401,10 @@ async def test_a_late_notification_is_reported_again() -> None:
             }
             limits = {"addons_quota": [{"type": "object_detection", "remaining": 0}]}
             body = build_result("t1", data=None, error=error, http_status=429, limits=limits)
+            before = session.stats
             queue.put_nowait(sign(body, at=time.time(), received_at=time.time(), secret=SECRET))
             await until(lambda: session.stats.notifications)
+            assert not before.notifications  # a snapshot
             with pytest.raises(QuotaExceededError):
                 await session.analyze(Captioning(URL))
             assert len([seen for seen in server.seen if seen.method == "POST"]) == 1

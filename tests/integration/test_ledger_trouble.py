@@ -105,7 +105,8 @@ async def test_no_claim_is_given_while_the_ledger_is_locked(path: Path) -> None:
             recording = asyncio.create_task(ledger.record_submitted(Coco(URLS[0]).key, "t"))
             await until(lambda: ledger._use().trouble)
             assert await ledger.claim(key) is None
-        await recording
+        async with asyncio.timeout(20):
+            await recording
         assert await ledger.claim(key) is not None
 
 
@@ -122,7 +123,8 @@ async def fail_run(emulator: Emulator, ledger: SQLiteLedger) -> tuple[list[Any],
         for _ in range(40):
             got.append(await anext(stream))
         with locked(ledger.path), pytest.raises(BulkStoppedError) as caught:
-            await drain(stream, got)
+            async with asyncio.timeout(20):
+                await drain(stream, got)
     return got, caught.value
 
 

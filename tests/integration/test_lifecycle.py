@@ -36,12 +36,14 @@ from cloudinary_analyze import (
     Captioning,
     ConfigurationError,
     Credentials,
+    Delivery,
     SessionAlreadyOpenError,
     SessionClosedError,
     SessionNotOpenError,
     Settings,
     WrongEventLoopError,
 )
+from cloudinary_analyze.testing import ManualClock
 
 DEMO = Credentials("demo", KEY, SECRET)
 
@@ -322,6 +324,30 @@ async def test_a_hanging_response_delays_the_close_briefly(
             with pytest.raises(SessionClosedError):
                 await call
         assert busy(session.stats) == (0, 0, 0)
+
+
+async def test_a_close_waits_five_seconds_for_responses(clock: ManualClock) -> None:
+    async with ScriptedServer(Held()) as server:
+        session = await server.session(clock=clock).__aenter__()
+        call = asyncio.create_task(session.analyze(Captioning(URL)))
+        await until(lambda: server.in_flight)
+        closing = asyncio.create_task(session.aclose())
+        await clock.advance(4.9)
+        assert not closing.done()
+        await clock.advance(0.2)
+        await asyncio.wait_for(closing, 10)
+        with pytest.raises(SessionClosedError):
+            await call
+
+
+async def test_a_closed_session_releases_its_source() -> None:
+    queue: asyncio.Queue[Delivery] = asyncio.Queue()
+    async with ScriptedServer(CAPTION) as server:
+        async with server.session(notifications=queue) as first:
+            await first.analyze(Captioning(URL))
+        async with server.session(notifications=queue) as second:
+            await second.analyze(Captioning(URL))
+        assert first is not second  # the first one still exists
 
 
 async def test_calls_failed_by_the_close_do_not_share_one_exception() -> None:

@@ -1,6 +1,7 @@
 """`map` with a ledger: nothing is requested twice, and nothing is yielded unrecorded."""
 
 import asyncio
+import itertools
 import json
 from pathlib import Path
 
@@ -561,6 +562,32 @@ async def test_results_of_another_worker_are_restored():
         assert (outcome.restored, outcome.seconds) == (True, 2.0)
         assert outcome.unwrap().analysis.caption == "theirs"
         assert (server.seen, session.stats.calls) == ([], 0)
+
+
+async def test_restoring_yields_to_the_loop_every_few_milliseconds(monkeypatch):
+    raw = {"data": {"analysis": {"data": {"caption": "a cat"}, "model_version": 1.0}}}
+    ledger = Claims()
+    urls = [f"https://example.com/{number}.jpg" for number in range(200)]
+    for url in urls:
+        key = Captioning(url).key
+        ledger.records[key] = LedgerRecord(key=key, response=raw)
+    restored = []
+    async with ScriptedServer(CAPTION) as server:
+        async with server.session(on_event=lambda _: restored.append(len(restored))) as session:
+            loop = asyncio.get_running_loop()
+            begun, calls = loop.time(), itertools.count()
+            async with session.map(urls, Captioning, ledger=ledger, window=300) as stream:
+                first = asyncio.ensure_future(anext(stream))
+                most = 0
+                with monkeypatch.context() as patch:
+                    patch.setattr(loop, "time", lambda: begun + next(calls) / 1000)
+                    while len(restored) < len(urls):
+                        before = len(restored)
+                        await asyncio.sleep(0)
+                        most = max(most, len(restored) - before)
+                await first
+    assert most <= 20
+    assert not server.seen
 
 
 async def test_a_claim_with_a_task_attaches_to_it_and_sends_nothing():

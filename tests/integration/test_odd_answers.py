@@ -219,10 +219,21 @@ async def test_an_over_long_body_is_cut_off_and_not_paid_for_again(handler: Hand
                 await session.analyze(Captioning(URL))
         assert len(caught.value.raw_body) <= 4096
         assert caught.value.model == "captioning"
+        assert caught.value.ambiguous == (caught.value.status == 200)
         assert len(server.seen) == 1
         await until(lambda: server.in_flight == 0)
         server.handler = CAPTION
         await session.analyze(Captioning(URL))  # the session goes on
+
+
+@pytest.mark.parametrize("body", [b"a" * 200_000, b"{", b"[]"])
+async def test_an_unreadable_status_was_not_charged(body: bytes) -> None:
+    async with ScriptedServer(answer(body=body)) as server:
+        async with server.session(max_response_bytes=100_000) as session:
+            with pytest.raises(ResponseDecodeError) as caught:
+                await session.task_status("t")
+    assert not caught.value.ambiguous
+    assert caught.value.model is None
 
 
 async def test_a_bomb_over_the_default_limit_is_not_paid_for_again() -> None:
@@ -265,11 +276,30 @@ async def test_a_silent_server_times_out_and_says_it_may_have_been_charged() -> 
     async with (
         ScriptedServer(never_answer) as server,
         server.session(read_timeout=0.5, attempts=2) as session,
+        asyncio.timeout(10),
     ):
         with pytest.raises(AttemptTimeoutError, match=r"0.5 s \(Settings.read_timeout\)") as caught:
             await session.analyze(Captioning(URL))
     assert (caught.value.attempts, caught.value.ambiguous) == (2, True)
     assert len(server.seen) == 2
+
+
+async def test_each_attempt_in_flight_has_its_read_timeout() -> None:
+    async def silent(_: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(30)
+        return web.Response()
+
+    async with (
+        ScriptedServer(silent) as server,
+        server.session(read_timeout=0.2, attempts=1) as session,
+        asyncio.timeout(10),
+    ):
+        calls = []
+        for number in range(3):
+            calls.append(asyncio.create_task(session.analyze(Captioning(f"{URL}?{number}"))))
+            await asyncio.sleep(0.05)
+        ends = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(end) for end in ends] == [AttemptTimeoutError] * 3
 
 
 async def test_a_refused_connection_is_not_ambiguous() -> None:

@@ -103,6 +103,29 @@ async def test_connections_that_send_too_little_are_closed(sent: bytes) -> None:
         assert await post(receiver) == b"HTTP/1.1 200 OK"
 
 
+async def test_a_request_that_is_served_is_not_cut_off() -> None:
+    class Slow(asyncio.Queue[Delivery]):
+        async def put(self, delivery: Delivery) -> None:
+            await asyncio.sleep(4 * SHORT.wait_seconds)
+            await super().put(delivery)
+
+    handle = WebhookReceiver(Slow(), CREDENTIALS).handle
+    async with serve(handle, "127.0.0.1", 0, SHORT) as origin:
+        receiver = Receiver(int(origin.rpartition(":")[2]), Slow())
+        assert await post(receiver) == b"HTTP/1.1 200 OK"
+
+
+async def test_requests_that_are_not_http_print_no_traceback(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with receive(SHORT) as receiver, asyncio.timeout(8):
+        for sent in (b"SSH-2.0-OpenSSH\r\n\r\n", b"GET / HTTP/1.1\r\nA\x00: b\r\n\r\n"):
+            reader, writer = await receiver.connect(sent)
+            assert await is_closed(reader)
+            writer.close()
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 async def test_slow_headers_gain_no_time() -> None:
     async with receive(SHORT) as receiver, asyncio.timeout(30):
         reader, writer = await receiver.connect(b"POST / HTTP/1.1\r\n")

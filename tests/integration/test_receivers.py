@@ -121,11 +121,13 @@ async def test_a_body_has_ten_seconds_to_arrive(server, clock):
         await clock.advance(9.9)
         assert clock.next_at is not None
         await clock.advance(0.2)
-        answer = await reader.readuntil(b"\r\n\r\n")
+        try:
+            answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+        finally:
+            writer.close()
+            await writer.wait_closed()
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert b"connection: close" in answer.lower()
-        writer.close()
-        await writer.wait_closed()
 
 
 @both_receivers

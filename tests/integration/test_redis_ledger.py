@@ -291,6 +291,60 @@ async def test_the_claims_of_a_dead_worker_are_taken_over(build):
     await dead.aclose()
 
 
+async def test_a_worker_is_dead_after_half_a_lease_without_one(build, shared):
+    clock = ManualClock()
+    one, other = build(lease=30), build(lease=30, clock=clock)
+    async with opened(one), opened(other):
+        for worker in (other._worker, one._worker):
+            worker._heart.cancel()
+        lease = worker.names.find_lease(worker.id)
+        with redis.Redis.from_url(shared.url) as client:
+            await one.claim(KEY)
+            await clock.advance(room.QUIET)  # the server may be new
+            for _ in range(2):  # the second time, after it was found alive
+                client.delete(lease)
+                assert await other.claim(KEY) is None
+                await clock.advance(14)
+                assert await other.claim(KEY) is None
+                client.set(lease, "{}")
+                assert await other.claim(KEY) is None
+            client.delete(lease)
+            assert await other.claim(KEY) is None
+            await clock.advance(16)
+            client.client_kill_filter(_type="normal", skipme=True)
+            claiming = asyncio.create_task(other.claim(KEY))
+            while not claiming.done():
+                await clock.advance(0.05)
+                await asyncio.sleep(0.005)
+            assert await claiming is None  # perhaps Redis was away, and not the worker
+            await clock.advance(16)
+            assert await other.claim(KEY) == Claim(ambiguous=True)
+
+
+async def test_a_closed_worker_counts_as_dead_before_its_lease_ends(build):
+    clock = ManualClock()
+    async with opened(build(lease=30, clock=clock)) as other:
+        other._worker._heart.cancel()
+        await clock.advance(room.QUIET)
+        async with opened(build(lease=30)) as one:
+            await one.claim(KEY)
+        assert await other.claim(KEY) is None
+        await clock.advance(16)
+        assert await other.claim(KEY) == Claim(ambiguous=True)
+
+
+async def test_claims_wait_after_a_recent_start_of_redis(build, server, monkeypatch):
+    monkeypatch.setattr(room, "QUIET", 100)
+    clock = ManualClock()
+    async with opened(build(server.url)), opened(build(server.url, clock=clock)) as other:
+        claiming = asyncio.create_task(other.claim(KEY))
+        for _ in range(3):
+            await other.find(KEY)
+        assert not claiming.done()
+        await clock.advance(100)
+        assert await claiming == Claim()
+
+
 async def test_a_cancelled_claim_leaves_the_key_free(build):
     async with opened(build()) as one, opened(build()) as other:
         for steps in range(6):
@@ -340,6 +394,7 @@ async def test_writes_that_redis_lost_are_repeated(build, tmp_path, monkeypatch)
             await one.record_submitted(keys[2], "task")
             await one.claim(keys[3])
             await release(one, keys[3], ambiguous=True)
+            await clock.advance(room.QUIET)  # the server is new
             forgetful.kill()
             forgetful.start()
             asked = asyncio.gather(*(other.claim(key) for key in keys))
@@ -347,6 +402,8 @@ async def test_writes_that_redis_lost_are_repeated(build, tmp_path, monkeypatch)
             while not finding.done():
                 await clock.advance(0.05)
                 await asyncio.sleep(0.02)
+            for _ in range(3):
+                await other.find(keys[3])
             assert not asked.done(), "a claim did not wait for the writes of others"
             await one.find(keys[3])
             await clock.advance(room.QUIET)

@@ -7,8 +7,10 @@ from datetime import UTC, datetime
 from email.utils import format_datetime
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import ClientConnectionResetError, web
+from aiohttp.abc import AbstractResolver
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http import StreamWriter
 from scripted import (
@@ -26,9 +28,11 @@ from scripted import (
 
 from cloudinary_analyze import (
     AnalyzeError,
+    AnalyzeSession,
     BadRequestError,
     CallTimeoutError,
     Captioning,
+    Credentials,
     RateLimitedError,
     ServerError,
     TransportError,
@@ -284,3 +288,28 @@ async def test_a_call_that_is_cancelled_in_flight_may_have_been_charged() -> Non
             call.cancel()
         await asyncio.wait(calls)
         assert session.stats.ambiguous_failures == 1
+
+
+async def test_a_call_that_is_cut_off_while_it_connects_is_not_charged() -> None:
+    class Resolver(AbstractResolver):
+        asked = 0
+
+        async def resolve(self, *_: Any, **__: Any) -> Any:
+            self.asked += 1
+            await asyncio.sleep(60)
+
+        async def close(self) -> None: ...
+
+    resolver = Resolver()
+    connector = aiohttp.TCPConnector(limit=0, resolver=resolver)
+    async with aiohttp.ClientSession(connector=connector) as http:
+        credentials = Credentials("demo", "1", "2", host="https://api.invalid")
+        async with AnalyzeSession(credentials, http=http) as session:
+            cancelled = asyncio.create_task(session.analyze(Captioning(URL)))
+            await until(lambda: resolver.asked == 1)
+            cancelled.cancel()
+            await asyncio.wait([cancelled])
+            with pytest.raises(CallTimeoutError) as caught:
+                await session.analyze(Captioning(URL), timeout=0.05)
+            assert (caught.value.attempts, caught.value.ambiguous) == (1, False)
+            assert session.stats.ambiguous_failures == 0

@@ -109,6 +109,20 @@ async def test_no_more_attempts_are_in_flight_than_there_are_permits() -> None:
     assert server.most_in_flight == 5
 
 
+@pytest.mark.parametrize("permits", [1, 5])
+async def test_status_polls_have_separate_permits(permits: int) -> None:
+    status = answer(content={"data": {"task_id": "t", "status": "pending"}})
+
+    async def slowly(request: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(0.01)
+        return await status(request)
+
+    async with ScriptedServer(slowly) as server:
+        async with server.session(permits=permits, poll_permits=3) as session:
+            await asyncio.gather(*(session.task_status(f"t{number}") for number in range(20)))
+    assert server.most_in_flight == 3
+
+
 async def test_connections_are_kept_and_cookies_are_not() -> None:
     peers = set()
 

@@ -105,6 +105,13 @@ def test_each_item_has_its_outcome_in_order(emulate):
         assert AnalyzeStage(Captioning, settings=SETTINGS)([]) == []
 
 
+def test_stages_with_other_settings_have_other_sessions(emulate):
+    with emulate():
+        for permits in (1, 2, 1):
+            AnalyzeStage(Captioning, settings=Settings(permits=permits))(URLS[:3])
+        assert [shown["calls"] for shown in worker_stats()] == [6, 3]
+
+
 def test_stages_and_threads_share_one_session(emulate):
     with emulate() as emulator:
 

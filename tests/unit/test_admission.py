@@ -205,8 +205,9 @@ def test_results_from_before_a_stall_change_nothing() -> None:
         throttle_all(admission, [attempts.pop()], 0.01)
     due = admission.find_start(0.01)
     admission.throttle(attempts[0], 0.02)
-    admission.fail(attempts[1], 0.02)
-    admission.succeed(attempts[2], 0.02)
+    admission.succeed(attempts[1], 0.02)
+    for attempt in attempts[2:]:  # far more than lead to a stall
+        admission.fail(attempt, 0.02)
     assert (admission.state, admission.find_start(0.02)) == (State.STALLED, due)
     assert admission.generation == 1
 

@@ -191,6 +191,18 @@ async def test_every_call_in_flight_has_its_outcome() -> None:
     assert [o.index for o in found if o.error is None] != [o.index for o in refused]
 
 
+async def test_the_error_of_a_stopped_feature_has_the_final_figures() -> None:
+    service = Calls(turns=lambda _: 3)
+    first, rest = [GoogleTagging(URL), Captioning(URL)], [GoogleTagging(URL)] * 4
+    items = [*first, Captioning(URL), *rest, Captioning(URL)]
+    budget = Budget(units={FEATURE: 1})
+    work = stream(service, items, budget, window=1, convert=lambda x: x)
+    _, error = await collect(work)
+    assert isinstance(error, BudgetReachedError)
+    assert (error.feature, error.calls) == (FEATURE, 6)
+    assert error.units == spent_of(work).units == {FEATURE: 1, "google_tagging": 5}
+
+
 async def test_a_budget_without_limits_only_counts() -> None:
     work = stream(Calls(cost=lambda n: n), range(5), Budget())
     assert (await collect(work))[1] is None

@@ -346,6 +346,8 @@ def test_no_secret_is_in_a_repr() -> None:
         {"connect_timeout": 0},
         {"read_timeout": float("inf")},
         {"read_timeout": float("nan")},
+        {"read_timeout": True},
+        {"result_grace": False},
         {"call_timeout": -1},
         {"backoff_first": 0},
         {"backoff_first": 2, "backoff_max": 1},

@@ -202,3 +202,8 @@ def test_a_stopped_stream_pickles_whatever_its_reason_is(reason: Exception) -> N
     else:
         assert type(twin.reason) is AnalyzeError
         assert str(twin.reason).startswith(type(reason).__name__)
+
+
+@pytest.mark.parametrize("message", ["a" * 5_000, "\n" * 5_000])
+def test_a_message_has_2000_characters_at_most(message: str) -> None:
+    assert len(AnalyzeError(message).message) <= 2_000

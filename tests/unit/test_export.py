@@ -118,6 +118,13 @@ def test_a_csv_keeps_text_that_is_a_number(tmp_path, number):
     assert (row["longitude"], row["-1"], row["n"]) == (number, "name", "'-1 ")
 
 
+def test_no_csv_header_begins_a_formula(tmp_path):
+    own = find_own_columns([{"=1+1": "a", "\t@x": "b"}])
+    export_results([build(input={"=1+1": "a", "\t@x": "b"})], tmp_path / "r.csv", "csv", own=own)
+    (row,) = read_csv(tmp_path / "r.csv")
+    assert [name for name in row if row[name] in {"a", "b"}] == ["'=1+1", "'\t@x"]
+
+
 def test_a_number_that_no_column_can_hold_is_left_out(tmp_path):
     pytest.importorskip("pyarrow")
     record = build({"quality": "low", "score": 10**400}, index=2**64, line=True, seconds="soon")

@@ -30,9 +30,11 @@ from cloudinary_analyze.errors import (
     ResultNotDeliveredError,
     TaskFailedError,
 )
+from cloudinary_analyze.ledger import file as ledger_file
 from cloudinary_analyze.ledger.encoding import dump_error, load_error
 from cloudinary_analyze.ledger.items import RecordSet
 from cloudinary_analyze.ledger.sqlite import SQLiteLedger, build_row
+from cloudinary_analyze.ledger.writer import Entry
 from cloudinary_analyze.requests import (
     AIVisionGeneral,
     AIVisionTagging,
@@ -224,7 +226,9 @@ async def test_an_error_never_replaces_a_response(tmp_path):
         response = Response.from_raw(request, raw)
         await ledger.record_response(request.key, response, seconds=1)
         await ledger.record_error(request.key, NotFoundError("gone"), seconds=1)
+        await ledger.record_submitted(request.key, "late")
         found = await ledger.find(request.key)
+        assert ledger.counts().answered == 1
     assert (found.response, found.error) == (raw, None)
 
 
@@ -414,6 +418,15 @@ def damage_middle(path):
     path.write_bytes(content)
 
 
+def damage_items(path):
+    query = "SELECT rootpage FROM sqlite_master WHERE name = 'items'"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        ((page,),) = connection.execute(query)
+    content = bytearray(path.read_bytes())
+    content[4096 * (page - 1) : 4096 * page] = os.urandom(4096)
+    path.write_bytes(content)
+
+
 def make_database(path):
     path.unlink()
     with contextlib.closing(sqlite3.connect(path)) as connection:
@@ -431,10 +444,11 @@ def make_newer(path):
         (lambda path: path.write_bytes(b"a caption\n" * 99), "damaged, or not a ledger"),
         (lambda path: path.write_bytes(path.read_bytes()[:5000]), "damaged"),
         (damage_middle, "damaged"),
+        (damage_items, "damaged"),
         (make_database, "a database, but not a ledger"),
         (make_newer, "has format 99"),
     ],
-    ids=["text", "cut short", "overwritten", "other database", "newer format"],
+    ids=["text", "cut short", "overwritten", "items", "other database", "newer format"],
 )
 async def test_a_damaged_ledger_is_refused_unchanged(tmp_path, spoil, message):
     path = tmp_path / "a.ledger"
@@ -445,6 +459,36 @@ async def test_a_damaged_ledger_is_refused_unchanged(tmp_path, spoil, message):
         with pytest.raises(LedgerError, match=message):
             await ledger.open(**OWNER)
     assert list_bytes(tmp_path) == before
+
+
+async def test_a_large_ledger_that_is_cut_short_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "a.ledger"
+    await fill(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    monkeypatch.setattr(ledger_file, "LARGEST_CHECKED", 0)
+    async with SQLiteLedger(path) as ledger:
+        with pytest.raises(LedgerError, match="1 bytes are missing at its end"):
+            await ledger.open(**OWNER)
+
+
+async def test_steps_of_a_failed_commit_keep_their_order(tmp_path):
+    done = []
+
+    async with opened(tmp_path / "a.ledger") as ledger:
+
+        def first(_):
+            if not done:
+                done.append("busy")
+                ledger._use().put(Entry(lambda _: done.append("second")))
+                error = sqlite3.OperationalError("locked")
+                error.sqlite_errorname = "SQLITE_BUSY"
+                raise error
+            done.append("first")
+
+        async with asyncio.timeout(20):
+            await ledger._use().perform(first)
+            await ledger.flush()
+    assert done == ["busy", "first", "second"]
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["closed", "killed"])

@@ -21,6 +21,7 @@ from task_support import (
 )
 
 from cloudinary_analyze import Delivery
+from cloudinary_analyze._tasks import listener
 from cloudinary_analyze._tasks.listener import FETCH_BATCH
 from cloudinary_analyze.errors import NotificationSourceError
 from cloudinary_analyze.notifications import QueueSource
@@ -236,6 +237,19 @@ class TestYield:
                     longest = max(longest, time.thread_time() - begun)
                     left = source.queue.qsize()
             assert longest < 0.05
+
+    async def test_a_turn_takes_about_two_milliseconds(self, clock, monkeypatch):
+        ticks = itertools.count()
+        monkeypatch.setattr(listener, "perf_counter", lambda: next(ticks) / 1000)
+        source = Recorder()
+        for index in range(100):
+            source.send(sign(build_result(f"t{index}")))
+        async with resolving(clock, source=source):
+            most, left = 0, source.queue.qsize()
+            while left:
+                await asyncio.sleep(0)
+                most, left = max(most, left - source.queue.qsize()), source.queue.qsize()
+            assert most <= 4
 
 
 class TestSourceEnds:

@@ -685,6 +685,22 @@ async def test_a_stream_ends_after_a_window_of_unsent_items() -> None:
     assert items.pulled == len(found) <= 10 + 6 + 6 + 6
 
 
+async def test_restored_items_interrupt_a_row_of_unsent_items() -> None:
+    error = QuotaExceededError("quota", status=429)
+    send = refuse_model(Service(), Captioning, error)
+
+    async def perform(work: Any) -> Any:
+        work.restored = work.index % 2 == 1
+        return None if work.restored else await send(work)
+
+    def convert(item: int) -> Any:
+        return (Captioning if item else GoogleTagging)(f"{BASE}{item}")
+
+    stream = stream_by_turns(perform, range(40), window=2, convert=convert)
+    found = [outcome async for outcome in stream]
+    assert [outcome.index for outcome in found if outcome.error is None] == [0, *range(1, 40, 2)]
+
+
 async def test_a_waiting_item_of_a_stopped_kind_is_not_sent() -> None:
     """The stream checks again when the request gets its permit."""
     error = QuotaExceededError("quota", status=429)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from typing import Any
@@ -68,6 +69,17 @@ HEADERS = st.text(max_size=40) | st.from_regex(
 def test_every_form_of_retry_after_is_read(value: str, seconds: float | None) -> None:
     read = protocol.read_retry_after({"Retry-After": value}, now=NOW)
     assert read == pytest.approx(seconds)
+
+
+def test_a_date_without_a_zone_is_in_utc(monkeypatch: pytest.MonkeyPatch) -> None:
+    date = format_datetime(datetime.fromtimestamp(NOW + 30, UTC).replace(tzinfo=None))
+    assert date.endswith("-0000")
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        read = protocol.read_retry_after({"Retry-After": date}, now=NOW)
+    time.tzset()
+    assert read == pytest.approx(30)
 
 
 def test_a_missing_retry_after_is_none() -> None:

@@ -45,6 +45,21 @@ def count(*records):
     return statistics
 
 
+def test_only_paid_responses_use_units():
+    def charge(remaining):
+        return [{"type": "ai_vision", "used_by_request": 5, "remaining": remaining}]
+
+    statistics = count(
+        build({}, limits=charge(80)),
+        build({}, limits=charge(70), restored=True),
+        build(error={"type": "ServerError", "ambiguous": True}, limits=charge(60)),
+        build({}, limits=charge(90)),
+    )
+    assert statistics.find_used("ai_vision") == 10
+    assert statistics.quotas["ai_vision"].remaining == 60
+    assert [cause.ambiguous for cause in statistics.causes.values()] == [1]
+
+
 def test_boxes_and_notes_are_read_from_every_form(sample):
     def read(model):
         return read_findings(sample(model)["data"]["analysis"]).marks

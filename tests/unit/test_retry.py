@@ -138,6 +138,7 @@ def test_backoff_never_exceeds_the_cap_or_shrinks(first: float, factor: float) -
 @given(own=SECONDS, chance=CHANCE)
 def test_jitter_shortens_backoff_by_half_at_most(own: float, chance: float) -> None:
     assert own / 2 <= compute_wait(own, None, chance=chance) <= own
+    assert compute_wait(own, None, chance=1) == own / 2
 
 
 @given(own=SECONDS, asked=SECONDS, chance=CHANCE)

@@ -402,6 +402,12 @@ class TestAnsweredAreKept:
 
 
 class TestWaits:
+    def test_a_submission_that_is_abandoned_may_be_charged(self):
+        table = build_table()
+        for submitted, ambiguous in ((table.submit(REQUEST), True), (accept(table, "t1"), False)):
+            table.abandon(submitted, 0)
+            assert submitted.answer.error.ambiguous is ambiguous
+
     def test_a_deadline_ends_one_wait_and_the_entry_stays(self):
         table = build_table()
         hasty = accept(table, "t1", deadline=10)
@@ -433,6 +439,7 @@ class TestWaits:
             table.leave(accept(table, f"t{index}"), index)
         assert len(table.resting) == 3
         assert not table.pending
+        assert table.wake_at == 100  # a timer ends them, and no later activity
         advance(table, 104)
         assert not table.resting
 
@@ -618,6 +625,27 @@ class TestGrace:
         again, _ = attach(table, "t1", 110)
         assert isinstance(again.answer.error, ResultNotDeliveredError)
 
+    def test_a_late_result_corrects_its_error(self):
+        table = build_table(result_grace=100)
+        wait = accept(table, "t1")
+        poll(table, wait, "completed", 10)
+        advance(table, 110)
+        assert isinstance(wait.answer.error, ResultNotDeliveredError)
+        assert deliver(table, build_result("t1"), 120) == "resolved"
+        assert find(table, "t1").body is not None
+        assert deliver(table, build_result("t1"), 130) == "duplicate"
+
+    def test_a_failed_task_waits_for_its_reason_briefly(self):
+        table = build_table(failure_grace=15)
+        wait = accept(table, "t1")
+        poll(table, wait, "failed", 10)
+        advance(table, 24)
+        assert wait.answer is None
+        advance(table, 25)
+        assert not wait.answer.error.cause_known
+        assert deliver(table, build_failure("t1"), 30) == "resolved"
+        assert find(table, "t1").error.cause_known
+
 
 class TestUnknown:
     def test_a_timeout_reports_that_the_task_is_unknown(self):
@@ -637,6 +665,17 @@ class TestUnknown:
         effects = table.take_error(wait.entry, NotFoundError("404", status=404), 61)
         assert wait.entry.status == "unknown"
         assert [type(effect) for effect in effects] == [Changed, Poll]
+
+    def test_a_poll_that_finds_it_ends_the_count_of_misses(self):
+        table = build_table(with_source=False)
+        wait = accept(table, "t1", 0)
+        missing = NotFoundError("404", status=404)
+        table.take_error(wait.entry, missing, 61)
+        poll(table, wait, "pending", 70)
+        table.take_error(wait.entry, missing, 80)
+        assert wait.answer is None
+        table.take_error(wait.entry, missing, 90)
+        assert isinstance(wait.answer.error, NotFoundError)
 
 
 class TestOneEntryPerTask:

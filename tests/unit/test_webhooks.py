@@ -235,6 +235,13 @@ def test_freshness_is_judged_at_the_first_receipt() -> None:
         verify_delivery(Delivery(BODY, headers, received_at=NOW - 301), CREDENTIALS)
 
 
+@pytest.mark.parametrize(
+    "body", [b'{"data":{"task_id":"t"}}', b'{"task_id":7,"data":{"task_id":"t"}}']
+)
+def test_a_task_id_inside_the_data_is_read(body: bytes) -> None:
+    assert parse_notification(body).task_id == "t"
+
+
 def test_a_v2_signature_alone_is_refused_with_the_fix() -> None:
     headers = {"X-Cld-Signature_v2": "abc", "X-Cld-Timestamp": str(NOW)}
     with pytest.raises(InvalidSignatureError, match="auth_scheme"):
