@@ -1,6 +1,6 @@
 """Runs mutations: breaks one promise at a time in a copy, and reports whether a test fails.
 
-    python tests/mutations                            all of them, about 10 minutes
+    python tests/mutations                            all of them, about half an hour
     python tests/mutations --only NAME                one; repeatable
     python tests/mutations --sample 10 --seed HASH    ten, chosen by a commit
 

@@ -18,8 +18,8 @@ def test_a_mutation_applies_once_and_has_tests(mutation: Mutation) -> None:
     assert not mutation.find_missing_tests()
 
 
-def test_there_are_sixty_mutations() -> None:
-    assert len(MUTATIONS) >= 60
+def test_there_are_two_hundred_mutations() -> None:
+    assert len(MUTATIONS) >= 200
 
 
 def test_a_seed_chooses_the_same_mutations() -> None:
