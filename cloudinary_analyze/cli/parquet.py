@@ -5,6 +5,7 @@ Binary columns and fields, which often hold whole images, are left out before th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from datetime import date, time
 from importlib import import_module
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO, Final
 from cloudinary_analyze.cli.table import name_columns
 from cloudinary_analyze.errors import ConfigurationError, describe_reason
 
+_OFFSET: Final = re.compile(r"([+-]\d\d)(\d\d)$")
 _ROWS_AT_ONCE: Final = 1000
 _BUFFER_BYTES: Final = 2**20  # of each column; otherwise a whole row group is read at once
 
@@ -81,7 +83,9 @@ def _read_scalar(scalar: Any) -> Any:
             return bytes(scalar.as_buffer()).decode(errors="surrogateescape")
         if isinstance(error, OverflowError):
             return scalar.value
-        return str(scalar.cast("string")).replace(" ", "T", 1)  # nanoseconds
+        day, space, clock = str(scalar.cast("string")).partition(" ")  # nanoseconds
+        clock = _OFFSET.sub(r"\1:\2", clock.replace("Z", "+0000"))
+        return f"{day}T{clock}" if space else day
 
 
 def _make_json(value: Any) -> Any:
@@ -91,4 +95,8 @@ def _make_json(value: Any) -> Any:
         return {str(name): _make_json(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_make_json(entry) for entry in value]
-    return value.isoformat() if isinstance(value, date | time) else str(value)
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if getattr(value, "nanoseconds", None) is not None:  # with pandas, arrow returns its type
+        return str(value.value if value.nanoseconds else value.to_pytimedelta())
+    return str(value)

@@ -294,7 +294,7 @@ def build_odd_parquet() -> tuple[bytes, list[dict[str, Any]]]:
         "ns": (instants, [exact, rounded, None]),
         "zone": (
             instants.cast(arrow.timestamp("ns", "UTC")),
-            [exact + "Z", rounded + "+00:00", None],
+            [exact + "+00:00", rounded + "+00:00", None],
         ),
         "struct": (
             arrow.StructArray.from_arrays([instants, instants], names=["x", "x"]),
@@ -309,7 +309,7 @@ def build_odd_parquet() -> tuple[bytes, list[dict[str, Any]]]:
             [[["a", exact]], [["b", rounded]], []],
         ),
         "far": (arrow.array([2**62, None, 0], arrow.timestamp("ms")), [2**62, None, "1970-01-01T00:00:00"]),
-        "span": (arrow.array([1, None, 0], arrow.duration("ns")), ["1", None, "0:00:00"]),
+        "span": (arrow.array([-1234, None, 0], arrow.duration("ns")), ["-1234", None, "0:00:00"]),
         "text": (texts, ["\udcff", "ok", None]),
         "coded": (texts.dictionary_encode(), ["\udcff", "ok", None]),
     }  # fmt: skip
