@@ -11,7 +11,6 @@ from contextlib import closing
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Any, Final, Literal, Self
 
 import attrs
@@ -385,12 +384,7 @@ class StreamResults:
                 f"{sentence} No further items were sent.", exit_code=ExitCode.STOPPED
             ) from None
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._outlet.close()
         if self.output != STANDARD:
             os.close(self._descriptor)

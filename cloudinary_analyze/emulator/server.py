@@ -16,7 +16,6 @@ from datetime import datetime
 from html import escape
 from http import HTTPStatus
 from secrets import token_hex
-from types import TracebackType
 from typing import Any, Final, Literal, Self
 from urllib.parse import quote
 
@@ -243,12 +242,7 @@ class Emulator:
         await self.start()
         return self
 
-    async def __aexit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
     def _build_desk(self, scheduler: Scheduler) -> TaskDesk:
