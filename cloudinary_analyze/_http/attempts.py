@@ -14,7 +14,7 @@ from contextlib import suppress
 from copy import copy
 from functools import partial
 from math import inf
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import Final, TypeVar
 
 import attrs
 
@@ -54,9 +54,6 @@ from cloudinary_analyze.errors import (
     build_unsent,
     shorten,
 )
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 
