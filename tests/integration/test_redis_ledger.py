@@ -291,14 +291,14 @@ async def test_the_claims_of_a_dead_worker_are_taken_over(build):
     await dead.aclose()
 
 
-async def test_a_worker_is_dead_after_half_a_lease_without_one(build, shared):
+async def test_a_worker_is_dead_after_half_a_lease_without_one(build, shared_redis):
     clock = ManualClock()
     one, other = build(lease=30), build(lease=30, clock=clock)
     async with opened(one), opened(other):
         for worker in (other._worker, one._worker):
             worker._heart.cancel()
         lease = worker.names.find_lease(worker.id)
-        with redis.Redis.from_url(shared.url) as client:
+        with redis.Redis.from_url(shared_redis.url) as client:
             await one.claim(KEY)
             await clock.advance(room.QUIET)  # the server may be new
             for _ in range(2):  # the second time, after it was found alive
@@ -333,10 +333,10 @@ async def test_a_closed_worker_counts_as_dead_before_its_lease_ends(build):
         assert await other.claim(KEY) == Claim(ambiguous=True)
 
 
-async def test_claims_wait_after_a_recent_start_of_redis(build, server, monkeypatch):
+async def test_claims_wait_after_a_recent_start_of_redis(build, own_redis, monkeypatch):
     monkeypatch.setattr(room, "QUIET", 100)
     clock = ManualClock()
-    async with opened(build(server.url)), opened(build(server.url, clock=clock)) as other:
+    async with opened(build(own_redis.url)), opened(build(own_redis.url, clock=clock)) as other:
         claiming = asyncio.create_task(other.claim(KEY))
         for _ in range(3):
             await other.find(KEY)
