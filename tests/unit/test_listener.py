@@ -244,7 +244,7 @@ class TestYield:
         source = Recorder()
         for index in range(100):
             source.send(sign(build_result(f"t{index}")))
-        async with resolving(clock, source=source):
+        async with resolving(Service(clock), source=source):
             most, left = 0, source.queue.qsize()
             while left:
                 await asyncio.sleep(0)
