@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
-from collections.abc import Iterator
 from pathlib import Path
+
+from scripted import no_collector
 
 import cloudinary_analyze
 
@@ -47,12 +49,17 @@ app = FastAPI()
 }
 
 
-def read_modules() -> Iterator[tuple[str, ast.Module]]:
-    """Yield every module by its name."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-        name = ".".join(part for part in parts if part != "__init__")
-        yield name, ast.parse(path.read_text(encoding="utf-8"))
+@functools.cache
+def read_modules() -> list[tuple[str, ast.Module]]:
+    """Return every module with its name."""
+    found = []
+    # a collection may run code that parses, too, which Python 3.11 reports as a `SystemError`
+    with no_collector():
+        for path in sorted(PACKAGE.rglob("*.py")):
+            parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+            name = ".".join(part for part in parts if part != "__init__")
+            found.append((name, ast.parse(path.read_text(encoding="utf-8"))))
+    return found
 
 
 def find_public_names() -> set[tuple[str, str]]:

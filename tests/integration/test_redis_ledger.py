@@ -315,7 +315,7 @@ async def test_a_worker_is_dead_after_half_a_lease_without_one(build, shared_red
             claiming = asyncio.create_task(other.claim(KEY))
             while not claiming.done():
                 await clock.advance(0.05)
-                await asyncio.sleep(0.005)
+                await asyncio.sleep(0.02)
             assert await claiming is None  # perhaps Redis was away, and not the worker
             await clock.advance(16)
             assert await other.claim(KEY) == Claim(ambiguous=True)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from scripted import no_collector
 
 ROOT = Path(__file__).parents[2]
 PLACES = ["cloudinary_analyze", "benchmarks", "tests", "README.md", "CHANGELOG.md", ".github"]
@@ -62,12 +63,14 @@ def list_texts(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def test_no_text_contains_a_translated_phrase() -> None:
-    found = [
-        f"{path.relative_to(ROOT)}:{line}: {match[0]!r} in {text.strip()[:100]!r}"
-        for path in list_files()
-        for line, text in list_texts(path)
-        if (match := PATTERN.search(text))
-    ]
+    # a collection may run code that parses, too, which Python 3.11 reports as a `SystemError`
+    with no_collector():
+        found = [
+            f"{path.relative_to(ROOT)}:{line}: {match[0]!r} in {text.strip()[:100]!r}"
+            for path in list_files()
+            for line, text in list_texts(path)
+            if (match := PATTERN.search(text))
+        ]
     assert found == [], f"write instead: {PHRASES}"
 
 

@@ -5,24 +5,21 @@ from __future__ import annotations
 import ast
 import logging
 import re
-from pathlib import Path
 
 import pytest
+from examples import read_modules
 from hypothesis import given
 from hypothesis import strategies as st
 
-import cloudinary_analyze
 from cloudinary_analyze import events
 from cloudinary_analyze.errors import describe
-
-PACKAGE = Path(cloudinary_analyze.__file__).parent
 
 
 def find_loggers() -> set[str]:
     """Return the argument of each `getLogger` in the package."""
     found = set()
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+    for _, tree in read_modules():
+        for node in ast.walk(tree):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "logging.getLogger":
                 found.add(ast.unparse(node.args[0]).strip("'") if node.args else "root")
     return found
