@@ -110,8 +110,7 @@ class ScriptedServer:
             ),
             **own,
         )
-        _sessions.add(session)
-        return session
+        return watch(session)
 
 
 def answer(
@@ -216,6 +215,12 @@ def have_failed(session: AnalyzeSession, attempts: int) -> bool:
     """Return whether this many attempts were made and none of them is in flight."""
     stats = session.stats
     return stats.attempts == attempts and not stats.permits_in_use
+
+
+def watch(session: AnalyzeSession) -> AnalyzeSession:
+    """Let `wind` wait for the responses of a session that no scripted server opened."""
+    _sessions.add(session)
+    return session
 
 
 async def wind(clock: ManualClock, awaitable: Awaitable[Any], *, seconds: float = 40.0) -> Any:

@@ -20,6 +20,7 @@ from scripted import (
     one_after_the_other,
     requests_of,
     until,
+    watch,
     wind,
 )
 
@@ -289,7 +290,7 @@ async def test_refused_connections_fail_no_item_and_are_not_ambiguous(clock: Man
     await runner.setup()
     settings = Settings(host=f"http://127.0.0.1:{port}")
     credentials = Credentials("demo", "1", "s")
-    async with AnalyzeSession(credentials, settings=settings, clock=clock) as session:
+    async with watch(AnalyzeSession(credentials, settings=settings, clock=clock)) as session:
 
         async def run() -> list[Any]:
             return [outcome.error async for outcome in session.map(urls(200), Captioning)]
