@@ -365,8 +365,8 @@ class Recording:
             seconds, _ = work.measure()
             await self._record(work, self.ledger.record_error(key, error, seconds=seconds))
             return
-        if isinstance(error, TaskFailedError | QuotaExceededError) and error.task_id is not None:
-            # the task has ended; without its id, the error is that of a call that repeats it
+        if progress.task_id is not None and isinstance(error, TaskFailedError | QuotaExceededError):
+            # it has ended, or its repetition was refused; then the next run submits the item again
             await self._record(work, self.ledger.record_submitted(key, None))
         self._release(key, progress, ambiguous=error.ambiguous)
 

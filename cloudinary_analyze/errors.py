@@ -85,7 +85,7 @@ class AnalyzeError(Exception):
         if len(self.message) > LONGEST_MESSAGE or not self.message.isprintable():
             # ids, paths and hosts from outside must not forge log lines or control a terminal
             self.message = shorten(self.message, LONGEST_MESSAGE - 1)  # and an ellipsis
-        self.args = (self.message,)
+        self.args: tuple[Any, ...] = (self.message,)
 
     def __str__(self) -> str:
         if self.ambiguous:

@@ -14,7 +14,7 @@ from pathlib import Path
 import attrs
 import pytest
 import uvicorn
-from ports import reserve_port
+from ports import release_port, reserve_port
 
 from cloudinary_analyze import Captioning, Credentials, Delivery
 from cloudinary_analyze.testing import build_notification, sign_notification
@@ -122,3 +122,4 @@ def run_redis(directory, **options):
         yield server
     finally:
         server.kill()
+        release_port(server.port)

@@ -132,15 +132,21 @@ async def test_a_task_attached_by_its_id_trips_it(request_type: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:A task was submitted on a session without:UserWarning")
-async def test_a_repeat_refused_for_quota_keeps_the_task(tmp_path: Path) -> None:
-    """The task is completed and paid for, so the next run waits for its notification again."""
-    tasks = Tasks()
+async def test_an_item_whose_repeat_lacked_quota_is_sent_again(tmp_path: Path) -> None:
+    """Also by the session that knows the task and the error of its repetition."""
+    tasks, repeats = Tasks(), 0
     tasks.status = {"data": {"status": "completed"}}
+    renewed = {**LIMITS["addons_quota"][0], "reset_time": "2020-01-01T00:00:00Z"}
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        if request.method == "POST" and "async" not in await request.json():
-            return await answer(429, {"error": QUOTA_ERROR, "limits": LIMITS})(request)
-        return await tasks(request)
+        nonlocal repeats
+        if request.method == "GET" or "async" in await request.json():
+            return await tasks(request)
+        repeats += 1
+        if repeats == 1:
+            refusal = {"error": QUOTA_ERROR, "limits": {"addons_quota": [renewed]}}
+            return await answer(429, refusal)(request)
+        return await answer(content={"data": RESULT})(request)
 
     async with (
         ScriptedServer(handle) as server,
@@ -151,9 +157,9 @@ async def test_a_repeat_refused_for_quota_keeps_the_task(tmp_path: Path) -> None
         assert isinstance((await anext(stream)).error, QuotaExceededError)
         with pytest.raises(BulkStoppedError):
             await anext(stream)
-        record = await ledger.find(VISION.key)
-        assert record is not None
-        assert (record.task_id, record.final) == ("t1", False)
+        async with session.map([VISION], mode="task", ledger=ledger) as stream:
+            assert (await anext(stream)).unwrap().analysis.responses
+        assert (tasks.accepted, repeats) == (2, 2)
 
 
 async def test_a_task_whose_handle_was_dropped_trips_it() -> None:
