@@ -139,9 +139,8 @@ def read_records(path: str | Path = "results.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_bytes().splitlines()]
 
 
-def read_terminal(descriptor: int) -> str:
-    """Return everything written to a terminal until its last writer closed it."""
-    shown = b""
+def read_terminal(descriptor: int, shown: bytes = b"") -> str:
+    """Return everything written to a terminal until its last writer closed it, after a beginning."""
     while True:
         try:
             chunk = os.read(descriptor, 65536)
