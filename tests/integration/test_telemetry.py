@@ -388,11 +388,20 @@ async def open_mailboxes(shared_redis: Any, namespace: str) -> AsyncIterator[Red
 async def submit_in_a_and_receive_at_b(
     shared_redis: Any, namespace: str, at_a: Exported, at_b: Exported
 ) -> AsyncIterator[AnalyzeSession]:
-    """Open a session in worker A. Its notifications arrive at worker B, and both are instrumented."""
+    """Open a session in worker A. Its notifications arrive at worker B, and both are instrumented.
+
+    B receives once A has stored the trace. An earlier notification would not have it.
+    """
+
+    async def receive_late(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            await until(lambda: mailboxes_a._writer is not None and mailboxes_a._writer.done())
+        await WebhookReceiver(mailboxes_b, CREDENTIALS)(scope, receive, send)
+
     async with (
         open_mailboxes(shared_redis, namespace) as mailboxes_a,
         open_mailboxes(shared_redis, namespace) as mailboxes_b,
-        serve_asgi(WebhookReceiver(mailboxes_b, CREDENTIALS)) as origin,
+        serve_asgi(receive_late) as origin,
         Emulator(task_seconds=0.2) as emulator,
         AnalyzeSession(
             Credentials.from_url(emulator.cloudinary_url),
