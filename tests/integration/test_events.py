@@ -186,7 +186,7 @@ async def test_a_task_is_followed_from_call_to_answer() -> None:
     ) as (emulator, session):
         task_id = await (task := session.submit(Captioning(URL))).accepted()
         await asyncio.sleep(0.2)
-        await until(lambda: session.stats.polls)
+        await until(lambda: any(type(event) is PollFinished for event in events))
         emulator._desk._finish(emulator.tasks[task_id])
         await task
     started, finished = only(events, CallStarted), only(events, CallFinished)
@@ -427,9 +427,13 @@ async def test_polls_do_not_run_in_the_context_of_a_request() -> None:
         await session.submit(Captioning(URL))
 
     async with connected(
-        quick(poll_first=0.01), session_options={"on_event": hook}, task_seconds=0.1
-    ) as (_, session):
-        await asyncio.gather(*(asyncio.create_task(handle(number)) for number in range(3)))
+        quick(poll_first=0.01), session_options={"on_event": hook}, task_seconds=3600
+    ) as (emulator, session):
+        handling = [asyncio.create_task(handle(number)) for number in range(3)]
+        await until(lambda: len(emulator.tasks) == 3 and "PollFinished" in contexts)
+        for task in list(emulator.tasks.values()):
+            emulator._desk._finish(task)
+        await asyncio.gather(*handling)
     assert contexts["PollFinished"] == {"none"}
     assert contexts["CallStarted"] == {"request 0", "request 1", "request 2"}
 

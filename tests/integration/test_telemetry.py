@@ -210,7 +210,7 @@ async def test_a_task_is_one_trace(exported: Exported) -> None:
         task = session.submit(Captioning(URL))
         task_id = await task.accepted()
         await asyncio.sleep(0.2)
-        await until(lambda: session.stats.polls)
+        await until(lambda: exported.named("GET"))
         emulator._desk._finish(emulator.tasks[task_id])
         await task
         await until(lambda: exported.named("process notification"))
