@@ -56,7 +56,8 @@ def read_answered(folder: Path) -> set[str]:
 async def test_a_killed_run_repeats_no_recorded_request(mode: str, tmp_path: Path):
     write_urls(tmp_path, ITEMS)
     address = f"127.0.0.1:{reserve_port()}"
-    arguments = ["run", "captioning", "--input", "urls.txt", "--mode", mode]
+    # at this rate the killed runs leave something to do
+    arguments = ["run", "captioning", "--input", "urls.txt", "--mode", mode, "--rate", "300"]
     if mode == "task":
         arguments += ["--receive", address, "--public-url", f"http://{address}/"]
     states = (ANSWERED, SUBMITTED) if mode == "task" else (ANSWERED,)
