@@ -24,7 +24,7 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from copy import copy
-from itertools import count
+from itertools import chain, count
 from math import inf
 from typing import Final
 
@@ -47,10 +47,11 @@ Waiter = asyncio.Future[Attempt]
 # The earliest start of each waiter's patience, and the seconds of a stall that it lasts.
 # Waiters are in their line until they start or fail.
 Waiters = OrderedDict[Waiter, tuple[float, float]]
+Lines = tuple[tuple[Waiters, Waiters], tuple[Waiters, Waiters]]
 
 
-def _build_lines() -> dict[tuple[bool, bool], Waiters]:
-    return {(urgent, first): OrderedDict() for urgent in (True, False) for first in (True, False)}
+def _build_lines() -> Lines:
+    return (OrderedDict(), OrderedDict()), (OrderedDict(), OrderedDict())
 
 
 @attrs.define(eq=False)
@@ -70,7 +71,7 @@ class AdmissionQueue:
     clock: Clock
     newest_success: int = attrs.field(default=0, init=False)
     # the waiters by whether they are urgent, and whether they start first, in order of arrival
-    _lines: dict[tuple[bool, bool], Waiters] = attrs.field(factory=_build_lines, init=False)
+    _lines: Lines = attrs.field(factory=_build_lines, init=False)
     waiting: int = attrs.field(default=0, init=False)
     _in_a_row: int = attrs.field(default=0, init=False)
     _timer: TimerHandle | None = attrs.field(default=None, init=False)
@@ -122,7 +123,7 @@ class AdmissionQueue:
         while True:
             if not self._open:
                 self._check_open()
-            line = self._lines[urgent, first]
+            line = self._lines[urgent][first]
             waiter: Waiter = asyncio.get_running_loop().create_future()
             line[waiter] = since, patience
             self.waiting += 1
@@ -253,8 +254,8 @@ class AdmissionQueue:
 
     def _start_next(self, now: float) -> None:
         """Start the next waiter."""
-        urgent = self._lines[True, True] or self._lines[True, False]
-        line = self._lines[False, True] or self._lines[False, False]
+        (rest, rest_first), (urgent, urgent_first) = self._lines
+        urgent, line = urgent_first or urgent, rest_first or rest
         if urgent and (self._in_a_row < URGENT_IN_A_ROW or not line):
             self._in_a_row += 1
             line = urgent
@@ -270,7 +271,7 @@ class AdmissionQueue:
         if self._expiries_of != self.admission.generation:
             self._expiries_of = self.admission.generation
             self._expiries.clear()
-            for line in self._lines.values():
+            for line in chain(*self._lines):
                 for waiter in line:
                     self._push_expiry(line, waiter)
         while self._expiries:
@@ -293,7 +294,7 @@ class AdmissionQueue:
     def _fail_waiters(self, build: Callable[[], Exception]) -> None:
         """Fail waiters while starts are refused; the rest in later turns of the loop."""
         failures = 0
-        for line in self._lines.values():
+        for line in chain(*reversed(self._lines)):
             while line and not self._open:
                 if failures == FAILURES_IN_A_TURN:
                     asyncio.get_running_loop().call_soon(self._fail_waiters, build)
