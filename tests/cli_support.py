@@ -140,7 +140,7 @@ def read_records(path: str | Path = "results.jsonl") -> list[dict[str, Any]]:
 
 
 def read_terminal(descriptor: int, shown: bytes = b"") -> str:
-    """Return everything written to a terminal until its last writer closed it, after a beginning."""
+    """Read a terminal until its last writer closes it, and return all, after what was read before."""
     while True:
         try:
             chunk = os.read(descriptor, 65536)

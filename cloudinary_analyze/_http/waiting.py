@@ -292,7 +292,7 @@ class AdmissionQueue:
             heapq.heappush(self._expiries, (at, next(self._order), line, waiter))
 
     def _fail_waiters(self, build: Callable[[], Exception]) -> None:
-        """Fail waiters while starts are refused; the rest in later turns of the loop."""
+        """Fail waiters while starts are refused, urgent ones first, over some turns of the loop."""
         failures = 0
         for line in chain(*reversed(self._lines)):
             while line and not self._open:
