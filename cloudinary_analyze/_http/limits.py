@@ -506,7 +506,7 @@ class Pace:
             self._set_rate(self.rate * (1 + self._gain))
             self.begin_climb(now)
         elif excess > 0:
-            self._set_rate(self.rate * (1 - excess))
+            self._set_rate(self.rate * (1 - min(LARGEST_CUT, excess)))
 
     def _cruise(self, now: float, chance: float) -> None:
         self.state, self._gain = State.CRUISING, GAIN
@@ -515,5 +515,5 @@ class Pace:
         self._probe_at = now + rest * (0.75 + chance / 2)
 
     def _set_rate(self, rate: float) -> None:
-        self.rate = rate
-        self.turnstile.interval = 1 / rate
+        self.rate = max(LOWEST_PACE, rate)
+        self.turnstile.interval = 1 / self.rate

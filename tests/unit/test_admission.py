@@ -383,3 +383,14 @@ def test_limits_stay_in_bounds_and_successes_lift_them(
     assert admission.in_use == 0
     assert drain(admission, now, seconds=400)
     assert admission.cap.limit == permits
+
+
+@pytest.mark.parametrize("started", [1, 2, 3])
+def test_one_throttle_of_few_starts_leaves_a_rate(started: int) -> None:
+    """A round of a single start, which is throttled, has no share that the rate can follow."""
+    pace = Pace(rate=10.0, state=State.CRUISING, held=True, started=started, throttled=1)
+    pace._probe_at = inf
+    pace.pass_round(now=100.0, chance=0.5)
+    assert pace.rate is not None
+    assert 2.5 <= pace.rate < 10
+    assert pace.turnstile.interval == 1 / pace.rate
