@@ -266,12 +266,17 @@ class AdmissionQueue:
         if not waiter.done():  # otherwise its task was cancelled, but has not run yet
             waiter.set_result(self.admission.start(now))
 
+    def _list_lines(self) -> Iterator[Waiters]:
+        """Return the lines in the order of their starts."""
+        rest, urgent = self._lines
+        return chain(reversed(urgent), reversed(rest))
+
     def _expire(self, stalled_at: float, now: float) -> float:
         """Fail the waiters whose patience is over. Return when the next one's is."""
         if self._expiries_of != self.admission.generation:
             self._expiries_of = self.admission.generation
             self._expiries.clear()
-            for line in chain(*self._lines):
+            for line in self._list_lines():
                 for waiter in line:
                     self._push_expiry(line, waiter)
         while self._expiries:
@@ -294,7 +299,7 @@ class AdmissionQueue:
     def _fail_waiters(self, build: Callable[[], Exception]) -> None:
         """Fail waiters while starts are refused, urgent ones first, over some turns of the loop."""
         failures = 0
-        for line in chain(*reversed(self._lines)):
+        for line in self._list_lines():
             while line and not self._open:
                 if failures == FAILURES_IN_A_TURN:
                     asyncio.get_running_loop().call_soon(self._fail_waiters, build)
