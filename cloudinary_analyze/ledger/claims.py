@@ -32,7 +32,7 @@ import attrs
 
 # ARGV: step, milliseconds to keep an answer (0: no limit), token, and what the step needs. Claims do
 # not expire by time, because a task may take longer than that.
-# A reply to a claim is {"granted", lost, task, source}, {"held", worker} or {"final"}.
+# The reply to a claim is the value that the key has then, without the content if that is final.
 SCRIPT: Final = """
 local key, step, keep, own = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
 local state = redis.call('GETRANGE', key, 0, 0)
@@ -46,22 +46,24 @@ end
 local final = state == 'A' or state == 'F'
 local mine = state == 'C' and token == own
 local function put(value) redis.call('SET', key, value) end
-local function hold(owner) put('C|' .. owner .. '|' .. lost .. '|' .. task .. '|' .. source) end
+local function hold(owner)
+  local value = 'C|' .. owner .. '|' .. lost .. '|' .. task .. '|' .. source
+  put(value)
+  return value
+end
 local function open()
   if tonumber(lost) == 0 and task == '' and source == '' then redis.call('DEL', key)
   else put('O|' .. lost .. '|' .. task .. '|' .. source) end
 end
 
 if step == 'claim' then
-  if final then return {'final'} end
+  if final then return state end
   if state == 'C' and not mine then
-    local worker = string.match(token, '^[^#]*')
-    if worker ~= ARGV[4] then return {'held', worker} end
+    if string.match(token, '^[^#]*') ~= ARGV[4] then return redis.call('GET', key) end
     if task == '' then lost = lost + 1 end
   end
   if source == '' then source = ARGV[5] or '' end
-  if not mine then hold(own) end
-  return {'granted', tostring(lost), task, source}
+  return hold(own)
 elseif step == 'submitted' then
   if final or (state == 'C' and not mine and (task ~= '' or ARGV[4] == '')) then return 0 end
   task = ARGV[4]

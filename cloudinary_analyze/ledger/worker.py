@@ -33,7 +33,7 @@ from cloudinary_analyze._redis import (
 )
 from cloudinary_analyze._sources import is_same_image
 from cloudinary_analyze.errors import shorten
-from cloudinary_analyze.ledger.claims import SCRIPT, decode_task, encode_task
+from cloudinary_analyze.ledger.claims import SCRIPT, encode_task, read_state
 from cloudinary_analyze.protocols import Claim
 
 logger: logging.Logger = logging.getLogger("cloudinary_analyze.ledger")
@@ -220,15 +220,18 @@ class Worker:
                     reply = await self.link.ask(*command, repeat=False)
                 except LinkBrokenError:
                     continue  # Redis may have lost claims of other workers, so wait for them
-                if reply[0] == b"granted":
+                if reply[:1] != b"C":
+                    return None
+                found = read_state(reply)
+                if found.token == token:
                     self.tokens[key] = token
                     if source:
-                        self.sources[key] = recorded = reply[3].decode()
+                        self.sources[key] = recorded = found.source or source
                         if not is_same_image(recorded, source):
                             self.release(key, ambiguous=False)
                             return None
-                    return Claim(task_id=decode_task(reply[2]), ambiguous=int(reply[1]) > 0)
-                holder = reply[1].decode() if reply[0] == b"held" else self.id
+                    return Claim(task_id=found.task_id, ambiguous=found.lost > 0)
+                holder = found.token.partition("#")[0]
                 if holder == dead or not await self._is_dead(holder):
                     return None
                 dead = holder
