@@ -87,6 +87,27 @@ async def test_commands_do_not_wait_for_earlier_replies(scripted):
     assert await second == b"2"
 
 
+async def test_commands_of_two_turns_go_out_together(scripted, monkeypatch):
+    """A response frees a slot, and the task that gets it claims a key in the next turn."""
+    server, link, _ = scripted
+    server.allowed.set()
+    await link.ask("PING")
+    sizes, send = [], link._connection.send_packed_command
+
+    async def count(content, **options):
+        sizes.append(content.count(b"ECHO"))
+        await send(content, **options)
+
+    async def record_and_claim(number):
+        record = asyncio.ensure_future(link.ask("ECHO", number))
+        await asyncio.sleep(0)
+        await asyncio.gather(record, link.ask("ECHO", 50 + number))
+
+    monkeypatch.setattr(link._connection, "send_packed_command", count)
+    await asyncio.gather(*map(record_and_claim, range(50)))
+    assert sizes == [100]
+
+
 async def test_a_broken_connection_repeats_unanswered_commands(scripted):
     server, link, prepared = scripted
     server.break_after = 1
