@@ -172,9 +172,10 @@ class Transport(NotPicklable):
             )
             try:
                 content = response.content
-                payload = await content.readany()
-                if not content.at_eof():
-                    payload = await self._read_rest(content, payload)
+                if content.is_eof():  # the body came with the headers
+                    payload = content.read_nowait()
+                else:
+                    payload = await self._read(content)
             except BaseException:
                 response.close()
                 raise
@@ -253,10 +254,10 @@ class Transport(NotPicklable):
             ambiguous=status in {200, 202},
         )
 
-    async def _read_rest(self, content: aiohttp.StreamReader, first: bytes) -> bytes:
-        """Read a body of several chunks, up to the allowed length."""
-        chunks = [first]
-        length = len(first)
+    async def _read(self, content: aiohttp.StreamReader) -> bytes:
+        """Read a body that is still arriving, up to the allowed length."""
+        chunks: list[bytes] = []
+        length = 0
         while not content.at_eof() and length <= self.settings.max_response_bytes:
             chunks.append(await content.readany())
             length += len(chunks[-1])
