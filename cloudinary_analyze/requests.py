@@ -80,6 +80,15 @@ _MODEL_NAME = r"[0-9A-Za-z][0-9A-Za-z_.-]*"
 _TAG_NAME = r"[a-z0-9-]+"
 
 
+def _read_uri(uri: str | URLObject) -> str:
+    if type(uri) is str and _is_ascii_url(uri):
+        return uri
+    text = read_url(uri)
+    if not isinstance(text, str) or not _is_url(text):
+        raise _build_source_error(text)
+    return text
+
+
 @attrs.frozen(repr=False, eq=False)
 class Uri(Described):
     """A publicly reachable http(s) URL of an image, on Cloudinary or anywhere else.
@@ -93,17 +102,7 @@ class Uri(Described):
         InvalidRequestError: It is not an http(s) URL.
     """
 
-    uri: str
-
-    def __attrs_post_init__(self) -> None:
-        uri = self.uri
-        if type(uri) is str and _is_ascii_url(uri):
-            return
-        if type(uri) is not str:
-            uri = read_url(uri)
-            object.__setattr__(self, "uri", uri)  # frozen, and not yet seen by anyone
-        if not isinstance(uri, str) or not _is_url(uri):
-            raise _build_source_error(uri)
+    uri: str = attrs.field(converter=_read_uri)
 
     def __str__(self) -> str:
         return self.uri
@@ -173,10 +172,7 @@ def _build_source_error(source: object) -> InvalidRequestError:
 
 
 def _read_source(source: str | URLObject | Uri | Asset) -> Uri | Asset:
-    if isinstance(source, (Uri, Asset)):
-        return source
-    uri: Any = source
-    return Uri(uri)
+    return source if isinstance(source, (Uri, Asset)) else Uri(source)
 
 
 def _read_list(values: Any, noun: str) -> tuple[Any, ...]:
