@@ -274,12 +274,14 @@ class RedisLedger(Closable, Ledger):
         """See `Ledger.claim`.
 
         Raises:
-            LedgerError: Redis cannot be used.
+            LedgerError: Redis cannot be used, or the claim of another worker cannot be read.
         """
         try:
             return await self._use().claim(_pack(key), self._named.get(key, ""))
         except LinkFailedError as error:
             raise self._explain(error) from error
+        except ValueError as error:
+            raise self._build_damage(error) from error
 
     async def watch(self, key: str) -> None:
         """See `Ledger.watch`.

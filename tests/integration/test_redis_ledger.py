@@ -530,6 +530,17 @@ async def test_strange_values_are_an_error_and_left_alone(build, shared_redis, n
                 await ledger.find(KEY)
 
 
+async def test_strange_claims_are_an_error_and_left_alone(build, shared_redis, namespace):
+    name = f"{namespace}:key:".encode() + bytes.fromhex(KEY)
+    with redis.Redis.from_url(shared_redis.url) as admin:
+        for value in (b"C|w#1|0|t|\xff", b"C|\xff#1|0||s"):
+            async with opened(build()) as ledger:
+                admin.set(name, value)
+                with pytest.raises(LedgerError, match="cannot be read"):
+                    await ledger.claim(KEY)
+            assert admin.get(name) == value
+
+
 async def test_records_expire_if_asked(build, shared_redis, namespace):
     async with opened(build(keep=60)) as ledger:
         await ledger.record_response(KEY, RESPONSE, seconds=1)
