@@ -424,8 +424,8 @@ class Link:
 
     async def _write(self, connection: Any) -> None:
         """Send what is queued. The reader notices if the connection breaks."""
-        # Tasks that this turn of the loop wakes have commands in the next: the claims of a burst
-        # of responses, after their records. One batch of both halves the time that they take.
+        # A burst of responses queues its records in one turn of the loop. The tasks that get its
+        # slots queue their claims in the next. This yield puts both into one batch.
         await asyncio.sleep(0)
         while self._queue and len(self._sent) < UNANSWERED:
             if not connection.is_connected:  # redis-py would connect without `prepare`

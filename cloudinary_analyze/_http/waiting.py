@@ -124,7 +124,7 @@ class AdmissionQueue:
             if not self._open:
                 self._check_open()
             line = self._lines[urgent][first]
-            waiter: Waiter = asyncio.Future()  # finds the loop faster than we do
+            waiter: Waiter = asyncio.Future()  # faster than the loop's `create_future`
             line[waiter] = since, patience
             self.waiting += 1
             if not admission.calm or admission.in_use < admission.permits:

@@ -32,7 +32,7 @@ import attrs
 
 # ARGV: step, milliseconds to keep an answer (0: no limit), token, and what the step needs. Claims do
 # not expire by time, because a task may take longer than that.
-# The reply to a claim is the value that the key has then, without the content if that is final.
+# The reply to a claim is the value of the key after it; of a final value, only the state.
 SCRIPT: Final = """
 local key, step, keep, own = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
 local state = redis.call('GETRANGE', key, 0, 0)

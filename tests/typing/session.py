@@ -140,6 +140,7 @@ async def map_knows_its_items_and_its_analyses(
 
 def url_objects_are_sources() -> None:
     assert_type(Captioning(yarl.URL(URL)).source, Uri | Asset)
+    assert_type(Uri(yarl.URL(URL)).uri, str)
     assert_type(Settings(host=yarl.URL(URL)).host, str | None)
 
 
