@@ -8,6 +8,8 @@ A killed worker may repeat as many charges as it has permits. So a slot sends it
 after Redis stored the last response and the next claim, and each request waits for an fsync at
 least. On average it also waits for half of the fsync in progress. The table shows the time of an
 fsync of the same disk, and the ratios that are possible with it if the rest took no time.
+The service's latency is exact, so requests that leave together come back together, and each waits
+for the CPU time of the others. On a fast disk this costs more than the fsyncs.
 ``--appendfsync no`` measures without the disk.
 """
 

@@ -58,10 +58,14 @@ __all__ = [
 
 URL_VARIABLE: Final = "REDIS_URL"
 CONNECT_SECONDS: Final = 5.0
-ANSWER_SECONDS: Final = 10.0  # for a whole batch
+ANSWER_SECONDS: Final = 10.0  # of waiting for replies
 BATCH: Final = 256  # commands
 BATCH_BYTES: Final = 2**22
 UNANSWERED: Final = 4 * BATCH  # commands that are sent ahead of their replies
+# Replies that are handed over in one turn of the loop. After more of them, the requests of a burst
+# would leave together. A service with a steady latency would return them together, and each would
+# wait for all others again.
+REPLIES: Final = 4
 FIRST_PAUSE: Final = 0.05  # seconds before another attempt to connect; doubles
 LONGEST_PAUSE: Final = 1.0
 
@@ -466,18 +470,19 @@ class Link:
                     raise
 
     async def _read(self) -> None:
-        """Hand over the replies to what was sent until now.
+        """Hand over the next replies to what was sent, and let their tasks run.
 
         Raises:
             ResponseError: Redis refused a command. It counts as unanswered, as all after it.
         """
         connection, sent = self._connection, self._sent
         async with self.clock.timeout_at(self.clock.monotonic() + ANSWER_SECONDS):
-            for _ in range(len(sent) or 1):
+            for _ in range(min(len(sent), REPLIES) or 1):
                 reply = await connection.read_response()
                 pending = sent.popleft()
                 if pending.reply is not None and not pending.reply.done():
                     pending.reply.set_result(reply)
+        await asyncio.sleep(0)
 
     def _take_batch(self) -> list[_Pending]:
         batch: list[_Pending] = []

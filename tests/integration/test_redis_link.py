@@ -7,7 +7,7 @@ import pytest
 from scripted import until
 
 from cloudinary_analyze._clock import SYSTEM_CLOCK
-from cloudinary_analyze._redis import Link, LinkBrokenError, RedisLocation, read_location
+from cloudinary_analyze._redis import REPLIES, Link, LinkBrokenError, RedisLocation, read_location
 
 
 class Server:
@@ -106,6 +106,26 @@ async def test_commands_of_two_turns_go_out_together(scripted, monkeypatch):
     monkeypatch.setattr(link._connection, "send_packed_command", count)
     await asyncio.gather(*map(record_and_claim, range(50)))
     assert sizes == [100]
+
+
+async def test_replies_of_a_burst_do_not_pile_up(scripted):
+    """The tasks of the first replies go on before the rest get theirs."""
+    server, link, _ = scripted
+    steps = []
+
+    async def ask_and_go_on(number):
+        await link.ask("ECHO", number)
+        steps.append(f"reply {number}")
+        await asyncio.sleep(0)
+        steps.append(f"request {number}")
+
+    tasks = [asyncio.ensure_future(ask_and_go_on(number)) for number in range(3 * REPLIES)]
+    await until(lambda: server.connections and len(server.connections[0]) == len(tasks))
+    server.allowed.set()
+    await asyncio.gather(*tasks)
+    for number in range(REPLIES):
+        late = f"reply {number + 2 * REPLIES}"
+        assert steps.index(f"request {number}") < steps.index(late)
 
 
 async def test_a_broken_connection_repeats_unanswered_commands(scripted):
