@@ -71,7 +71,10 @@ class ScriptedEmulator(Emulator):
         self._canned.add(model, source, CannedResult(analysis, status, times))
 
     def reset(self) -> None:
-        """Remove all rules, requests, faults and quotas, between tests that share an emulator."""
+        """Remove all rules, requests, faults and quotas, between tests that share an emulator.
+
+        Other settings stay, and so does where notifications go.
+        """
         self._canned = CannedResults()
         self._received.clear()
         # for type checkers: assigned to `self`, they would become attributes of this class
