@@ -11,6 +11,7 @@ import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from math import inf
 from typing import Any, Final
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
@@ -45,6 +46,7 @@ except ImportError as _missing:
 
 __all__ = [
     "BATCH",
+    "BATCH_BYTES",
     "Command",
     "Link",
     "LinkBrokenError",
@@ -60,7 +62,7 @@ URL_VARIABLE: Final = "REDIS_URL"
 CONNECT_SECONDS: Final = 5.0
 ANSWER_SECONDS: Final = 10.0  # of waiting for replies
 BATCH: Final = 256  # commands
-BATCH_BYTES: Final = 2**22
+BATCH_BYTES: Final = 2**20
 UNANSWERED: Final = 4 * BATCH  # commands that are sent ahead of their replies
 # Replies that are handed over in one turn of the loop. After more of them, the requests of a burst
 # would leave together. A service with a steady latency would return them together, and each would
@@ -360,6 +362,7 @@ class Link:
             `LinkFailedError` if this server must not be used.
         scripts: The Lua scripts by name; `build_call` builds the command that runs one.
         failure: Why nothing is sent any more.
+        answered_at: Monotonic instant of the last replies.
     """
 
     location: RedisLocation
@@ -368,6 +371,7 @@ class Link:
     prepare: Callable[[Link], Awaitable[None]]
     scripts: Mapping[str, str]
     failure: str | None = attrs.field(default=None, init=False)
+    answered_at: float = attrs.field(default=-inf, init=False)
     _digests: dict[str, str] = attrs.field(init=False)
     _connection: Any = attrs.field(default=None, init=False)
     _up: bool = attrs.field(default=False, init=False)
@@ -384,13 +388,16 @@ class Link:
             for name, source in self.scripts.items()
         }
 
-    async def ask(self, *command: bytes | str | float, repeat: bool = True) -> Any:
+    async def ask(
+        self, *command: bytes | str | float, repeat: bool = True, first: bool = False
+    ) -> Any:
         """Send a command and return the reply. Cancelling the wait does not withdraw it.
 
         Args:
             command: Its parts.
             repeat: Whether to send it again if its reply is lost, and to send it at all on a
                 connection that is newer than this call.
+            first: Whether to send it before what is queued.
 
         Raises:
             LinkBrokenError: The connection changed before its reply, and it is not repeated.
@@ -398,7 +405,7 @@ class Link:
         """
         self._check()
         reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._put(_Pending(_pack([command]), reply, repeat))
+        self._put(_Pending(_pack([command]), reply, repeat), first=first)
         return await reply
 
     def send_later(self, *command: bytes | str | float) -> None:
@@ -416,8 +423,11 @@ class Link:
         if self._closed:
             raise LinkFailedError("it is closed")
 
-    def _put(self, pending: _Pending) -> None:
-        self._queue.append(pending)
+    def _put(self, pending: _Pending, *, first: bool = False) -> None:
+        if first:
+            self._queue.appendleft(pending)
+        else:
+            self._queue.append(pending)
         self._start_writing()
         if self._reader is None or self._reader.done():
             self._reader = asyncio.get_running_loop().create_task(self._serve())
@@ -448,8 +458,10 @@ class Link:
                 if not self._up:
                     await self._connect()
                     self._put_back()  # `prepare` may have changed what these commands rely on
+                    continue  # none may be left
                 self._start_writing()
                 await self._read()
+                self.answered_at = self.clock.monotonic()
                 self._troubled_at, pause = None, FIRST_PAUSE
             except REFUSED as error:
                 self._fail(f"Redis refused the credentials or a command ({shorten(str(error))})")
@@ -457,9 +469,8 @@ class Link:
                 # another server may have taken over; a new connection loads the scripts
                 await self._disconnect()
                 self._put_back()
-                if not isinstance(error, NoScriptError) and not await self._wait_after(
-                    error, pause
-                ):
+                at_once = isinstance(error, NoScriptError) and pause == FIRST_PAUSE
+                if not at_once and not await self._wait_after(error, pause):
                     return
                 pause = min(2 * pause, LONGEST_PAUSE)
             except LinkFailedError as error:
@@ -473,12 +484,19 @@ class Link:
         """Hand over the next replies to what was sent, and let their tasks run.
 
         Raises:
-            ResponseError: Redis refused a command. It counts as unanswered, as all after it.
+            ResponseError: Redis refused a command, other than for the type of its key. It counts
+                as unanswered, as all after it.
         """
         connection, sent = self._connection, self._sent
         async with self.clock.timeout_at(self.clock.monotonic() + ANSWER_SECONDS):
             for _ in range(min(len(sent), REPLIES) or 1):
-                reply = await connection.read_response()
+                try:
+                    reply = await connection.read_response()
+                except ResponseError as error:
+                    if not str(error).startswith("WRONGTYPE "):  # redis-py has no class for it
+                        raise
+                    _end(sent.popleft(), LinkFailedError(f"a key is not a ledger's ({error})"))
+                    continue
                 pending = sent.popleft()
                 if pending.reply is not None and not pending.reply.done():
                     pending.reply.set_result(reply)

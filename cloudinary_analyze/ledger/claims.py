@@ -32,7 +32,8 @@ import attrs
 
 # ARGV: step, milliseconds to keep an answer (0: no limit), token, and what the step needs. Claims do
 # not expire by time, because a task may take longer than that.
-# The reply to a claim is the value of the key after it; of a final value, only the state.
+# The reply to a claim is the value of the key after it; of a final value, only the state. An
+# unreadable value is not changed, except by an answer.
 SCRIPT: Final = """
 local key, step, keep, own = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
 local state = redis.call('GETRANGE', key, 0, 0)
@@ -42,6 +43,11 @@ if state == 'C' then
     string.match(redis.call('GET', key), '^C|([^|]*)|(%d+)|([^|]*)|(.*)$')
 elseif state == 'O' or (state == 'F' and step == 'A') then
   lost, task, source = string.match(redis.call('GET', key), '^.|(%d+)|([^|]*)|(.*)$')
+end
+if not lost or not string.find('CFAO', state, 1, true) then
+  -- damaged, or of another version: nothing but an answer replaces it
+  if step ~= 'A' and step ~= 'F' then return redis.call('GET', key) end
+  token, lost, task = '', 0, ''
 end
 local final = state == 'A' or state == 'F'
 local mine = state == 'C' and token == own

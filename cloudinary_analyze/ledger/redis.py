@@ -9,7 +9,8 @@ requests in flight may have been charged; repeating them counts in
 ``appendonly yes``. With ``appendfsync always`` a recorded response survives a crash of Redis and of
 the machine. With ``everysec``, a crash loses up to two seconds of writes; the workers that still
 run repeat theirs. A response is lost, and paid for again, only if its worker ended in these seconds
-or if a failover chose a replica that lags.
+or if a failover chose a replica that lags. If such a restart happens while a worker is paused for more
+than 4 seconds, another worker may send the requests that it holds.
 
 Each record takes some 400 bytes of memory for a small analysis. Above ten million records, export
 them (`RedisLedger.iter_records`) to Parquet or a database, and use a new namespace.
@@ -179,7 +180,7 @@ class RedisLedger(Closable, Ledger):
         worker = self._worker
         if worker is not None and worker.link.failure is not None:
             await self.aclose()
-            worker = None
+            worker = self._worker  # another call may have opened it meanwhile
         if worker is None:
             worker = self._worker = Worker(
                 location=self.location,

@@ -24,6 +24,7 @@ import attrs
 from cloudinary_analyze._clock import Clock
 from cloudinary_analyze._redis import (
     BATCH,
+    BATCH_BYTES,
     Command,
     Link,
     LinkBrokenError,
@@ -109,8 +110,10 @@ class Worker:
         try:
             while True:
                 await self.clock.sleep(min(self.lease / BEATS, LONGEST_BEAT))
-                for command in self._build_beat():
-                    await self.link.ask(*command)
+                lease, *others = self._build_beat()
+                for command in others:
+                    self.link.send_later(*command)
+                await self.link.ask(*lease, first=True)  # a long queue must not delay it
         except LinkFailedError:
             return  # the next user of the ledger gets the error
 
@@ -159,11 +162,11 @@ class Worker:
         elif self._run_id is None and not created:
             quiet = QUIET - float(info.get("uptime_in_seconds", QUIET))
         self._quiet_until = max(self._quiet_until, self.clock.monotonic() + quiet)
-        self._run_id = info.get("run_id")
         self._suspects.clear()
         _raise_first(await link.exchange(self._build_beat()))
         if restarted:
             await self._replay(link)
+        self._run_id = info.get("run_id")  # if the replay breaks, the next connection repeats it
 
     def _check_server(self, info: Mapping[str, str]) -> None:
         policy = info.get("maxmemory_policy")
@@ -193,8 +196,15 @@ class Worker:
             for key, token in self.tokens.items()
         ]
         logger.warning("Redis was restarted; %d writes are repeated.", len(commands))
-        for begin in range(0, len(commands), BATCH):
-            _raise_first(await link.exchange(commands[begin : begin + BATCH]))
+        batch: list[Command] = []
+        size = 0
+        for command in commands:
+            batch.append(command)
+            size += measure_command(command)
+            if len(batch) == BATCH or size >= BATCH_BYTES:
+                _raise_first(await link.exchange(batch))
+                batch, size = [], 0
+        _raise_first(await link.exchange(batch))
 
     def _build_step(self, step: str, key: bytes, token: str, *rest: bytes | str) -> Command:
         return self.link.build_call("step", self.names.find_key(key), step, self.keep, token, *rest)
@@ -204,7 +214,9 @@ class Worker:
         size = measure_command(command)
         self._recent.append((now, size, command))
         self._recent_bytes += size
-        while self._recent[0][0] < now - REPLAY_SECONDS or self._recent_bytes > REPLAY_BYTES:
+        # in an outage, those are kept that Redis may have lost at its beginning
+        oldest = min(now, self.link.answered_at) - REPLAY_SECONDS
+        while self._recent and (self._recent[0][0] < oldest or self._recent_bytes > REPLAY_BYTES):
             self._recent_bytes -= self._recent.popleft()[1]
 
     async def claim(self, key: bytes, source: str = "") -> Claim | None:
@@ -220,7 +232,7 @@ class Worker:
                     reply = await self.link.ask(*command, repeat=False)
                 except LinkBrokenError:
                     continue  # Redis may have lost claims of other workers, so wait for them
-                if reply[:1] != b"C":
+                if reply[:1] in {b"A", b"F"}:
                     return None
                 found = read_state(reply)
                 if found.token == token:
@@ -236,7 +248,7 @@ class Worker:
                     return None
                 dead = holder
         except BaseException:
-            self.link.send_later(*self._build_step("release", key, token, "0"))
+            self._release(key, token, ambiguous=False)
             raise
 
     async def _is_dead(self, worker: str) -> bool:
@@ -279,11 +291,12 @@ class Worker:
         """Release a claim."""
         token = self.tokens.pop(key, None)
         self.sources.pop(key, None)
-        if token is None:
-            return
+        if token is not None:
+            self._release(key, token, ambiguous=ambiguous)
+
+    def _release(self, key: bytes, token: str, *, ambiguous: bool) -> None:
         command = self._build_step("release", key, token, "1" if ambiguous else "0")
-        if ambiguous:
-            self._remember(command)
+        self._remember(command)
         self.link.send_later(*command)
 
     async def stop(self) -> None:

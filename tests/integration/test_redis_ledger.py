@@ -413,6 +413,62 @@ async def test_writes_that_redis_lost_are_repeated(build, tmp_path, monkeypatch)
             assert (await one.find(keys[2])).task_id == "task"
 
 
+async def test_a_broken_replay_is_repeated(build, tmp_path, monkeypatch):
+    replay, broken = room.Worker._replay, []
+
+    async def break_once(worker, link):
+        if not broken:
+            broken.append(worker)
+            raise redis.exceptions.ConnectionError("broken")
+        await replay(worker, link)
+
+    monkeypatch.setattr(room.Worker, "_replay", break_once)
+    with run_redis(tmp_path, fsync="no", options=("--appendonly", "no")) as forgetful:
+        async with opened(build(forgetful.url)) as ledger:
+            await ledger.record_response(KEY, RESPONSE, seconds=1)
+            forgetful.kill()
+            forgetful.start()
+            assert (await ledger.find(KEY)).response == RAW
+            assert broken
+
+
+async def test_writes_before_a_long_outage_are_repeated(build, tmp_path, monkeypatch):
+    """What Redis lost when it stopped is older than `REPLAY_SECONDS` when it comes back."""
+    monkeypatch.setattr(room, "REPLAY_SECONDS", 0.1)
+    monkeypatch.setattr(room, "BATCH_BYTES", 1)
+    with run_redis(tmp_path, fsync="no", options=("--appendonly", "no")) as forgetful:
+        async with opened(build(forgetful.url)) as ledger:
+            await ledger.record_response(KEY, RESPONSE, seconds=1)
+            forgetful.kill()
+            await asyncio.sleep(0.2)
+            key = Captioning(URLS[1]).key
+            recording = asyncio.create_task(ledger.record_response(key, RESPONSE, seconds=1))
+            await asyncio.sleep(0)
+            forgetful.start()
+            await recording
+            assert (await ledger.find(KEY)).response == RAW
+
+
+async def test_a_release_that_redis_lost_is_repeated(build, own_redis, namespace):
+    name = f"{namespace}:key:".encode() + bytes.fromhex(KEY)
+    with redis.Redis.from_url(own_redis.url) as admin:
+        async with opened(build(own_redis.url)) as ledger:
+            await ledger.claim(KEY)
+            claimed = admin.get(name)
+            await release(ledger, KEY, ambiguous=False)
+            admin.set(name, claimed)  # as if the release were lost
+            own_redis.kill()
+            own_redis.start()
+            assert await ledger.claim(KEY) == Claim()
+
+
+async def test_opening_twice_after_a_failure_leaves_one_worker(build):
+    async with opened(build()) as ledger:
+        ledger._worker.link._fail("out of reach")
+        await asyncio.gather(ledger.open(**OWNER), ledger.open(**OWNER))
+    assert len(build().worker_stats()) == 1  # the one that failed, until its lease ends
+
+
 async def test_a_restart_of_redis_kills_no_worker(build, own_redis):
     async with opened(build(own_redis.url, lease=0.5)) as one:
         async with opened(build(own_redis.url, lease=0.5)) as other:
@@ -533,12 +589,38 @@ async def test_strange_values_are_an_error_and_left_alone(build, shared_redis, n
 async def test_strange_claims_are_an_error_and_left_alone(build, shared_redis, namespace):
     name = f"{namespace}:key:".encode() + bytes.fromhex(KEY)
     with redis.Redis.from_url(shared_redis.url) as admin:
-        for value in (b"C|w#1|0|t|\xff", b"C|\xff#1|0||s"):
-            async with opened(build()) as ledger:
+        for value in (b"C|w#1|0|t|\xff", b"C|\xff#1|0||s", b"C|w", b"O|1", b"junk"):
+            async with opened(build(patience=1)) as ledger:
                 admin.set(name, value)
                 with pytest.raises(LedgerError, match="cannot be read"):
                     await ledger.claim(KEY)
             assert admin.get(name) == value
+
+
+async def test_an_answer_replaces_a_value_that_cannot_be_read(build, shared_redis, namespace):
+    name = f"{namespace}:key:".encode() + bytes.fromhex(KEY)
+    async with opened(build(patience=1)) as ledger:
+        for value in (b"C|w", b"O|1", b"junk"):
+            with redis.Redis.from_url(shared_redis.url) as admin:
+                admin.set(name, value)
+            await ledger.record_response(KEY, RESPONSE, seconds=1)
+            assert (await ledger.find(KEY)).response == RAW
+
+
+async def test_a_key_of_another_type_concerns_no_other_key(build, shared_redis, namespace):
+    async with opened(build(patience=1)) as ledger:
+        with redis.Redis.from_url(shared_redis.url) as admin:
+            admin.lpush(f"{namespace}:key:".encode() + bytes.fromhex(KEY), "x")
+        for asking in (
+            ledger.find(KEY),
+            ledger.claim(KEY),
+            ledger.record_response(KEY, RESPONSE, seconds=1),
+        ):
+            other = asyncio.ensure_future(ledger.claim(Captioning(URLS[1]).key))
+            with pytest.raises(LedgerError, match="WRONGTYPE"):
+                await asking
+            assert await other == Claim()
+            await release(ledger, Captioning(URLS[1]).key, ambiguous=False)
 
 
 async def test_records_expire_if_asked(build, shared_redis, namespace):

@@ -7,7 +7,14 @@ import pytest
 from scripted import until
 
 from cloudinary_analyze._clock import SYSTEM_CLOCK
-from cloudinary_analyze._redis import REPLIES, Link, LinkBrokenError, RedisLocation, read_location
+from cloudinary_analyze._redis import (
+    REPLIES,
+    Link,
+    LinkBrokenError,
+    LinkFailedError,
+    RedisLocation,
+    read_location,
+)
 
 
 class Server:
@@ -30,6 +37,9 @@ class Server:
                 for _ in range(count):
                     size = int((await reader.readline())[1:])
                     parts.append((await reader.readexactly(size + 2))[:-2])
+                if parts[0] == b"EVALSHA":
+                    writer.write(b"-NOSCRIPT No matching script.\r\n")
+                    continue
                 if parts[0] != b"ECHO":
                     writer.write(b"+OK\r\n")
                     continue
@@ -140,6 +150,31 @@ async def test_a_broken_connection_repeats_unanswered_commands(scripted):
     assert isinstance(replies[2], LinkBrokenError)
     assert server.connections == [[b"0", b"1", b"2", b"3"], [b"1", b"3"]]
     assert prepared == [[b"OK"], [b"OK"]]
+
+
+async def test_a_link_without_commands_waits_for_no_reply(scripted):
+    _, link, prepared = scripted
+    with pytest.raises(LinkBrokenError):
+        await link.ask("ECHO", 1, repeat=False)
+    assert prepared
+    await asyncio.wait_for(link.aclose(), 5)
+
+
+async def test_a_script_that_is_never_found_ends_the_patience(scripted):
+    server, link, _ = scripted
+    link.patience = 0.2
+    with pytest.raises(LinkFailedError, match="No matching script"):
+        await link.ask("EVALSHA", "digest", 0)
+    assert len(server.connections) < 10
+
+
+async def test_an_urgent_command_does_not_queue(scripted):
+    server, link, _ = scripted
+    asks = [asyncio.ensure_future(link.ask("ECHO", n, first=n == 2)) for n in range(3)]
+    await until(lambda: server.connections and len(server.connections[0]) == 3)
+    assert server.connections[0] == [b"2", b"0", b"1"]
+    server.allowed.set()
+    assert await asyncio.gather(*asks) == [b"0", b"1", b"2"]
 
 
 async def test_more_commands_than_may_be_unanswered_all_arrive(scripted):
