@@ -20,6 +20,7 @@ from cloudinary_analyze._clock import wake
 from cloudinary_analyze._policy import is_final
 from cloudinary_analyze._sources import is_same_image
 from cloudinary_analyze._tasks.handle import AnalysisTask, follow
+from cloudinary_analyze._tasks.tracker import Tracker
 from cloudinary_analyze._work import Sender, Work
 from cloudinary_analyze.errors import (
     AnalyzeError,
@@ -55,11 +56,17 @@ class Leader:
 
     Attributes:
         work: The item.
+        tracker: That of its session.
         end: Its response or error. ``None`` if it was cancelled, so that another item must send.
     """
 
     work: Work[Any, Any]
+    tracker: Tracker
     end: asyncio.Future[Response[Any] | Exception | None]
+
+
+# The requests in progress, by loop, ledger and key. Sessions may share a ledger.
+_leaders: Final[dict[tuple[int, int, str], Leader]] = {}
 
 
 class _NotAdmittedError(Exception):
@@ -98,12 +105,10 @@ class Recording:
     Attributes:
         ledger: Where responses and final errors are recorded.
         sender: Sends what the ledger does not have.
-        leaders: The requests in progress in the session, by ledger and key.
     """
 
     ledger: Ledger
     sender: Sender
-    leaders: dict[tuple[int, str], Leader]
     _turn_began: float = attrs.field(default=0.0, init=False)
     _waiting: deque[asyncio.Future[None]] = attrs.field(factory=deque, init=False)
 
@@ -128,13 +133,13 @@ class Recording:
         """
         request = work.request
         key = request.key if work.name is None else KeyBuilder(request).build_named(work.name)
-        slot = (id(self.ledger), key)
-        while (leader := self.leaders.get(slot)) is not None:
+        loop = asyncio.get_running_loop()
+        slot = (id(loop), id(self.ledger), key)
+        while (leader := _leaders.get(slot)) is not None:
             shared = await self._share(leader, key, work)
             if shared is not None:
                 return shared
-        leader = Leader(work, asyncio.get_running_loop().create_future())
-        self.leaders[slot] = leader
+        leader = _leaders[slot] = Leader(work, self.sender.tracker, loop.create_future())
         try:
             response = await self._look_up_or_send(key, work)
         except Exception as error:
@@ -144,15 +149,15 @@ class Recording:
             leader.end.set_result(response)
             return response
         finally:
-            del self.leaders[slot]
+            del _leaders[slot]
             if not leader.end.done():
                 leader.end.set_result(None)
 
     async def _share(self, leader: Leader, key: str, work: Work[Item, A]) -> Response[A] | None:
         """Return the response of another item. ``None`` if its request must be sent again.
 
-        It must if that item was cancelled, or if its error concerns only its stream, a different
-        one.
+        It must if that item was cancelled, or if its error concerns only its stream or its
+        session, a different one.
         """
         source, other = str(work.request.source), str(leader.work.request.source)
         if not is_same_image(source, other):
@@ -162,7 +167,11 @@ class Recording:
                 "key."
             )
         end = await asyncio.shield(leader.end)
-        if end is None or (isinstance(end, Exception) and _is_of_stream(end, leader.work, work)):
+        if end is None:
+            return None
+        if isinstance(end, Exception) and (
+            leader.tracker is not self.sender.tracker or _is_of_stream(end, leader.work, work)
+        ):
             return None
         work.started, work.restored = leader.work.started, leader.work.restored
         work.unrecorded = leader.work.unrecorded

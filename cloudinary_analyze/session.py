@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from cloudinary_analyze._budget import Budget
     from cloudinary_analyze._http.caller import Caller
-    from cloudinary_analyze._recording import Leader, Recording
+    from cloudinary_analyze._recording import Recording
     from cloudinary_analyze.events import EventHook
     from cloudinary_analyze.notifications.reading import Claim
 
@@ -169,7 +169,6 @@ class AnalyzeSession(NotPicklable, Closable):
         self._connection: _Connection | None = None
         self._closed = False
         self._warned_of_tasks = False
-        self._leaders: dict[tuple[int, str], Leader] = {}
         self._streams: weakref.WeakSet[OutcomeStream[Any, Any]] = weakref.WeakSet()
 
     def __repr__(self) -> str:
@@ -564,7 +563,7 @@ class AnalyzeSession(NotPicklable, Closable):
             )
         from cloudinary_analyze._recording import Recording
 
-        return Recording(ledger=ledger, sender=sender, leaders=self._leaders)
+        return Recording(ledger=ledger, sender=sender)
 
     async def analyze_all(
         self, requests: Iterable[AnalyzeRequest[A]]

@@ -209,8 +209,8 @@ class Caller(NotPicklable):
 
 def _may_be_charged(call: Call, error: BaseException) -> bool:
     """Whether the last attempt of a call that ended with an error may have been charged."""
-    if call.sending is not None:
-        return call.sending.sent  # the call was cut off while the attempt was in flight
     if isinstance(error, ResponseDecodeError):
         return error.ambiguous
+    if call.sending is not None:
+        return call.sending.sent  # the call was cut off while the attempt was in flight
     return call.error is not None and call.error.ambiguous

@@ -21,6 +21,7 @@ from yarl import URL
 from cloudinary_analyze._cancellation import Sections, get_task
 from cloudinary_analyze._clock import Clock
 from cloudinary_analyze._http.token import Token
+from cloudinary_analyze._policy import find_rule
 from cloudinary_analyze._proxy import read_proxy
 from cloudinary_analyze._values import NotPicklable
 from cloudinary_analyze._version import __version__
@@ -53,6 +54,19 @@ class Body(aiohttp.BytesPayload):
         transport = writer.transport
         self.sent |= transport is not None and not transport.is_closing()
         return super().write_with_length(writer, content_length)
+
+
+class _Request(aiohttp.ClientRequest):
+    """A request that refuses a connection on which something arrived while it was idle.
+
+    aiohttp would read that as the response, and each later response would be the one before.
+    """
+
+    def send(self, conn: Any) -> Any:
+        """Send the request on a connection; called by aiohttp."""
+        if conn.protocol.should_close:
+            raise aiohttp.ClientConnectionError("An unexpected response was in the connection")
+        return super().send(conn)
 
 
 @attrs.define(eq=False, repr=False)
@@ -117,6 +131,7 @@ class Transport(NotPicklable):
         own = aiohttp.ClientSession(
             # the permits bound the attempts in flight, so the pool need not
             connector=aiohttp.TCPConnector(limit=0),
+            request_class=_Request,
             # aiohttp sends default headers to the proxy too, in clear text
             headers=headers if proxy is None else None,
             timeout=timeout,
@@ -251,7 +266,7 @@ class Transport(NotPicklable):
             "bytes (Settings.max_response_bytes); the rest was not read.",
             status=status,
             raw_body=payload[:4096],
-            ambiguous=status in {200, 202},
+            ambiguous=status in {200, 202} or find_rule(status).ambiguous,
         )
 
     async def _read(self, content: aiohttp.StreamReader) -> bytes:

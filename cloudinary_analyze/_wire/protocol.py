@@ -93,7 +93,7 @@ def build_body(
     """Return the JSON body of an analyze call."""
     source = request.source
     body: dict[str, Any] = {
-        "source": {"uri": source.uri} if type(source) is Uri else {"asset_id": source.asset_id}  # type: ignore[union-attr]
+        "source": {"uri": source.uri} if isinstance(source, Uri) else {"asset_id": source.asset_id}
     }
     if parameters := request.parameters:
         body.update(parameters)

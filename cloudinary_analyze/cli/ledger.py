@@ -250,9 +250,9 @@ async def open_book(
         await ledger.open(**service.identify())
         with closing(iter(ledger.iter_items())) as items:  # type: ignore[type-var]
             begun_before = begun_before or next(items, None) is not None
+        await _absorb_rescued(ledger, console)
         if retry_failed:
             await ledger.forget_errors()
-        await _absorb_rescued(ledger, console)
         try:
             yield Book(ledger, begun_before, build_makers(builders))
         finally:

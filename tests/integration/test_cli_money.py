@@ -15,11 +15,21 @@ from typing import Any
 import cli_support
 import pytest
 from cli_support import StartEmulator, build_urls, end, read_records, start, until, write_urls
+from rich.console import Console
 
-from cloudinary_analyze import Answered, Captioning, Coco, Response, Spent
+from cloudinary_analyze import (
+    Answered,
+    BadRequestError,
+    Captioning,
+    Coco,
+    Credentials,
+    Response,
+    Spent,
+)
 from cloudinary_analyze.cli import main
-from cloudinary_analyze.cli.ledger import find_rescued
+from cloudinary_analyze.cli.ledger import find_rescued, open_book
 from cloudinary_analyze.cli.money import Estimate, describe_spent, read_recorded_quota
+from cloudinary_analyze.cli.service import Service
 from cloudinary_analyze.emulator import Emulator
 from cloudinary_analyze.ledger import SQLiteLedger
 
@@ -386,6 +396,21 @@ def test_a_dry_run_counts_rescued_responses(
     capfd.readouterr()
     assert main([*RUN, "--dry-run"]) == 0
     assert read_table(capfd.readouterr().err)["answered already"] == "5"
+
+
+async def test_retrying_failed_items_includes_saved_errors(tmp_path: Path) -> None:
+    request = Captioning("https://example.com/1.jpg")
+    error = BadRequestError("No.", status=400)
+    path = tmp_path / "run.ledger"
+    saved = next(iter(find_rescued(path)))
+    saved.parent.mkdir(parents=True, mode=0o700)
+    service = Service(credentials=Credentials("demo", "key", "secret"))
+    async with SQLiteLedger(saved) as ledger:
+        await ledger.open(**service.identify())
+        await ledger.record_error(request.key, error, seconds=1)
+    options: dict[str, Any] = {"patience": 1, "console": Console(quiet=True)}
+    async with open_book(path, service, {}, retry_failed=True, **options) as book:
+        assert await book.ledger.find(request.key) is None
 
 
 def test_saved_responses_of_another_cloud_do_not_stop_a_run(

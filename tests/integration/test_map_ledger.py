@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
-from scripted import CAPTION, SECRET, ScriptedServer, after, answer, until, wind
+from scripted import (
+    CAPTION,
+    SECRET,
+    ScriptedServer,
+    after,
+    answer,
+    one_after_the_other,
+    until,
+    wind,
+)
 from task_support import build_failure, build_result, sign
 
 from cloudinary_analyze import (
@@ -163,6 +172,32 @@ async def test_equal_keys_in_flight_share_one_call(path):
         sorted(outcome.restored for outcome in outcomes) == [False] + [True] * 9
     )  # one is charged
     assert all(outcome.seconds > 0 for outcome in outcomes)
+
+
+async def test_two_sessions_with_one_ledger_send_each_item_once(path):
+    async with ScriptedServer(CAPTION) as server, SQLiteLedger(path) as ledger:
+        async with server.session() as one, server.session() as other:
+            found = await asyncio.gather(*(collect(s, ledger=ledger) for s in (one, other)))
+        assert len(server.seen) == len(URLS)
+    assert all(outcome.response for outcomes in found for outcome in outcomes)
+
+
+async def test_a_transient_error_is_not_another_sessions(path):
+    """Each session retries as its own settings say."""
+    released = asyncio.Event()
+    handler = one_after_the_other(after(released, answer(500)), CAPTION)
+    async with ScriptedServer(handler) as server, SQLiteLedger(path) as ledger:
+        async with server.session(attempts=1) as one, server.session() as other:
+            first = asyncio.create_task(collect(one, URLS[:1], ledger=ledger))
+            await until(lambda: server.seen)
+            second = asyncio.create_task(collect(other, URLS[:1], ledger=ledger))
+            for _ in range(20):
+                await asyncio.sleep(0)
+            released.set()
+            (failed,), (answered,) = await first, await second
+        assert isinstance(failed.error, ServerError)
+        assert answered.response is not None
+        assert len(server.seen) == 2
 
 
 async def test_another_item_sends_if_the_sender_is_cancelled(path):

@@ -219,11 +219,34 @@ async def test_an_over_long_body_is_cut_off_and_not_paid_for_again(handler: Hand
                 await session.analyze(Captioning(URL))
         assert len(caught.value.raw_body) <= 4096
         assert caught.value.model == "captioning"
-        assert caught.value.ambiguous == (caught.value.status == 200)
+        assert caught.value.ambiguous
+        assert session.stats.ambiguous_failures == 1
         assert len(server.seen) == 1
         await until(lambda: server.in_flight == 0)
         server.handler = CAPTION
         await session.analyze(Captioning(URL))  # the session goes on
+
+
+@pytest.mark.parametrize("status", [b"200 OK", b"408 Request Timeout", b"503 Unavailable"])
+async def test_an_unasked_response_answers_no_request(status: bytes) -> None:
+    """It arrives while the connection is idle, and without `Connection: close`."""
+    transports: list[Any] = []
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        transports.append(request.transport)
+        caption = (await request.json())["source"]["uri"]
+        return web.json_response({"data": {"analysis": {"data": {"caption": caption}}}})
+
+    async with ScriptedServer(handle) as server:
+        async with server.session(retry_ambiguous=False) as session:
+            for number in range(4):
+                url = f"{URL}{number}"
+                assert (await session.analyze(Captioning(url))).analysis.caption == url
+                transports[-1].write(head(len(GOOD), status=status) + GOOD)
+                for _ in range(10):
+                    await asyncio.sleep(0)
+        assert len(server.seen) == 4
+        assert session.stats.retries == 3
 
 
 @pytest.mark.parametrize("body", [b"a" * 200_000, b"{", b"[]"])

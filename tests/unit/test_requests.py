@@ -128,6 +128,17 @@ def test_the_body_matches_the_contract(sample: Any, name: str, build: Any) -> No
     assert json.loads(build(sample(name))) == sample(name)
 
 
+def test_a_subclass_of_a_source_is_sent_like_it() -> None:
+    class OwnUri(Uri):
+        pass
+
+    class OwnAsset(Asset):
+        pass
+
+    assert json.loads(build_body(Captioning(OwnUri(URL)))) == {"source": {"uri": URL}}
+    assert json.loads(build_body(Captioning(OwnAsset("id")))) == {"source": {"asset_id": "id"}}
+
+
 @pytest.mark.parametrize("request_", ALL, ids=lambda request: request.model)
 def test_every_request_is_a_frozen_picklable_value(request_: Any) -> None:
     assert pickle.loads(pickle.dumps(request_)) == request_
