@@ -380,6 +380,8 @@ class Link:
     _reader: asyncio.Task[None] | None = attrs.field(default=None, init=False)
     _writer: asyncio.Task[None] | None = attrs.field(default=None, init=False)
     _troubled_at: float | None = attrs.field(default=None, init=False)
+    # a refused command; until it has its reply, those to others do not end the trouble
+    _refused: _Pending | None = attrs.field(default=None, init=False)
     _closed: bool = attrs.field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -462,12 +464,15 @@ class Link:
                 self._start_writing()
                 await self._read()
                 self.answered_at = self.clock.monotonic()
-                self._troubled_at, pause = None, FIRST_PAUSE
+                if self._refused is None:
+                    self._troubled_at, pause = None, FIRST_PAUSE
             except REFUSED as error:
                 self._fail(f"Redis refused the credentials or a command ({shorten(str(error))})")
             except (*BROKEN, ResponseError) as error:
                 # another server may have taken over; a new connection loads the scripts
                 await self._disconnect()
+                if isinstance(error, ResponseError):
+                    self._refused = next(iter(self._sent), None)
                 self._put_back()
                 at_once = isinstance(error, NoScriptError) and pause == FIRST_PAUSE
                 if not at_once and not await self._wait_after(error, pause):
@@ -498,6 +503,8 @@ class Link:
                     _end(sent.popleft(), LinkFailedError(f"a key is not a ledger's ({error})"))
                     continue
                 pending = sent.popleft()
+                if pending is self._refused:
+                    self._refused = None
                 if pending.reply is not None and not pending.reply.done():
                     pending.reply.set_result(reply)
         await asyncio.sleep(0)
@@ -563,6 +570,8 @@ class Link:
                 self._queue.append(pending)
             else:
                 _end(pending, LinkBrokenError())
+                if pending is self._refused:
+                    self._refused = None
 
     async def _wait_after(self, error: Exception, pause: float) -> bool:
         """Wait before another attempt; once the patience is over, fail and return ``False``."""

@@ -223,6 +223,7 @@ class Worker:
         """Claim a key. ``None`` if it is held, final, or of another source. Cancelling is safe."""
         token = f"{self.id}#{next(self._numbers)}"
         dead = ""
+        broken_at: float | None = None
         try:
             while True:
                 while (rest := self._quiet_until - self.clock.monotonic()) > 0:
@@ -231,7 +232,15 @@ class Worker:
                 try:
                     reply = await self.link.ask(*command, repeat=False)
                 except LinkBrokenError:
-                    continue  # Redis may have lost claims of other workers, so wait for them
+                    # Redis may have lost claims of other workers, so wait for them. Replies to other
+                    # commands prove nothing about this one.
+                    now = self.clock.monotonic()
+                    broken_at = now if broken_at is None else broken_at
+                    if now - broken_at > self.link.patience:
+                        raise LinkFailedError(
+                            f"a claim was not answered for {self.link.patience:g} s"
+                        ) from None
+                    continue
                 if reply[:1] in {b"A", b"F"}:
                     return None
                 found = read_state(reply)

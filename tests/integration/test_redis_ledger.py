@@ -623,6 +623,14 @@ async def test_a_key_of_another_type_concerns_no_other_key(build, shared_redis, 
             await release(ledger, Captioning(URLS[1]).key, ambiguous=False)
 
 
+async def test_a_claim_that_is_always_refused_ends_the_patience(build, monkeypatch):
+    """The replies to other commands do not prolong it."""
+    monkeypatch.setattr(room, "SCRIPT", "return redis.error_reply('ERR refused')")
+    async with opened(build(patience=0.5, lease=0.5)) as ledger:
+        with pytest.raises(LedgerError, match="a claim was not answered"):
+            await asyncio.wait_for(ledger.claim(KEY), 20)
+
+
 async def test_records_expire_if_asked(build, shared_redis, namespace):
     async with opened(build(keep=60)) as ledger:
         await ledger.record_response(KEY, RESPONSE, seconds=1)

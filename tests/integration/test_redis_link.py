@@ -168,6 +168,21 @@ async def test_a_script_that_is_never_found_ends_the_patience(scripted):
     assert len(server.connections) < 10
 
 
+async def test_replies_to_others_do_not_prolong_the_patience(scripted):
+    _, link, _ = scripted
+    link.patience = 0.2
+
+    async def ask_often():
+        while True:
+            await asyncio.gather(*(link.ask("PING", first=True) for _ in range(REPLIES)))
+
+    asking = asyncio.ensure_future(ask_often())
+    with pytest.raises(LinkFailedError, match="No matching script"):
+        await asyncio.wait_for(link.ask("EVALSHA", "digest", 0), 15)
+    with pytest.raises(LinkFailedError):
+        await asking
+
+
 async def test_an_urgent_command_does_not_queue(scripted):
     server, link, _ = scripted
     asks = [asyncio.ensure_future(link.ask("ECHO", n, first=n == 2)) for n in range(3)]
