@@ -495,17 +495,19 @@ class Link:
         connection, sent = self._connection, self._sent
         async with self.clock.timeout_at(self.clock.monotonic() + ANSWER_SECONDS):
             for _ in range(min(len(sent), REPLIES) or 1):
+                reply: Any
                 try:
                     reply = await connection.read_response()
                 except ResponseError as error:
                     if not str(error).startswith("WRONGTYPE "):  # redis-py has no class for it
                         raise
-                    _end(sent.popleft(), LinkFailedError(f"a key is not a ledger's ({error})"))
-                    continue
+                    reply = LinkFailedError(f"a key is not a ledger's ({error})")
                 pending = sent.popleft()
                 if pending is self._refused:
                     self._refused = None
-                if pending.reply is not None and not pending.reply.done():
+                if isinstance(reply, LinkFailedError):
+                    _end(pending, reply)
+                elif pending.reply is not None and not pending.reply.done():
                     pending.reply.set_result(reply)
         await asyncio.sleep(0)
 
