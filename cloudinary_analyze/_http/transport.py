@@ -66,7 +66,7 @@ class _Request(aiohttp.ClientRequest):
         """Send the request on a connection; called by aiohttp."""
         if conn.protocol.should_close:
             raise aiohttp.ClientConnectionError("An unexpected response was in the connection")
-        return super().send(conn)
+        return aiohttp.ClientRequest.send(self, conn)  # faster than `super`
 
 
 @attrs.define(eq=False, repr=False)
