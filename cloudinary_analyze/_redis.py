@@ -60,13 +60,13 @@ __all__ = [
 
 URL_VARIABLE: Final = "REDIS_URL"
 CONNECT_SECONDS: Final = 5.0
-ANSWER_SECONDS: Final = 10.0  # of waiting for replies
+ANSWER_SECONDS: Final = 10.0  # seconds to wait for replies
 BATCH: Final = 256  # commands
 BATCH_BYTES: Final = 2**20
 UNANSWERED: Final = 4 * BATCH  # commands that are sent ahead of their replies
-# Replies that are handed over in one turn of the loop. After more of them, the requests of a burst
-# would leave together. A service with a steady latency would return them together, and each would
-# wait for all others again.
+# Replies that are handed over in one turn of the loop. If all replies of a burst were, the requests
+# that wait for them would leave together. A service with a steady latency would return the responses
+# together, and each of them would wait for the CPU time of the others.
 REPLIES: Final = 4
 FIRST_PAUSE: Final = 0.05  # seconds before another attempt to connect; doubles
 LONGEST_PAUSE: Final = 1.0
@@ -501,7 +501,9 @@ class Link:
                 except ResponseError as error:
                     if not str(error).startswith("WRONGTYPE "):  # redis-py has no class for it
                         raise
-                    reply = LinkFailedError(f"a key is not a ledger's ({error})")
+                    reply = LinkFailedError(
+                        f"a key has another type than this package writes ({error})"
+                    )
                 pending = sent.popleft()
                 if pending is self._refused:
                     self._refused = None

@@ -59,14 +59,17 @@ class Body(aiohttp.BytesPayload):
 class _Request(aiohttp.ClientRequest):
     """A request that refuses a connection on which something arrived while it was idle.
 
-    aiohttp would read that as the response, and each later response would be the one before.
+    aiohttp would take that for the response to this request. The real one would then be taken for
+    the response to the next request, and so on.
     """
 
     def send(self, conn: Any) -> Any:
         """Send the request on a connection; called by aiohttp."""
         if conn.protocol.should_close:
-            raise aiohttp.ClientConnectionError("An unexpected response was in the connection")
-        return aiohttp.ClientRequest.send(self, conn)  # faster than `super`
+            raise aiohttp.ClientConnectionError(
+                "The server sent something while the connection was idle"
+            )
+        return super().send(conn)
 
 
 @attrs.define(eq=False, repr=False)
